@@ -1,0 +1,159 @@
+"""`build` a network by name; find its classifier and its stages."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import nn
+from torchvision.models.mobilenetv2 import InvertedResidual
+
+from ..errors import AFDSError
+from . import loading
+from .resnet import LAYOUTS, resnet
+
+__all__ = ["build", "classifier_name", "known_names", "reset_classifier", "stages"]
+
+_VGG = ("vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn")
+
+
+def known_names() -> list[str]:
+    """Every name `build` takes."""
+    return [*LAYOUTS, *_VGG, "mobilenet_v2"]
+
+
+def build(
+    name: str,
+    num_classes: int,
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    stem: str = "imagenet",
+    width: float = 1.0,
+) -> nn.Module:
+    """A network in train mode on the CPU, with `model.architecture` = the arguments that rebuild it.
+
+    Args:
+        name: One of `known_names()`.
+        num_classes: Outputs of the classifier.
+        weights: None (random, from torch's global generator), "imagenet" (torchvision's IMAGENET1K_V1; another
+            classifier is put in when `num_classes` is not 1000) or the path of a .safetensors, .pt or .pth state dict
+            (its classifier is left out if it has another number of classes).
+        stem: "imagenet" or "cifar" (3x3 stride 1, no pool); "cifar" for ResNets only.
+        width: Factor on every channel count (rounded, at least 1); 1 for VGG.
+
+    Raises:
+        AFDSError: an unknown name, an argument the network does not take, or weights that do not fit.
+    """
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+        raise AFDSError(f"num_classes is {num_classes!r}; give a whole number of at least 1.")
+    if isinstance(width, bool) or not isinstance(width, (int, float)) or not 0 < width < math.inf:
+        raise AFDSError(f"The width is {width!r}; give a number above 0, such as 1 or 0.25.")
+    if stem not in ("imagenet", "cifar"):
+        raise AFDSError(f"The stem {stem!r} is unknown; use 'imagenet' or 'cifar'.")
+    if weights == "imagenet" and (stem != "imagenet" or width != 1):
+        raise AFDSError(
+            f"ImageNet weights exist for stem='imagenet' and width=1 only, not stem={stem!r} and width={width:g}; use "
+            f"weights=None or a path."
+        )
+    model = _bare(name, 1000 if weights == "imagenet" else num_classes, stem=stem, width=float(width))
+    model.architecture = _architecture(name, num_classes, stem, float(width))  # type: ignore[assignment]
+    if weights == "imagenet":
+        loading.load_state(model, loading.imagenet_state(name), source=f"The ImageNet file of {name}")
+        if num_classes != 1000:
+            reset_classifier(model, num_classes)
+    elif weights is not None:
+        loading.load_file(model, Path(weights), classifier=classifier_name(model))
+    return model
+
+
+def _architecture(name: str, num_classes: int, stem: str, width: float) -> dict[str, Any]:
+    return {"name": name, "num_classes": num_classes, "stem": stem, "width": width}
+
+
+def _bare(name: str, num_classes: int, *, stem: str, width: float) -> nn.Module:
+    if name in LAYOUTS:
+        return resnet(name, num_classes, stem=stem, width=width)
+    if name not in known_names():
+        raise AFDSError(f"The backbone {name!r} is unknown; known are {', '.join(known_names())}.")
+    if stem != "imagenet":
+        raise AFDSError(f"{name} has one stem; stem={stem!r} is for ResNets, leave it out.")
+    if name == "mobilenet_v2":
+        return torchvision.models.mobilenet_v2(num_classes=num_classes, width_mult=width)
+    if width != 1:
+        raise AFDSError(f"{name} has one width; width={width:g} is for ResNets and MobileNetV2, leave it out.")
+    return torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+
+
+def classifier_name(model: nn.Module) -> str:
+    """The name of the last linear layer: "fc" in a ResNet, "classifier.6" in a VGG.
+
+    Raises:
+        AFDSError: the model has neither an `fc` nor a `classifier` that ends in a linear layer.
+    """
+    for name in ("fc", "classifier"):
+        head = getattr(model, name, None)
+        if isinstance(head, nn.Linear):
+            return name
+        if isinstance(head, nn.Module):
+            children = list(head.named_children())
+            if children and isinstance(children[-1][1], nn.Linear):
+                return f"{name}.{children[-1][0]}"
+    raise AFDSError(f"{type(model).__name__} has no linear layer called fc or at the end of classifier.")
+
+
+def reset_classifier(model: nn.Module, num_classes: int, generator: torch.Generator | None = None) -> None:
+    """Puts in a new last linear layer, in place, with torch's default initialisation for linear layers.
+
+    Args:
+        model: A network with a `classifier_name`; its `architecture`, if any, gets the new `num_classes`.
+        num_classes: Outputs of the new layer.
+        generator: A CPU generator to draw from; torch's global one if None.
+    """
+    name = classifier_name(model)
+    parent, _, child = name.rpartition(".")
+    old = model.get_submodule(name)
+    assert isinstance(old, nn.Linear)
+    # The values are drawn on the CPU whatever the device, so that a seed means the same network everywhere.
+    new = nn.utils.skip_init(nn.Linear, old.in_features, num_classes)
+    bound = 1 / math.sqrt(old.in_features)
+    with torch.no_grad():
+        new.weight.uniform_(-bound, bound, generator=generator)
+        new.bias.uniform_(-bound, bound, generator=generator)
+    new.train(old.training)
+    setattr(model.get_submodule(parent), child, new.to(old.weight.device, old.weight.dtype))
+    if isinstance(getattr(model, "architecture", None), dict):
+        model.architecture = {**model.architecture, "num_classes": num_classes}  # type: ignore[assignment, dict-item]
+
+
+def stages(model: nn.Module) -> list[str]:
+    """The modules whose outputs are the ends of the stages, in forward order.
+
+    A ResNet's are the last blocks of its residual stages ("layer1.2", ...: after the residual add and the ReLU). A
+    network without residual stages is cut where the resolution drops: a VGG's are the ReLUs before the pools,
+    MobileNetV2's the last blocks of each resolution.
+
+    Raises:
+        AFDSError: the model is of none of these kinds.
+    """
+    if hasattr(model, "layer1"):
+        groups = [n for n, _ in model.named_children() if n.startswith("layer") and n[5:].isdigit()]
+        return [f"{g}.{list(model.get_submodule(g).named_children())[-1][0]}" for g in groups]
+    features = getattr(model, "features", None)
+    if isinstance(features, nn.Sequential):
+        modules = list(features.named_children())
+        ends = [before for (before, _), (_, module) in itertools.pairwise(modules) if _halves(module)]
+        if not isinstance(modules[-1][1], nn.MaxPool2d):
+            ends.append(modules[-1][0])
+        return [f"features.{name}" for name in ends]
+    raise AFDSError(f"{type(model).__name__} has no stages that are known here; name the layers yourself.")
+
+
+def _halves(module: nn.Module) -> bool:
+    if isinstance(module, InvertedResidual):
+        return module.stride == 2
+    return isinstance(module, nn.MaxPool2d)
