@@ -16,8 +16,8 @@
     result = runs.get_or_run(Train(lr=0.01))        # trains once, ever
 
 A folder `runs/<id>/` holds `config.json`, `environment.json` (device, versions: recorded, not hashed), `metrics.csv`,
-`checkpoint.pt` (until the run is finished), artifacts, `times.json` (wall clock) and `result.json`, which is written last
-by an atomic rename: it is the done-marker. A process killed at any moment leaves a folder that the next call resumes.
+`checkpoint.pt` (until the run is finished), artifacts, `times.json` (wall clock) and `result.json`, which is written
+last by an atomic rename: it is the done-marker. A process killed at any moment leaves a folder that is resumed.
 Finished results of the real studies are committed under `data/results/<profile>/runs/` and found there too.
 """
 
@@ -61,7 +61,7 @@ __all__ = [
 ]
 
 RESULTS_VERSION = 1
-"""Part of every run's identity. Raise it by hand when a change of the code changes the numbers of old configurations."""
+"""Part of every run's identity. Raise it by hand when a change of the code changes the numbers of old runs."""
 
 _log = logging.getLogger(__name__)
 _ID = re.compile(r"[0-9a-f]{12}")
@@ -140,7 +140,7 @@ def _encode(value: Any, hint: Any, where: str, hashed_only: bool) -> Any:
         return [_encode(item, hints[i], f"{where}[{i}]", hashed_only) for i, item in enumerate(value)]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return to_json(value, hashed_only=hashed_only)
-    raise TypeError(f"{where} is {value!r}, a {type(value).__name__}; use str, int, float, bool, None, tuples, dataclasses")
+    raise TypeError(f"{where} is a {type(value).__name__}; use str, int, float, bool, None, tuples and dataclasses")
 
 
 def from_json(data: dict[str, Any], cls: type | None = None) -> Any:
@@ -160,7 +160,7 @@ def from_json(data: dict[str, Any], cls: type | None = None) -> Any:
     hints = _hints(cls)
     values = {key: value for key, value in data.items() if key != "class"}
     if unknown := sorted(set(values) - {field.name for field in dataclasses.fields(cls) if field.init}):
-        raise AFDSError(f"{name} has no field {unknown[0]!r}; the configuration was written by another version of afdslib")
+        raise AFDSError(f"{name} has no field {unknown[0]!r}; another version of afdslib wrote the configuration")
     try:
         return cls(**{key: _decode(value, hints[key]) for key, value in values.items()})
     except TypeError as error:  # a field without a default is missing
@@ -175,8 +175,8 @@ def _decode(value: Any, hint: Any) -> Any:
     if isinstance(value, dict):
         if set(value) == {"float"}:
             return float(value["float"])
-        nested = {option.__name__: option for option in options if dataclasses.is_dataclass(option)}
-        return from_json(value, nested.get(value.get("class")))  # type: ignore[arg-type]
+        nested = {option.__name__: option for option in options if isinstance(option, type)}
+        return from_json(value, nested.get(str(value.get("class"))))
     if isinstance(value, int) and not isinstance(value, bool) and float in options and int not in options:
         return float(value)
     return value
@@ -186,7 +186,7 @@ def _hints(cls: type) -> dict[str, Any]:
     try:
         return typing.get_type_hints(cls)
     except NameError as error:
-        raise TypeError(f"the annotations of {cls.__name__} cannot be resolved ({error}); define it at module level") from error
+        raise TypeError(f"annotations of {cls.__name__} cannot be resolved ({error}): define it in a module") from error
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
@@ -226,8 +226,8 @@ class Result:
 
     Attributes:
         id: See `run_id`.
-        metrics: What `execute` returned, as read back from JSON (tuples are lists, keys strings, NaN and infinity None).
-        path: The run's folder; for a committed result the folder of its JSON file, which has no checkpoint or artifacts.
+        metrics: What `execute` returned, as read back from JSON: tuples are lists, keys strings, NaN and infinity None.
+        path: The run's folder; for a committed result the folder of its JSON file, without checkpoint and artifacts.
     """
 
     id: str
@@ -295,8 +295,8 @@ class Run:
             return None
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, IndexError, AttributeError, TypeError):
-            state = None
+        except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, LookupError, AttributeError, TypeError):
+            state = None  # torch has no one error for a damaged file
         if not isinstance(state, dict):
             raise AFDSError(f"the checkpoint {file} is corrupted; delete the run with: afds runs rm {self.id}")
         return state
@@ -355,7 +355,9 @@ class Run:
                 file.write(line.getvalue())
         except OSError as error:
             self._columns = None  # read and repair it before the next row
-            raise AFDSError(f"cannot write {self._log_path}: {error.strerror}; free space or mend its permissions") from error
+            raise AFDSError(
+                f"cannot write {self._log_path}: {error.strerror}; free space there or mend its permissions"
+            ) from error
 
     def truncate_log(self, step: int) -> None:
         """Drops the rows after `step` (the step of the checkpoint), which the resumed run will log again."""
@@ -428,7 +430,8 @@ class Run:
     def _read_times(self) -> dict[str, Any]:
         try:
             times = json.loads((self.path / "times.json").read_text(encoding="utf-8"))
-            return {"seconds": float(times["seconds"]), "sessions": int(times["sessions"]), "started": str(times["started"])}
+            started = str(times["started"])
+            return {"seconds": float(times["seconds"]), "sessions": int(times["sessions"]), "started": started}
         except (OSError, ValueError, KeyError, TypeError):  # absent, or damaged: times are no result
             return {"seconds": 0.0, "sessions": 0, "started": datetime.now(UTC).isoformat(timespec="seconds")}
 
@@ -511,18 +514,18 @@ def publish(result: Result, profile: str, *, store: str | Path | None = None) ->
     """Copies a finished result to `data/results/<profile>/runs/<id>.json`, to be committed, its log beside it.
 
     Holds id, kind, version, configuration (without unhashed fields such as folders), metrics, device and versions.
+    A result that is committed already stays where it is.
 
     Returns:
         The JSON file.
     """
     target = paths.results(profile) / "runs" / f"{result.id}.json"
     if result.committed:
-        return target if target.exists() else Path(shutil.copy(_committed_file(result.id) or "", target))
+        return result.path / f"{result.id}.json"
     record = _read_result(result.path / "result.json", result.id)
     config = load_config(result.id, store=store or result.path.parent)
-    environment_file = result.path / "environment.json"
     record["config"] = to_json(config, hashed_only=True)
-    record["environment"] = json.loads(environment_file.read_text(encoding="utf-8")) if environment_file.exists() else {}
+    record["environment"] = _read_json(result.path / "environment.json", result.id)
     log = result.path / "metrics.csv"
     if log.exists():
         write_text(target.with_suffix(".csv"), log.read_text(encoding="utf-8"))
@@ -654,7 +657,7 @@ def environment() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
