@@ -1,0 +1,22 @@
+"""AFS, attentive feature selection: gated convolutions, exact conversion, masks and MACs budgets."""
+
+from afdslib.afs.convert import convert, layers, set_density
+from afdslib.afs.graph import living_channels
+from afdslib.afs.io import load, save
+from afdslib.afs.layer import AFSConvBN, Gates
+from afdslib.afs.masks import LayerStatistics, MaskReport, collect_statistics, update_masks
+
+__all__ = [
+    "AFSConvBN",
+    "Gates",
+    "LayerStatistics",
+    "MaskReport",
+    "collect_statistics",
+    "convert",
+    "layers",
+    "living_channels",
+    "load",
+    "save",
+    "set_density",
+    "update_masks",
+]

@@ -1,0 +1,137 @@
+"""Exact conversion: an AFS network that computes the very function of a trained network."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import torch
+from torch import fx, nn
+
+from afdslib.afs.graph import trace
+from afdslib.afs.layer import AFSConvBN
+from afdslib.errors import AFDSError
+
+__all__ = ["convert", "layers", "set_density"]
+
+_BLOCK_CONV = re.compile(r"layer\d+\.\d+\.conv\d+")
+
+
+def layers(model: nn.Module) -> dict[str, AFSConvBN]:
+    """The selected convolutions of a network by name, in forward order."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, AFSConvBN)}
+    if not found:
+        return {}
+    order = [n.target for n in trace(model).nodes if n.op == "call_module" and n.target in found]
+    return {name: found[name] for name in dict.fromkeys(order)}
+
+
+def set_density(model: nn.Module, d: float) -> None:
+    """Sets the density of every selected convolution: k = ceil(d * C - 1e-9) places with C the original width.
+
+    Raises:
+        AFDSError: unless 0 < d <= 1, or if the network has no AFS layer.
+    """
+    if not (isinstance(d, (int, float)) and 0 < d <= 1):
+        raise AFDSError(f"density must be in (0, 1], got {d!r}")
+    found = [module for module in model.modules() if isinstance(module, AFSConvBN)]
+    if not found:
+        raise AFDSError(f"{type(model).__name__} has no AFS layer; convert it with afs.convert first")
+    for layer in found:
+        layer.density = float(d)
+
+
+def _pairs(model: nn.Module, graph: fx.Graph) -> list[tuple[str, str]]:
+    """Names of the (convolution, batch norm) pairs in forward order; refuses batch norms that have no convolution."""
+    modules = dict(model.named_modules())
+    pairs: list[tuple[str, str]] = []
+    calls: dict[str, int] = {}
+    for node in graph.nodes:
+        if node.op == "call_module":
+            calls[node.target] = calls.get(node.target, 0) + 1
+    for node in graph.nodes:
+        if node.op != "call_module" or not isinstance(modules[node.target], nn.BatchNorm2d):
+            continue
+        source = node.args[0]
+        if source.op == "placeholder":
+            continue  # a batch norm on the raw input (Inception-BN) normalises the image; there is nothing to select
+        conv = modules.get(str(source.target)) if source.op == "call_module" else None
+        if not isinstance(conv, nn.Conv2d) or len(source.users) != 1:
+            raise AFDSError(
+                f"batch norm {node.target!r} does not directly follow a convolution of its own, as in pre-activation "
+                "networks; AFS converts networks in which each Conv2d is followed by its BatchNorm2d"
+            )
+        if calls[source.target] > 1 or calls[node.target] > 1:
+            raise AFDSError(f"layer {source.target!r} is used more than once per forward pass; AFS needs a layer per use")
+        if not modules[node.target].track_running_stats:
+            raise AFDSError(f"batch norm {node.target!r} keeps no running statistics; AFS needs them")
+        pairs.append((source.target, node.target))
+    return pairs
+
+
+@torch.no_grad()
+def _convert_pair(conv: nn.Conv2d, norm: nn.BatchNorm2d, conv_name: str, norm_name: str) -> AFSConvBN:
+    """The selected convolution that equals conv followed by norm. Source: method, exact conversion [ours]."""
+    bare = nn.BatchNorm2d(
+        norm.num_features, norm.eps, norm.momentum, affine=False, device=conv.weight.device, dtype=norm.running_mean.dtype
+    )
+    bare.load_state_dict({k: v for k, v in norm.state_dict().items() if k not in ("weight", "bias")})
+    bare.train(norm.training)
+    gamma = norm.weight.detach() if norm.affine else torch.ones_like(norm.running_mean)
+    beta = norm.bias.detach() if norm.affine else torch.zeros_like(norm.running_mean)
+    if bool((gamma == 0).all()):
+        raise AFDSError(
+            f"every scale of batch norm {norm_name!r} is 0 (a zero-initialised residual branch), so {conv_name!r} has "
+            "no channel to select; train the network before converting it"
+        )
+    negative = gamma < 0
+    conv.weight[negative] *= -1
+    if conv.bias is not None:
+        conv.bias[negative] *= -1
+    bare.running_mean[negative] *= -1
+    layer = AFSConvBN(conv, bare)
+    layer.train(norm.training)
+    layer.predictor.weight.zero_()
+    layer.predictor.bias.copy_(gamma.abs())
+    layer.beta.copy_(beta)
+    # A channel with scale 0 is the constant beta: static with gamma = 0, gone at the first mask update.
+    layer.s[gamma == 0] = 0
+    layer.gamma.copy_(gamma.abs())
+    return layer
+
+
+def convert(model: nn.Module, *, gates: str = "all") -> nn.Module:
+    """A copy of a network with selected convolutions in place of Conv2d-BatchNorm2d pairs, and the same function.
+
+    The predictors start with Phi = 0 and phi = |gamma_bn|, so the gates are constant and equal to the trained scales;
+    filters with a negative scale are negated together with their bias and running mean. [ours: exact conversion]
+
+    Args:
+        model: any network whose Conv2d-BatchNorm2d pairs torch.fx finds; it is left as it is.
+        gates: "all", every pair (104 in ResNet-101); "blocks", only the convolutions inside a ResNet's residual
+            blocks (99), as in the seed's code.
+
+    Returns:
+        The converted copy, in the same mode, with k = C everywhere (density 1).
+
+    Raises:
+        AFDSError: for pre-activation networks, networks that torch.fx cannot follow, a layer whose scales are all
+            zero, a network that has been converted already, or an unknown value of gates.
+    """
+    if gates not in ("all", "blocks"):
+        raise AFDSError(f"gates must be 'all' or 'blocks', got {gates!r}")
+    if any(isinstance(module, AFSConvBN) for module in model.modules()):
+        raise AFDSError("the network has AFS layers already; convert the plain network")
+    pairs = _pairs(model, trace(model))
+    if gates == "blocks":
+        pairs = [(conv, norm) for conv, norm in pairs if _BLOCK_CONV.fullmatch(conv)]
+    if not pairs:
+        raise AFDSError(f"no convolution with a batch norm to gate in {type(model).__name__} with gates={gates!r}")
+    converted = copy.deepcopy(model)
+    for conv_name, norm_name in pairs:
+        conv, norm = converted.get_submodule(conv_name), converted.get_submodule(norm_name)
+        converted.set_submodule(conv_name, _convert_pair(conv, norm, conv_name, norm_name))
+        converted.set_submodule(norm_name, nn.Identity())
+    if isinstance(getattr(model, "architecture", None), dict):
+        converted.architecture = {**model.architecture, "gates": gates}
+    return converted

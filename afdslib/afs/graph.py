@@ -1,0 +1,195 @@
+"""The network as a graph: which tensor feeds which layer, and which channels of it can be other than zero.
+
+A residual stream's active set is, per image, the union of its addends' a(x); an ungated addend makes every channel
+active; ReLU and pooling keep the set; the classifier uses it too. [method: MACs, ours]
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, fx, nn
+
+from afdslib.afs.layer import AFSConvBN
+from afdslib.errors import AFDSError
+
+__all__ = ["eval_mode", "living_channels", "propagate", "shapes", "trace"]
+
+# Modules and functions that map a zero channel to a zero channel and leave the channels in their order.
+_KEEP_MODULES = (
+    nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Tanh, nn.Dropout, nn.Dropout2d,
+    nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Upsample,
+)  # fmt: skip
+_KEEP_FUNCTIONS = {
+    "relu", "relu_", "relu6", "leaky_relu", "gelu", "silu", "hardswish", "tanh", "dropout", "max_pool2d", "avg_pool2d",
+    "adaptive_avg_pool2d", "adaptive_max_pool2d", "interpolate", "contiguous", "clone", "float",
+}  # fmt: skip
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        return isinstance(module, AFSConvBN) or super().is_leaf_module(module, qualified_name)
+
+
+def trace(model: nn.Module) -> fx.Graph:
+    """The graph of a network, with selected convolutions as single nodes.
+
+    Raises:
+        AFDSError: if torch.fx cannot follow the network.
+    """
+    try:
+        return _Tracer().trace(model)
+    except Exception as error:  # fx raises many types; all mean the same to the caller
+        raise AFDSError(
+            f"torch.fx cannot follow {type(model).__name__} ({str(error).splitlines()[0]}); "
+            "give its forward method no control flow that depends on the data"
+        ) from error
+
+
+def _name(node: fx.Node) -> str:
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def _union(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    if left is None or right is None:
+        return None
+    return torch.maximum(left, right)
+
+
+def propagate(
+    graph: fx.Graph,
+    modules: dict[str, nn.Module],
+    active: dict[str, Tensor],
+    shapes: dict[str, tuple[int, ...]],
+) -> Iterator[tuple[fx.Node, Tensor | None, Tensor | None]]:
+    """Walks the graph in order and says which channels enter and leave each node.
+
+    Args:
+        graph: from `trace`.
+        modules: the network's modules by name.
+        active: for each AFSConvBN its a(x), (B, C), or its mask m, (1, C).
+        shapes: of every node's output by node name, from `shapes`.
+
+    Yields:
+        (node, input set, output set); a set is (B, C) with 1 for active, or None for "all channels".
+    """
+    sets: dict[fx.Node, Tensor | None] = {}
+    for node in graph.nodes:
+        inputs = [sets[n] for n in node.all_input_nodes]
+        first = inputs[0] if inputs else None
+        result: Tensor | None = None
+        if node.op == "output":
+            result = first
+        elif node.op == "call_module":
+            module = modules[node.target]
+            if isinstance(module, AFSConvBN):
+                result = active[node.target]
+            elif isinstance(module, _KEEP_MODULES):
+                result = first
+            elif isinstance(module, nn.Flatten):
+                result = _flatten(first, shapes[node.name])
+        elif node.op in ("call_function", "call_method"):
+            name = _name(node)
+            if node.target in (operator.add, operator.iadd, torch.add) or name in ("add", "add_"):
+                tensors = [a for a in node.args[:2] if isinstance(a, fx.Node)]
+                # A constant addend makes zero channels non-zero.
+                result = _union(sets[tensors[0]], sets[tensors[1]]) if len(tensors) == 2 else None
+            elif node.target is torch.cat or name in ("cat", "concat"):
+                result = _concatenate(node, sets, shapes)
+            elif name in ("flatten", "view", "reshape"):
+                result = _flatten(first, shapes[node.name])
+            elif name in _KEEP_FUNCTIONS or (name == "mean" and _spatial(node)):
+                result = first
+        sets[node] = result
+        yield node, first, result
+
+
+def _spatial(node: fx.Node) -> bool:
+    dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+    return dims is not None and sorted(d % 4 for d in dims) == [2, 3]
+
+
+def _flatten(channels: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+    """Each channel becomes H*W neighbouring features."""
+    if channels is None or len(shape) != 2 or shape[1] % channels.shape[1]:
+        return None
+    return channels.repeat_interleave(shape[1] // channels.shape[1], dim=1)
+
+
+def _concatenate(
+    node: fx.Node, sets: dict[fx.Node, Tensor | None], shapes: dict[str, tuple[int, ...]]
+) -> Tensor | None:
+    dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+    parts = list(node.args[0])
+    known = [sets[p] for p in parts if sets[p] is not None]
+    if dim != 1 or not known:
+        return None
+    full = known[0].new_ones(known[0].shape[0], 1)
+    return torch.cat([full.expand(-1, shapes[p.name][1]) if sets[p] is None else sets[p] for p in parts], dim=1)
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode for a while; every module gets its own mode back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@torch.no_grad()
+def shapes(model: nn.Module, graph: fx.Graph, input_size: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
+    """The shape of every node's output for a batch of one image; () where a node gives no tensor."""
+    parameter = next(model.parameters())
+    image = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
+    runner = fx.Interpreter(model, garbage_collect_values=False, graph=graph)
+    with eval_mode(model):
+        runner.run(image)
+    return {node.name: tuple(v.shape) if isinstance(v, Tensor) else () for node, v in runner.env.items()}
+
+
+def living_channels(model: nn.Module, names: Iterable[str], input_size: tuple[int, int, int]) -> dict[str, Tensor]:
+    """Channels of some modules' outputs that can be other than zero for at least one image, as far as masks prove it.
+
+    Args:
+        model: a network, gated or not.
+        names: modules, such as the last blocks of the residual stages.
+        input_size: (3, H, W).
+
+    Returns:
+        For each name a bool tensor (C,): False where m = 0 in every addend of the stream. [ours]
+
+    Raises:
+        AFDSError: for a name that is no module of the network.
+    """
+    graph, modules = trace(model), dict(model.named_modules())
+    masks = {n: m.m[None] for n, m in modules.items() if isinstance(m, AFSConvBN)}
+    widths = shapes(model, graph, input_size)
+    last: dict[str, tuple[Tensor | None, int]] = {}
+    wanted = set(names)
+    for node, _, leaving in propagate(graph, modules, masks, widths):
+        # A block is not a node of its own; its output is the last node made inside it.
+        for owner in _owners(node):
+            if owner in wanted:
+                last[owner] = (leaving, widths[node.name][1])
+    missing = sorted(wanted - set(last))
+    if missing:
+        raise AFDSError(f"no layer {missing[0]!r} in {type(model).__name__}; its layers are named by model.named_modules()")
+    device = next(model.parameters()).device
+    return {
+        name: torch.ones(width, dtype=torch.bool, device=device) if channels is None else channels[0] > 0
+        for name, (channels, width) in last.items()
+    }
+
+
+def _owners(node: fx.Node) -> set[str]:
+    owners = {path for path, _ in (node.meta.get("nn_module_stack") or {}).values()}
+    if node.op == "call_module":
+        owners.add(node.target)
+    return owners

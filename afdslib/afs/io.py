@@ -1,0 +1,72 @@
+"""Saving AFS networks without pickle: safetensors for the tensors, JSON in the same file for the architecture."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from afdslib import backbones
+from afdslib.afs.convert import convert
+from afdslib.errors import AFDSError
+
+__all__ = ["load", "save"]
+
+
+def save(model: nn.Module, path: str | Path) -> None:
+    """Writes a network built by `backbones.build`, converted or not, to one safetensors file, atomically.
+
+    Raises:
+        AFDSError: for a network whose architecture is not known (not built by `backbones.build`).
+    """
+    architecture = getattr(model, "architecture", None)
+    if not isinstance(architecture, dict):
+        raise AFDSError(
+            f"{type(model).__name__} does not say how to build it; make networks with backbones.build so that they can be saved"
+        )
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    try:
+        save_file(tensors, temporary, metadata={"afds": json.dumps(architecture, sort_keys=True)})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: str | Path) -> nn.Module:
+    """The network in a file written by `save`, on the CPU, in eval mode.
+
+    Raises:
+        AFDSError: for a missing, damaged or foreign file.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            architecture = json.loads((file.metadata() or {})["afds"])
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+    except FileNotFoundError:
+        raise AFDSError(f"no file {str(path)!r}; give the path of a network written by afs.save") from None
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise AFDSError(f"{str(path)!r} is damaged or was not written by afs.save ({error})") from None
+    gates = architecture.pop("gates", None)
+    model = backbones.build(**architecture)
+    if gates is not None:
+        model = convert(_unit_scales(model), gates=gates)
+    dtype = next((t.dtype for n, t in state.items() if n.endswith("weight")), None)
+    try:
+        model.to(dtype).load_state_dict(state)
+    except RuntimeError as error:
+        raise AFDSError(f"{str(path)!r} does not fit its own architecture ({str(error).splitlines()[-1].strip()})") from None
+    return model.eval()
+
+
+def _unit_scales(model: nn.Module) -> nn.Module:
+    """Scales of 1, so that a fresh network with zero-initialised branches can be converted before its state is loaded."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.affine:
+            nn.init.ones_(module.weight)
+    return model

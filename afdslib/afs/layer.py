@@ -1,0 +1,144 @@
+"""The selected convolution: gates predicted from a layer's input decide which of its output channels are computed."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from afdslib.errors import AFDSError
+
+__all__ = ["AFSConvBN", "Gates", "select"]
+
+
+class Gates(NamedTuple):
+    """What the gates of one layer say about one batch; each field is (B, C).
+
+    Attributes:
+        pi: selected importances, 0 where a channel is not selected.
+        eta: the scale that replaces the batch norm's: s * pi + (1 - s) * gamma.
+        active: 1 where the channel is computed for this sample, else 0.
+    """
+
+    pi: Tensor
+    eta: Tensor
+    active: Tensor
+
+
+def select(h: Tensor, m: Tensor, s: Tensor, k: int) -> Tensor:
+    """Keeps, per sample, the largest importances of the living dynamic channels; the rest become 0.
+
+    Living static channels (m=1, s=0) take places first; of the living dynamic ones the min(k - static, dynamic) largest
+    stay, found by a stable sort, so that the lowest index wins a tie. The gradient flows through what stays. [ours]
+
+    Args:
+        h: importances, (B, C), non-negative.
+        m: 1 for living channels, (C,).
+        s: 1 for dynamic channels, (C,).
+        k: places in the layer.
+
+    Returns:
+        pi, (B, C).
+    """
+    dynamic = m * s
+    h = h * dynamic
+    if k >= h.shape[1]:
+        return h
+    # The number of places stays a tensor: reading it would make every step wait for the device.
+    places = k - (m * (1 - s)).sum()
+    order = torch.sort(torch.where(dynamic > 0, h.detach(), -1.0), dim=1, descending=True, stable=True).indices
+    keep = (torch.arange(h.shape[1], device=h.device) < places).to(h.dtype)
+    return h * torch.zeros_like(h).scatter_(1, order, keep.expand_as(h))
+
+
+class AFSConvBN(nn.Module):
+    """Convolution and batch norm whose output channels are weighted, and skipped, by gates on the input.
+
+    ```
+    y(x)   = norm(conv(x))                     batch norm without its affine part          [code: FBS]
+    h(x)   = relu(gap(x) Phi + phi)                                                        [code]
+    pi(x)  = select_k(h(x))                                                                [code, recall]
+    eta(x) = s * pi(x) + (1 - s) * gamma                                                   [recall]
+    a(x)   = m * ((1 - s) + s * 1[pi(x) > 0])                                              [ours]
+    out    = a(x) * (eta(x) * y(x) + beta)                                                 [code, ours]
+    ```
+
+    The masks m and s and the constant gamma are per channel and part of the state_dict; m and s are only ever lowered by
+    `afs.update_masks`. A channel with a(x) = 0 is exactly zero. Predictor, selection and scale run in float32 (float64 in
+    a float64 network) with autocast off.
+
+    Args:
+        conv: the convolution to gate; it is used as it is, not copied.
+        norm: a batch norm without affine part over the convolution's output channels.
+        width: the original number of output channels, from which k is computed; default: the present one.
+
+    Shape:
+        - Input: (B, C_in, H, W)
+        - Output: (B, C, H', W')
+    """
+
+    m: Tensor
+    s: Tensor
+    gamma: Tensor
+
+    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, *, width: int | None = None):
+        super().__init__()
+        channels = conv.out_channels
+        if norm.affine:
+            raise AFDSError("the batch norm of an AFS layer has no affine part; convert a network with afs.convert")
+        if norm.num_features != channels:
+            raise AFDSError(f"the batch norm has {norm.num_features} channels and the convolution {channels}; they must agree")
+        self.conv = conv
+        self.norm = norm
+        factory = {"device": conv.weight.device, "dtype": conv.weight.dtype}
+        self.predictor = nn.Linear(conv.in_channels, channels, **factory)
+        self.beta = nn.Parameter(torch.zeros(channels, **factory))
+        self.register_buffer("m", torch.ones(channels, **factory))
+        self.register_buffer("s", torch.ones(channels, **factory))
+        self.register_buffer("gamma", torch.ones(channels, **factory))
+        # The original width, from which k is computed even after channels have been cut out of the layer.
+        self.width = channels if width is None else width
+        self.density = 1.0
+
+    @property
+    def k(self) -> int:
+        """Places: ceil(d * C - 1e-9), with C the original width."""
+        return math.ceil(self.density * self.width - 1e-9)
+
+    def gates(self, x: Tensor) -> Gates:
+        """The gates for a batch of inputs.
+
+        Args:
+            x: the layer's input, (B, C_in, H, W).
+
+        Returns:
+            pi, eta and active, each (B, C).
+        """
+        dtype = torch.promote_types(torch.float32, self.predictor.weight.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            pooled = x.mean(dim=(2, 3), dtype=dtype)
+            weight, bias = self.predictor.weight.to(dtype), self.predictor.bias.to(dtype)
+            m, s = self.m.to(dtype), self.s.to(dtype)
+            pi = select(nn.functional.linear(pooled, weight, bias).relu(), m, s, self.k)
+            eta = s * pi + (1 - s) * self.gamma.to(dtype)
+            active = m * ((1 - s) + s * (pi > 0).to(dtype))
+        return Gates(pi, eta, active)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gates = self.gates(x)
+        y = self.norm(self.conv(x))
+        with torch.autocast(x.device.type, enabled=False):
+            scale = (gates.active * gates.eta)[:, :, None, None]
+            shift = (gates.active * self.beta.to(scale.dtype))[:, :, None, None]
+            return torch.addcmul(shift, scale, y.to(scale.dtype)).to(y.dtype)
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.density, dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.density = float(state)
+
+    def extra_repr(self) -> str:
+        return f"k={self.k} of {self.width}, density={self.density:g}"

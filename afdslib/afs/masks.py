@@ -1,0 +1,280 @@
+"""Gate statistics over training images, and the mask update that removes channels and freezes gates.
+
+Method, section 4.3 and 4.5: q = E[eta], p = Var[pi] (population); m <- 1[q > delta_m]; s <- 1[p > delta_s * q^2];
+gamma <- q where s becomes 0. [recall; delta_s and the budget are ours]
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from afdslib import macs
+from afdslib.afs.convert import layers
+from afdslib.afs.graph import eval_mode
+from afdslib.afs.layer import AFSConvBN
+from afdslib.errors import AFDSError
+
+__all__ = ["LayerStatistics", "MaskReport", "collect_statistics", "update_masks"]
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """Statistics of one layer's gates over a set of images, float64 on the CPU.
+
+    Attributes:
+        q: mean of eta, (C,).
+        p: population variance of pi, (C,).
+        active_rate: share of images for which each channel is computed, (C,).
+        n: images seen.
+    """
+
+    q: Tensor
+    p: Tensor
+    active_rate: Tensor
+    n: int
+
+
+@dataclass(frozen=True)
+class MaskReport:
+    """What a mask update did.
+
+    Attributes:
+        delta_m: the threshold on q; -inf where no channel had to go.
+        macs: expected MACs afterwards (None without a loader).
+        removed: channels with m = 0, of all layers.
+        static: living channels with constant gates.
+        dynamic: living channels whose gates depend on the input.
+    """
+
+    delta_m: float
+    macs: macs.MACs | None
+    removed: int
+    static: int
+    dynamic: int
+
+
+class _Welford:
+    """Running mean and sum of squared deviations per channel, merged batch by batch (Chan et al. 1983)."""
+
+    def __init__(self, channels: int):
+        self.n = 0
+        self.mean = torch.zeros(channels, dtype=torch.float64)
+        self.deviation = torch.zeros(channels, dtype=torch.float64)
+
+    def update(self, batch: Tensor) -> None:
+        batch = batch.detach().to("cpu", torch.float64)
+        n = batch.shape[0]
+        mean = batch.mean(0)
+        delta = mean - self.mean
+        total = self.n + n
+        self.deviation += (batch - mean).square().sum(0) + delta.square() * (self.n * n / total)
+        self.mean += delta * (n / total)
+        self.n = total
+
+
+def collect_statistics(
+    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], *, device: torch.device | str | None = None
+) -> dict[str, LayerStatistics]:
+    """Gate statistics of every AFS layer over training images, in eval mode and without gradients.
+
+    Args:
+        model: an AFS network; its mode is restored.
+        loader: batches of (images, labels): the TRAINING images under the test-time transform, never the test set.
+        device: where to run; default: where the network is.
+
+    Returns:
+        Statistics by layer name, in forward order.
+
+    Raises:
+        AFDSError: if the network has no AFS layer or the loader is empty.
+    """
+    found = layers(model)
+    if not found:
+        raise AFDSError(f"{type(model).__name__} has no AFS layer; convert it with afs.convert first")
+    device = next(model.parameters()).device if device is None else torch.device(device)
+    accumulators = {name: tuple(_Welford(layer.m.numel()) for _ in range(3)) for name, layer in found.items()}
+
+    def hook(name: str):
+        def record(module: AFSConvBN, args: tuple[Tensor, ...], output: Tensor) -> None:
+            gates = module.gates(args[0])
+            for accumulator, values in zip(accumulators[name], (gates.eta, gates.pi, gates.active), strict=True):
+                accumulator.update(values)
+
+        return record
+
+    handles = [layer.register_forward_hook(hook(name)) for name, layer in found.items()]
+    try:
+        with eval_mode(model), torch.no_grad():
+            for images, _ in loader:
+                model(images.to(device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    statistics = {}
+    for name, (eta, pi, active) in accumulators.items():
+        if eta.n == 0:
+            raise AFDSError("no image to collect gate statistics from; the loader is empty")
+        statistics[name] = LayerStatistics(eta.mean, pi.deviation / pi.n, active.mean, eta.n)
+    return statistics
+
+
+def update_masks(
+    model: nn.Module,
+    statistics: dict[str, LayerStatistics],
+    *,
+    delta_m: float | None = None,
+    delta_s: float = 0.01,
+    macs_budget: float | None = None,
+    loader: Iterable[tuple[Tensor, Tensor]] | None = None,
+    multiple: int = 1,
+) -> MaskReport:
+    """Lowers the masks in place: removes channels with small mean gates and freezes gates that hardly vary.
+
+    With `macs_budget` one threshold for the whole network is bisected on the expected MACs at the present density,
+    predictors included. Ties are broken by (q, layer, index). m and s never return to 1, and a layer never loses its
+    last channel. [ours]
+
+    Args:
+        model: an AFS network.
+        statistics: from `collect_statistics` on this network.
+        delta_m: channels whose q is at most this are removed.
+        delta_s: gates whose variance is at most delta_s * q^2 become the constant q; 0 keeps all dynamic that vary at
+            all, infinity makes all static.
+        macs_budget: in (0, 1], the share of the dense ungated network's MACs to reach.
+        loader: a fixed subset of training images, needed for `macs_budget`; it must give the same images each time.
+        multiple: round each layer's kept channels up to a multiple, for kernels that like such shapes.
+
+    Raises:
+        AFDSError: unless exactly one of delta_m and macs_budget is given; for values out of range, a missing loader,
+            statistics of another network, or a budget that even one channel per layer exceeds (it names the
+            smallest that can be reached).
+    """
+    found = layers(model)
+    if set(found) != set(statistics) or any(found[n].m.numel() != statistics[n].q.numel() for n in found):
+        raise AFDSError("the statistics belong to another network; collect them with afs.collect_statistics on this one")
+    if (delta_m is None) == (macs_budget is None):
+        raise AFDSError("give exactly one of delta_m and macs_budget")
+    if not delta_s >= 0:
+        raise AFDSError(f"delta_s must be at least 0, got {delta_s!r}")
+    if not (isinstance(multiple, int) and multiple >= 1):
+        raise AFDSError(f"multiple must be a whole number of at least 1, got {multiple!r}")
+    if macs_budget is not None:
+        if not 0 < macs_budget <= 1:
+            raise AFDSError(f"macs_budget must be in (0, 1], got {macs_budget!r}")
+        if loader is None:
+            raise AFDSError("macs_budget needs a loader of training images to measure the expected MACs on")
+    elif math.isnan(delta_m):
+        raise AFDSError("delta_m must be a number, got nan")
+
+    before = {name: (layer.m.clone(), layer.s.clone(), layer.gamma.clone()) for name, layer in found.items()}
+    try:
+        _freeze(found, statistics, delta_s)
+        ranking = _ranking(found, statistics)
+        living = {name: layer.m.clone() for name, layer in found.items()}
+        if macs_budget is None:
+            removals = sum(q <= delta_m for q, _, _ in ranking)
+            _remove(found, living, ranking[:removals], multiple)
+            measured = macs.expected(model, loader) if loader is not None else None
+            threshold = float(delta_m)
+        else:
+            removals, measured = _bisect(model, found, living, ranking, macs_budget, loader, multiple)
+            threshold = ranking[removals - 1][0] if removals else -math.inf
+    except BaseException:
+        # Nothing half done: a refused or interrupted update leaves the masks as they were.
+        for name, (m, s, gamma) in before.items():
+            found[name].m.copy_(m), found[name].s.copy_(s), found[name].gamma.copy_(gamma)
+        raise
+    alive = sum(int(layer.m.sum()) for layer in found.values())
+    dynamic = sum(int((layer.m * layer.s).sum()) for layer in found.values())
+    width = sum(layer.m.numel() for layer in found.values())
+    return MaskReport(threshold, measured, width - alive, alive - dynamic, dynamic)
+
+
+@torch.no_grad()
+def _freeze(found: dict[str, AFSConvBN], statistics: dict[str, LayerStatistics], delta_s: float) -> None:
+    """s <- 1[p > delta_s * q^2]; gamma <- q where s becomes 0."""
+    for name, layer in found.items():
+        q, p = statistics[name].q, statistics[name].p
+        freeze = ((p <= delta_s * q.square()) if math.isfinite(delta_s) else torch.ones_like(q, dtype=torch.bool)).to(
+            layer.s.device
+        )
+        freeze &= layer.s > 0
+        layer.gamma[freeze] = q.to(layer.gamma)[freeze]
+        layer.s[freeze] = 0
+
+
+def _ranking(found: dict[str, AFSConvBN], statistics: dict[str, LayerStatistics]) -> list[tuple[float, int, int]]:
+    """Living channels that may go, least important first; each layer's most important channel is not among them."""
+    names = list(found)
+    ranking: list[tuple[float, int, int]] = []
+    for position, name in enumerate(names):
+        q, alive = statistics[name].q.tolist(), found[name].m.tolist()
+        channels = sorted((q[c], position, c) for c in range(len(q)) if alive[c])
+        ranking += channels[:-1]
+    return sorted(ranking)
+
+
+@torch.no_grad()
+def _remove(
+    found: dict[str, AFSConvBN],
+    living: dict[str, Tensor],
+    removals: list[tuple[float, int, int]],
+    multiple: int,
+) -> None:
+    """Sets the masks to `living` less the removals; each layer keeps a multiple of channels where it can."""
+    chosen: dict[int, list[int]] = {}
+    for _, position, channel in removals:
+        chosen.setdefault(position, []).append(channel)
+    for position, (name, layer) in enumerate(found.items()):
+        layer.m.copy_(living[name])
+        channels = chosen.get(position, [])
+        kept = int(living[name].sum()) - len(channels)
+        # The last ones chosen are the most important of them, and the first to be kept after all.
+        give_back = min(-kept % multiple, len(channels))
+        gone = channels[: len(channels) - give_back]
+        if gone:
+            layer.m[torch.tensor(gone, device=layer.m.device)] = 0
+
+
+def _bisect(
+    model: nn.Module,
+    found: dict[str, AFSConvBN],
+    living: dict[str, Tensor],
+    ranking: list[tuple[float, int, int]],
+    budget: float,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    multiple: int,
+) -> tuple[int, macs.MACs]:
+    """The smallest number of removals (in ranking order) whose expected MACs meet the budget, and those MACs."""
+    images = next(iter(loader), None)
+    if images is None:
+        raise AFDSError("no image to measure the expected MACs on; the loader is empty")
+    dense = macs.count(model, tuple(images[0].shape[1:])).total
+    allowed = budget * dense
+
+    def measure(removals: int) -> macs.MACs:
+        _remove(found, living, ranking[:removals], multiple)
+        return macs.expected(model, loader)
+
+    low, high = 0, len(ranking)
+    best = measure(high)
+    if best.total > allowed:
+        raise AFDSError(
+            f"macs_budget {budget:g} cannot be reached: one channel per layer still costs {best.total / dense:.4f} of the "
+            "dense network; ask for at least that, or gate more layers"
+        )
+    while low < high:
+        middle = (low + high) // 2
+        measured = measure(middle)
+        if measured.total <= allowed:
+            high, best = middle, measured
+        else:
+            low = middle + 1
+    # The masks must be those of `high`, whichever number was measured last.
+    _remove(found, living, ranking[:high], multiple)
+    return high, best
