@@ -40,6 +40,7 @@ import time
 import types
 import typing
 import uuid
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -294,9 +295,11 @@ class Run:
         if not file.exists():
             return None
         try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, LookupError, AttributeError, TypeError):
-            state = None  # torch has no one error for a damaged file
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()  # torch itself does not compare every checksum
+            state = None if damaged else torch.load(file, map_location="cpu", weights_only=True)
+        except _DAMAGED:
+            state = None
         if not isinstance(state, dict):
             raise AFDSError(f"the checkpoint {file} is corrupted; delete the run with: afds runs rm {self.id}")
         return state
@@ -402,7 +405,7 @@ class Run:
         Raises:
             ValueError: Not a plain file name, or one that the store itself uses.
         """
-        if Path(name).name != name or name.startswith(".") or name in _OWN_FILES:
+        if not name or Path(name).name != name or name.startswith(".") or name in _OWN_FILES:
             raise ValueError(f"{name!r} cannot name an artifact; use a plain file name other than {sorted(_OWN_FILES)}")
         return self.path / name
 
@@ -441,6 +444,10 @@ class Run:
         write_json(self.path / "times.json", {**times, "written": datetime.now(UTC).isoformat(timespec="seconds")})
 
 
+_DAMAGED = (  # what torch.load and zipfile raise for a damaged file
+    RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, ValueError, LookupError, AttributeError,
+    TypeError,
+)
 _OWN_FILES = {"config.json", "environment.json", "metrics.csv", "checkpoint.pt", "times.json", "result.json"}
 
 
