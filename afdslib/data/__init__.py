@@ -1,0 +1,28 @@
+"""Data sets as ready-made splits: download, verification, extraction, decoding, augmentation."""
+
+from afdslib.data.catalogue import NAMES, target_40
+from afdslib.data.datasets import ArrayImages, FileImages, ImageDataset, collate, loader
+from afdslib.data.images import MEAN, STD, CorruptImageError
+from afdslib.data.load import Splits, load
+from afdslib.data.report import describe, imbalance, prepare
+from afdslib.data.sources import FILES, Remote
+
+__all__ = [
+    "FILES",
+    "MEAN",
+    "NAMES",
+    "STD",
+    "ArrayImages",
+    "CorruptImageError",
+    "FileImages",
+    "ImageDataset",
+    "Remote",
+    "Splits",
+    "collate",
+    "describe",
+    "imbalance",
+    "load",
+    "loader",
+    "prepare",
+    "target_40",
+]

@@ -1,0 +1,265 @@
+"""The two kinds of data set: images decoded into one array, and image files opened when asked for.
+
+Augmentation is a function of (seed, epoch, index) alone: each epoch has one table of uniforms, so neither the number of
+workers nor the order of visits nor a resume changes an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from afdslib.data.images import MEAN, STD, centre_box, read_rgb, resize_shorter, resized_to
+from afdslib.errors import AFDSError
+
+__all__ = ["ImageDataset", "ArrayImages", "FileImages", "Files", "Arrays", "collate", "loader", "PAD", "generator"]
+
+PAD = 4
+
+_SCALE = torch.tensor([1.0 / (255.0 * s) for s in STD]).view(1, 3, 1, 1)
+_SHIFT = torch.tensor([-m / s for m, s in zip(MEAN, STD)]).view(1, 3, 1, 1)
+
+
+def generator(*key: int) -> np.random.RandomState:
+    """A random generator for an integer key. NumPy guarantees RandomState's stream across versions."""
+    return np.random.RandomState(np.random.MT19937(np.random.SeedSequence([int(k) for k in key])))
+
+
+def _normalise(images: np.ndarray) -> Tensor:
+    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) with ImageNet's mean and deviation."""
+    channels_first = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+    return channels_first.to(torch.float32).mul_(_SCALE).add_(_SHIFT)
+
+
+class ImageDataset(Dataset):
+    """Images with integer labels.
+
+    Attributes:
+        targets: int64 array (N,)
+        classes: names, indexed by target
+        size: side of the images in pixels
+        augment: whether crop and flip are random
+        flip: whether augmentation may mirror an image
+    """
+
+    def __init__(
+        self, targets: np.ndarray, classes: Sequence[str], *, size: int, augment: bool, flip: bool = True, seed: int = 0
+    ) -> None:
+        self.targets = np.asarray(targets, dtype=np.int64)
+        self.classes = tuple(classes)
+        self.size = size
+        self.augment = augment
+        self.flip = flip
+        self.seed = seed
+        self.set_epoch(0)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the epoch's augmentation: uniforms (N, 3) for the crop's row, its column and the flip.
+
+        Call it before the epoch's loader is iterated: worker processes take a copy of the table when they start.
+        """
+        self.epoch = int(epoch)
+        self._uniforms = generator(self.seed, self.epoch, 0xA06).random_sample((len(self), 3)) if self.augment else None
+
+    def _check(self, indices: Sequence[int] | Tensor | np.ndarray) -> np.ndarray:
+        index = np.asarray(indices, dtype=np.int64).reshape(-1)
+        if len(index) and (index.max() >= len(self) or index.min() < -len(self)):
+            raise IndexError(f"index out of range for a data set of {len(self)} images")
+        return index % max(len(self), 1)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        images, targets = self.__getitems__([int(index)])
+        return images[0], int(targets[0])
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """A collated batch.
+
+        Returns:
+            images float32 (B, 3, size, size), normalised; targets int64 (B,).
+        """
+        raise NotImplementedError
+
+    def raw(self, index: int) -> np.ndarray:
+        """One image for display: uint8 (size, size, 3), resized and cropped at the centre, not augmented or normalised."""
+        raise NotImplementedError
+
+
+class ArrayImages(ImageDataset):
+    """Images decoded into one uint8 array (memory-mapped or not).
+
+    Training: pad by 4 pixels with zeros AFTER the normalisation (so with ImageNet's mean colour), crop at random, mirror
+    with probability 1/2. Otherwise the image as it is.
+
+    Args:
+        images: uint8 (M, size, size, 3), shared by the splits
+        rows: int64 (N,): which of the M images are in this split
+    """
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        rows: np.ndarray,
+        targets: np.ndarray,
+        classes: Sequence[str],
+        *,
+        augment: bool,
+        flip: bool = True,
+        seed: int = 0,
+    ) -> None:
+        self._images = images
+        self._rows = np.asarray(rows, dtype=np.int64)
+        super().__init__(targets, classes, size=images.shape[1], augment=augment, flip=flip, seed=seed)
+
+    def __getstate__(self) -> dict:
+        state = self.__dict__.copy()
+        if isinstance(self._images, np.memmap):  # a spawned worker opens the file again instead of receiving its bytes
+            state["_images"] = Path(self._images.filename)
+        return state
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        if isinstance(self._images, Path):
+            self._images = np.load(self._images, mmap_mode="r")
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        index = self._check(indices)
+        images = _normalise(self._images[self._rows[index]])
+        if self._uniforms is not None:
+            images = self._augmented(images, self._uniforms[index])
+        return images, torch.from_numpy(self.targets[index])
+
+    def _augmented(self, images: Tensor, uniforms: np.ndarray) -> Tensor:
+        padded = torch.nn.functional.pad(images, (PAD,) * 4).numpy()
+        windows = np.lib.stride_tricks.sliding_window_view(padded, (self.size, self.size), axis=(2, 3))
+        corner = (uniforms[:, :2] * (2 * PAD + 1)).astype(np.int64)
+        out = windows[np.arange(len(padded)), :, corner[:, 0], corner[:, 1]]
+        if self.flip:
+            mirrored = uniforms[:, 2] < 0.5
+            out[mirrored] = out[mirrored, :, :, ::-1]
+        return torch.from_numpy(out)
+
+    def raw(self, index: int) -> np.ndarray:
+        return np.array(self._images[self._rows[self._check([index])[0]]])
+
+
+class Source(Protocol):
+    """Something that gives the i-th image of a data set as RGB."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, row: int) -> str: ...
+
+    def read(self, row: int) -> Image.Image: ...
+
+
+class Files:
+    """Image files below a folder."""
+
+    def __init__(self, folder: Path, relative: Sequence[str]) -> None:
+        self.folder = folder
+        self.relative = list(relative)
+
+    def __len__(self) -> int:
+        return len(self.relative)
+
+    def name(self, row: int) -> str:
+        return self.relative[row]
+
+    def read(self, row: int) -> Image.Image:
+        return read_rgb(self.folder / self.relative[row])
+
+
+class Arrays:
+    """Images that come as one uint8 array (M, H, W, 3)."""
+
+    def __init__(self, images: np.ndarray) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def name(self, row: int) -> str:
+        return f"image {row}"
+
+    def read(self, row: int) -> Image.Image:
+        return Image.fromarray(self.images[row])
+
+
+class FileImages(ImageDataset):
+    """Images opened when asked for, for sizes above 64 px; worker processes do the decoding.
+
+    Training: shorter side to size*256/224, random crop, mirror with probability 1/2. Otherwise the centre crop.
+
+    Args:
+        source: gives the images
+        rows: int64 (N,): which images of the source are in this split
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        rows: np.ndarray,
+        targets: np.ndarray,
+        classes: Sequence[str],
+        *,
+        size: int,
+        augment: bool,
+        flip: bool = True,
+        seed: int = 0,
+    ) -> None:
+        self._source = source
+        self._rows = np.asarray(rows, dtype=np.int64)
+        self.shorter = round(size * 256 / 224)
+        super().__init__(targets, classes, size=size, augment=augment, flip=flip, seed=seed)
+
+    def _crop(self, index: int) -> np.ndarray:
+        image = resize_shorter(self._source.read(int(self._rows[index])), self.shorter)
+        left, top = centre_box(*image.size, self.size)
+        mirrored = False
+        if self._uniforms is not None:
+            u = self._uniforms[index]
+            top, left = int(u[0] * (image.height - self.size + 1)), int(u[1] * (image.width - self.size + 1))
+            mirrored = self.flip and u[2] < 0.5
+        pixels = np.asarray(image.crop((left, top, left + self.size, top + self.size)))
+        return pixels[:, ::-1] if mirrored else pixels
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        index = self._check(indices)
+        pixels = np.empty((len(index), self.size, self.size, 3), dtype=np.uint8)
+        for row, i in enumerate(index):
+            pixels[row] = self._crop(i)
+        return _normalise(pixels), torch.from_numpy(self.targets[index])
+
+    def raw(self, index: int) -> np.ndarray:
+        row = int(self._rows[self._check([index])[0]])
+        return resized_to(self._source.read(row), self.size, shorter=self.shorter)
+
+
+def collate(batch):
+    """Batches from `__getitems__` are collated already; a list of (image, target) pairs is stacked."""
+    return batch if isinstance(batch, tuple) else default_collate(batch)
+
+
+def loader(ds: ImageDataset, batch_size: int, *, workers: int = 0, drop_last: bool = False) -> DataLoader:
+    """Batches in order, for statistics and evaluation.
+
+    Raises:
+        AFDSError: `batch_size` is not a positive or `workers` not a non-negative whole number
+    """
+    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+        raise AFDSError(f"batch_size must be a whole number of at least 1, not {batch_size!r}")
+    if not isinstance(workers, int) or isinstance(workers, bool) or workers < 0:
+        raise AFDSError(f"workers must be a whole number of at least 0, not {workers!r}")
+    return DataLoader(
+        ds, batch_size=batch_size, shuffle=False, num_workers=workers, drop_last=drop_last, collate_fn=collate
+    )

@@ -1,0 +1,82 @@
+"""What a data set holds: class counts, imbalance, and the table that `afds data NAME` prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from afdslib.data.datasets import ImageDataset
+from afdslib.data.load import Splits, load
+
+__all__ = ["imbalance", "describe", "prepare"]
+
+
+def imbalance(split: ImageDataset) -> dict:
+    """Images per class of one split.
+
+    Returns:
+        `counts`: class name -> images; `smallest`, `largest`: (class name, images); `ratio`: largest / smallest count,
+        infinite if a class has no image.
+    """
+    counts = np.bincount(split.targets, minlength=len(split.classes))
+    low, high = int(counts.argmin()), int(counts.argmax())
+    return {
+        "counts": dict(zip(split.classes, counts.tolist())),
+        "smallest": (split.classes[low], int(counts[low])),
+        "largest": (split.classes[high], int(counts[high])),
+        "ratio": float(counts[high] / counts[low]) if counts[low] else float("inf"),
+    }
+
+
+def describe(splits: Splits) -> pd.DataFrame:
+    """One row per split: split, images, classes, smallest class, largest class (images), ratio of the two.
+
+    `statistics` holds the images of `train`, so it has no row of its own.
+    """
+    rows = []
+    for name in ("train", "validation", "test"):
+        split = getattr(splits, name)
+        if split is None:
+            rows.append(
+                {
+                    "split": name,
+                    "images": 0,
+                    "classes": 0,
+                    "smallest class": 0,
+                    "largest class": 0,
+                    "ratio": float("nan"),
+                }
+            )
+            continue
+        found = imbalance(split)
+        rows.append(
+            {
+                "split": name,
+                "images": len(split),
+                "classes": int(np.count_nonzero(list(found["counts"].values()))),
+                "smallest class": found["smallest"][1],
+                "largest class": found["largest"][1],
+                "ratio": round(found["ratio"], 2),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def prepare(name: str, root: str | Path | None = None, **options) -> pd.DataFrame:
+    """Download, verify, extract and decode a data set, and print `describe` of it (the command `afds data NAME`).
+
+    Args:
+        name, root, options: as for `load`
+    """
+    splits = load(name, root, **options)
+    table = describe(splits)
+    print(
+        f"{splits.name}: {len(splits.classes)} classes, {splits.train.size} px"
+        + (f", {splits.note}" if splits.note else "")
+    )
+    print(table.to_string(index=False))
+    if splits.skipped:
+        print(f"left out, not decodable: {', '.join(splits.skipped)}")
+    return table
