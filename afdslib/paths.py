@@ -45,8 +45,9 @@ def weights() -> Path:
 
 
 def figures(profile: str) -> Path:
-    """Figures, executed notebooks and the HTML report of one profile."""
-    return root() / "figures" / profile
+    """Figures, executed notebooks and the HTML report of one profile (below `AFDS_FIGURES`, else `figures/`)."""
+    folder = os.environ.get("AFDS_FIGURES")
+    return (Path(folder).expanduser().resolve() if folder else root() / "figures") / profile
 
 
 def notebooks() -> Path:
