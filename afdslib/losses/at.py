@@ -1,0 +1,123 @@
+"""Attention transfer. Zagoruyko, Komodakis, "Paying More Attention to Attention", ICLR 2017, arXiv 1612.03928."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import AFDSError
+from . import _checks
+from ._maps import full_precision, match_size
+
+__all__ = ["at_loss", "attention_map", "gradient_at_loss", "input_gradient"]
+
+
+def attention_map(features: Tensor, p: float = 2) -> Tensor:
+    """vec(mean over channels of |F|^p), divided by its 2-norm (section 3.1; the mean over channels is [code]'s).
+
+    A map that is zero everywhere stays zero, without gradient.
+
+    Args:
+        features: One layer's output.
+        p: Exponent, above 0.
+
+    Shape:
+        (B, C, H, W) -> (B, H*W), each row of norm 1.
+    """
+    return _normalised(_energy(features, p))
+
+
+def _energy(features: Tensor, p: float) -> Tensor:
+    """(B, C, H, W) -> (B, H, W): the mean over channels of |F|^p."""
+    x = full_precision(features)
+    if p == 2:
+        return x.square().mean(1)
+    x = x.abs()
+    if p >= 1:
+        return x.pow(p).mean(1)
+    # Below 1 the slope at 0 is infinite; a channel that is off gets none, as behind a ReLU.
+    off = x == 0
+    return torch.where(off, 0.0, torch.where(off, 1.0, x).pow(p)).mean(1)
+
+
+def _normalised(energy: Tensor) -> Tensor:
+    # 1e-12, not the 1e-6 of [code], so that faint maps are normalised too.
+    return F.normalize(energy.flatten(1), dim=1, eps=1e-12)
+
+
+def at_loss(student: Tensor, teacher: Tensor, *, p: float = 2, mode: str = "code") -> Tensor:
+    """Distance of the two attention maps of one layer.
+
+    The two modes are the public code's and the paper's, and need weights of different size: per sample,
+    "code" = norm^2 / (H*W) where "paper" = norm. With maps of 8x8 that differ by a norm of 0.4, "code" is 0.0025 and
+    "paper" 0.4, so the code's beta of 1000 weighs such a sample like a weight of 6.25 in the paper's scale (whose
+    beta / 2 makes it beta = 12.5). The factor moves with the distance: no weight makes them equal on a batch.
+
+    Args:
+        student: Features of the layer.
+        teacher: The teacher's, without gradient; other channels are welcome, another height or width is brought to
+            the smaller one by area averaging of |F|^p over positions (deterministic; a warning says so).
+        p: Exponent, above 0.
+        mode: "code": mean over batch and positions of the squared difference; "paper": mean over the batch of its
+            2-norm (equation 2; beta / 2 belongs to the weight).
+
+    Shape:
+        (B, C, H, W) and (B, C', H', W'); the result is a scalar, 0 for maps that are equal up to a positive factor.
+
+    Raises:
+        AFDSError: other shapes, an empty map, a teacher with gradient, an unknown mode, p not above 0, NaN (on the
+            CPU).
+    """
+    if mode not in ("code", "paper"):
+        raise AFDSError(f"The mode {mode!r} of attention transfer is unknown; use 'code' or 'paper'.")
+    _checks.positive(p, "The exponent p")
+    _checks.pair(student, teacher, "feature map")
+    energies = match_size(_energy(student, p), _energy(teacher, p), "Attention transfer")
+    difference = _normalised(energies[0]) - _normalised(energies[1])
+    if mode == "code":
+        loss = difference.square().mean()
+    else:
+        loss = torch.linalg.vector_norm(difference, dim=1).mean()
+    return _checks.finite(loss, student_map=student, teacher_map=teacher)
+
+
+def input_gradient(logits: Tensor, target: Tensor, inputs: Tensor, *, create_graph: bool = True) -> Tensor:
+    """Gradient of each sample's cross-entropy with respect to its image.
+
+    The cross-entropy is summed over the batch, so a sample's gradient does not shrink with the batch. In eval mode it
+    is the sample's own; batch norm in train mode ties the samples together, and the gradient then holds the effect of
+    an image on the losses of the others too.
+
+    Args:
+        logits: Outputs for `inputs`.
+        target: Class indices.
+        inputs: The images, with `requires_grad` before the forward pass.
+        create_graph: True for the student (the loss is differentiated again), False for the teacher.
+
+    Shape:
+        (B, classes), (B,), (B, 3, H, W) -> (B, 3, H, W).
+    """
+    if not inputs.requires_grad:
+        raise AFDSError("The images carry no gradient; call images.requires_grad_() before the forward pass.")
+    loss = F.cross_entropy(logits, target, reduction="sum")
+    return torch.autograd.grad(loss, inputs, create_graph=create_graph)[0]
+
+
+def gradient_at_loss(student_grad: Tensor, teacher_grad: Tensor) -> Tensor:
+    """2-norm of the difference of the two networks' input gradients, per sample, mean over the batch (section 3.2).
+
+    The code of this variant was never released; the per-sample norm is our reading. [recall]
+
+    Args:
+        student_grad: `input_gradient` of the student, with its graph (double backward).
+        teacher_grad: `input_gradient` of the teacher, `create_graph=False`.
+
+    Shape:
+        two (B, 3, H, W); the result is a scalar.
+    """
+    _checks.pair(student_grad, teacher_grad, "input gradient")
+    _checks.same_shape(student_grad, teacher_grad, "input gradient")
+    difference = (full_precision(student_grad) - full_precision(teacher_grad)).flatten(1)
+    loss = torch.linalg.vector_norm(difference, dim=1).mean()
+    return _checks.finite(loss, student_gradient=student_grad, teacher_gradient=teacher_grad)

@@ -1,0 +1,287 @@
+"""DELTA. Li et al., "DELTA: Deep Learning Transfer using Feature Map with Attention", ICLR 2019, arXiv 1901.09229.
+With equal weights it is the feature-map regulariser that its authors compare with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..backbones import classifier_name
+from ..errors import AFDSError
+from . import _checks
+from ._maps import full_precision
+
+__all__ = ["DELTALoss", "channel_weights", "fit_classifier", "uniform_weights"]
+
+# Bytes of ablated copies of one layer's output that go through the rest of the network at once.
+GROUP_BYTES = 2**26
+
+
+def uniform_weights(shapes: Mapping[str, tuple[int, int, int]]) -> dict[str, Tensor]:
+    """w_c = 1/C for each layer: DELTA becomes the feature-map regulariser.
+
+    Args:
+        shapes: (C, H, W) of each layer.
+    """
+    return {name: torch.full((shape[0],), 1 / shape[0]) for name, shape in shapes.items()}
+
+
+class DELTALoss(nn.Module):
+    """sum over layers of C/(2HW) sum over channels of w_c |f_student - f_source|_2^2, mean over the batch.
+
+    The public code sums over the batch [code], so its alpha = 0.01 at batch 64 is 0.64 here. The term b/2 |v|^2 of
+    the classifier is `l2sp.classifier_l2`.
+
+    Args:
+        weights: (C,) of each layer, at least 0: `channel_weights` or `uniform_weights`.
+
+    Attributes:
+        alive: What `set_alive` was given, on the weights' device.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        if not weights:
+            raise AFDSError("DELTA was given no layer; give the channel weights of at least one.")
+        self.names = list(weights)
+        for i, (name, w) in enumerate(weights.items()):
+            if w.ndim != 1 or not bool(torch.isfinite(w).all()) or bool((w < 0).any()):
+                raise AFDSError(f"The channel weights of {name} are not a vector of finite numbers of at least 0.")
+            self.register_buffer(f"weight{i}", w.detach().clone())
+        self.alive: dict[str, Tensor] | None = None
+
+    def set_alive(self, alive: Mapping[str, Tensor] | None) -> None:
+        """Leaves channels out of the sum, such as those a pruned target no longer has.
+
+        Args:
+            alive: (C,) of bool for some or all layers, False for a channel to leave out; None: all count. The
+                weights of the others stay as they are.
+        """
+        if alive is None:
+            self.alive = None
+            return
+        masks = {}
+        for name, mask in alive.items():
+            if name not in self.names:
+                raise AFDSError(f"DELTA has no layer {name!r} to mask; it has {', '.join(self.names)}.")
+            w = self._weight(name)
+            if mask.shape != w.shape or mask.dtype != torch.bool:
+                raise AFDSError(
+                    f"The mask of {name} is {mask.dtype} of shape {tuple(mask.shape)}; give bool of {tuple(w.shape)}."
+                )
+            masks[name] = mask.detach().to(w.device)
+        self.alive = masks
+
+    def _weight(self, name: str) -> Tensor:
+        return self.get_buffer(f"weight{self.names.index(name)}")
+
+    def forward(self, student: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> Tensor:
+        """The loss.
+
+        Args:
+            student: (B, C, H, W) of each layer; layers that have no weights are not looked at.
+            source: The source model's for the same images, without gradient.
+
+        Raises:
+            AFDSError: a missing layer, another shape, an empty map, a source with gradient, NaN (on the CPU).
+        """
+        return torch.stack([self._layer(name, student, source) for name in self.names]).sum()
+
+    def _layer(self, name: str, student: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> Tensor:
+        for who, maps in (("student", student), ("source", source)):
+            if name not in maps:
+                raise AFDSError(f"The {who}'s features lack {name}; they hold {', '.join(maps) or 'nothing'}.")
+        a, b, w = student[name], source[name], self._weight(name)
+        _checks.pair(a, b, f"feature map {name}")
+        _checks.same_shape(a, b, f"feature map {name}")
+        if a.shape[1] != w.shape[0]:
+            raise AFDSError(f"The feature map {name} has {a.shape[1]} channels and DELTA holds {w.shape[0]} weights.")
+        if self.alive is not None and name in self.alive:
+            w = w * self.alive[name].to(w.device)
+        energy = (full_precision(a) - full_precision(b)).square().sum((2, 3)).mean(0)
+        channels, height, width = a.shape[1:]
+        loss = channels / (2 * height * width) * (w.to(energy) * energy).sum()
+        return _checks.finite(loss, **{f"student_map_of_{name}": a, f"source_map_of_{name}": b})
+
+
+def channel_weights(
+    model: nn.Module,
+    names: Sequence[str],
+    loader: Iterable[tuple[Tensor, Tensor]],
+    *,
+    device: torch.device | str | None = None,
+    temperature: float = 5.0,
+) -> dict[str, Tensor]:
+    """softmax(z / 5) over a layer's channels, z the standardised increase of the loss when the channel is removed.
+
+    "Removed" sets the channel of the layer's output to 0 (the public code zeroes the filter of the raw convolution
+    [code]; at a block's output that would leave the shortcut, [ours]). The increase is of the mean cross-entropy over
+    all images of the loader (the code takes four training batches); z divides by the population deviation [code], and
+    all weights are 1/C where removal changes nothing.
+
+    Many ablated copies of the layer's output go through the rest of the network together, so a layer of C channels
+    costs far fewer than C forward passes. Where the output meets another stream later (a layer inside a residual
+    block), the whole network is run for each copy instead.
+
+    Args:
+        model: The source network with a classifier for the loader's classes: `fit_classifier`. Its mode is restored.
+        names: Layers, in any order.
+        loader: (images, class indices); training images, of course.
+        device: Where to run; the model's own device if None.
+        temperature: The 5.
+
+    Returns:
+        name -> (C,) float32 on the CPU, summing to 1.
+
+    Raises:
+        AFDSError: an unknown layer, an empty loader, a loss that is not finite.
+    """
+    modules = dict(model.named_modules())
+    for name in names:
+        if name not in modules:
+            raise AFDSError(f"The network has no layer {name!r} to weigh the channels of.")
+    device = torch.device(device) if device is not None else next(model.parameters()).device
+    increase: dict[str, Tensor] = {}
+    was_training, count = model.training, 0
+    model.eval()
+    try:
+        with torch.no_grad():
+            for images, target in loader:
+                images, target = images.to(device), target.to(device)
+                count += len(target)
+                whole = F.cross_entropy(model(images), target, reduction="sum").double()
+                for name in names:
+                    ablated = _ablated_losses(model, modules[name], images, target)
+                    increase[name] = increase.get(name, 0) + (ablated - whole)
+    finally:
+        model.train(was_training)
+    if count == 0:
+        raise AFDSError("The loader for DELTA's channel weights is empty; give at least one batch of training images.")
+    return {name: _softmax_of_z(name, total / count, temperature) for name, total in increase.items()}
+
+
+def _softmax_of_z(name: str, increase: Tensor, temperature: float) -> Tensor:
+    if not bool(torch.isfinite(increase).all()):
+        raise AFDSError(f"The loss without some channels of {name} is NaN or infinite; look at the model's weights.")
+    spread = increase.std(correction=0)
+    # Rounding alone gives a spread of about 1e-7 of the loss, which must not be blown up to deviations of 1.
+    z = torch.where(spread > 1e-9, (increase - increase.mean()) / spread.clamp(min=1e-9), 0.0)
+    return (z / temperature).softmax(0).float().cpu()
+
+
+def _ablated_losses(model: nn.Module, module: nn.Module, images: Tensor, target: Tensor) -> Tensor:
+    """(C,) float64: the summed cross-entropy without each channel of the module's output."""
+    batch, shape = len(target), _output_shape(model, module, images)
+    group = max(1, min(shape[1], GROUP_BYTES // (4 * math.prod(shape))))
+    inside = False
+    losses = []
+    for start in range(0, shape[1], group):
+        channels = torch.arange(start, min(start + group, shape[1]), device=images.device)
+        if not inside:
+            try:
+                logits = _run_without(model, module, images, channels, repeated=False)
+                inside = logits.shape[0] != len(channels) * batch
+            except RuntimeError:  # the copies met a stream of the plain batch size
+                inside = True
+        if inside:
+            repeated = images.repeat(len(channels), 1, 1, 1)
+            logits = _run_without(model, module, repeated, channels, repeated=True)
+        loss = F.cross_entropy(logits, target.repeat(len(channels)), reduction="none")
+        losses.append(loss.double().view(len(channels), batch).sum(1))
+    return torch.cat(losses)
+
+
+def _output_shape(model: nn.Module, module: nn.Module, images: Tensor) -> torch.Size:
+    shapes: list[torch.Size] = []
+    handle = module.register_forward_hook(lambda _module, _args, output: shapes.append(output.shape))
+    try:
+        model(images[:1])
+    finally:
+        handle.remove()
+    return torch.Size((len(images), *shapes[0][1:]))
+
+
+def _run_without(model: nn.Module, module: nn.Module, images: Tensor, channels: Tensor, *, repeated: bool) -> Tensor:
+    """Logits, (channels * batch, classes): the g-th copy of the batch lacks the g-th of the channels."""
+    copies = len(channels)
+
+    def ablate(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        stacked = output.view(copies, -1, *output.shape[1:]) if repeated else output.expand(copies, *output.shape)
+        stacked = stacked.clone()
+        stacked[torch.arange(copies, device=output.device), :, channels] = 0
+        return stacked.flatten(0, 1)
+
+    handle = module.register_forward_hook(ablate)
+    try:
+        return model(images)
+    finally:
+        handle.remove()
+
+
+def fit_classifier(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    *,
+    weight_decay: float = 1e-4,
+    iterations: int = 100,
+    device: torch.device | str | None = None,
+) -> float:
+    """Fits the last linear layer alone on frozen features, in place; what DELTA does before it weighs the channels.
+
+    The public code takes ten epochs of SGD [code]; the problem is convex, so here the features are computed once and
+    L-BFGS fits the layer, with no seed and no learning rate. [ours]
+
+    Args:
+        model: A network with a classifier for the loader's classes (`backbones.reset_classifier`); mode restored.
+        loader: (images, class indices), in any order.
+        weight_decay: Weight of |v|^2 / 2.
+        iterations: Of L-BFGS, at most.
+        device: Where to run; the model's own device if None.
+
+    Returns:
+        The cross-entropy reached.
+    """
+    head = model.get_submodule(classifier_name(model))
+    assert isinstance(head, nn.Linear)
+    device = torch.device(device) if device is not None else next(model.parameters()).device
+    features: list[Tensor] = []
+    targets: list[Tensor] = []
+    handle = head.register_forward_pre_hook(lambda _module, args: features.append(args[0].detach()))
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for images, target in loader:
+                model(images.to(device))
+                targets.append(target.to(device))
+    finally:
+        handle.remove()
+        model.train(was_training)
+    if not targets:
+        raise AFDSError("The loader to fit the classifier on is empty; give at least one batch of training images.")
+    x, y = torch.cat(features), torch.cat(targets)
+    parameters = [p for p in (head.weight, head.bias) if p is not None]
+    flags = [p.requires_grad for p in parameters]
+    for p in parameters:
+        p.requires_grad_(True)
+    solver = torch.optim.LBFGS(parameters, max_iter=iterations, line_search_fn="strong_wolfe", tolerance_change=1e-9)
+
+    def closure() -> Tensor:
+        solver.zero_grad()
+        loss = (
+            F.cross_entropy(head(x), y) + weight_decay / 2 * torch.stack([p.square().sum() for p in parameters]).sum()
+        )
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        solver.step(closure)
+    for p, flag in zip(parameters, flags, strict=True):
+        p.grad = None
+        p.requires_grad_(flag)
+    with torch.no_grad():
+        return float(F.cross_entropy(head(x), y))

@@ -1,0 +1,52 @@
+"""Full activation transfer (F-ActT): the student's features, through a 1x1 adapter, are to equal the teacher's.
+The baseline of Zagoruyko, Komodakis, arXiv 1612.03928, table 1, after Romero et al., FitNets, arXiv 1412.6550."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..errors import AFDSError
+from . import _checks
+from ._maps import full_precision
+
+__all__ = ["Hint", "hint_loss"]
+
+
+def hint_loss(student: Tensor, source: Tensor) -> Tensor:
+    """Mean squared difference over all elements.
+
+    Args:
+        student: Adapted features.
+        source: The teacher's, without gradient.
+
+    Shape:
+        two (B, C, H, W); the result is a scalar.
+    """
+    _checks.pair(student, source, "feature map")
+    _checks.same_shape(student, source, "feature map")
+    loss = (full_precision(student) - full_precision(source)).square().mean()
+    return _checks.finite(loss, student_map=student, teacher_map=source)
+
+
+class Hint(nn.Module):
+    """`hint_loss` behind a 1x1 convolution that is trained with the student and thrown away after.
+
+    Args:
+        channels: Of the student's features.
+        source_channels: Of the teacher's.
+
+    Shape:
+        forward takes (B, channels, H, W) and (B, source_channels, H, W).
+    """
+
+    def __init__(self, channels: int, source_channels: int) -> None:
+        super().__init__()
+        self.adapter = nn.Conv2d(channels, source_channels, kernel_size=1)
+
+    def forward(self, student: Tensor, source: Tensor) -> Tensor:
+        if student.ndim != 4 or student.shape[1] != self.adapter.in_channels:
+            raise AFDSError(
+                f"The adapter takes (batch, {self.adapter.in_channels}, height, width) and got {tuple(student.shape)}; "
+                f"make it with the student's channel count."
+            )
+        return hint_loss(self.adapter(student), source)

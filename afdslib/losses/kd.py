@@ -1,0 +1,74 @@
+"""Knowledge distillation on logits. Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network",
+arXiv 1503.02531."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import AFDSError
+from . import _checks
+from ._maps import full_precision
+
+__all__ = ["kd_loss", "soft_ce_loss", "soft_kl_loss"]
+
+
+def kd_loss(
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, T: float = 4.0, alpha: float = 0.9
+) -> Tensor:
+    """alpha T^2 KL(teacher || student at temperature T) + (1 - alpha) CE(student, target), mean over the batch.
+
+    The attention-transfer code [code] averages the KL over classes as well as samples and doubles it, so its
+    alpha = 0.9 weighs the soft term 2 / classes as much as here (0.2 of it on CIFAR-10).
+
+    Args:
+        student_logits: Before the softmax.
+        teacher_logits: The same classes, without gradient.
+        target: Class indices.
+        T: Temperature, above 0; the T^2 keeps the soft gradient's size independent of it (section 2).
+        alpha: Share of the soft term, 0 to 1.
+
+    Shape:
+        logits (B, classes), target (B,); the result is a scalar.
+
+    Raises:
+        AFDSError: other shapes, T not above 0, alpha outside 0 to 1, NaN (on the CPU).
+    """
+    if not 0 <= alpha <= 1:
+        raise AFDSError(f"alpha is {alpha!r}; give the soft term's share, 0 to 1.")
+    soft = soft_kl_loss(student_logits, teacher_logits, T=T)
+    if target.shape != student_logits.shape[:1]:
+        raise AFDSError(
+            f"The target has the shape {tuple(target.shape)} for {student_logits.shape[0]} samples; give one class "
+            f"index per sample."
+        )
+    return alpha * soft + (1 - alpha) * F.cross_entropy(full_precision(student_logits), target)
+
+
+def soft_kl_loss(student_logits: Tensor, teacher_logits: Tensor, *, T: float) -> Tensor:
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)), summed over classes, mean over the batch.
+
+    Shape:
+        two (B, classes); the result is a scalar, 0 for equal logits.
+    """
+    _checks.positive(T, "The temperature T")
+    _checks.logits(student_logits, teacher_logits)
+    student = F.log_softmax(full_precision(student_logits) / T, dim=1)
+    teacher = F.log_softmax(full_precision(teacher_logits) / T, dim=1)
+    loss = T * T * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    return _checks.finite(loss, student_logits=student_logits, teacher_logits=teacher_logits)
+
+
+def soft_ce_loss(student_logits: Tensor, teacher_logits: Tensor, *, T: float = 4.0) -> Tensor:
+    """Cross-entropy of softmax(student / T) against softmax(teacher / T), mean over the batch, without T^2.
+
+    The neuron-selectivity code adds 16 times this, T = 4, to the plain cross-entropy [code]: the gradient of
+    `soft_kl_loss`, whose T^2 is the 16.
+
+    Shape:
+        two (B, classes); the result is a scalar, the teacher's entropy for equal logits.
+    """
+    _checks.positive(T, "The temperature T")
+    _checks.logits(student_logits, teacher_logits)
+    loss = F.cross_entropy(full_precision(student_logits) / T, (full_precision(teacher_logits) / T).softmax(dim=1))
+    return _checks.finite(loss, student_logits=student_logits, teacher_logits=teacher_logits)

@@ -1,0 +1,83 @@
+"""Weight penalties. Li, Grandvalet, Davoine, "Explicit Inductive Bias for Transfer Learning with Convolutional
+Networks" (L2-SP), arXiv 1802.01483."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..backbones import classifier_name
+from ..errors import AFDSError
+
+__all__ = ["L2SP", "classifier_l2", "l2_loss"]
+
+
+def l2_loss(parameters: Iterable[Tensor], weight: float) -> Tensor:
+    """weight / 2 times the sum of squares of all the parameters."""
+    terms = [p.square().sum() for p in parameters]
+    return weight / 2 * torch.stack(terms).sum()
+
+
+def classifier_l2(model: nn.Module, beta: float, *, classifier: str | None = None) -> Tensor:
+    """beta / 2 |v|^2 with v the parameters of the classifier: the second term of L2-SP and DELTA."""
+    return l2_loss(model.get_submodule(classifier or classifier_name(model)).parameters(), beta)
+
+
+class L2SP(nn.Module):
+    """alpha / 2 |w - w0|^2 + beta / 2 |v|^2 (equation 4).
+
+    w are the parameters that the starting point has too, v all others: the new classifier, and whatever else was
+    added. The starting point w0 is copied when the loss is made; its copies are buffers, so they follow the device and
+    the checkpoint. Use it with the optimiser's weight decay at 0.
+
+    Args:
+        model: The network to be trained, holding its starting point.
+        alpha: Weight of the distance to the starting point, at least 0.
+        beta: Weight of the plain decay of v, at least 0.
+        reference: Starting point by parameter name, if it is not what the model holds now; parameters it lacks are v.
+        classifier: Name of the classifier; found if not given.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        alpha: float,
+        beta: float,
+        reference: Mapping[str, Tensor] | None = None,
+        classifier: str | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("alpha", alpha), ("beta", beta)):
+            if not 0 <= value < math.inf:
+                raise AFDSError(f"{name} of L2-SP is {value!r}; give a finite number of at least 0.")
+        self.alpha, self.beta = alpha, beta
+        head = f"{classifier or classifier_name(model)}."
+        start = dict(model.named_parameters()) if reference is None else reference
+        self.names = [n for n, _ in model.named_parameters() if not n.startswith(head) and n in start]
+        # In a tuple, so that the model does not become a part of this module and of its checkpoint.
+        self._model = (model,)
+        for i, name in enumerate(self.names):
+            self.register_buffer(f"start{i}", start[name].detach().clone())
+        self._check()
+
+    def _check(self) -> None:
+        own = dict(self._model[0].named_parameters())
+        for i, name in enumerate(self.names):
+            if name not in own or own[name].shape != self.get_buffer(f"start{i}").shape:
+                shape = tuple(own[name].shape) if name in own else "gone"
+                raise AFDSError(
+                    f"L2-SP holds {name} of shape {tuple(self.get_buffer(f'start{i}').shape)} and the model's is "
+                    f"{shape}; make the loss anew for the network that is trained."
+                )
+
+    def forward(self) -> dict[str, Tensor]:
+        """{"l2sp": alpha / 2 |w - w0|^2, "l2": beta / 2 |v|^2}, scalars, weights included."""
+        self._check()
+        own = dict(self._model[0].named_parameters())
+        starts = (self.get_buffer(f"start{i}") for i in range(len(self.names)))
+        distances = [own.pop(name) - start for name, start in zip(self.names, starts, strict=True)]
+        return {"l2sp": l2_loss(distances, self.alpha), "l2": l2_loss(own.values(), self.beta)}

@@ -1,0 +1,79 @@
+"""How the weight of a transfer loss changes during a run.
+
+AT+KD "with decaying beta" was announced with the attention-transfer code and never released; the shapes are [ours].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from ..errors import AFDSError
+
+__all__ = ["BetaSchedule"]
+
+KINDS = ("constant", "linear", "cosine", "step")
+
+
+@dataclasses.dataclass(frozen=True)
+class BetaSchedule:
+    """A weight as a function of time; a frozen value, so it can be part of a run's configuration.
+
+    Time is counted in epochs or in steps, the caller's choice, the same in `length`, `milestones` and the calls.
+
+    Attributes:
+        kind: "constant"; "linear" or "cosine" from `beta` to `end` over `length`, `end` after it; "step": `beta`
+            times `factor` for each milestone reached.
+        beta: Weight at the start, at least 0.
+        end: Weight at the end of a linear or cosine decay.
+        length: Duration of the decay; None is the whole run.
+        milestones: Times of the steps, increasing.
+        factor: Factor at each milestone.
+    """
+
+    kind: str = "constant"
+    beta: float = 1.0
+    end: float = 0.0
+    length: int | None = None
+    milestones: tuple[int, ...] = ()
+    factor: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise AFDSError(f"The beta schedule {self.kind!r} is unknown; use {', '.join(KINDS)}.")
+        for name in ("beta", "end", "factor"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise AFDSError(f"{name} of the beta schedule is {value!r}; give a finite number of at least 0.")
+        if self.length is not None and self.length < 1:
+            raise AFDSError(f"The length of the beta schedule is {self.length!r}; give at least 1, or None.")
+        times = self.milestones
+        if any(b <= a for a, b in zip(times, times[1:], strict=False)) or any(t < 0 for t in times):
+            raise AFDSError(f"The milestones of the beta schedule are {times}; give increasing times from 0 on.")
+        if self.kind == "step" and not times:
+            raise AFDSError("The step beta schedule has no milestones; give at least one, or use 'constant'.")
+
+    def check(self, total: int) -> None:
+        """Refuses a schedule that is longer than the run of `total`.
+
+        Raises:
+            AFDSError: the decay would not end, or a milestone not be reached, within the run.
+        """
+        last = max(self.milestones, default=0) if self.kind == "step" else (self.length or 0)
+        if self.kind != "constant" and last > total:
+            raise AFDSError(
+                f"The {self.kind} beta schedule takes {last} and the run only {total}; shorten the schedule or "
+                f"lengthen the run."
+            )
+
+    def __call__(self, now: float, total: int) -> float:
+        """The weight at time `now` (0 at the start) of a run of `total`."""
+        self.check(total)
+        if self.kind == "constant":
+            return self.beta
+        if self.kind == "step":
+            return self.beta * self.factor ** sum(now >= t for t in self.milestones)
+        share = min(max(now / max(self.length or total, 1), 0.0), 1.0)
+        if self.kind == "cosine":
+            share = (1 - math.cos(math.pi * share)) / 2
+        return self.beta + (self.end - self.beta) * share
