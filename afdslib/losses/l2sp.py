@@ -58,11 +58,18 @@ class L2SP(nn.Module):
         head = f"{classifier or classifier_name(model)}."
         start = dict(model.named_parameters()) if reference is None else reference
         self.names = [n for n, _ in model.named_parameters() if not n.startswith(head) and n in start]
+        if not self.names:
+            raise AFDSError("L2-SP found no parameter that model and starting point share; give matching networks.")
         # In a tuple, so that the model does not become a part of this module and of its checkpoint.
         self._model = (model,)
         for i, name in enumerate(self.names):
             self.register_buffer(f"start{i}", start[name].detach().clone())
         self._check()
+
+    @classmethod
+    def from_source(cls, model: nn.Module, source: nn.Module, *, alpha: float, beta: float) -> L2SP:
+        """The starting point is the source network, wherever the model is by now."""
+        return cls(model, alpha=alpha, beta=beta, reference=dict(source.named_parameters()))
 
     def _check(self) -> None:
         own = dict(self._model[0].named_parameters())
@@ -80,4 +87,5 @@ class L2SP(nn.Module):
         own = dict(self._model[0].named_parameters())
         starts = (self.get_buffer(f"start{i}") for i in range(len(self.names)))
         distances = [own.pop(name) - start for name, start in zip(self.names, starts, strict=True)]
-        return {"l2sp": l2_loss(distances, self.alpha), "l2": l2_loss(own.values(), self.beta)}
+        decay = l2_loss(own.values(), self.beta) if self.beta else distances[0].new_zeros(())
+        return {"l2sp": l2_loss(distances, self.alpha), "l2": decay}
