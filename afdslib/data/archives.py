@@ -67,7 +67,7 @@ def digest(path: Path, algorithm: str = "sha256") -> str:
 def _unsafe(name: str) -> bool:
     """Whether an entry's name leads out of the folder it is extracted to (Windows spellings included)."""
     name = name.replace("\\", "/")
-    return name.startswith("/") or ".." in PurePosixPath(name).parts or (len(name) > 1 and name[1] == ":")
+    return name.startswith("/") or ".." in PurePosixPath(name).parts or name[1:3] == ":/"
 
 
 def _refuse(archive: Path, name: str) -> AFDSError:
@@ -81,10 +81,10 @@ class _Entry(tarfile.TarInfo):
     """Notes that the archive's end mark was read: tarfile takes a file cut at an entry's end for a complete one."""
 
     @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> tarfile.TarInfo:
+    def fromtarfile(cls, tar):
         try:
             return super().fromtarfile(tar)
-        except tarfile.EOFHeaderError:
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             tar.ended = True
             raise
 
@@ -128,8 +128,8 @@ def _extract_zip(archive: Path, folder: Path) -> int:
 def extract(files: tuple[Path, ...], target: Path, *, stamp: dict | None = None) -> Path:
     """Extract archives (and copy plain files) into a new folder `target`, all or nothing.
 
-    The work is done in a temporary sibling that is renamed at the end, under a lock, so a killed or second process leaves no
-    half tree. `target/.afds.json` records what was extracted.
+    The work is done in a temporary sibling that is renamed at the end, under a lock, so a killed or second process
+    leaves no half tree. `target/.afds.json` records what was extracted.
 
     Args:
         files: archives, extracted in order into the same folder; another file is copied in

@@ -1,7 +1,7 @@
 """Decoded images as one memory-mapped uint8 array, built once per data set, size and content.
 
-A cache is a folder `{name}-{size}px-{content}` with `images.npy` and `index.json`; it is written under a temporary name and
-renamed, so it is there in full or not at all. A damaged one is built again.
+A cache is a folder `{name}-{size}px-{content}` with `images.npy` and `index.json`; it is written under a temporary name
+and renamed, so it is there in full or not at all. A damaged one is built again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from afdslib.data.trees import Listing
 
 __all__ = ["VERSION", "decoded", "load_cache"]
 
-VERSION = 1
+VERSION = 2
 """Raise it when decoding changes, so that old caches are not used."""
 
 
@@ -88,6 +88,7 @@ def load_cache(
         np.array(index["targets"], dtype=np.int64),
         np.array(index["parts"], dtype=np.int8),
         tuple(index["classes"]),
+        captions=tuple(index["captions"]),
     )
     return images, listing, index["skipped"]
 
@@ -155,6 +156,7 @@ def _build(folder: Path, size: int, source: Source, listing: Listing, *, skip_co
         "targets": listing.targets[rows].tolist(),
         "parts": listing.parts[rows].tolist(),
         "classes": list(listing.classes),
+        "captions": list(listing.captions),
         "skipped": skipped,
         "first_error": first_error,
     }

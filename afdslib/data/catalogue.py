@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +43,7 @@ class DataSet:
         layouts: forms it may have, the preferred first; the last with addresses is the one downloaded
         size: default image side in pixels
         flip: whether a mirrored image still shows its class
+        border: grey level of the padding in augmentation; None for the mean colour
         parts: from a Listing to parts; the Listing's own where None
         choose: from all class names to those used; all where None
         validation_per_class: validation images per class when `per_class` is given
@@ -52,6 +53,7 @@ class DataSet:
     layouts: tuple[Layout, ...]
     size: int = 224
     flip: bool = True
+    border: int | None = None
     parts: Callable[[Listing], np.ndarray] | None = None
     choose: Callable[[tuple[str, ...]], list[str]] | None = None
     validation_per_class: int = 100
@@ -69,7 +71,7 @@ def _cifar10_python(folder: Path) -> Listing:
         ) from error
     targets = np.concatenate([np.asarray(b.targets, dtype=np.int64) for b in both])
     parts = np.repeat(np.array([TRAIN, TEST], dtype=np.int8), [len(b.targets) for b in both])
-    return Listing([], targets, parts, tuple(both[0].classes), np.concatenate([b.data for b in both]))
+    return Listing([], targets, parts, tuple(both[0].classes), images=np.concatenate([b.data for b in both]))
 
 
 def digits() -> Listing:
@@ -79,7 +81,9 @@ def digits() -> Listing:
     bunch = load_digits()
     grey = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
     parts = np.full(len(grey), trees.UNSPLIT, dtype=np.int8)
-    return Listing([], bunch.target.astype(np.int64), parts, tuple("0123456789"), np.repeat(grey[..., None], 3, axis=3))
+    return Listing(
+        [], bunch.target.astype(np.int64), parts, tuple("0123456789"), images=np.repeat(grey[..., None], 3, axis=3)
+    )
 
 
 def target_40(classes: tuple[str, ...]) -> list[str]:
@@ -106,7 +110,7 @@ def _below(folder_name: str) -> Callable[[Path], Listing]:
     def read(folder: Path) -> Listing:
         found = trees.image_folder(folder / folder_name)
         relative = [f"{folder_name}/{name}" for name in found.relative]
-        return Listing(relative, found.targets, found.parts, found.classes)
+        return replace(found, relative=relative)
 
     return read
 
@@ -117,6 +121,21 @@ _TINY = _one(
     _below("tiny-imagenet-32"),
     "stored as 32 px JPEG",
 )
+
+
+def _digits(chosen: str | None) -> DataSet:
+    """All or some digits. A mirrored digit is another glyph. Writers are not known, so one may be in both halves."""
+    return DataSet(
+        "digits",
+        (),
+        size=32,
+        flip=False,
+        border=0,
+        parts=splits.alternate_test,
+        choose=None if chosen is None else lambda classes: list(chosen),
+        validation_per_class=20,
+    )
+
 
 SETS: dict[str, DataSet] = {
     "stanford-dogs": DataSet(
@@ -157,14 +176,9 @@ SETS: dict[str, DataSet] = {
         "hymenoptera-160",
         _one("hymenoptera-160", ("hymenoptera-160/train", "hymenoptera-160/test"), _below("hymenoptera-160")),
     ),
-    # A mirrored digit is another glyph. Writers are not known, so one may be in both halves.
-    "digits": DataSet("digits", (), size=32, flip=False, parts=splits.alternate_test, validation_per_class=20),
-    "digits-0-4": DataSet(
-        "digits", (), 32, False, splits.alternate_test, lambda classes: list("01234"), validation_per_class=20
-    ),
-    "digits-5-9": DataSet(
-        "digits", (), 32, False, splits.alternate_test, lambda classes: list("56789"), validation_per_class=20
-    ),
+    "digits": _digits(None),
+    "digits-0-4": _digits("01234"),
+    "digits-5-9": _digits("56789"),
 }
 
 NAMES = tuple(sorted(SETS))

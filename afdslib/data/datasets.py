@@ -24,7 +24,7 @@ __all__ = ["ImageDataset", "ArrayImages", "FileImages", "Files", "Arrays", "coll
 PAD = 4
 
 _SCALE = torch.tensor([1.0 / (255.0 * s) for s in STD]).view(1, 3, 1, 1)
-_SHIFT = torch.tensor([-m / s for m, s in zip(MEAN, STD)]).view(1, 3, 1, 1)
+_SHIFT = torch.tensor([-m / s for m, s in zip(MEAN, STD, strict=True)]).view(1, 3, 1, 1)
 
 
 def generator(*key: int) -> np.random.RandomState:
@@ -90,19 +90,20 @@ class ImageDataset(Dataset):
         raise NotImplementedError
 
     def raw(self, index: int) -> np.ndarray:
-        """One image for display: uint8 (size, size, 3), resized and cropped at the centre, not augmented or normalised."""
+        """One image for display: uint8 (size, size, 3), resized, centre-cropped, not augmented or normalised."""
         raise NotImplementedError
 
 
 class ArrayImages(ImageDataset):
     """Images decoded into one uint8 array (memory-mapped or not).
 
-    Training: pad by 4 pixels with zeros AFTER the normalisation (so with ImageNet's mean colour), crop at random, mirror
-    with probability 1/2. Otherwise the image as it is.
+    Training: pad by 4 pixels, crop at random, mirror with probability 1/2. Otherwise the image as it is.
+    The padding is zeros AFTER the normalisation, so ImageNet's mean colour, unless `border` names a grey level.
 
     Args:
         images: uint8 (M, size, size, 3), shared by the splits
         rows: int64 (N,): which of the M images are in this split
+        border: grey level 0..255 of the padding; None for the mean colour
     """
 
     def __init__(
@@ -115,7 +116,9 @@ class ArrayImages(ImageDataset):
         augment: bool,
         flip: bool = True,
         seed: int = 0,
+        border: int | None = None,
     ) -> None:
+        self.border = border
         self._images = images
         self._rows = np.asarray(rows, dtype=np.int64)
         super().__init__(targets, classes, size=images.shape[1], augment=augment, flip=flip, seed=seed)
@@ -123,7 +126,7 @@ class ArrayImages(ImageDataset):
     def __getstate__(self) -> dict:
         state = self.__dict__.copy()
         if isinstance(self._images, np.memmap):  # a spawned worker opens the file again instead of receiving its bytes
-            state["_images"] = Path(self._images.filename)
+            state["_images"] = Path(str(self._images.filename))
         return state
 
     def __setstate__(self, state: dict) -> None:
@@ -139,7 +142,11 @@ class ArrayImages(ImageDataset):
         return images, torch.from_numpy(self.targets[index])
 
     def _augmented(self, images: Tensor, uniforms: np.ndarray) -> Tensor:
-        padded = torch.nn.functional.pad(images, (PAD,) * 4).numpy()
+        side = self.size + 2 * PAD
+        padded = np.zeros((len(images), 3, side, side), dtype=np.float32)
+        if self.border is not None:
+            padded += (self.border * _SCALE + _SHIFT).numpy()
+        padded[:, :, PAD:-PAD, PAD:-PAD] = images
         windows = np.lib.stride_tricks.sliding_window_view(padded, (self.size, self.size), axis=(2, 3))
         corner = (uniforms[:, :2] * (2 * PAD + 1)).astype(np.int64)
         out = windows[np.arange(len(padded)), :, corner[:, 0], corner[:, 1]]

@@ -56,30 +56,32 @@ def _pin_path(file: Path) -> Path:
 
 
 def pin(file: Path, remote: Remote) -> None:
-    """Record the sha256 of a file whose checksum no source gives, beside it; an existing pin must agree.
+    """Record, beside a file whose checksum no source gives, its sha256, if that has not been done.
 
-    A file in a read-only folder cannot have a pin beside it and is used without one.
-
-    Raises:
-        AFDSError: the file is not the one that was pinned
+    Called after the file was read without error. A file in a read-only folder is used without a pin.
     """
-    found = digest(file, "sha256")
+    place = _pin_path(file)
+    if remote.checksum is not None or place.exists():
+        return
+    note = {"file": file.name, "sha256": digest(file), "size": file.stat().st_size, "url": remote.url}
+    note["note"] = "first seen here, not given by a source"
+    try:
+        write_text_atomically(place, json.dumps(note, indent=1))
+    except OSError:
+        pass
+
+
+def _check_pin(file: Path) -> None:
     place = _pin_path(file)
     try:
         pinned = json.loads(place.read_text())["sha256"]
     except FileNotFoundError:
-        note = {"file": file.name, "sha256": found, "size": file.stat().st_size, "url": remote.url}
-        try:
-            write_text_atomically(
-                place, json.dumps({**note, "note": "first seen here, not given by a source"}, indent=1)
-            )
-        except OSError:
-            pass
         return
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AFDSError(
             f"the pinned checksum {place} cannot be read ({error}): delete it to pin the file anew"
         ) from error
+    found = digest(file)
     if pinned != found:
         raise AFDSError(
             f"the file {file} has sha256 {found}, not {pinned} as pinned when it was first used: fetch it again, "
@@ -96,19 +98,22 @@ def verify(file: Path, remote: Remote) -> None:
     if remote.size is not None and file.stat().st_size != remote.size:
         state = "truncated" if file.stat().st_size < remote.size else "not the published file"
         raise AFDSError(
-            f"the file {file} is {state}: it has {file.stat().st_size:,} bytes instead of {remote.size:,}, fetch it again"
+            f"the file {file} is {state}: it has {file.stat().st_size:,} bytes instead of {remote.size:,}: "
+            "delete it and fetch it again"
         )
     if remote.checksum is None:
-        pin(file, remote)
+        _check_pin(file)
         return
     algorithm, expected = remote.checksum.split(":")
     found = digest(file, algorithm)
     if found != expected:
-        raise AFDSError(f"the file {file} has {algorithm} {found} instead of {expected}: it is damaged, fetch it again")
+        raise AFDSError(
+            f"the file {file} is damaged, {algorithm} {found} instead of {expected}: delete it and fetch it again"
+        )
 
 
-def fetch(name: str, remote: Remote) -> Path:
-    """Download one file into the raw data folder of the set.
+def fetch(name: str, remote: Remote, missing: list[Remote] | None = None) -> Path:
+    """Download one file into the raw data folder of the set; `missing` are all files to name should that fail.
 
     Raises:
         AFDSError: no address, no network, a server's refusal, or a wrong checksum
@@ -123,7 +128,6 @@ def fetch(name: str, remote: Remote) -> Path:
         target = folder / remote.file
         if not target.is_file():
             try:
-                pooch.get_logger().setLevel("ERROR")
                 # pooch writes to a temporary name and renames it after the checksum was found right.
                 pooch.retrieve(
                     remote.url,
@@ -134,12 +138,14 @@ def fetch(name: str, remote: Remote) -> Path:
                 )
             except ValueError as error:
                 raise AFDSError(
-                    f"the download {remote.url} does not have the checksum {remote.checksum}: try again, or fetch it by hand"
+                    f"the download {remote.url} has not the checksum {remote.checksum}: try again, or fetch it by hand"
                 ) from error
             except OSError as error:  # requests' exceptions are OSErrors
                 if isinstance(error, PermissionError) or getattr(error, "errno", None) == 28:
                     raise
-                raise missing_sentence(name, [remote], f" and its download failed ({type(error).__name__})") from error
+                raise missing_sentence(
+                    name, missing or [remote], f" and its download failed ({type(error).__name__})"
+                ) from error
     return target
 
 

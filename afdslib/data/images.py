@@ -1,7 +1,7 @@
 """One image file -> an 8-bit RGB picture, and the two geometric transforms.
 
-Whatever the file holds comes out as RGB [ours]: grey is repeated, a palette is looked up, transparency is composited over
-white, CMYK is converted, 16 bits are scaled to 8. EXIF orientation is ignored, as torchvision's loaders do.
+Whatever the file holds comes out as RGB [ours]: grey is repeated, a palette is looked up, transparency is composited
+over white, CMYK is converted, 16 bits are scaled to 8. EXIF orientation is ignored, as torchvision's loaders do.
 """
 
 from __future__ import annotations

@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from afdslib import paths
 from afdslib.data import cache, fetch, splits, trees
 from afdslib.data.archives import SUFFIXES, is_archive
 from afdslib.data.catalogue import NAMES, SETS, DataSet, Layout, digits
@@ -35,6 +34,7 @@ class Splits:
         name: what was asked for
         note: what a reader of results has to know, such as "stored as JPEG"
         skipped: images left out because they could not be decoded (only with `skip_corrupt`)
+        captions: readable class names where `classes` are codes (wnids), else `classes`
     """
 
     train: ImageDataset
@@ -45,6 +45,7 @@ class Splits:
     name: str = ""
     note: str = ""
     skipped: tuple[str, ...] = ()
+    captions: tuple[str, ...] = ()
 
     def __iter__(self):
         return iter((self.train, self.validation, self.test, self.statistics, self.classes))
@@ -57,6 +58,12 @@ class _Located:
     folder: Path
     layout: Layout
     content: str | None
+
+
+def _found(layout: Layout, folders: list[Path]) -> list[Path] | None:
+    """All files of a layout, or None if one is missing."""
+    files = [file for file in (fetch.find(remote, folders) for remote in layout.remotes) if file is not None]
+    return files if len(files) == len(layout.remotes) else None
 
 
 def _whole(name: str, value: object, least: int, *, none: bool = False) -> None:
@@ -73,34 +80,37 @@ def _locate(name: str, spec: DataSet, root: str | Path | None, download: bool) -
         for layout in spec.layouts:
             if all((folder / marker).exists() for marker in layout.markers):
                 return _Located(folder, layout, None)
-            files = [fetch.find(remote, [folder]) for remote in layout.remotes]
-            if all(files):
+            files = _found(layout, [folder])
+            if files:
                 return _verified(spec, layout, files)
     for layout in spec.layouts:  # the files may lie in several of the folders
-        files = [fetch.find(remote, folders) for remote in layout.remotes]
-        if all(files):
+        files = _found(layout, folders)
+        if files:
             return _verified(spec, layout, files)
     layout = next((one for one in reversed(spec.layouts) if all(r.url for r in one.remotes)), spec.layouts[-1])
     missing = [remote for remote in layout.remotes if fetch.find(remote, folders) is None]
     if not download or any(remote.url is None for remote in missing):
         raise fetch.missing_sentence(spec.base, missing, "" if download else " and download=False")
-    for remote in missing:
-        fetch.fetch(spec.base, remote)
-    folders = fetch.places(spec.base, root)
-    return _verified(spec, layout, [fetch.find(remote, folders) for remote in layout.remotes])
+    for done, remote in enumerate(missing):
+        fetch.fetch(spec.base, remote, missing[done:])
+    files = _found(layout, fetch.places(spec.base, root))
+    assert files is not None
+    return _verified(spec, layout, files)
 
 
 def _verified(spec: DataSet, layout: Layout, files: list[Path]) -> _Located:
     for file, remote in zip(files, layout.remotes, strict=True):
         fetch.verify(file, remote)
     folder, content = fetch.unpack(spec.base, files)
+    for file, remote in zip(files, layout.remotes, strict=True):
+        fetch.pin(file, remote)
     return _Located(folder, layout, content)
 
 
-def _given_path(name: str, root: str | Path | None) -> Path | None:
+def _given_path(name: str, root: str | Path | None) -> Path:
     """The folder or archive that `name` means, if it is no known name."""
-    candidates = [Path(name).expanduser()]
-    if root is not None:
+    candidates = [Path(name).expanduser()] if name else []
+    if root is not None and name:
         candidates.append(Path(root).expanduser() / name)
     found = next((p for p in candidates if p.exists()), None)
     if found is None:
@@ -109,7 +119,7 @@ def _given_path(name: str, root: str | Path | None) -> Path | None:
                 f"the data set path {name} does not exist: give a folder or an archive ({', '.join(SUFFIXES)})"
             )
         raise AFDSError(
-            f"there is no data set {name!r}: take one of {', '.join(NAMES)}, or the path of an ImageFolder tree or archive"
+            f"there is no data set {name!r}: take one of {', '.join(NAMES)}, or the path of an ImageFolder tree"
         )
     if found.is_file() and not is_archive(found):
         raise AFDSError(
@@ -156,6 +166,11 @@ def _read(
         if found is not None:
             return found
     listing = located.layout.read(located.folder)
+    absent = next((one for one in listing.relative if not (located.folder / one).is_file()), None)
+    if absent is not None:
+        raise AFDSError(
+            f"the image {located.folder / absent} is listed but missing: fetch the data set {spec.base} again"
+        )
     source = _source(located.folder, listing)
     if size <= SMALL:
         if content is None:
@@ -168,8 +183,11 @@ def _read(
     if skip_corrupt:
         rows, skipped = _sound(located, source)
         if skipped:
-            listing = Listing(
-                [listing.relative[r] for r in rows], listing.targets[rows], listing.parts[rows], listing.classes
+            listing = replace(
+                listing,
+                relative=[listing.relative[r] for r in rows],
+                targets=listing.targets[rows],
+                parts=listing.parts[rows],
             )
             source = _source(located.folder, listing)
         return source, listing, skipped
@@ -188,29 +206,29 @@ def load(
 ) -> Splits:
     """Ready-made splits of a data set.
 
-    Names: stanford-dogs, mit-indoors, caltech-256, cub-200-2011, food-101, cifar10, tiny-imagenet-32 (and -source160,
-    -target40, which share no class), hymenoptera-160, digits (and digits-0-4, digits-5-9), or the path of an ImageFolder tree
-    or archive of one. The downloads of the first five and CIFAR-10's python archive have been tried on small fixtures of the same form
-    only, never on the real files.
+    Names: stanford-dogs, mit-indoors, caltech-256, cub-200-2011, food-101, cifar10, tiny-imagenet-32 (also -source160
+    and -target40, which share no class), hymenoptera-160, digits (also digits-0-4, digits-5-9), or the path of an
+    ImageFolder tree or of an archive of one. The first five and CIFAR-10's python archive have been tried on small
+    fixtures of the same form only, never on the real downloads.
 
-    Splits: official train and test parts where the set has them (tiny-imagenet-32: `val` is the test part). Caltech-256 has
-    none: 20 test images per class, the same for every seed. Digits: every second image of a class is a test image. A flat
-    tree is split 70/15/15 per class by the seed, so its test images do depend on the seed.
+    Splits: official train and test parts where the set has them (tiny-imagenet-32: `val` is the test part). Caltech-256
+    has none: 20 test images per class [our reading], the same for every seed. Digits: every second image of a class is
+    a test image. A flat tree is split 70/15/15 per class by the seed, so its test images do depend on the seed.
 
-    Images up to 64 px are decoded once (shorter side to `size`, centre crop) into a memory-mapped array; training pads by 4,
-    crops and mirrors (digits are never mirrored). Larger ones: shorter side to size*256/224, crop `size`, mirror.
-    All are normalised with ImageNet's mean and deviation.
+    Images up to 64 px are decoded once (shorter side to `size`, centre crop) into a memory-mapped array; training pads
+    by 4 (mean colour; black for digits), crops and mirrors (digits are never mirrored). Larger ones: shorter side to
+    size*256/224, crop `size`, mirror. All are normalised with ImageNet's mean and deviation.
 
     Args:
         name: a known name, or a path
-        root: folder with archives or extracted trees, which may be read-only; the project's raw data folder is looked in too
-        per_class: fitting images per class, drawn by `seed`; validation then holds 100 (digits: 20) of the others per class.
-            None: all training images but a tenth per class, which is the validation set
+        root: folder with archives or extracted trees, which may be read-only; the raw data folder is looked in too
+        per_class: fitting images per class, drawn by `seed`; validation then holds 100 (digits: 20) of the others of
+            each class. None: all training images but a tenth per class, which is the validation set
         seed: of the draws and of the augmentation
         size: side in pixels; default 32 for the 32 px sets and digits, else 224
         download: whether missing files may be fetched
-        skip_corrupt: go on without images that cannot be decoded, with a warning that lists them. Above 64 px every image is
-            decoded once for that; without it such an image is an error when it is reached
+        skip_corrupt: go on without images that cannot be decoded, with a warning that lists them. Above 64 px every
+            image is decoded once for that; without it such an image is an error when it is reached
 
     Returns:
         Splits(train, validation, test, statistics, classes).
@@ -221,7 +239,7 @@ def load(
     _whole("per_class", per_class, 1, none=True)
     _whole("seed", seed, 0)
     _whole("size", size, 8, none=True)
-    name = str(name)
+    name = os.fspath(name) if isinstance(name, os.PathLike) else str(name)
     known = SETS.get(name)
     if known is not None and known.base == "digits":
         spec, located = known, None
@@ -232,11 +250,12 @@ def load(
     size = size or spec.size
 
     skipped: list[str] = []
+    images: np.ndarray | Source
     if located is None:
         listing = digits()
-        images: np.ndarray | Source = Arrays(listing.images)
+        images = source = Arrays(np.asarray(listing.images))
         if size <= SMALL:
-            images = np.stack([resized_to(images.read(row), size) for row in range(len(listing.targets))])
+            images = np.stack([resized_to(source.read(row), size) for row in range(len(source))])
     else:
         images, listing, skipped = _read(spec, located, size, skip_corrupt)
     if skipped:
@@ -256,10 +275,14 @@ def load(
         )
 
     def make(chosen: np.ndarray, augment: bool) -> ImageDataset:
-        common = {"augment": augment, "flip": spec.flip, "seed": int(seed)}
+        labels, names = listing.targets[chosen], listing.classes
         if isinstance(images, np.ndarray):
-            return ArrayImages(images, rows[chosen], listing.targets[chosen], listing.classes, **common)
-        return FileImages(images, rows[chosen], listing.targets[chosen], listing.classes, size=size, **common)
+            return ArrayImages(
+                images, rows[chosen], labels, names, augment=augment, flip=spec.flip, seed=int(seed), border=spec.border
+            )
+        return FileImages(
+            images, rows[chosen], labels, names, size=size, augment=augment, flip=spec.flip, seed=int(seed)
+        )
 
     return Splits(
         train=make(drawn.train, True),
@@ -270,4 +293,5 @@ def load(
         name=name,
         note=located.layout.note if located else "scikit-learn's 8x8 digits",
         skipped=tuple(skipped),
+        captions=listing.captions or listing.classes,
     )

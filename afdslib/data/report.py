@@ -23,7 +23,7 @@ def imbalance(split: ImageDataset) -> dict:
     counts = np.bincount(split.targets, minlength=len(split.classes))
     low, high = int(counts.argmin()), int(counts.argmax())
     return {
-        "counts": dict(zip(split.classes, counts.tolist())),
+        "counts": dict(zip(split.classes, counts.tolist(), strict=True)),
         "smallest": (split.classes[low], int(counts[low])),
         "largest": (split.classes[high], int(counts[high])),
         "ratio": float(counts[high] / counts[low]) if counts[low] else float("inf"),

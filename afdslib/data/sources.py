@@ -1,7 +1,7 @@
 """Where the files of each data set come from: address, size and checksum, each with the place it was read.
 
-A checksum is `"md5:<hex>"` or `"sha256:<hex>"`; None means that no source at hand gives one. It is then pinned at the first
-download (see `fetch.pin`), which detects a later change but proves nothing about the first file.
+A checksum is `"md5:<hex>"` or `"sha256:<hex>"`; None means that no source at hand gives one. It is then pinned at the
+first use (see `fetch.pin`), which detects a later change but proves nothing about the first file.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ FILES: dict[str, tuple[Remote, ...]] = {
             f"{_TFDS}/stanford_dogs.txt",
         ),
     ),
-    # https://web.mit.edu/torralba/www/indoor.html; another project reports that the archive's address answered 404 in 2026.
+    # https://web.mit.edu/torralba/www/indoor.html; another project noted that the archive's address answered 404 in
+    # September 2026, so it may have to be fetched from a copy.
     "mit-indoors": (
         Remote("indoorCVPR_09.tar", "http://groups.csail.mit.edu/vision/LabelMe/NewImages/indoorCVPR_09.tar"),
         Remote("TrainImages.txt", "https://web.mit.edu/torralba/www/TrainImages.txt"),

@@ -1,7 +1,7 @@
 """Which images are fitted, used for choosing, and tested on.
 
-All draws are per class and depend on (seed, class name) only, through a permutation of which the fitted images are the first:
-so the 30 images of a class are among its 60, and every method sees the same ones.
+All draws are per class and depend on (seed, class name) only, through a permutation of which the fitted images are the
+first: so the 30 images of a class are among its 60, and every method sees the same ones.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def partition(
         seed: of the draw
         validation_per_class: validation images per class when `per_class` is given (fewer where fewer are left)
 
-    With an official validation part, that part is used as it is. Otherwise validation images are training images that are not
-    fitted: `validation_per_class` of them, or a tenth of the training images when `per_class` is None.
+    With an official validation part, that part is used as it is. Otherwise validation images are training images that
+    are not fitted: `validation_per_class` of them, or a tenth of the training images when `per_class` is None.
 
     Raises:
         AFDSError: a class has fewer training images than `per_class`
@@ -92,6 +92,8 @@ def partition(
     train, validation = [], [own_validation]
     for label, name in enumerate(listing.classes):
         rows = _permutation(np.flatnonzero((listing.targets == label) & (parts == TRAIN)), seed, name)
+        if not len(rows):
+            raise AFDSError(f"the class {name!r} has no training image: add images to it, or remove the class")
         if per_class is None:
             held = 0 if len(own_validation) else min(max(1, round(0.1 * len(rows))), len(rows) - 1)
             fit = len(rows) - held

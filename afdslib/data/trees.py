@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +45,7 @@ class Listing:
         targets: int64 (N,)
         parts: int8 (N,): TRAIN, VALIDATION, TEST, or UNSPLIT where the set has no official split
         classes: names, indexed by target
+        captions: readable names where `classes` are codes, else empty
         images: uint8 (N, H, W, 3) for sets that come as arrays
     """
 
@@ -52,6 +53,7 @@ class Listing:
     targets: np.ndarray
     parts: np.ndarray
     classes: tuple[str, ...]
+    captions: tuple[str, ...] = ()
     images: np.ndarray | None = field(default=None, repr=False)
 
 
@@ -94,10 +96,10 @@ def _listed(folder: Path, name: str, relative: str) -> str:
 
 
 def image_folder(folder: Path) -> Listing:
-    """An ImageFolder tree: `train/`, `val/` or `validation/`, `test/` with one folder per class, or a flat tree of classes.
+    """An ImageFolder tree: `train/`, `val/` or `validation/`, `test/` with a folder per class, or a flat one.
 
-    A single folder around the tree is stepped into. Without `test/`, `val/` takes its place and the validation images are
-    drawn from `train/`.
+    A single folder around the tree is stepped into. Without `test/`, `val/` takes its place and the validation images
+    are drawn from `train/`. A `classes.tsv` (class, readable name) beside them gives captions.
 
     Raises:
         AFDSError: no such tree, an empty class, or a test class that training lacks
@@ -142,11 +144,19 @@ def image_folder(folder: Path) -> Listing:
             if not images and part in (TRAIN, UNSPLIT):
                 raise AFDSError(f"the class folder {folder / name / one} holds no image: fill it, or remove it")
             rows += [((prefix / name / one / i).as_posix(), label, part) for i in images]
-    return _listing(rows, classes)
+    return replace(_listing(rows, classes), captions=_captions(folder, classes))
+
+
+def _captions(folder: Path, classes: list[str]) -> tuple[str, ...]:
+    """Readable names from `classes.tsv` (class, tab, name), or nothing where there is no such file."""
+    if not (folder / "classes.tsv").is_file():
+        return ()
+    names = dict(line.split("\t", 1) for line in _text(folder, "classes.tsv") if "\t" in line)
+    return tuple(names.get(one, one) for one in classes)
 
 
 def stanford_dogs(folder: Path) -> Listing:
-    """Stanford Dogs 120: `Images/<class>/*.jpg` and the official `train_list.mat`, `test_list.mat` (100 per class train)."""
+    """Stanford Dogs 120: `Images/<class>/*.jpg` and the official `train_list.mat` (100 per class), `test_list.mat`."""
     from scipy.io import loadmat
 
     rows, names = [], {}
@@ -160,11 +170,12 @@ def stanford_dogs(folder: Path) -> Listing:
         for file, label in zip(files, labels, strict=True):
             rows.append(("Images/" + _listed(folder, name, file), label, part))
             names[label] = file.split("/")[0].split("-", 1)[-1]
-    return _listing(rows, [names[i] for i in range(len(names))])
+    new = {label: i for i, label in enumerate(sorted(names))}
+    return _listing([(file, new[label], part) for file, label, part in rows], [names[label] for label in new])
 
 
 def mit_indoors(folder: Path) -> Listing:
-    """MIT Indoors 67: `Images/<class>/*`, official lists of about 80 training and 20 test images per class; others unused."""
+    """MIT Indoors 67: `Images/<class>/*`, official lists, about 80 training and 20 test images per class."""
     found = []
     for name, part in (("TrainImages.txt", TRAIN), ("TestImages.txt", TEST)):
         found += [(_listed(folder, name, line), part) for line in _text(folder, name)]
@@ -184,7 +195,7 @@ def caltech_256(folder: Path) -> Listing:
 
 
 def cub_200_2011(folder: Path) -> Listing:
-    """CUB-200-2011: `images.txt`, `image_class_labels.txt`, `train_test_split.txt` (1 = train), `classes.txt`, all by image id."""
+    """CUB-200-2011: `images.txt`, `image_class_labels.txt`, `train_test_split.txt` (1 is train), `classes.txt`."""
     base = folder / "CUB_200_2011"
     table = {}
     for name in ("images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt"):
@@ -222,7 +233,8 @@ def subset(listing: Listing, classes: list[str]) -> tuple[Listing, np.ndarray]:
     rows = np.flatnonzero(np.isin(listing.targets, list(new)))
     targets = np.array([new[t] for t in listing.targets[rows].tolist()], dtype=np.int64)
     relative = [listing.relative[r] for r in rows] if listing.relative else []
-    return Listing(relative, targets, listing.parts[rows], tuple(classes)), rows
+    captions = tuple(listing.captions[old] for old in new) if listing.captions else ()
+    return Listing(relative, targets, listing.parts[rows], tuple(classes), captions), rows
 
 
 Reader = Callable[[Path], Listing]
