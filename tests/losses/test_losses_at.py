@@ -1,0 +1,186 @@
+import math
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from afdslib import backbones
+from afdslib.errors import AFDSError
+from afdslib.losses._maps import area_matrix
+from afdslib.losses.at import at_loss, attention_map, gradient_at_loss, input_gradient
+
+
+def _maps(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def _slow_attention(features, p):
+    rows = []
+    for sample in features:
+        channels, height, width = sample.shape
+        row = [
+            sum(abs(float(sample[c, i, j])) ** p for c in range(channels)) / channels
+            for i in range(height)
+            for j in range(width)
+        ]
+        norm = math.sqrt(sum(v * v for v in row))
+        rows.append([v / norm for v in row])
+    return rows
+
+
+@pytest.mark.parametrize("p", [0.5, 1, 2, 3, 4])
+def test_attention_map_is_the_formula(p):
+    features = _maps(2, 3, 4, 5)
+    wanted = torch.tensor(_slow_attention(features, p), dtype=torch.float64)
+    torch.testing.assert_close(attention_map(features, p), wanted)
+
+
+@pytest.mark.parametrize("p", [1, 2, 4])
+@pytest.mark.parametrize("mode", ["code", "paper"])
+def test_at_loss_is_the_formula_with_different_channels(p, mode):
+    student, teacher = _maps(3, 2, 4, 4), _maps(3, 5, 4, 4, seed=1)
+    norms = [
+        math.sqrt(sum((a - b) ** 2 for a, b in zip(s, t, strict=True)))
+        for s, t in zip(_slow_attention(student, p), _slow_attention(teacher, p), strict=True)
+    ]
+    wanted = sum(norms) / 3 if mode == "paper" else sum(n * n for n in norms) / (3 * 16)
+    assert at_loss(student, teacher, p=p, mode=mode).item() == pytest.approx(wanted, rel=1e-12)
+
+
+def test_for_one_sample_the_code_mode_is_the_square_of_the_paper_mode_per_position():
+    student, teacher = _maps(1, 2, 3, 5), _maps(1, 4, 3, 5, seed=1)
+    paper, code = (at_loss(student, teacher, mode=m).item() for m in ("paper", "code"))
+    assert code == pytest.approx(paper**2 / 15, rel=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["code", "paper"])
+@pytest.mark.parametrize("p", [0.5, 1, 2, 3])
+def test_at_gradients(mode, p):
+    student, teacher = _maps(2, 3, 3, 3).requires_grad_(), _maps(2, 4, 3, 3, seed=1)
+    assert torch.autograd.gradcheck(lambda s: at_loss(s, teacher, p=p, mode=mode), student)
+
+
+@pytest.mark.parametrize("mode", ["code", "paper"])
+def test_identical_maps_give_zero_and_a_finite_gradient(mode):
+    teacher = _maps(2, 3, 4, 4)
+    student = teacher.clone().requires_grad_()
+    loss = at_loss(student, teacher, mode=mode)
+    loss.backward()
+    assert loss.item() == 0 and torch.equal(student.grad, torch.zeros_like(teacher))
+
+
+@pytest.mark.parametrize("scale", [1e-4, 3.0, 1e4])
+def test_at_ignores_a_positive_rescaling_of_each_sample(scale):
+    student, teacher = _maps(2, 3, 4, 4, dtype=torch.float32), _maps(2, 3, 4, 4, seed=1, dtype=torch.float32)
+    scales = torch.tensor([scale, 2 * scale])[:, None, None, None]
+    assert at_loss(student * scales, teacher).item() == pytest.approx(at_loss(student, teacher).item(), rel=1e-5)
+
+
+def test_a_map_that_is_off_has_no_gradient_and_no_nan():
+    student = torch.zeros(1, 2, 3, 3, requires_grad=True)
+    for p in (0.5, 1, 2):
+        at_loss(student, torch.rand(1, 2, 3, 3), p=p).backward()
+    assert torch.equal(student.grad, torch.zeros_like(student))
+
+
+def test_half_precision_maps_are_squared_in_full_precision():
+    student = _maps(1, 4, 3, 3, dtype=torch.float32) * 1000  # squares overflow float16
+    teacher = _maps(1, 4, 3, 3, seed=1, dtype=torch.float32)
+    loss = at_loss(student.half(), teacher.half())
+    assert loss.item() == pytest.approx(at_loss(student, teacher).item(), rel=2e-2)
+
+
+def test_another_map_size_is_averaged_by_area_and_said():
+    student, teacher = _maps(2, 3, 8, 6), _maps(2, 5, 4, 3, seed=1)
+    pooled = nn.functional.avg_pool2d(student.square().mean(1, keepdim=True), 2).sqrt()
+    with pytest.warns(UserWarning, match="8x6 map and the teacher's 4x3 are compared at 4x3"):
+        loss = at_loss(student, teacher)
+    assert loss.item() == pytest.approx(at_loss(pooled, teacher).item(), rel=1e-12)
+
+
+def test_area_averaging_of_sizes_that_do_not_divide():
+    matrix = area_matrix(3, 2, torch.zeros((), dtype=torch.float64))
+    torch.testing.assert_close(matrix, torch.tensor([[2, 1, 0], [0, 1, 2]], dtype=torch.float64) / 3)
+    grad_ready = _maps(1, 2, 5, 5).requires_grad_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert torch.autograd.gradcheck(lambda s: at_loss(s, _maps(1, 2, 3, 4, seed=1)), grad_ready)
+
+
+@pytest.mark.parametrize(
+    "student, teacher, arguments, words",
+    [
+        (_maps(2, 3, 4, 4), _maps(3, 3, 4, 4), {}, "holds 2 samples and the teacher's 3"),
+        (_maps(2, 3, 0, 4), _maps(2, 3, 4, 4), {}, "is empty"),
+        (_maps(2, 3, 4), _maps(2, 3, 4, 4), {}, "(batch, channels, height, width)"),
+        (_maps(2, 3, 4, 4) * math.nan, _maps(2, 3, 4, 4), {}, "Student map holds 96 values"),
+        (_maps(2, 3, 4, 4), _maps(2, 3, 4, 4).requires_grad_(), {}, "under torch.no_grad()"),
+        (_maps(2, 3, 4, 4), _maps(2, 3, 4, 4), dict(mode="both"), "mode 'both'"),
+        (_maps(2, 3, 4, 4), _maps(2, 3, 4, 4), dict(p=0), "exponent p is 0"),
+    ],
+)
+def test_bad_input_is_one_sentence(student, teacher, arguments, words):
+    with pytest.raises(AFDSError) as caught:
+        at_loss(student, teacher, **arguments)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+# --- gradient-based ---------------------------------------------------------------------------------------------------
+
+
+def test_gradient_at_is_the_formula():
+    student, teacher = _maps(3, 3, 4, 4), _maps(3, 3, 4, 4, seed=1)
+    wanted = sum(math.sqrt(float(((s - t) ** 2).sum())) for s, t in zip(student, teacher, strict=True)) / 3
+    assert gradient_at_loss(student, teacher).item() == pytest.approx(wanted, rel=1e-12)
+    assert torch.autograd.gradcheck(lambda s: gradient_at_loss(s, teacher), student.requires_grad_())
+    assert gradient_at_loss(teacher.clone(), teacher).item() == 0
+
+
+def test_input_gradient_is_per_sample_in_eval_mode():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 2)).eval()
+    images, target = _maps(4, 3, 5, 5, dtype=torch.float32).requires_grad_(), torch.tensor([0, 1, 1, 0])
+    together = input_gradient(model(images), target, images, create_graph=False)
+    for i in range(4):
+        one = images[i : i + 1].detach().requires_grad_()
+        alone = input_gradient(model(one), target[i : i + 1], one, create_graph=False)
+        torch.testing.assert_close(together[i : i + 1], alone)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_gradient_at_differentiates_a_residual_network_twice(training):
+    torch.manual_seed(0)
+    model = backbones.build("resnet14", 3, stem="cifar", width=1 / 32).double().train(training)
+    for module in list(model.modules()):
+        if hasattr(module, "relu"):  # the input gradient jumps at a ReLU's kink, where no difference quotient holds
+            module.relu = nn.Softplus(beta=5)
+        if isinstance(module, nn.BatchNorm2d):  # statistics that matter, momentum 0 so that calls do not move them
+            module.momentum = 0.0
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+    images, target, teacher = _maps(4, 3, 8, 8), torch.tensor([0, 1, 2, 1]), _maps(4, 3, 8, 8, seed=1)
+
+    def loss():
+        x = images.clone().requires_grad_()
+        return gradient_at_loss(input_gradient(model(x), target, x), teacher)
+
+    parameters = [p for p in model.parameters() if p is not model.fc.bias]
+    loss().backward()
+    generator = torch.Generator().manual_seed(2)
+    directions = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
+    analytic = sum((p.grad * v).sum().item() for p, v in zip(parameters, directions, strict=True))
+    values = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for p, v in zip(parameters, directions, strict=True):
+                p.add_(v, alpha=sign * 1e-6)
+        values.append(loss().item())
+        with torch.no_grad():
+            for p, v in zip(parameters, directions, strict=True):
+                p.sub_(v, alpha=sign * 1e-6)
+    assert abs(analytic) > 1e-4
+    assert analytic == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-6)
+
+
+def test_images_without_gradient_are_refused():
+    with pytest.raises(AFDSError, match="requires_grad_"):
+        input_gradient(torch.zeros(1, 2), torch.tensor([0]), torch.zeros(1, 3, 2, 2))

@@ -1,0 +1,80 @@
+import pytest
+import torch
+from torch import nn
+
+from afdslib import backbones
+from afdslib.errors import AFDSError
+from afdslib.losses.l2sp import L2SP, classifier_l2, l2_loss
+
+
+def _model():
+    torch.manual_seed(0)
+    return backbones.build("resnet14", 3, stem="cifar", width=1 / 32)
+
+
+def _move(model):
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())), alpha=0.1)
+
+
+def test_l2sp_is_the_formula():
+    model = _model()
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    penalty = L2SP(model, alpha=0.3, beta=0.05)
+    assert penalty()["l2sp"].item() == 0
+    _move(model)
+    away = sum(((p - start[n]) ** 2).sum().item() for n, p in model.named_parameters() if not n.startswith("fc."))
+    head = sum((p**2).sum().item() for n, p in model.named_parameters() if n.startswith("fc."))
+    terms = penalty()
+    assert terms["l2sp"].item() == pytest.approx(0.3 / 2 * away, rel=1e-5)
+    assert terms["l2"].item() == pytest.approx(0.05 / 2 * head, rel=1e-5)
+
+
+def test_l2sp_gradient_pulls_to_the_start_and_the_classifier_to_zero():
+    model = _model()
+    penalty = L2SP(model, alpha=0.5, beta=0.1)
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    _move(model)
+    sum(penalty().values()).backward()
+    for name, p in model.named_parameters():
+        wanted = 0.1 * p if name.startswith("fc.") else 0.5 * (p - start[name])
+        torch.testing.assert_close(p.grad, wanted.detach())
+
+
+def test_the_start_can_be_a_source_network_with_another_classifier():
+    source, model = _model(), _model()
+    _move(model)
+    backbones.reset_classifier(model, 7)
+    terms = L2SP.from_source(model, source, alpha=1.0, beta=1.0)()
+    own = dict(model.named_parameters())
+    wanted = sum(((own[n] - p) ** 2).sum().item() for n, p in source.named_parameters() if not n.startswith("fc."))
+    assert terms["l2sp"].item() == pytest.approx(wanted / 2, rel=1e-5)
+    assert terms["l2"].item() == pytest.approx(classifier_l2(model, 1.0).item(), rel=1e-6)
+
+
+def test_parameters_the_source_lacks_decay_to_zero():
+    source, model = _model(), _model()
+    model.layer1[0].extra = nn.Parameter(torch.full((4,), 2.0))
+    terms = L2SP.from_source(model, source, alpha=1.0, beta=1.0)()
+    assert terms["l2"].item() == pytest.approx(8.0 + classifier_l2(model, 1.0).item(), rel=1e-6)
+
+
+def test_the_start_is_in_the_checkpoint_and_the_model_is_not():
+    penalty = L2SP(_model(), alpha=1.0, beta=0.0)
+    assert all(name.startswith("start") for name in penalty.state_dict())
+    assert not list(penalty.parameters())
+
+
+def test_plain_l2_is_half_the_sum_of_squares():
+    assert l2_loss([torch.tensor([1.0, 2.0]), torch.tensor([[2.0]])], 0.1).item() == pytest.approx(0.45)
+
+
+def test_a_network_whose_shapes_changed_is_refused():
+    model = _model()
+    penalty = L2SP(model, alpha=1.0, beta=1.0)
+    model.conv1 = nn.Conv2d(3, 1, 3)
+    with pytest.raises(AFDSError, match="conv1.weight of shape"):
+        penalty()
+    with pytest.raises(AFDSError, match="alpha of L2-SP is -1"):
+        L2SP(_model(), alpha=-1, beta=0)
