@@ -161,8 +161,9 @@ def extract(files: tuple[Path, ...], target: Path, *, stamp: dict | None = None)
                     else:
                         entries += _extract_tar(file, temporary)
                 except _BROKEN as error:
+                    reason = str(error).partition("\n")[0].rstrip(":") or type(error).__name__
                     raise AFDSError(
-                        f"the archive {file} is truncated or damaged ({error}): delete it and fetch it again"
+                        f"the archive {file} is truncated or damaged ({reason}): delete it and fetch it again"
                     ) from error
             (temporary / ".afds.json").write_text(json.dumps({**(stamp or {}), "entries": entries}))
             if target.exists():  # without its stamp it is not ours to trust

@@ -1,0 +1,165 @@
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
+
+from afdslib import data
+from afdslib.data.datasets import ArrayImages, Arrays, FileImages, _normalise
+from afdslib.data.images import STD
+from afdslib.errors import AFDSError
+
+CLASSES = ("a", "b")
+
+
+def _pixels(count=10, size=8, seed=0):
+    return np.random.RandomState(seed).randint(0, 256, (count, size, size, 3), dtype=np.uint8)
+
+
+def _array(augment, count=10, **options):
+    pixels = _pixels(count)
+    return pixels, ArrayImages(pixels, np.arange(count), np.arange(count) % 2, CLASSES, augment=augment, **options)
+
+
+def _files(augment, **options):
+    pixels = _pixels(6, 40)
+    return FileImages(Arrays(pixels), np.arange(6), np.arange(6) % 2, CLASSES, size=32, augment=augment, **options)
+
+
+def test_an_item_is_a_normalised_float_image_and_an_int():
+    pixels, ds = _array(False)
+    image, target = ds[3]
+    assert image.dtype == torch.float32 and image.shape == (3, 8, 8)
+    assert isinstance(target, int) and target == 1
+    assert torch.equal(image, _normalise(pixels[3:4])[0])
+
+
+def test_rows_choose_images_of_the_shared_array():
+    pixels = _pixels()
+    ds = ArrayImages(pixels, np.array([7, 2]), np.array([1, 0]), CLASSES, augment=False)
+    assert len(ds) == 2 and np.array_equal(ds.raw(0), pixels[7]) and np.array_equal(ds.raw(1), pixels[2])
+    assert torch.equal(ds[-1][0], ds[1][0])
+    with pytest.raises(IndexError):
+        ds[2]
+
+
+def test_augmentation_is_a_pad_4_crop_and_flip_of_the_image():
+    pixels, ds = _array(True, count=64)
+    seen = set()
+    for i in range(64):
+        padded = torch.nn.functional.pad(_normalise(pixels[i : i + 1]), (4,) * 4)[0]
+        got = ds[i][0]
+        matches = [
+            (top, left, flip)
+            for top in range(9)
+            for left in range(9)
+            for flip in (False, True)
+            for crop in [padded[:, top : top + 8, left : left + 8]]
+            if torch.equal(got, crop.flip(-1) if flip else crop)
+        ]
+        assert matches, f"image {i} is no crop of its padded original"
+        seen.add(matches[0])
+    assert {flip for *_, flip in seen} == {False, True}
+    assert {0, 8} <= {top for top, *_ in seen} and {0, 8} <= {left for _, left, _ in seen}
+
+
+def test_without_flip_no_image_is_mirrored():
+    pixels, ds = _array(True, count=64, flip=False)
+    for i in range(64):
+        padded = torch.nn.functional.pad(_normalise(pixels[i : i + 1]), (4,) * 4)[0]
+        crops = [padded[:, t : t + 8, left : left + 8] for t in range(9) for left in range(9)]
+        assert any(torch.equal(ds[i][0], crop) for crop in crops)
+
+
+def test_a_border_level_pads_with_that_grey():
+    black = np.zeros((32, 8, 8, 3), np.uint8)
+    ds = ArrayImages(black, np.arange(32), np.zeros(32), CLASSES, augment=True, border=0)
+    images, _ = ds.__getitems__(range(32))
+    assert torch.allclose(images, _normalise(black), atol=1e-6)
+    mean = ArrayImages(black, np.arange(32), np.zeros(32), CLASSES, augment=True)
+    assert (mean.__getitems__(range(32))[0] == 0).any()
+
+
+@pytest.mark.parametrize("kind", ["array", "files"])
+def test_augmentation_depends_on_seed_epoch_and_index_only(kind):
+    def make(seed):
+        return _array(True, seed=seed)[1] if kind == "array" else _files(True, seed=seed)
+
+    one, other = make(5), make(5)
+    one.set_epoch(3)
+    other.set_epoch(1)
+    other.set_epoch(3)
+    batch, _ = one.__getitems__([4, 0, 2])
+    assert torch.equal(batch[0], other[4][0]) and torch.equal(batch[1], other[0][0])
+    other.set_epoch(4)
+    assert not torch.equal(batch, other.__getitems__([4, 0, 2])[0])
+    different = make(6)
+    different.set_epoch(3)
+    assert not torch.equal(batch, different.__getitems__([4, 0, 2])[0])
+
+
+def test_the_test_time_transform_does_not_change_with_the_epoch():
+    _, ds = _array(False)
+    before = ds.__getitems__(range(10))[0]
+    ds.set_epoch(9)
+    assert torch.equal(before, ds.__getitems__(range(10))[0])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_the_same_with_any_number_of_workers(workers):
+    _, ds = _array(True)
+    ds.set_epoch(2)
+    sampler = BatchSampler(RandomSampler(ds, generator=torch.Generator().manual_seed(1)), 4, drop_last=False)
+    order = [
+        i
+        for batch in BatchSampler(RandomSampler(ds, generator=torch.Generator().manual_seed(1)), 4, False)
+        for i in batch
+    ]
+    loaded = list(DataLoader(ds, batch_sampler=sampler, collate_fn=data.collate, num_workers=workers))
+    images, targets = torch.cat([x for x, _ in loaded]), torch.cat([y for _, y in loaded])
+    expected, labels = ds.__getitems__(order)
+    assert torch.equal(images, expected) and torch.equal(targets, labels)
+    assert targets.dtype == torch.int64
+
+
+def test_loader_keeps_the_order_and_the_last_batch():
+    _, ds = _array(False)
+    batches = list(data.loader(ds, 4))
+    assert [len(y) for _, y in batches] == [4, 4, 2]
+    assert torch.cat([y for _, y in batches]).tolist() == ds.targets.tolist()
+    assert [len(y) for _, y in data.loader(ds, 4, drop_last=True)] == [4, 4]
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 0}, {"batch_size": 2.0}, {"batch_size": 4, "workers": -1}])
+def test_loader_refuses_bad_sizes(options):
+    with pytest.raises(AFDSError):
+        data.loader(_array(False)[1], **options)
+
+
+def test_collate_takes_pairs_too():
+    _, ds = _array(False)
+    images, targets = data.collate([ds[0], ds[1]])
+    assert images.shape == (2, 3, 8, 8) and targets.tolist() == [0, 1]
+
+
+def test_a_memory_mapped_set_is_pickled_by_path(tmp_path):
+    np.save(tmp_path / "i.npy", _pixels(500))
+    ds = ArrayImages(np.load(tmp_path / "i.npy", mmap_mode="r"), np.arange(5), np.zeros(5), CLASSES, augment=True)
+    content = pickle.dumps(ds)
+    assert len(content) < 20_000
+    assert torch.equal(pickle.loads(content)[2][0], ds[2][0])
+
+
+def test_large_images_are_resized_to_256_of_224_and_cropped():
+    ds = _files(False)
+    assert ds.shorter == 37 and ds[0][0].shape == (3, 32, 32) and ds.raw(0).shape == (32, 32, 3)
+    assert torch.equal(ds[0][0], _normalise(ds.raw(0)[None])[0])
+
+
+def test_random_crops_of_large_images_stay_inside_and_move():
+    pixels = np.broadcast_to(np.arange(37, dtype=np.uint8)[None, :, None, None] * 3, (200, 37, 37, 3)).copy()
+    ds = FileImages(Arrays(pixels), np.arange(200), np.zeros(200), CLASSES, size=32, augment=True)
+    images, _ = ds.__getitems__(range(200))
+    first = ((images[:, 0, 0, 0] * STD[0] + 0.485) * 255 / 3).round().int()  # the row at which the crop begins
+    assert set(first.tolist()) == set(range(6))

@@ -1,0 +1,117 @@
+import numpy as np
+import pytest
+
+from afdslib.data.splits import alternate_test, fixed_test, partition
+from afdslib.data.trees import TEST, TRAIN, UNSPLIT, VALIDATION, Listing
+from afdslib.errors import AFDSError
+
+
+def _listing(counts, parts):
+    """counts: images per class and part, in the order of `parts`."""
+    targets, where = [], []
+    for label, numbers in enumerate(counts):
+        for part, number in zip(parts, numbers, strict=True):
+            targets += [label] * number
+            where += [part] * number
+    names = tuple(f"class{i}" for i in range(len(counts)))
+    return Listing([], np.array(targets), np.array(where, dtype=np.int8), names)
+
+
+def _draw(listing, *, per_class=None, seed=0, validation=5):
+    return partition(listing, listing.parts, per_class=per_class, seed=seed, validation_per_class=validation)
+
+
+def _counts(listing, rows):
+    return np.bincount(listing.targets[rows], minlength=len(listing.classes)).tolist()
+
+
+def test_without_per_class_validation_is_a_tenth_of_each_class():
+    listing = _listing([(20, 5), (31, 6), (3, 1)], (TRAIN, TEST))
+    drawn = _draw(listing)
+    assert _counts(listing, drawn.validation) == [2, 3, 1]
+    assert _counts(listing, drawn.train) == [18, 28, 2]
+    assert _counts(listing, drawn.test) == [5, 6, 1]
+    assert not set(drawn.train) & set(drawn.validation)
+
+
+def test_per_class_draws_validation_from_what_is_not_fitted():
+    listing = _listing([(20, 5), (12, 5)], (TRAIN, TEST))
+    drawn = _draw(listing, per_class=10)
+    assert _counts(listing, drawn.train) == [10, 10]
+    assert _counts(listing, drawn.validation) == [5, 2]
+    assert not set(drawn.train) & set(drawn.validation)
+    assert (listing.parts[drawn.train] == TRAIN).all() and (listing.parts[drawn.validation] == TRAIN).all()
+
+
+def test_the_seed_draws_the_fitted_images_and_not_the_test():
+    listing = _listing([(40, 5), (40, 5)], (TRAIN, TEST))
+    one, same, other = (_draw(listing, per_class=10, seed=s) for s in (1, 1, 2))
+    assert np.array_equal(one.train, same.train) and np.array_equal(one.validation, same.validation)
+    assert not np.array_equal(one.train, other.train)
+    assert np.array_equal(one.test, other.test)
+
+
+def test_fewer_images_are_among_more():
+    listing = _listing([(90, 5), (90, 5)], (TRAIN, TEST))
+    assert set(_draw(listing, per_class=30, seed=3).train) < set(_draw(listing, per_class=60, seed=3).train)
+
+
+def test_a_class_with_too_few_images_is_named():
+    listing = _listing([(20, 5), (9, 5)], (TRAIN, TEST))
+    with pytest.raises(AFDSError, match=r"class 'class1' has 9 training images, fewer than per_class=10"):
+        _draw(listing, per_class=10)
+
+
+def test_no_validation_when_nothing_is_left():
+    listing = _listing([(10, 5), (10, 5)], (TRAIN, TEST))
+    assert len(_draw(listing, per_class=10).validation) == 0
+
+
+def test_an_official_validation_part_is_used_as_it_is():
+    listing = _listing([(20, 3, 5), (20, 4, 5)], (TRAIN, VALIDATION, TEST))
+    drawn = _draw(listing, per_class=4)
+    assert np.array_equal(drawn.validation, np.flatnonzero(listing.parts == VALIDATION))
+    assert _counts(listing, _draw(listing).train) == [20, 20]
+
+
+def test_a_flat_tree_is_split_70_15_15_by_the_seed():
+    listing = _listing([(100,), (40,), (4,)], (UNSPLIT,))
+    drawn, other = _draw(listing, seed=1), _draw(listing, seed=2)
+    assert _counts(listing, drawn.test) == [15, 6, 1]
+    assert _counts(listing, drawn.validation) == [15, 6, 1]
+    assert _counts(listing, drawn.train) == [70, 28, 2]
+    together = np.concatenate([drawn.train, drawn.validation, drawn.test])
+    assert sorted(together.tolist()) == list(range(144))
+    assert not np.array_equal(drawn.test, other.test)
+
+
+def test_a_class_left_without_training_images_is_named():
+    listing = _listing([(5, 2), (0, 2)], (TRAIN, TEST))
+    with pytest.raises(AFDSError, match="class1"):
+        _draw(listing)
+
+
+def test_fixed_test_takes_the_same_images_whatever_the_seed():
+    listing = _listing([(80,), (95,)], (UNSPLIT,))
+    parts = fixed_test(listing, 20)
+    assert _counts(listing, np.flatnonzero(parts == TEST)) == [20, 20]
+    drawn = [partition(listing, parts, per_class=60, seed=s, validation_per_class=100) for s in (0, 1)]
+    assert np.array_equal(drawn[0].test, drawn[1].test) and not set(drawn[0].train) & set(drawn[0].test)
+    assert _counts(listing, drawn[0].validation) == [0, 15]
+    with pytest.raises(AFDSError, match="class0"):
+        fixed_test(listing, 80)
+
+
+def test_alternate_test_halves_each_class():
+    listing = Listing([], np.array([0, 1, 0, 1, 0, 1, 1]), np.full(7, UNSPLIT, np.int8), ("a", "b"))
+    assert np.flatnonzero(alternate_test(listing) == TEST).tolist() == [2, 3, 6]
+
+
+def test_the_draw_is_pinned():
+    """A change of the rule or of a library would change every result: these numbers must not move."""
+    listing = _listing([(8, 2), (8, 2)], (TRAIN, TEST))
+    drawn = _draw(listing, per_class=3, seed=7, validation=2)
+    assert (drawn.train.tolist(), drawn.validation.tolist()) == PINNED
+
+
+PINNED = ([2, 3, 6, 12, 13, 17], [0, 1, 10, 14])
