@@ -56,9 +56,9 @@ if typing.TYPE_CHECKING:
     import pandas
 
 __all__ = [
-    "RESULTS_VERSION", "Config", "Result", "Run", "Summary", "computed_steps", "environment", "from_json", "get_or_run",
-    "list_runs", "load_config", "lookup", "publish", "register", "remove", "resume", "run_id", "show", "steps_by_kind",
-    "to_json", "unhashed",
+    "RESULTS_VERSION", "Config", "Result", "Run", "Summary", "computed_steps", "environment", "from_json",
+    "get_or_run", "list_runs", "load_config", "lookup", "publish", "register", "remove", "require_training",
+    "resume", "run_id", "show", "steps_by_kind", "to_json", "unhashed",
 ]
 
 RESULTS_VERSION = 1
@@ -652,6 +652,20 @@ def steps_by_kind(store: str | Path | None = None) -> dict[str, int]:
 def computed_steps(store: str | Path | None = None) -> int:
     """Optimiser steps really taken in a store: 0 tells that every number came from somewhere else."""
     return sum(steps_by_kind(store).values())
+
+
+def require_training(store: str | Path | None = None) -> dict[str, int]:
+    """Optimiser steps by kind, if every kind of training took some.
+
+    Raises:
+        AFDSError: Nothing was trained in this store: the numbers came from somewhere else.
+    """
+    steps = steps_by_kind(store)
+    idle = sorted(kind for kind, number in steps.items() if number == 0)
+    if idle or not steps:
+        what = f"{', '.join(idle)} took no training step" if idle else "no training step was taken"
+        raise AFDSError(f"{what} in {_store(store)}, so nothing was computed here; start from an empty run store")
+    return steps
 
 
 def environment() -> dict[str, Any]:

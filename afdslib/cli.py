@@ -1,0 +1,264 @@
+"""The command line `afds`.
+
+A mistake that a user can mend ends in one line on stderr and exit code 2; anything else is a bug and shows a traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import __version__
+from .errors import AFDSError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="afds",
+    help="AFDS (ICLR 2020): a reproducibility report that runs.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+runs_app = typer.Typer(help="The run store: list, show and delete training runs.", rich_markup_mode=None)
+app.add_typer(runs_app, name="runs")
+
+# The base class of everything typer says about wrong usage; typer exports only this subclass of it.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+ProfileName = Annotated[str, typer.Option("--profile", help="A study: demo, imagenet32, paper.")]
+Budget = Annotated[str | None, typer.Option(help="How much of the study, e.g. quick or standard.")]
+DataDir = Annotated[str | None, typer.Option(help="Folder with archives or image trees; it may be read-only.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns the exit code: 0, 2 after a mistake of the user, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    try:
+        code = app(arguments, prog_name="afds", standalone_mode=False)
+    except BrokenPipeError:  # `afds runs list | head`
+        sys.stdout = None  # type: ignore[assignment]  # nothing is left to flush at exit
+        return 1
+    except (AFDSError, OSError, _UsageError) as error:
+        return _complain(error)
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    if code == 130:
+        print("afds: interrupted; the same command goes on where this one stopped", file=sys.stderr)
+    return code if isinstance(code, int) else 0
+
+
+def _complain(error: Exception) -> int:
+    if isinstance(error, OSError):
+        message = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
+    elif isinstance(error, _UsageError):
+        message = f"{error.format_message()} See: afds --help"  # type: ignore[attr-defined]
+    else:
+        message = str(error)
+    print("afds:", re.sub(r"\s*[\r\n]+\s*", " ", message), file=sys.stderr)
+    return 2
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"afds {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    pass
+
+
+# ---------------------------------------------------------------------------------------------------------- the study
+
+
+@app.command()
+def run(
+    profile: ProfileName,
+    budget: Budget = None,
+    data_dir: DataDir = None,
+    show: Annotated[bool, typer.Option("--show", help="Show the whole profile and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and what is missing, and stop.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Execute finished notebooks again, too.")] = False,
+    require_training: Annotated[
+        bool, typer.Option("--require-training", help="Fail if the run store holds no training step afterwards.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what the notebooks print.")] = False,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Another notebook parameter.")
+    ] = None,
+) -> None:
+    """Execute the notebooks of a study in order, from the last finished one, and write its report."""
+    chosen = _profile(profile, budget, data_dir)
+    if show:
+        from . import profiles
+
+        typer.echo(profiles.show(chosen))
+        return
+    if dry_run:
+        from . import study
+
+        typer.echo(study.plan(chosen))
+        return
+    from . import pipeline, runs
+
+    parameters = _assignments(settings or [])
+    for name, value in (("budget", budget), ("data_dir", data_dir)):
+        if value is not None:
+            if name in parameters:
+                raise AFDSError(f"{name} is given twice, by --{name.replace('_', '-')} and by --set; give it once")
+            parameters[name] = value
+    pipeline.execute(profile, parameters, fresh=fresh, verbose=verbose, echo=typer.echo)
+    if require_training:
+        typer.echo(f"training steps: {_count(runs.require_training())}")
+
+
+@app.command()
+def train(profile: ProfileName, budget: Budget = None, data_dir: DataDir = None) -> None:
+    """Train the networks of a study (what is not trained yet), without notebooks."""
+    _stage("train", profile, budget, data_dir)
+
+
+@app.command()
+def sweep(profile: ProfileName, budget: Budget = None, data_dir: DataDir = None) -> None:
+    """Run the pruning sweep of a study (what is not computed yet), without notebooks."""
+    _stage("sweep", profile, budget, data_dir)
+
+
+@app.command()
+def report(profile: ProfileName) -> None:
+    """Write the HTML report of an executed study again."""
+    from . import pipeline
+
+    typer.echo(pipeline.render(profile))
+
+
+@app.command()
+def resume(id: Annotated[str, typer.Argument(help="The run, or the beginning of its id.")]) -> None:
+    """Continue an interrupted training run from its last checkpoint."""
+    from . import runs, study  # noqa: F401  (study registers the kinds of runs)
+
+    result = runs.resume(id)
+    typer.echo(json.dumps(result.metrics, indent=2))
+
+
+def _profile(name: str, budget: str | None, data_dir: str | None) -> Any:
+    """The profile, checked: only what was given is passed on, so that defaults stay in one place."""
+    from . import profiles
+
+    if data_dir is not None and not Path(data_dir).expanduser().is_dir():
+        raise AFDSError(f"the data folder {data_dir} does not exist: create it, or give another")
+    given = {"budget": budget, "data_dir": data_dir}
+    return profiles.get(name, **{key: value for key, value in given.items() if value is not None})
+
+
+def _stage(stage: str, profile: str, budget: str | None, data_dir: str | None) -> None:
+    chosen = _profile(profile, budget, data_dir)
+    from . import study
+
+    study.run_stage(chosen, stage)
+
+
+def _assignments(texts: list[str]) -> dict[str, str]:
+    values: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip().isidentifier():
+            raise AFDSError(f"--set {text!r} is not of the form NAME=VALUE; write for instance --set lr=0.01")
+        if name.strip() in values or name.strip() == "profile":
+            raise AFDSError(f"{name.strip()} is given twice; give it once")
+        values[name.strip()] = value
+    return values
+
+
+# ------------------------------------------------------------------------------------------------------ the run store
+
+
+@runs_app.command("list")
+def list_runs(
+    require_training: Annotated[
+        bool, typer.Option("--require-training", help="Fail if the store holds no training step.")
+    ] = False,
+) -> None:
+    """All runs, oldest first: id, kind, state, optimiser steps, wall clock."""
+    from . import paths, runs
+
+    listed = runs.list_runs()
+    rows = [
+        (
+            run.id,
+            run.kind,
+            run.state,
+            "-" if run.steps is None else str(run.steps),
+            "-" if run.seconds is None else f"{run.seconds:.0f} s",
+        )
+        for run in listed
+    ]
+    _table(("id", "kind", "state", "steps", "time"), rows)
+    typer.echo(f"{len(rows)} runs in {paths.runs()}")
+    if require_training:
+        typer.echo(f"training steps: {_count(runs.require_training())}")
+
+
+@runs_app.command("show")
+def show_run(id: Annotated[str, typer.Argument(help="The run, or the beginning of its id.")]) -> None:
+    """Configuration, metrics, environment, times and files of one run, as JSON."""
+    from . import runs
+
+    typer.echo(json.dumps(runs.show(id), indent=2))
+
+
+@runs_app.command("rm")
+def remove_runs(ids: Annotated[list[str], typer.Argument(metavar="ID...", help="Runs to delete.")]) -> None:
+    """Delete runs: a later call computes them anew."""
+    from . import runs
+
+    for id in ids:
+        typer.echo(f"deleted {runs.remove(id)}")
+
+
+# -------------------------------------------------------------------------------------------------- data and machine
+
+
+@app.command()
+def data(
+    name: Annotated[str, typer.Argument(help="A data set by name, or the path of an image tree or archive.")],
+    root: Annotated[str | None, typer.Option(help="Folder with archives or trees; it may be read-only.")] = None,
+    per_class: Annotated[int | None, typer.Option(help="Fitting images per class.")] = None,
+) -> None:
+    """Fetch, verify, extract and decode a data set, and describe its splits."""
+    from . import data as datasets
+
+    datasets.prepare(name, root, per_class=per_class)
+
+
+@app.command()
+def doctor(data_dir: DataDir = None) -> None:
+    """Show versions, devices, folders and data sets of this machine."""
+    from .doctor import examine
+
+    _table(("what", "state", "detail"), examine(data_dir))
+
+
+def _count(steps: dict[str, int]) -> str:
+    return ", ".join(f"{kind} {number}" for kind, number in sorted(steps.items()))
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Left-aligned columns; the last one may be as long as it is."""
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    for row in (header, *rows):
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,300 @@
+"""The command line: one line and exit code 2 for every mistake, and the run store, notebooks and machine at hand."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+from toy_runs import ToySource, ToyTrain
+
+import afdslib
+from afdslib import cli, paths, pipeline, runs
+from afdslib.errors import AFDSError
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path, monkeypatch):
+    """An empty project with two notebooks and a study of its own."""
+    monkeypatch.setenv("AFDS_HOME", str(tmp_path))
+    for name in ("AFDS_RUNS", "AFDS_FIGURES", "AFDS_FRESH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notebooks").mkdir()
+    for name in ("01_first", "02_last"):
+        node = new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "x", "language": "python"}})
+        parameters = 'profile = "demo"\nbudget = "quick"\ndata_dir = ""\nseeds = 1'
+        node.cells = [new_code_cell(parameters, metadata={"tags": ["parameters"]}), new_code_cell("print(seeds)")]
+        nbformat.write(node, tmp_path / "notebooks" / f"{name}.ipynb")
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def calls(monkeypatch):
+    """Stand-ins for the study, which record what the command line asks of it."""
+    made: list = []
+
+    def get(name, *, budget="quick", data_dir=""):
+        if name != "tiny":
+            raise AFDSError(f"there is no profile {name!r}; take tiny")
+        return name, budget, data_dir
+
+    profiles = types.SimpleNamespace(get=get, show=lambda profile: f"shown {profile}")
+    study = types.SimpleNamespace(
+        plan=lambda profile: f"planned {profile}", run_stage=lambda profile, stage: made.append((profile, stage))
+    )
+    for name, module in (("profiles", profiles), ("study", study)):
+        monkeypatch.setitem(sys.modules, f"afdslib.{name}", module)
+        monkeypatch.setattr(afdslib, name, module, raising=False)
+    return made
+
+
+@pytest.fixture
+def afds(capsys):
+    """Runs a command: exit code, stdout, stderr."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()  # what the test itself has printed
+        code = cli.main(list(arguments))
+        output, errors = capsys.readouterr()
+        return code, output, errors
+
+    return run
+
+
+@pytest.fixture
+def executed(monkeypatch):
+    """What `pipeline.execute` is called with; no kernel starts."""
+    seen: list = []
+    monkeypatch.setattr(pipeline, "execute", lambda profile, parameters, **options: seen.append((profile, parameters)))
+    return seen
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (["rn"], "No such command 'rn'"),
+        (["run"], "Missing option '--profile'"),
+        (["run", "--profile"], "requires an argument"),
+        (["run", "--profile", "tiny", "--nonsense"], "No such option: --nonsense"),
+        (["run", "--profile", "huge"], "there is no profile 'huge'"),
+        (["run", "--profile", "tiny", "--data-dir", "nowhere"], "the data folder nowhere does not exist"),
+        (["run", "--profile", "tiny", "--set", "seeds"], "--set 'seeds' is not of the form NAME=VALUE"),
+        (["run", "--profile", "tiny", "--set", "seeds=1", "--set", "seeds=2"], "seeds is given twice"),
+        (["run", "--profile", "tiny", "--set", "profile=x"], "profile is given twice"),
+        (["run", "--profile", "tiny", "--budget", "a", "--set", "budget=b"], "budget is given twice"),
+        (["run", "--profile", "tiny", "--set", "seeds=many"], "parameter seeds = 'many' must be of type int"),
+        (["run", "--profile", "tiny", "--set", "sseeds=2"], "no notebook has a parameter 'sseeds'"),
+        (["report", "--profile", "tiny"], "profile tiny has no finished report yet"),
+        (["train", "--profile", "huge"], "there is no profile 'huge'"),
+        (["resume", "abc"], "no run in"),
+        (["runs", "show", "abc"], "no run in"),
+        (["runs", "rm", "../../x"], "is not a run id"),
+        (["data", "unheard-of"], "unheard-of"),
+        (["data", "digits", "--per-class", "many"], "--per-class"),
+        (["data", "digits-5-9", "--per-class", "0"], "per_class"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistake_is_one_line_on_stderr_and_exit_code_2(afds, arguments, told):
+    code, output, errors = afds(*arguments)
+    assert code == 2 and not output
+    assert errors.startswith("afds: ") and errors.count("\n") == 1 and told in errors
+
+
+def test_bugs_are_not_hidden(afds, monkeypatch):
+    monkeypatch.setattr(runs, "list_runs", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        afds("runs", "list")
+
+
+def test_operating_system_errors_and_interrupts_have_their_exit_codes(afds, monkeypatch):
+    def denied():
+        raise PermissionError(13, "Permission denied", "/some/folder")
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "list_runs", denied)
+    assert afds("runs", "list") == (2, "", "afds: Permission denied: /some/folder\n")
+    monkeypatch.setattr(runs, "list_runs", interrupted)
+    code, _, errors = afds("runs", "list")
+    assert code == 130 and errors.count("\n") == 1 and "interrupted" in errors
+
+
+def test_help_and_version(afds):
+    code, output, _ = afds()
+    assert code == 0
+    for command in ("run", "train", "sweep", "resume", "runs", "data", "report", "doctor"):
+        assert f"\n  {command} " in output
+    assert afds("--version") == (0, f"afds {afdslib.__version__}\n", "")
+
+
+# the study
+
+
+def test_show_and_dry_run_execute_nothing(afds, executed):
+    assert afds("run", "--profile", "tiny", "--show")[:2] == (0, "shown ('tiny', 'quick', '')\n")
+    code, output, _ = afds("run", "--profile", "tiny", "--budget", "standard", "--data-dir", ".", "--dry-run")
+    assert (code, output) == (0, "planned ('tiny', 'standard', '.')\n") and not executed
+
+
+def test_options_and_settings_become_notebook_parameters(afds, executed):
+    options = ("--budget", "b", "--data-dir", ".", "--set", "seeds=3", "--set", "x=a=b")
+    assert afds("run", "--profile", "tiny", *options)[0] == 0
+    assert executed == [("tiny", {"budget": "b", "data_dir": ".", "seeds": "3", "x": "a=b"})]
+    afds("run", "--profile", "tiny")
+    assert executed[1] == ("tiny", {})
+
+
+def test_run_executes_the_notebooks_and_report_renders_them_again(afds):
+    code, output, errors = afds("run", "--profile", "tiny", "--set", "seeds=41", "--verbose")
+    assert code == 0, errors
+    assert output.count("41\n") == 2 and "[2/2] 02_last: done" in output
+    report = paths.figures("tiny") / "report.html"
+    report.unlink()
+    code, output, _ = afds("report", "--profile", "tiny")
+    assert code == 0 and output == f"{report}\n" and report.exists()
+    code, output, _ = afds("run", "--profile", "tiny", "--set", "seeds=41")
+    assert output.count("finished before") == 2
+
+
+def test_required_training_must_have_happened_in_the_store(afds, executed):
+    code, _, errors = afds("run", "--profile", "tiny", "--require-training")
+    assert code == 2 and "no training step was taken" in errors
+    runs.get_or_run(ToyTrain())
+    code, output, _ = afds("run", "--profile", "tiny", "--require-training")
+    assert code == 0 and output == "training steps: ToyTrain 6\n"
+    runs.get_or_run(ToySource(steps=0))
+    code, _, errors = afds("run", "--profile", "tiny", "--require-training")
+    assert code == 2 and "ToySource took no training step" in errors
+
+
+def test_train_and_sweep_run_one_stage_of_the_study(afds, calls):
+    assert afds("train", "--profile", "tiny")[0] == afds("sweep", "--profile", "tiny", "--budget", "standard")[0] == 0
+    assert calls == [(("tiny", "quick", ""), "train"), (("tiny", "standard", ""), "sweep")]
+
+
+# the run store
+
+
+def test_runs_are_listed_shown_and_deleted(afds):
+    assert afds("runs", "list")[1].endswith(f"0 runs in {paths.runs()}\n")
+    code, _, errors = afds("runs", "list", "--require-training")
+    assert code == 2 and "no training step was taken" in errors
+    first = runs.get_or_run(ToyTrain())
+    parent = runs.get_or_run(ToySource())
+    (paths.runs() / "0123456789ab").mkdir()
+    (paths.runs() / "0123456789ab" / "config.json").write_text('{"class": "Forgotten"}')
+    _, output, _ = afds("runs", "list", "--require-training")
+    assert afds("runs", "list")[1] in output
+    lines = output.splitlines()
+    assert lines[0].split() == ["id", "kind", "state", "steps", "time"]
+    assert lines[1].split()[:4] == [first.id, "ToyTrain", "finished", "6"]
+    assert lines[3].split()[:4] == ["0123456789ab", "Forgotten", "interrupted", "-"]
+    assert lines[-1] == "training steps: ToySource 3, ToyTrain 6"
+    assert json.loads(afds("runs", "show", first.id[:5])[1])["result"]["metrics"] == first.metrics
+    code, output, _ = afds("runs", "rm", first.id, parent.id, "0123")
+    assert code == 0 and output.count("deleted") == 3 and not runs.list_runs()
+
+
+def test_corrupted_result_is_one_line_and_rm_mends_it(afds):
+    first = runs.get_or_run(ToyTrain())
+    (first.path / "result.json").write_text("{")
+    code, _, errors = afds("resume", first.id)
+    assert code == 2 and errors.count("\n") == 1 and f"afds runs rm {first.id}" in errors
+    assert afds("runs", "list")[1].splitlines()[1].split()[2] == "corrupted"
+    assert afds("runs", "rm", first.id)[0] == 0
+    assert runs.get_or_run(ToyTrain()).metrics == first.metrics
+
+
+def test_resume_continues_a_run_and_prints_its_metrics(afds, monkeypatch):
+    whole = runs.get_or_run(ToyTrain(), store=paths.root() / "whole")
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(runs.Run, "write_artifact", lambda *_: 1 / 0)
+        runs.get_or_run(ToyTrain())
+    code, output, _ = afds("resume", whole.id[:6])
+    printed = output[output.index("{") :]
+    assert code == 0 and json.loads(printed) == whole.metrics and "step 1\n" not in output
+
+
+# data and machine
+
+
+def test_data_describes_the_splits(afds):
+    code, output, errors = afds("data", "digits-5-9", "--per-class", "12")
+    assert code == 0, errors
+    assert "train" in output and "60" in output.split()
+
+
+def test_doctor_tells_versions_device_kernel_folders_and_data(afds):
+    code, output, _ = afds("doctor")
+    assert code == 0
+    rows = {line.split()[0]: line for line in output.splitlines()}
+    assert rows["python"].split()[2] == sys.version.split()[0] and sys.executable in rows["python"]
+    assert "embedded" in rows["digits"] and "missing" in rows["food-101"] and "afds data food-101" in rows["food-101"]
+    assert str(paths.runs()) in rows["run"] and "ok" in rows["kernel"] and "cores" in rows["cpu"]
+    assert not paths.runs().exists()
+
+
+# as a program
+
+
+def python(*arguments: str) -> subprocess.Popen:
+    """This interpreter with this package, wherever it is started."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, *arguments], env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def test_program_starts_without_the_heavy_packages(project):
+    code = "import sys, afdslib.cli; print([name for name in ('torch', 'lightning', 'pandas') if name in sys.modules])"
+    assert python("-c", code).communicate(timeout=60) == ("[]\n", "")
+
+
+def test_program_exits_with_2_and_one_line():
+    process = python("-m", "afdslib.cli", "runs", "rm", "no-such-run")
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 2 and output == "" and errors.startswith("afds: ") and errors.count("\n") == 1
+
+
+def test_killed_report_goes_on_after_its_last_finished_notebook(project):
+    """SIGKILL while the second notebook runs; its kernel ends, too."""
+    last = project / "notebooks" / "02_last.ipynb"
+    node = nbformat.read(last, as_version=4)
+    code = "import os, pathlib, time\npathlib.Path('kernel').write_text(str(os.getpid()))\n"
+    node.cells.append(new_code_cell(f"{code}while not pathlib.Path('go').exists():\n    time.sleep(0.05)"))
+    nbformat.write(node, last)
+    process = python("-c", "from afdslib import pipeline; pipeline.execute('tiny')")
+    wait_for(lambda: (project / "kernel").exists() and (project / "kernel").read_text())
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    kernel = int((project / "kernel").read_text())
+    wait_for(lambda: not alive(kernel))
+    assert [stage.finished for stage in pipeline.plan("tiny")] == [True, False]
+    (project / "go").touch()
+    lines: list[str] = []
+    report = pipeline.execute("tiny", echo=lines.append)
+    assert lines[0].endswith("01_first: finished before") and report.exists()
+    assert not list(report.parent.glob("executed/.*"))
+
+
+def wait_for(condition, seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+        return "\nState:\tZ" not in Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return False
