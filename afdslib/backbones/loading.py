@@ -17,10 +17,11 @@ from torch import nn
 
 from ..errors import AFDSError
 
-__all__ = ["imagenet_state", "load_file", "load_state", "read_state"]
+__all__ = ["few", "imagenet_state", "load_file", "load_state", "read_state"]
 
 
-def _few(names: Iterable[str], limit: int = 3) -> str:
+def few(names: Iterable[str], limit: int = 3) -> str:
+    """Some names for a sentence, and how many more there are."""
     names = sorted(names)
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
@@ -115,8 +116,8 @@ def load_state(
                 state[name] = own[name]
     missing, foreign = own.keys() - state.keys(), state.keys() - own.keys()
     if missing or foreign:
-        told = [f"lacks {_few(missing)}"] if missing else []
-        told += [f"holds the foreign {_few(foreign)}"] if foreign else []
+        told = [f"lacks {few(missing)}"] if missing else []
+        told += [f"holds the foreign {few(foreign)}"] if foreign else []
         raise AFDSError(f"{source} {' and '.join(told)}: these are weights of another network, give the matching name.")
     wrong = {n for n in own if own[n].shape != state[n].shape}
     if wrong:

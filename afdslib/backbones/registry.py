@@ -15,16 +15,20 @@ from torchvision.models.mobilenetv2 import InvertedResidual
 
 from ..errors import AFDSError
 from . import loading
+from .inception import BLOCKS, inception_bn
+from .preact import PREACT_LAYOUTS, preact_resnet, wide_resnet
 from .resnet import LAYOUTS, resnet
+from .senet import resnet50_senet
 
 __all__ = ["build", "classifier_name", "known_names", "reset_classifier", "stages"]
 
 _VGG = ("vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn")
+_WRN = ("wrn-16-1", "wrn-16-2", "wrn-40-1", "wrn-40-2")
 
 
 def known_names() -> list[str]:
-    """Every name `build` takes."""
-    return [*LAYOUTS, *_VGG, "mobilenet_v2"]
+    """Every name `build` takes, with four of the wide ResNets (any "wrn-d-k" with d = 6n + 4 is taken)."""
+    return [*LAYOUTS, "resnet50_senet", *PREACT_LAYOUTS, *_WRN, "inception_bn", *_VGG, "mobilenet_v2"]
 
 
 def build(
@@ -43,8 +47,10 @@ def build(
         weights: None (random, from torch's global generator), "imagenet" (torchvision's IMAGENET1K_V1; another
             classifier is put in when `num_classes` is not 1000) or the path of a .safetensors, .pt or .pth state dict
             (its classifier is left out if it has another number of classes).
-        stem: "imagenet" or "cifar" (3x3 stride 1, no pool); "cifar" for ResNets only.
-        width: Factor on every channel count (rounded, at least 1); 1 for VGG.
+        stem: "imagenet" or "cifar" (3x3 stride 1, no pool); "cifar" for ResNets and inception_bn. A wide ResNet has
+            its own for 32 px, whatever is given.
+        width: Factor on every channel count (rounded, at least 1; MobileNetV2 rounds to multiples of 8); 1 for VGG and
+            wide ResNets.
 
     Raises:
         AFDSError: an unknown name, an argument the network does not take, or weights that do not fit.
@@ -78,14 +84,24 @@ def _architecture(name: str, num_classes: int, stem: str, width: float) -> dict[
 def _bare(name: str, num_classes: int, *, stem: str, width: float) -> nn.Module:
     if name in LAYOUTS:
         return resnet(name, num_classes, stem=stem, width=width)
+    if name == "inception_bn":
+        return inception_bn(num_classes, stem=stem, width=width)
+    if name.startswith("wrn-"):
+        if width != 1:
+            raise AFDSError(f"The width of {name} is in its name; leave out width={width:g} and choose another k.")
+        return wide_resnet(name, num_classes)
     if name not in known_names():
         raise AFDSError(f"The backbone {name!r} is unknown; known are {', '.join(known_names())}.")
     if stem != "imagenet":
-        raise AFDSError(f"{name} has one stem; stem={stem!r} is for ResNets, leave it out.")
+        raise AFDSError(f"{name} has one stem; leave out stem={stem!r}, which is for ResNets and inception_bn.")
+    if name in PREACT_LAYOUTS:
+        return preact_resnet(name, num_classes, width=width)
+    if name == "resnet50_senet":
+        return resnet50_senet(num_classes, width=width)
     if name == "mobilenet_v2":
         return torchvision.models.mobilenet_v2(num_classes=num_classes, width_mult=width)
     if width != 1:
-        raise AFDSError(f"{name} has one width; width={width:g} is for ResNets and MobileNetV2, leave it out.")
+        raise AFDSError(f"{name} has one width; leave out width={width:g}.")
     return torchvision.models.get_model(name, weights=None, num_classes=num_classes)
 
 
@@ -135,7 +151,8 @@ def stages(model: nn.Module) -> list[str]:
 
     A ResNet's are the last blocks of its residual stages ("layer1.2", ...: after the residual add and the ReLU). A
     network without residual stages is cut where the resolution drops: a VGG's are the ReLUs before the pools,
-    MobileNetV2's the last blocks of each resolution.
+    MobileNetV2's and Inception-BN's the last blocks of each resolution. A pre-activation network's are plain sums,
+    before norm and ReLU.
 
     Raises:
         AFDSError: the model is of none of these kinds.
@@ -143,6 +160,8 @@ def stages(model: nn.Module) -> list[str]:
     if hasattr(model, "layer1"):
         groups = [n for n, _ in model.named_children() if n.startswith("layer") and n[5:].isdigit()]
         return [f"{g}.{list(model.get_submodule(g).named_children())[-1][0]}" for g in groups]
+    if all(hasattr(model, name) for name in BLOCKS):
+        return ["in3b", "in4d", "in5b"]
     features = getattr(model, "features", None)
     if isinstance(features, nn.Sequential):
         modules = list(features.named_children())

@@ -57,11 +57,7 @@ class ResNet(tv.ResNet):
         nn.Module.__init__(self)
         self._norm_layer = nn.BatchNorm2d
         self.dilation, self.groups, self.base_width = 1, 1, 64
-        self.inplanes = scaled(64, width)
-        if stem == "cifar":
-            self.conv1 = nn.Conv2d(3, self.inplanes, kernel_size=3, stride=1, padding=1, bias=False)
-        else:
-            self.conv1 = nn.Conv2d(3, self.inplanes, kernel_size=7, stride=2, padding=3, bias=False)
+        self.conv1, self.inplanes = self._stem(stem, width)
         self.bn1 = nn.BatchNorm2d(self.inplanes)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() if stem == "cifar" else nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
@@ -76,14 +72,22 @@ class ResNet(tv.ResNet):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def _stage(
-        self, block: type[tv.BasicBlock | tv.Bottleneck], planes: int, blocks: int, *, stride: int
-    ) -> nn.Sequential:
+    def _stem(self, stem: str, width: float) -> tuple[nn.Module, int]:
+        """What stands for `conv1`, and its output channels."""
+        channels = scaled(64, width)
+        if stem == "cifar":
+            return nn.Conv2d(3, channels, kernel_size=3, stride=1, padding=1, bias=False), channels
+        return nn.Conv2d(3, channels, kernel_size=7, stride=2, padding=3, bias=False), channels
+
+    def _shortcut(self, inputs: int, outputs: int, stride: int) -> nn.Conv2d:
+        return tv.conv1x1(inputs, outputs, stride)
+
+    def _stage(self, block: type[tv.BasicBlock | tv.Bottleneck], planes: int, blocks: int, *, stride: int) -> nn.Module:
         out = planes * block.expansion
         downsample: nn.Module | None = None
         # By the pattern, not by comparing widths: rounding must not remove a shortcut that width 1 has.
         if stride != 1 or block.expansion != 1:
-            downsample = nn.Sequential(tv.conv1x1(self.inplanes, out, stride), nn.BatchNorm2d(out))
+            downsample = nn.Sequential(self._shortcut(self.inplanes, out, stride), nn.BatchNorm2d(out))
         stage = [block(self.inplanes, planes, stride, downsample)]
         self.inplanes = out
         stage += [block(self.inplanes, planes) for _ in range(1, blocks)]
