@@ -148,6 +148,8 @@ def extract(files: tuple[Path, ...], target: Path, *, stamp: dict | None = None)
     with FileLock(f"{target}.lock"):
         if (target / ".afds.json").is_file():
             return target
+        for stale in target.parent.glob(f".{target.name}.*"):  # of a killed process: the lock is ours
+            shutil.rmtree(stale, ignore_errors=True)
         temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
         temporary.mkdir()
         try:

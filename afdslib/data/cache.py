@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from filelock import FileLock
@@ -111,6 +112,8 @@ def decoded(
         found = load_cache(name, size, content, skip_corrupt=skip_corrupt)
         if found is not None:
             return found
+        for stale in target.parent.glob(f".{target.name}.*"):  # of a killed process: the lock is ours
+            shutil.rmtree(stale, ignore_errors=True)
         temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
         temporary.mkdir()
         try:
@@ -124,29 +127,36 @@ def decoded(
     return found
 
 
+def _header(file: BinaryIO, count: int, size: int) -> None:
+    """NumPy's header for (count, size, size, 3); it leaves room for the count to change."""
+    file.seek(0)
+    shape = (count, size, size, 3)
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+
+
 def _build(folder: Path, size: int, source: Source, listing: Listing, *, skip_corrupt: bool) -> None:
-    total = len(source)
-    scratch = np.lib.format.open_memmap(folder / "images.npy", mode="w+", dtype=np.uint8, shape=(total, size, size, 3))
     kept: list[int] = []
     skipped: list[str] = []
     first_error = ""
+    total = len(source)
     bar = tqdm(
         _pixels(source, size), total=total, desc=f"decode to {size} px", unit="image", mininterval=1, disable=None
     )
-    for row, pixels in enumerate(bar):
-        if isinstance(pixels, CorruptImageError):
-            if not skip_corrupt:
-                raise pixels
-            skipped.append(source.name(row))
-            first_error = first_error or str(pixels)
-            continue
-        scratch[len(kept)] = pixels
-        kept.append(row)
-    scratch.flush()
-    if skipped:  # the file's header must give the number kept
-        np.save(folder / "kept.npy", scratch[: len(kept)])
-        del scratch
-        os.replace(folder / "kept.npy", folder / "images.npy")
+    # Plain writes, not a memory map: on a full disk these raise an error where a map kills the process.
+    with (folder / "images.npy").open("wb") as file:
+        _header(file, total, size)
+        start = file.tell()
+        for row, pixels in enumerate(bar):
+            if isinstance(pixels, CorruptImageError):
+                if not skip_corrupt:
+                    raise pixels
+                skipped.append(source.name(row))
+                first_error = first_error or str(pixels)
+                continue
+            file.write(pixels.tobytes())
+            kept.append(row)
+        _header(file, len(kept), size)
+        assert file.tell() == start
     rows = np.array(kept, dtype=np.int64)
     index = {
         "version": VERSION,

@@ -1,5 +1,8 @@
 import json
+import subprocess
+import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -239,3 +242,58 @@ def test_the_stamp_of_an_extraction_names_what_was_extracted(home, make, tmp_pat
     stamp = json.loads(next((home / "data/raw").rglob(".afds.json")).read_text())
     with tarfile.open(archive) as tar:
         assert stamp["entries"] == len(tar.getmembers()) and list(stamp["files"]) == ["t.tar"]
+
+
+_KILLED = """
+import os, sys
+from afdslib import data
+from afdslib.data import {module}
+real, calls = {module}.{function}, 0
+def dying(*args, **options):
+    global calls
+    calls += 1
+    if calls == {after}:
+        os.kill(os.getpid(), 9)
+    return real(*args, **options)
+{module}.{function} = dying
+data.load(sys.argv[1], size=16)
+"""
+
+
+@pytest.mark.parametrize(
+    "module, function, after", [("cache", "resized_to", 7), ("archives", "_unsafe", 5), ("cache.os", "replace", 3)]
+)
+def test_a_killed_preparation_is_done_anew_and_leaves_no_rest(home, make, tmp_path, module, function, after):
+    archive = make.tar(tmp_path / "t.tar", make.tree("t", {"": {"a": 8, "b": 8}}))
+    script = _KILLED.format(module=module.split(".")[0], function=function, after=after)
+    if module == "cache.os":
+        script = script.replace("cache.replace", "cache.os.replace")
+    done = subprocess.run([sys.executable, "-c", script, str(archive)], cwd=Path(data.__file__).parents[2])
+    assert done.returncode == -9
+    assert _lengths(data.load(archive, size=16)) == (12, 2, 2)
+    rest = [p for p in (home / "data").rglob(".*") if p.name != ".afds.json"]
+    assert not rest
+
+
+def test_two_processes_prepare_a_set_once_and_agree(home, make, tmp_path):
+    archive = make.tar(tmp_path / "t.tar", make.tree("t", {"": {"a": 30, "b": 30}}))
+    script = "import sys; from afdslib import data; print(data.load(sys.argv[1], size=16).train.raw(5).sum())"
+    command = [sys.executable, "-c", script, str(archive)]
+    both = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(data.__file__).parents[2])
+        for _ in range(2)
+    ]
+    said = [one.communicate(timeout=120)[0] for one in both]
+    assert [one.returncode for one in both] == [0, 0] and said[0] == said[1] != ""
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(home, make, monkeypatch):
+    tree = make.tree("t", {"": {"a": 8, "b": 8}})
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cache, "_header", full)
+    with pytest.raises(OSError, match="No space left"):
+        data.load(tree, size=16)
+    assert not [p for p in (home / "data/cache").iterdir() if p.is_dir() and "px" in p.name]
