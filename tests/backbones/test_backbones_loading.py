@@ -1,0 +1,134 @@
+import hashlib
+from urllib.error import URLError
+
+import pytest
+import safetensors.torch
+import torch
+import torchvision
+
+from afdslib import backbones
+from afdslib.errors import AFDSError
+
+TINY = dict(name="resnet14", stem="cifar", width=1 / 32)
+
+
+def _tiny(classes=3, seed=0):
+    torch.manual_seed(seed)
+    return backbones.build(num_classes=classes, **TINY)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """The state of a network of three classes, in both file kinds."""
+    state = _tiny().state_dict()
+    safetensors.torch.save_file(state, tmp_path / "net.safetensors")
+    torch.save(state, tmp_path / "net.pt")
+    return tmp_path
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_state_dict_is_loaded(saved, suffix):
+    model = backbones.build(num_classes=3, weights=saved / f"net{suffix}", **TINY)
+    assert all(torch.equal(v, model.state_dict()[n]) for n, v in _tiny().state_dict().items())
+
+
+def test_a_classifier_of_other_classes_is_left_out_and_nothing_else(saved):
+    torch.manual_seed(7)
+    model = backbones.build(num_classes=4, weights=str(saved / "net.pt"), **TINY)
+    torch.manual_seed(7)
+    fresh = backbones.build(num_classes=4, **TINY)
+    for name, value in model.state_dict().items():
+        wanted = fresh if name.startswith("fc.") else _tiny()
+        assert torch.equal(value, wanted.state_dict()[name])
+
+
+def _changed(tmp_path, change):
+    state = {n: v.clone() for n, v in _tiny().state_dict().items()}
+    change(state)
+    safetensors.torch.save_file(state, tmp_path / "changed.safetensors")
+    return tmp_path / "changed.safetensors"
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda s: s.pop("layer1.0.conv1.weight"), "lacks layer1.0.conv1.weight"),
+        (lambda s: s.pop("fc.bias"), "lacks fc.bias"),
+        (lambda s: s.update({"layer9.weight": torch.zeros(1)}), "holds the foreign layer9.weight"),
+        (lambda s: s.update({"conv1.weight": torch.zeros(5, 3, 3, 3)}), "shape (5, 3, 3, 3) for conv1.weight"),
+        (lambda s: s.update({"fc.weight": torch.zeros(3, 5)}), "shape (3, 5) for fc.weight"),
+    ],
+)
+def test_weights_that_do_not_fit_are_one_sentence(tmp_path, change, words):
+    with pytest.raises(AFDSError) as caught:
+        backbones.build(num_classes=3, weights=_changed(tmp_path, change), **TINY)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("broken.safetensors", b"not a tensor file", "not a readable weight file"),
+        ("broken.pt", b"\x80\x02garbage", "not a readable weight file"),
+        ("empty.pt", b"", "not a readable weight file"),
+        ("net.bin", b"", "use .safetensors, .pt or .pth"),
+    ],
+)
+def test_damaged_files_are_one_sentence(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(AFDSError) as caught:
+        backbones.build(num_classes=3, weights=tmp_path / name, **TINY)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_pickled_model_is_not_unpickled(tmp_path):
+    torch.save(_tiny(), tmp_path / "whole.pt")
+    with pytest.raises(AFDSError, match="not a readable weight file"):
+        backbones.build(num_classes=3, weights=tmp_path / "whole.pt", **TINY)
+    torch.save({"epoch": 3, "model": _tiny().state_dict()}, tmp_path / "checkpoint.pt")
+    with pytest.raises(AFDSError, match="save model.state_dict"):
+        backbones.build(num_classes=3, weights=tmp_path / "checkpoint.pt", **TINY)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty torch hub folder and no network."""
+
+    def no_network(*_args, **_kwargs):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    return tmp_path / "hub" / "checkpoints"
+
+
+def test_without_a_network_the_sentence_names_file_address_and_folder(hub):
+    with pytest.raises(AFDSError) as caught:
+        backbones.build("resnet18", 10, weights="imagenet")
+    for words in ("resnet18-f37072fd.pth", "https://download.pytorch.org/models/resnet18-f37072fd.pth", str(hub)):
+        assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_weight_file_put_there_by_hand_is_verified_and_used(hub, monkeypatch):
+    hub.mkdir(parents=True)
+    torch.manual_seed(1)
+    theirs = torchvision.models.mobilenet_v2()
+    torch.save(theirs.state_dict(), hub / "net.pth")
+    digest = hashlib.sha256((hub / "net.pth").read_bytes()).hexdigest()[:8]
+    (hub / "net.pth").rename(hub / f"mobilenet_v2-{digest}.pth")
+
+    class Weights:
+        url = f"https://download.pytorch.org/models/mobilenet_v2-{digest}.pth"
+
+    monkeypatch.setattr(torchvision.models, "get_model_weights", lambda _name: {"IMAGENET1K_V1": Weights})
+    model = backbones.build("mobilenet_v2", 10, weights="imagenet")
+    assert torch.equal(model.features[0][0].weight, theirs.features[0][0].weight)
+    assert model.classifier[1].out_features == 10 and model.architecture["num_classes"] == 10
+    kept = backbones.build("mobilenet_v2", 1000, weights="imagenet")
+    assert torch.equal(kept.classifier[1].weight, theirs.classifier[1].weight)
+
+    with (hub / f"mobilenet_v2-{digest}.pth").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(AFDSError, match="delete it and fetch it again"):
+        backbones.build("mobilenet_v2", 10, weights="imagenet")
