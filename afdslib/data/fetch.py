@@ -45,10 +45,11 @@ def _size(remote: Remote) -> str:
 
 def missing_sentence(name: str, remotes: list[Remote], why: str) -> AFDSError:
     """One sentence: which files to fetch, from where, their size and checksum, and the folder to put them in."""
-    files = "; ".join(f"{r.file} ({r.url or r.hint}; {_size(r)}; checksum {r.checksum or 'unknown'})" for r in remotes)
-    return AFDSError(
-        f"the data set {name} is not on this machine{why}: put into {paths.raw_data() / name} the file {files}"
+    files = " and ".join(
+        f"{r.file} ({r.url or r.hint}; {_size(r)}; checksum {r.checksum or 'unknown'})" for r in remotes
     )
+    folder = paths.raw_data() / name
+    return AFDSError(f"the data set {name} is not on this machine{why}: put into the folder {folder} {files}")
 
 
 def _pin_path(file: Path) -> Path:
@@ -127,6 +128,9 @@ def fetch(name: str, remote: Remote, missing: list[Remote] | None = None) -> Pat
     with FileLock(folder / f".{remote.file}.lock"):
         target = folder / remote.file
         if not target.is_file():
+            log = pooch.get_logger()
+            level = log.level
+            log.setLevel("ERROR")  # its own lines would stand before our sentence
             try:
                 # pooch writes to a temporary name and renames it after the checksum was found right.
                 pooch.retrieve(
