@@ -150,6 +150,8 @@ def fetch(name: str, remote: Remote, missing: list[Remote] | None = None) -> Pat
                 raise missing_sentence(
                     name, missing or [remote], f" and its download failed ({type(error).__name__})"
                 ) from error
+            finally:
+                log.setLevel(level)
     return target
 
 
