@@ -6,18 +6,44 @@ import torch
 from torch import nn
 from torchvision.models import resnet as tv
 
-__all__ = ["LAYOUTS", "ResNet", "resnet", "scaled"]
+__all__ = ["LAYOUTS", "BasicBlock", "Bottleneck", "ResNet", "resnet", "scaled"]
+
+
+class BasicBlock(tv.BasicBlock):
+    """torchvision's block, except that the residual add is not in place.
+
+    torchvision adds the shortcut into the output of the last batch norm, so a hook on that layer would hold the
+    block's output instead of its own.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return self.relu(out + (x if self.downsample is None else self.downsample(x)))
+
+
+class Bottleneck(tv.Bottleneck):
+    """torchvision's block, except that the residual add is not in place; see `BasicBlock`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        return self.relu(out + (x if self.downsample is None else self.downsample(x)))
+
+
+Block = type[BasicBlock | Bottleneck]
 
 # Block and blocks per stage. 18 to 152: He et al. 2016, table 1. 14 and 26 are the bottleneck networks of the same
 # pattern (1 or 2 blocks per stage), small enough for a CPU. [ours]
-LAYOUTS: dict[str, tuple[type[tv.BasicBlock | tv.Bottleneck], tuple[int, int, int, int]]] = {
-    "resnet14": (tv.Bottleneck, (1, 1, 1, 1)),
-    "resnet18": (tv.BasicBlock, (2, 2, 2, 2)),
-    "resnet26": (tv.Bottleneck, (2, 2, 2, 2)),
-    "resnet34": (tv.BasicBlock, (3, 4, 6, 3)),
-    "resnet50": (tv.Bottleneck, (3, 4, 6, 3)),
-    "resnet101": (tv.Bottleneck, (3, 4, 23, 3)),
-    "resnet152": (tv.Bottleneck, (3, 8, 36, 3)),
+LAYOUTS: dict[str, tuple[Block, tuple[int, int, int, int]]] = {
+    "resnet14": (Bottleneck, (1, 1, 1, 1)),
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet26": (Bottleneck, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+    "resnet101": (Bottleneck, (3, 4, 23, 3)),
+    "resnet152": (Bottleneck, (3, 8, 36, 3)),
 }
 
 
@@ -33,7 +59,7 @@ class ResNet(tv.ResNet):
     torchvision's, so its weight files load and its MACs metadata applies.
 
     Args:
-        block: torchvision's `BasicBlock` or `Bottleneck`.
+        block: `BasicBlock` or `Bottleneck`.
         layers: Blocks in each of the four stages.
         num_classes: Outputs of the classifier.
         stem: "imagenet" is 7x7 stride 2 and a 3x3 max pool (input / 4); "cifar" is 3x3 stride 1 without a pool
@@ -46,7 +72,7 @@ class ResNet(tv.ResNet):
 
     def __init__(
         self,
-        block: type[tv.BasicBlock | tv.Bottleneck],
+        block: Block,
         layers: tuple[int, int, int, int],
         num_classes: int = 1000,
         *,
@@ -82,7 +108,7 @@ class ResNet(tv.ResNet):
     def _shortcut(self, inputs: int, outputs: int, stride: int) -> nn.Conv2d:
         return tv.conv1x1(inputs, outputs, stride)
 
-    def _stage(self, block: type[tv.BasicBlock | tv.Bottleneck], planes: int, blocks: int, *, stride: int) -> nn.Module:
+    def _stage(self, block: Block, planes: int, blocks: int, *, stride: int) -> nn.Module:
         out = planes * block.expansion
         downsample: nn.Module | None = None
         # By the pattern, not by comparing widths: rounding must not remove a shortcut that width 1 has.

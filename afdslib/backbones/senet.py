@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torchvision.models import resnet as tv
 
-from .resnet import ResNet, scaled
+from .resnet import Bottleneck, ResNet, scaled
 
 __all__ = ["SENetStyleResNet", "resnet50_senet"]
 
@@ -44,4 +44,4 @@ class SENetStyleResNet(ResNet):
 def resnet50_senet(num_classes: int, *, width: float = 1.0) -> SENetStyleResNet:
     """The modified ResNet-50, with random weights; its recipe's mean is (123.68, 116.28, 103.53), its deviation
     (58.395, 57.12, 57.375), of RGB values from 0 to 255. [code]"""
-    return SENetStyleResNet(tv.Bottleneck, (3, 4, 6, 3), num_classes, width=width)
+    return SENetStyleResNet(Bottleneck, (3, 4, 6, 3), num_classes, width=width)

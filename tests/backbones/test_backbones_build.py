@@ -66,6 +66,18 @@ def test_the_cifar_stem_keeps_the_resolution_and_the_names():
     assert list(shapes.values()) == [(32, 32), (32, 32), (16, 16), (8, 8), (4, 4)]
 
 
+@pytest.mark.parametrize("name, last", [("resnet18", "bn2"), ("resnet14", "bn3")])
+def test_a_hook_on_a_blocks_last_norm_sees_the_norm_and_not_the_block(name, last):
+    torch.manual_seed(0)
+    model = backbones.build(name, 5, stem="cifar", width=1 / 16).eval()
+    kept = {}
+    block = model.layer2[-1]
+    block.get_submodule(last).register_forward_hook(lambda _m, _a, output: kept.update(norm=output))
+    block.register_forward_hook(lambda _m, _a, output: kept.update(block=output))
+    model(torch.randn(2, 3, 16, 16))
+    assert (kept["norm"] < 0).any() and (kept["block"] >= 0).all()
+
+
 def test_the_small_bottleneck_networks_have_one_and_two_blocks_per_stage():
     assert [len(_meta("resnet14").get_submodule(f"layer{i}")) for i in range(1, 5)] == [1, 1, 1, 1]
     assert [len(_meta("resnet26").get_submodule(f"layer{i}")) for i in range(1, 5)] == [2, 2, 2, 2]
