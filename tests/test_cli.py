@@ -196,8 +196,9 @@ def test_runs_are_listed_shown_and_deleted(afds):
     assert afds("runs", "list")[1] in output
     lines = output.splitlines()
     assert lines[0].split() == ["id", "kind", "state", "steps", "time"]
-    assert lines[1].split()[:4] == [first.id, "ToyTrain", "finished", "6"]
-    assert lines[3].split()[:4] == ["0123456789ab", "Forgotten", "interrupted", "-"]
+    rows = {line.split()[0]: line.split()[1:4] for line in lines[1:4]}
+    assert rows[first.id] == ["ToyTrain", "finished", "6"] and rows[parent.id] == ["ToySource", "finished", "3"]
+    assert rows["0123456789ab"] == ["Forgotten", "interrupted", "-"]
     assert lines[-1] == "training steps: ToySource 3, ToyTrain 6"
     assert json.loads(afds("runs", "show", first.id[:5])[1])["result"]["metrics"] == first.metrics
     code, output, _ = afds("runs", "rm", first.id, parent.id, "0123")
