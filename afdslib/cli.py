@@ -42,9 +42,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         code = app(arguments, prog_name="afds", standalone_mode=False)
-    except BrokenPipeError:  # `afds runs list | head`
-        sys.stdout = None  # type: ignore[assignment]  # nothing is left to flush at exit
-        return 1
     except (AFDSError, OSError, _UsageError) as error:
         return _complain(error)
     except (KeyboardInterrupt, typer.Abort):

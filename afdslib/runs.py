@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import errno
 import hashlib
 import importlib.metadata
 import io
@@ -56,9 +57,28 @@ if typing.TYPE_CHECKING:
     import pandas
 
 __all__ = [
-    "RESULTS_VERSION", "Config", "Result", "Run", "Summary", "computed_steps", "environment", "from_json",
-    "get_or_run", "list_runs", "load_config", "lookup", "publish", "register", "remove", "require_training",
-    "resume", "run_id", "show", "steps_by_kind", "to_json", "unhashed",
+    "RESULTS_VERSION",
+    "Config",
+    "Result",
+    "Run",
+    "Summary",
+    "computed_steps",
+    "environment",
+    "from_json",
+    "get_or_run",
+    "list_runs",
+    "load_config",
+    "lookup",
+    "publish",
+    "register",
+    "remove",
+    "require_training",
+    "resume",
+    "run_id",
+    "show",
+    "steps_by_kind",
+    "to_json",
+    "unhashed",
 ]
 
 RESULTS_VERSION = 1
@@ -318,8 +338,8 @@ class Run:
     def restoring(self) -> Iterator[None]:
         """Turns the errors of `load_state_dict` into one sentence: the checkpoint belongs to another architecture.
 
-            with run.restoring():
-                model.load_state_dict(state["model"])
+        with run.restoring():
+            model.load_state_dict(state["model"])
         """
         try:
             yield
@@ -423,9 +443,11 @@ class Run:
         with atomic_path(file) as part:
             try:
                 writer(part)
-            except RuntimeError as error:  # torch and safetensors tell a full disk this way
-                if re.search(r"writ|space|iostream|I/O", str(error)):
-                    raise OSError(0, re.sub(r"\s+", " ", str(error))[:120]) from error
+            except OSError:
+                raise
+            except Exception as error:  # torch and safetensors tell a full disk by errors of their own
+                if re.search(r"unexpected pos|failed writing|I/O error|No space left", str(error)):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
                 raise
 
     # wall clock
@@ -445,7 +467,13 @@ class Run:
 
 
 _DAMAGED = (  # what torch.load and zipfile raise for a damaged file
-    RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, ValueError, LookupError, AttributeError,
+    RuntimeError,
+    EOFError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    ValueError,
+    LookupError,
+    AttributeError,
     TypeError,
 )
 _OWN_FILES = {"config.json", "environment.json", "metrics.csv", "checkpoint.pt", "times.json", "result.json"}
