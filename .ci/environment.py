@@ -9,8 +9,12 @@ from packaging.utils import canonicalize_name
 
 root = Path(__file__).resolve().parent.parent
 project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
-platform = {"sys_platform": "linux", "platform_machine": "x86_64", "python_version": "3.11",
-            "python_full_version": "3.11.0"}
+platform = {
+    "sys_platform": "linux",
+    "platform_machine": "x86_64",
+    "python_version": "3.11",
+    "python_full_version": "3.11.0",
+}
 locked = {}
 for line in re.findall(r"^[a-z0-9][^\\\n]*", (root / "requirements.lock").read_text(), re.MULTILINE):
     pin = Requirement(line)

@@ -155,9 +155,7 @@ def convert(name: str, default: Any, value: Any) -> Any:
     return parsed
 
 
-def plan(
-    profile: str, parameters: Mapping[str, Any] | None = None, *, folder: str | Path | None = None
-) -> list[Stage]:
+def plan(profile: str, parameters: Mapping[str, Any] | None = None, *, folder: str | Path | None = None) -> list[Stage]:
     """The stages of a profile, checked, in order. Starts nothing and writes nothing.
 
     Args:

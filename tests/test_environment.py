@@ -12,8 +12,12 @@ from packaging.version import Version
 
 from afdslib import __version__, paths
 
-LINUX = {"sys_platform": "linux", "platform_machine": "x86_64", "python_version": "3.11",
-         "python_full_version": "3.11.0"}
+LINUX = {
+    "sys_platform": "linux",
+    "platform_machine": "x86_64",
+    "python_version": "3.11",
+    "python_full_version": "3.11.0",
+}
 
 
 @pytest.fixture(scope="module")
