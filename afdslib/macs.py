@@ -17,7 +17,7 @@ from afdslib.afs.graph import eval_mode, propagate, shapes, trace
 from afdslib.afs.layer import AFSConvBN
 from afdslib.errors import AFDSError
 
-__all__ = ["MACs", "Meter", "count", "expected"]
+__all__ = ["MACs", "Meter", "count", "expected", "parameters"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,11 @@ def count(model: nn.Module, input_size: tuple[int, int, int]) -> MACs:
     for name, module in model.named_modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)) and name not in gate_layers:
             # A convolution inside an AFS layer goes by the layer's name, so that dense and gated counts compare by name.
-            owner = name.removesuffix(".conv") if name.endswith(".conv") and f"{name[:-5]}.predictor" in gate_layers else name
+            owner = (
+                name.removesuffix(".conv")
+                if name.endswith(".conv") and f"{name[:-5]}.predictor" in gate_layers
+                else name
+            )
             handles.append(module.register_forward_hook(hook(owner)))
     parameter = next(model.parameters())
     try:
@@ -102,6 +106,10 @@ class Meter:
         self._predictors = 0.0
         self._images = 0
         self._handles: list = []
+
+    def reset(self) -> None:
+        """Forgets what has been counted, for another measurement of the same network."""
+        self._sums, self._predictors, self._images = {}, 0.0, 0
 
     def __enter__(self) -> Meter:
         for name, module in self._modules.items():
@@ -151,7 +159,9 @@ class Meter:
             AFDSError: if none has.
         """
         if not self._images:
-            raise AFDSError("no image has passed through the network, so its mean MACs are not defined; the loader is empty")
+            raise AFDSError(
+                "no image has passed through the network, so its mean MACs are not defined; the loader is empty"
+            )
         by_layer = {name: value / self._images for name, value in self._sums.items()}
         predictors = self._predictors / self._images
         return MACs(sum(by_layer.values()) + predictors, by_layer, predictors)
@@ -172,18 +182,53 @@ def _per_group(active: Tensor, groups: int) -> Tensor:
     return active.reshape(active.shape[0], groups, -1).sum(2)
 
 
-def expected(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> MACs:
+def expected(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], *, meter: Meter | None = None) -> MACs:
     """Measured MACs of a gated network: the mean over the loader's images of what each image costs.
 
     Args:
         model: an AFS network (a plain one costs the same for every image); its mode is restored.
         loader: batches of (images, labels); labels are not used.
+        meter: one made for this network before, to save the tracing when the same network is measured often.
 
     Raises:
         AFDSError: if the loader is empty or torch.fx cannot follow the network.
     """
     device = next(model.parameters()).device
-    with eval_mode(model), torch.no_grad(), Meter(model) as meter:
+    meter = Meter(model) if meter is None else meter
+    meter.reset()
+    with eval_mode(model), torch.no_grad(), meter:
         for images, _ in loader:
             model(images.to(device))
     return meter.macs()
+
+
+@torch.no_grad()
+def parameters(model: nn.Module, input_size: tuple[int, int, int]) -> int:
+    """Parameters that remain once every channel with m = 0 is cut out, with the inputs it fed and its predictor entries.
+
+    A static channel has its constant gamma in place of predictor entries. A plain network has all its parameters.
+    """
+    graph, modules = trace(model), dict(model.named_modules())
+    masks = {n: module.m[None].double() for n, module in modules.items() if isinstance(module, AFSConvBN)}
+    node_shapes = shapes(model, graph, input_size)
+    total = 0.0
+    for node, entering, leaving in propagate(graph, modules, masks, node_shapes):
+        module = modules[node.target] if node.op == "call_module" else None
+        if isinstance(module, AFSConvBN):
+            conv, alive = module.conv, float(module.m.sum())
+            dynamic = float((module.m * module.s).sum())
+            inputs = conv.in_channels if entering is None else float((entering > 0).sum())
+            total += _conv_weights(conv, entering, leaving) + (alive if conv.bias is not None else 0)
+            total += dynamic * (inputs + 1) + (alive - dynamic) + alive
+        elif isinstance(module, nn.Conv2d):
+            total += _conv_weights(module, entering, None) + (module.out_channels if module.bias is not None else 0)
+        elif isinstance(module, nn.Linear):
+            inputs = module.in_features if entering is None else float((entering > 0).sum())
+            total += inputs * module.out_features + (module.out_features if module.bias is not None else 0)
+        elif module is not None:
+            total += sum(p.numel() for p in module.parameters())
+    return round(total)
+
+
+def _conv_weights(conv: nn.Conv2d, entering: Tensor | None, leaving: Tensor | None) -> float:
+    return _conv_macs(conv, entering, leaving, 1, (1, conv.out_channels, 1, 1))

@@ -62,7 +62,9 @@ def _pairs(model: nn.Module, graph: fx.Graph) -> list[tuple[str, str]]:
                 "networks; AFS converts networks in which each Conv2d is followed by its BatchNorm2d"
             )
         if calls[source.target] > 1 or calls[node.target] > 1:
-            raise AFDSError(f"layer {source.target!r} is used more than once per forward pass; AFS needs a layer per use")
+            raise AFDSError(
+                f"layer {source.target!r} is used more than once per forward pass; AFS needs a layer per use"
+            )
         if not modules[node.target].track_running_stats:
             raise AFDSError(f"batch norm {node.target!r} keeps no running statistics; AFS needs them")
         pairs.append((source.target, node.target))
@@ -73,7 +75,12 @@ def _pairs(model: nn.Module, graph: fx.Graph) -> list[tuple[str, str]]:
 def _convert_pair(conv: nn.Conv2d, norm: nn.BatchNorm2d, conv_name: str, norm_name: str) -> AFSConvBN:
     """The selected convolution that equals conv followed by norm. Source: method, exact conversion [ours]."""
     bare = nn.BatchNorm2d(
-        norm.num_features, norm.eps, norm.momentum, affine=False, device=conv.weight.device, dtype=norm.running_mean.dtype
+        norm.num_features,
+        norm.eps,
+        norm.momentum,
+        affine=False,
+        device=conv.weight.device,
+        dtype=norm.running_mean.dtype,
     )
     bare.load_state_dict({k: v for k, v in norm.state_dict().items() if k not in ("weight", "bias")})
     bare.train(norm.training)

@@ -180,7 +180,9 @@ def living_channels(model: nn.Module, names: Iterable[str], input_size: tuple[in
                 last[owner] = (leaving, widths[node.name][1])
     missing = sorted(wanted - set(last))
     if missing:
-        raise AFDSError(f"no layer {missing[0]!r} in {type(model).__name__}; its layers are named by model.named_modules()")
+        raise AFDSError(
+            f"no layer {missing[0]!r} in {type(model).__name__}; its layers are named by model.named_modules()"
+        )
     device = next(model.parameters()).device
     return {
         name: torch.ones(width, dtype=torch.bool, device=device) if channels is None else channels[0] > 0

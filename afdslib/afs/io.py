@@ -60,7 +60,9 @@ def load(path: str | Path) -> nn.Module:
     try:
         model.to(dtype).load_state_dict(state)
     except RuntimeError as error:
-        raise AFDSError(f"{str(path)!r} does not fit its own architecture ({str(error).splitlines()[-1].strip()})") from None
+        raise AFDSError(
+            f"{str(path)!r} does not fit its own architecture ({str(error).splitlines()[-1].strip()})"
+        ) from None
     return model.eval()
 
 

@@ -156,7 +156,9 @@ def update_masks(
     """
     found = layers(model)
     if set(found) != set(statistics) or any(found[n].m.numel() != statistics[n].q.numel() for n in found):
-        raise AFDSError("the statistics belong to another network; collect them with afs.collect_statistics on this one")
+        raise AFDSError(
+            "the statistics belong to another network; collect them with afs.collect_statistics on this one"
+        )
     if (delta_m is None) == (macs_budget is None):
         raise AFDSError("give exactly one of delta_m and macs_budget")
     if not delta_s >= 0:
@@ -256,10 +258,11 @@ def _bisect(
         raise AFDSError("no image to measure the expected MACs on; the loader is empty")
     dense = macs.count(model, tuple(images[0].shape[1:])).total
     allowed = budget * dense
+    meter = macs.Meter(model)
 
     def measure(removals: int) -> macs.MACs:
         _remove(found, living, ranking[:removals], multiple)
-        return macs.expected(model, loader)
+        return macs.expected(model, loader, meter=meter)
 
     low, high = 0, len(ranking)
     best = measure(high)

@@ -1,0 +1,352 @@
+"""The runs of the study: each is a frozen configuration that knows how to compute itself, and names the runs it needs.
+
+SourceRun -> AFSSourceRun -> TransferRun (the unpruned point) -> TransferRun (the next budget) -> ...
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from afdslib import afs, backbones, data, macs, runs, training
+from afdslib.errors import AFDSError
+from afdslib.objectives import Objective, Regulariser
+from afdslib.training import Optimisation
+
+__all__ = ["MODEL", "AFSSourceRun", "DataSource", "Network", "SourceRun", "TransferRun"]
+
+MODEL, OBJECTIVE = "model.safetensors", "objective.safetensors"
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """A data set and how it is split; see `data.load`. The folder it lies in is recorded, not hashed."""
+
+    name: str
+    per_class: int | None = None
+    seed: int = 0
+    size: int | None = None
+    root: str = runs.unhashed("")
+
+    def load(self) -> data.Splits:
+        return data.load(self.name, self.root or None, per_class=self.per_class, seed=self.seed, size=self.size)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A backbone; see `backbones.build`."""
+
+    name: str
+    stem: str = "imagenet"
+    width: float = 1.0
+    weights: str | None = None
+
+    def build(self, num_classes: int, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return backbones.build(self.name, num_classes, weights=self.weights, stem=self.stem, width=self.width)
+
+
+def _input_size(splits: data.Splits) -> tuple[int, int, int]:
+    return 3, splits.test.size, splits.test.size
+
+
+def _scores(prefix: str, evaluation: training.Evaluation) -> dict[str, float]:
+    return {
+        f"{prefix}_accuracy": evaluation.accuracy,
+        f"{prefix}_mean_class_accuracy": evaluation.mean_class_accuracy,
+        f"{prefix}_loss": evaluation.loss,
+    }
+
+
+def _training_macs(model: nn.Module, size: tuple[int, int, int], settings: Optimisation, forwards: float) -> float:
+    """MACs of a stage: three dense passes per image for the trained network (forward, two gradients), and the teacher's."""
+    return macs.count(model, size).total * settings.steps * settings.batch_size * (3 + forwards)
+
+
+@runs.register
+@dataclass(frozen=True)
+class SourceRun:
+    """Trains a plain network on the source data, or takes published weights (no step, no source data).
+
+    Attributes:
+        data: the source data set.
+        network: the backbone.
+        optimisation: of the training; 0 steps with published weights.
+        weight_decay: of every parameter.
+        seed: of initialisation, data order and augmentation.
+    """
+
+    data: DataSource
+    network: Network
+    optimisation: Optimisation
+    weight_decay: float = 5e-4
+    seed: int = 0
+
+    def execute(self, run: runs.Run) -> dict[str, Any]:
+        if self.network.weights is not None and self.optimisation.steps == 0:
+            model = self.network.build(1000 if self.network.weights == "imagenet" else 0, self.seed)
+            run.write_artifact(MODEL, lambda path: afs.save(model, path))
+            return {"steps": 0, "parameters": sum(p.numel() for p in model.parameters())}
+        splits = self.data.load()
+        model = self.network.build(len(splits.classes), self.seed)
+        precision = self.optimisation.precision
+        objective = Objective(model, weight_decay=self.weight_decay, label_smoothing=self.optimisation.label_smoothing)
+
+        def validate() -> dict[str, float]:
+            return _scores("validation", training.evaluate(model, splits.validation, precision=precision))
+
+        training.fit(
+            model, splits.train, objective, self.optimisation, run, seed=self.seed, evaluation=validate, label="source"
+        )
+        run.write_artifact(MODEL, lambda path: afs.save(model.cpu(), path))
+        return {
+            "steps": self.optimisation.steps,
+            "images": len(splits.train),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "macs": macs.count(model, _input_size(splits)).total,
+            "training_macs": _training_macs(model, _input_size(splits), self.optimisation, 0),
+            **validate(),
+            **_scores("test", training.evaluate(model, splits.test, precision=precision)),
+        }
+
+
+def _gate_summary(model: nn.Module, statistics: Mapping[str, afs.LayerStatistics]) -> dict[str, dict[str, Any]]:
+    """Per layer: channel counts and eleven quantiles over channels of the mean gate and of the active rate."""
+    summary = {}
+    grid = torch.linspace(0, 1, 11, dtype=torch.float64)
+    for name, layer in afs.layers(model).items():
+        alive = layer.m.bool().cpu()
+        dynamic = int((layer.m * layer.s).sum())
+        s = statistics[name]
+        summary[name] = {
+            "channels": layer.m.numel(),
+            "removed": int((~alive).sum()),
+            "static": int(alive.sum()) - dynamic,
+            "dynamic": dynamic,
+            "gate_quantiles": [round(v, 4) for v in torch.quantile(s.q[alive], grid).tolist()],
+            "active_quantiles": [round(v, 4) for v in torch.quantile(s.active_rate[alive], grid).tolist()],
+            "variation": round(float((s.p[alive] / s.q[alive].square().clamp_min(1e-12)).median()), 6),
+        }
+    return summary
+
+
+@runs.register
+@dataclass(frozen=True)
+class AFSSourceRun:
+    """Converts the source network exactly and fine-tunes it on the source data at density 1, so the predictors learn.
+
+    Attributes:
+        source: the plain network.
+        data: the source data set; not read if there are no steps.
+        optimisation: of the fine-tuning; 0 steps to leave the stage out.
+        gates: "all" or "blocks"; see `afs.convert`.
+        weight_decay: of every parameter.
+        seed: of data order and augmentation.
+    """
+
+    source: SourceRun
+    data: DataSource
+    optimisation: Optimisation
+    gates: str = "all"
+    weight_decay: float = 1e-4
+    seed: int = 0
+
+    def execute(self, run: runs.Run) -> dict[str, Any]:
+        source = runs.get_or_run(self.source, store=run.store, needs=(MODEL,))
+        model = afs.convert(afs.load(source.artifact(MODEL)), gates=self.gates)
+        if self.optimisation.steps == 0:
+            run.write_artifact(MODEL, lambda path: afs.save(model, path))
+            return {"steps": 0, "gates": len(afs.layers(model))}
+        splits = self.data.load()
+        settings = self.optimisation
+        objective = Objective(model, weight_decay=self.weight_decay, label_smoothing=settings.label_smoothing)
+        monitor = training.first(splits.statistics, 512)
+
+        def validate() -> dict[str, float]:
+            return _scores("validation", training.evaluate(model, splits.validation, precision=settings.precision))
+
+        def summarise() -> dict[str, dict[str, Any]]:
+            where = next(model.parameters()).device
+            with training.autocast(where, settings.precision):
+                return _gate_summary(model, afs.collect_statistics(model, data.loader(monitor, 128)))
+
+        before, gates_before = validate(), summarise()
+        training.fit(
+            model, splits.train, objective, settings, run, seed=self.seed, monitor=splits.statistics, evaluation=validate,
+            label="AFS source",
+        )  # fmt: skip
+        gates_after = summarise()
+        model.cpu()
+        run.write_artifact(MODEL, lambda path: afs.save(model, path))
+        test = training.evaluate(model, splits.test, precision=settings.precision, count_macs=True)
+        return {
+            "steps": settings.steps,
+            "images": len(splits.train),
+            "gates": len(gates_after),
+            "macs": test.macs.total,
+            "macs_predictors": test.macs.predictors,
+            "training_macs": _training_macs(model, _input_size(splits), settings, 0),
+            "converted_validation_accuracy": before["validation_accuracy"],
+            **validate(),
+            **_scores("test", test),
+            "gates_before": gates_before,
+            "gates_after": gates_after,
+        }
+
+
+@runs.register
+@dataclass(frozen=True)
+class TransferRun:
+    """One point of a pruning sweep: a target network at the last of its budgets, tuned from the point before.
+
+    The first budget is 1, the unpruned network at its true cost. For each later one the density is set first, half of
+    the stage is trained, the masks are updated to the budget, and the rest is trained; shortly before the end the
+    masks are updated once more, because gates move while they train. [recall; the last update ours]
+
+    Attributes:
+        source: the AFS source network; also the reference of the regulariser.
+        data: the target data set; its seed draws the fitting images.
+        regulariser: and its strength.
+        optimisation: of the unpruned stage.
+        tuning: of each later stage.
+        budgets: shares of the dense network's MACs, decreasing from 1.
+        delta_s: threshold of the squared coefficient of variation below which gates become constant.
+        density_exponent: d = max(density_floor, budget ** density_exponent). [ours]
+        density_floor: see above.
+        trim: share of a stage after which the masks are updated a second time.
+        macs_images: training images on which the budget is met; a fixed subset.
+        seed: of the classifier's initialisation, data order and augmentation.
+        use_test: whether the test set is read at the end; trials that choose something must not.
+    """
+
+    source: AFSSourceRun
+    data: DataSource
+    regulariser: Regulariser
+    optimisation: Optimisation
+    tuning: Optimisation
+    budgets: tuple[float, ...] = (1.0,)
+    delta_s: float = 0.01
+    density_exponent: float = 0.5
+    density_floor: float = 0.5
+    trim: float = 0.8
+    macs_images: int = 256
+    seed: int = 0
+    use_test: bool = True
+
+    def __post_init__(self) -> None:
+        b = self.budgets
+        if not b or b[0] != 1 or any(not 0 < x <= 1 for x in b) or any(x <= y for x, y in zip(b, b[1:], strict=False)):
+            raise AFDSError(f"budgets must decrease from 1 and stay above 0, got {b!r}")
+
+    @property
+    def parent(self) -> TransferRun | None:
+        """The point before, whose network this one starts from."""
+        return replace(self, budgets=self.budgets[:-1]) if len(self.budgets) > 1 else None
+
+    @property
+    def density(self) -> float:
+        """The density d at the last budget."""
+        return max(self.density_floor, self.budgets[-1] ** self.density_exponent)
+
+    def execute(self, run: runs.Run) -> dict[str, Any]:
+        source = runs.get_or_run(self.source, store=run.store, needs=(MODEL,))
+        splits = self.data.load()
+        size, budget, parent = _input_size(splits), self.budgets[-1], self.parent
+        source_model = afs.load(source.artifact(MODEL))
+        if parent is None:
+            settings, model = self.optimisation, afs.load(source.artifact(MODEL))
+            generator = torch.Generator().manual_seed(self.seed)
+            backbones.reset_classifier(model, len(splits.classes), generator=generator)
+            objective = self._objective(model, source_model, size)
+        else:
+            settings = self.tuning
+            before = runs.get_or_run(parent, store=run.store, needs=(MODEL, OBJECTIVE))
+            model = afs.load(before.artifact(MODEL))
+            objective = self._objective(model, source_model, size)
+            objective.load_state_dict(load_file(before.artifact(OBJECTIVE)))
+            afs.set_density(model, self.density)
+            objective.masks_changed(model)
+        attention_steps = 0
+        if parent is None and run.load_checkpoint() is None:
+            attention_steps = self._prepare(objective, splits)
+        dense = macs.count(model, size).total
+        subset = training.first(splits.statistics, self.macs_images)
+
+        def update_masks() -> dict[str, float]:
+            where = next(model.parameters()).device
+            with training.autocast(where, settings.precision):
+                statistics = afs.collect_statistics(model, data.loader(splits.statistics, 128))
+                report = afs.update_masks(
+                    model, statistics, macs_budget=budget, loader=data.loader(subset, 128), delta_s=self.delta_s
+                )
+            objective.masks_changed(model)
+            if settings.recalibrate:
+                stream = training.batches_from(splits.train, settings.batch_size, self.seed, 0)
+                batches = (batch for _, (_, batch) in zip(range(settings.recalibrate), stream, strict=False))
+                training.recalibrate(model, batches, settings.precision)
+            return {
+                "mask_macs": report.macs.total / dense,
+                "removed": report.removed,
+                "static": report.static,
+                "dynamic": report.dynamic,
+            }
+
+        events = {}
+        if budget < 1:
+            events = dict.fromkeys((settings.steps // 2, math.floor(settings.steps * self.trim)), update_masks)
+        training.fit(
+            model, splits.train, objective, settings, run, seed=self.seed, monitor=splits.statistics, events=events,
+            label=f"{self.regulariser.name} seed {self.seed} at {1 / budget:g}x",
+        )  # fmt: skip
+        metrics = self._measure(model, splits, settings, dense)
+        metrics["training_macs"] = _training_macs(model, size, settings, 0 if objective.teacher is None else 1)
+        metrics["steps"] = settings.steps + attention_steps
+        model.cpu()
+        objective.cpu()
+        run.write_artifact(OBJECTIVE, lambda path: save_file(objective.state_dict(), path))
+        run.write_artifact(MODEL, lambda path: afs.save(model, path))
+        return metrics
+
+    def _objective(self, model: nn.Module, source: nn.Module, size: tuple[int, int, int]) -> Objective:
+        return Objective(model, self.regulariser, source, size, label_smoothing=self.optimisation.label_smoothing)
+
+    def _prepare(self, objective: Objective, splits: data.Splits) -> int:
+        stream = training.batches_from(splits.train, self.optimisation.batch_size, self.seed, 0)
+        batches = (batch for _, (_, batch) in zip(range(self.optimisation.steps), stream, strict=False))
+        return len(objective.prepare(batches, len(splits.classes)))
+
+    def _measure(self, model: nn.Module, splits: data.Splits, settings: Optimisation, dense: float) -> dict[str, Any]:
+        where, precision = next(model.parameters()).device, settings.precision
+        with training.autocast(where, precision):
+            statistics = afs.collect_statistics(model, data.loader(splits.statistics, 128))
+        fitted = training.evaluate(
+            model, training.first(splits.statistics, self.macs_images), precision=precision, count_macs=True
+        )
+        metrics: dict[str, Any] = {
+            "budget": self.budgets[-1],
+            "density": self.density,
+            "dense_macs": dense,
+            "train_macs": fitted.macs.total / dense,
+            "parameters": macs.parameters(model, _input_size(splits)),
+            **_scores("train", fitted),
+            **training.monitor_gates(model, splits.statistics),
+        }
+        if splits.validation is not None:
+            metrics |= _scores("validation", training.evaluate(model, splits.validation, precision=precision))
+        if self.use_test:
+            test = training.evaluate(model, splits.test, precision=precision, count_macs=True)
+            metrics |= _scores("test", test) | {
+                "macs": test.macs.total / dense,
+                "macs_predictors": test.macs.predictors / dense,
+                "confusion": test.confusion,
+            }
+        metrics["layers"] = _gate_summary(model, statistics)
+        for kind in ("removed", "static", "dynamic"):
+            metrics[kind] = sum(layer[kind] for layer in metrics["layers"].values())
+        return metrics

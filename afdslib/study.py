@@ -1,0 +1,244 @@
+"""A study: the runs of a profile, computed or looked up, and the tidy tables made from them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from functools import cached_property
+from multiprocessing import get_context
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from afdslib import paths, runs, training
+from afdslib.errors import AFDSError
+from afdslib.objectives import Regulariser
+from afdslib.profiles import Profile
+from afdslib.stages import AFSSourceRun, DataSource, SourceRun, TransferRun
+
+__all__ = ["Study", "plan", "run_stage"]
+
+COLUMNS = [
+    "target", "method", "strength", "seed", "budget", "density", "test_accuracy", "test_mean_class_accuracy",
+    "validation_accuracy", "train_accuracy", "macs", "macs_predictors", "train_macs", "dense_macs", "parameters",
+    "removed", "static", "dynamic", "dead_gates", "gate_variance", "steps", "training_macs", "run",
+]  # fmt: skip
+
+
+class Study:
+    """All runs of one profile.
+
+    Args:
+        profile: from `profiles.get`.
+        workers: processes that compute independent runs at a time, one thread each; default: one per core on a CPU, one
+            on a GPU.
+    """
+
+    def __init__(self, profile: Profile, *, workers: int | None = None):
+        self.profile = profile
+        on_gpu = training.device().type != "cpu"
+        self.workers = workers or (1 if on_gpu else len(os.sched_getaffinity(0)))
+
+    # configurations
+
+    @property
+    def source_run(self) -> SourceRun:
+        """Configuration of the plain source network."""
+        p = self.profile
+        return SourceRun(p.source, p.network, p.source_training, p.source_weight_decay)
+
+    @property
+    def afs_source_run(self) -> AFSSourceRun:
+        """Configuration of the converted source network, fine-tuned at density 1."""
+        p = self.profile
+        return AFSSourceRun(self.source_run, p.source, p.afs_training, p.gates)
+
+    def transfer_run(
+        self, regulariser: Regulariser, seed: int, *, budget: float = 1.0, target: DataSource | None = None
+    ) -> TransferRun:
+        """Configuration of one point of the sweep: the network at a budget, reached from all larger ones."""
+        p = self.profile
+        if budget not in p.budgets:
+            raise AFDSError(
+                f"budget {budget:g} is not in the sweep, whose budgets are {', '.join(f'{b:g}' for b in p.budgets)}"
+            )
+        return TransferRun(
+            source=self.afs_source_run,
+            data=replace(target or p.targets[0], seed=seed),
+            regulariser=regulariser,
+            optimisation=p.transfer,
+            tuning=p.tuning,
+            budgets=p.budgets[: p.budgets.index(budget) + 1],
+            delta_s=p.delta_s,
+            density_floor=p.density_floor,
+            macs_images=p.macs_images,
+            seed=seed,
+        )
+
+    # results
+
+    def source(self) -> runs.Result:
+        """The plain source network."""
+        return self._publish(runs.get_or_run(self.source_run))
+
+    def afs_source(self) -> runs.Result:
+        """The converted and fine-tuned source network."""
+        self.source()
+        return self._publish(runs.get_or_run(self.afs_source_run))
+
+    def _trial_run(self, regulariser: Regulariser, strength: float, target: DataSource) -> TransferRun:
+        p = self.profile
+        run = self.transfer_run(replace(regulariser, strength=strength), p.trial_seed, target=target)
+        return replace(run, optimisation=p.trial, use_test=False)
+
+    def trials(self, target: DataSource | None = None) -> pd.DataFrame:
+        """Every strength tried for every regulariser, with its accuracy on validation images; no test image is read."""
+        target = target or self.profile.targets[0]
+        tried = [
+            (c.regulariser.name, strength, self._trial_run(c.regulariser, strength, target))
+            for c in self.profile.candidates
+            if len(c.strengths) > 1
+            for strength in c.strengths
+        ]
+        results = self._compute([run for _, _, run in tried])
+        rows = [
+            {"method": method, "strength": strength, "validation_accuracy": result.metrics["validation_accuracy"]}
+            | {"train_accuracy": result.metrics["train_accuracy"], "run": result.id}
+            for (method, strength, _), result in zip(tried, results, strict=True)
+        ]
+        table = pd.DataFrame(rows, columns=["method", "strength", "validation_accuracy", "train_accuracy", "run"])
+        self._write("trials", table)
+        return table
+
+    @cached_property
+    def regularisers(self) -> dict[str, Regulariser]:
+        """The regularisers at the strengths that the trials chose; the smaller strength wins a tie."""
+        trials = self.trials()
+        chosen = {}
+        for c in self.profile.candidates:
+            strength = c.strengths[0]
+            if len(c.strengths) > 1:
+                mine = trials[trials.method == c.regulariser.name].sort_values("strength")
+                strength = float(mine.strength[mine.validation_accuracy.idxmax()])
+            chosen[c.regulariser.name] = replace(c.regulariser, strength=strength)
+        return chosen
+
+    def sweep(self, methods: Iterable[str] | None = None, budgets: Sequence[float] | None = None) -> pd.DataFrame:
+        """The pruning sweep: one row per target, method, seed and budget. Also written to sweep.csv.
+
+        Args:
+            methods: regularisers by name; default: all.
+            budgets: default: all of the profile. The CSV is written for the whole sweep only.
+        """
+        p = self.profile
+        chosen = [self.regularisers[name] for name in methods or self.regularisers]
+        wanted = [b for b in p.budgets if budgets is None or b in budgets]
+        points = [
+            (target, regulariser, seed, budget)
+            for target in p.targets
+            for seed in p.seeds
+            for regulariser in chosen
+            for budget in wanted
+        ]
+        results = self._compute([self.transfer_run(r, s, budget=b, target=t) for t, r, s, b in points])
+        rows = []
+        for (target, regulariser, seed, _), result in zip(points, results, strict=True):
+            name = target.name if target.per_class is None else f"{target.name}-{target.per_class}"
+            row = {"target": name, "method": regulariser.name, "strength": regulariser.strength, "seed": seed}
+            rows.append(result.metrics | row | {"run": result.id})
+        table = pd.DataFrame(rows)[COLUMNS]
+        if methods is None and budgets is None:
+            self._write("sweep", table)
+        return table
+
+    def point(self, method: str, seed: int, budget: float) -> runs.Result:
+        """One finished point of the sweep, with its learning curve, gates and confusion matrix."""
+        return self._compute([self.transfer_run(self.regularisers[method], seed, budget=budget)])[0]
+
+    # computing
+
+    def _compute(self, configs: Sequence[TransferRun]) -> list[runs.Result]:
+        """Results in the order asked for. Chains of budgets are computed side by side, each within one process."""
+        missing = [config for config in configs if runs.lookup(config) is None]
+        if missing:
+            self.afs_source()
+            chains: dict[TransferRun, list[TransferRun]] = {}
+            for config in missing:
+                chains.setdefault(replace(config, budgets=config.budgets[:1]), []).append(config)
+            ordered = [sorted(chain, key=lambda c: len(c.budgets)) for chain in chains.values()]
+            self._run_chains(ordered)
+        return [self._publish(runs.get_or_run(config)) for config in configs]
+
+    def _run_chains(self, chains: list[list[TransferRun]]) -> None:
+        if self.workers == 1 or len(chains) == 1:
+            for chain in chains:
+                self._publish_all(_run_chain(chain, None))
+            return
+        # Started afresh, not forked: a process that has used torch's threads cannot be forked safely.
+        with ProcessPoolExecutor(min(self.workers, len(chains)), mp_context=get_context("spawn")) as pool:
+            jobs = [pool.submit(_run_chain, chain, 1) for chain in chains]
+            try:
+                for job in as_completed(jobs):
+                    self._publish_all(job.result())
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _publish_all(self, results: Iterable[runs.Result]) -> None:
+        for result in results:
+            self._publish(result)
+
+    def _publish(self, result: runs.Result) -> runs.Result:
+        """Results of real studies are kept as small files to be committed; those of the demo never are."""
+        if self.profile.committed and not result.committed:
+            runs.publish(result, self.profile.name)
+        return result
+
+    # files
+
+    def folder(self) -> Path:
+        """Where the tables go: data/results/<profile> for real studies, the figures' folder for the demo."""
+        p = self.profile
+        return paths.results(p.name) / p.budget if p.committed else paths.figures(p.name)
+
+    def _write(self, name: str, table: pd.DataFrame) -> None:
+        folder = self.folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / f".{name}.csv.{os.getpid()}"
+        table.to_csv(part, index=False, float_format="%.6g", lineterminator="\n")
+        os.replace(part, folder / f"{name}.csv")
+
+
+def _run_chain(chain: list[TransferRun], threads: int | None) -> list[runs.Result]:
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return [runs.get_or_run(config) for config in chain]
+
+
+def run_stage(profile: Profile, stage: str) -> None:
+    """Computes one stage of a study without notebooks.
+
+    Args:
+        profile: from `profiles.get`.
+        stage: "train" (source, AFS source, trials and unpruned networks) or "sweep" (everything).
+    """
+    study = Study(profile)
+    if stage == "train":
+        study.afs_source()
+        table = study.sweep(budgets=profile.budgets[:1])
+    elif stage == "sweep":
+        table = study.sweep()
+    else:
+        raise AFDSError(f"unknown stage {stage!r}; known are train and sweep")
+    shown = table.groupby(["target", "method", "budget"], sort=False)[["test_accuracy", "macs", "parameters"]].mean()
+    print(shown.to_string(float_format=lambda v: f"{v:.4g}"))
+
+
+def plan(profile: Profile) -> str:
+    """What a study would do here: stages, steps, MACs, disk, memory, and what is missing on this machine."""
+    from afdslib import planning
+
+    return planning.describe(Study(profile))
