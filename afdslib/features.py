@@ -21,6 +21,10 @@ def taps(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
     """Collects the outputs of named modules during the forward passes inside the block.
 
     The hooks are gone when the block ends, whatever happens in it, so no pass outside can leave stale features behind.
+
+    The output of a single layer is cloned: what follows it may work in place (torchvision's ReLU, and its residual add
+    into the last batch norm's output), and the features would be those of another layer. A residual block's output is
+    read by the next block only, so it is kept without a copy. [ours]
     """
     features: dict[str, Tensor] = {}
     modules = dict(model.named_modules())
@@ -33,7 +37,8 @@ def taps(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
                 )
 
             def record(module: nn.Module, args: tuple, output: Tensor, name: str = name) -> None:
-                features[name] = output
+                single = isinstance(module, AFSConvBN) or next(module.children(), None) is None
+                features[name] = output.clone() if single else output
 
             handles.append(modules[name].register_forward_hook(record))
         yield features
@@ -47,8 +52,8 @@ def feature_names(model: nn.Module, features: str) -> list[str]:
 
     Args:
         model: a ResNet, converted or not.
-        features: "block", after the residual add and ReLU [ours]; "convbn", the gated output of the block's last ConvBN,
-            as in the paper's figure.
+        features: "block", after the residual add and ReLU [ours]; "convbn", the gated output of the block's last
+            ConvBN, as in the paper's figure.
     """
     if features not in ("block", "convbn"):
         raise AFDSError(f"features must be 'block' or 'convbn', got {features!r}")
