@@ -1,0 +1,175 @@
+"""Faults of the losses, of the training loop and of the study around it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from afdslib import afs, data, features, macs, objectives, stages, training
+from afdslib.losses import afd
+from afdslib.losses.afd import AFDLoss
+
+
+@contextmanager
+def unsquared_norm() -> Iterator[None]:
+    """The distance of two feature maps is not squared."""
+
+    def forward(self: AFDLoss, student: dict[str, Tensor], source: dict[str, Tensor]) -> dict[str, Tensor]:
+        total = torch.zeros((), dtype=torch.float64)
+        for name, rho in self.attention(source).items():
+            channels, height, width = self.shapes[name]
+            distance = (student[name] - source[name]).flatten(2).norm(dim=2)
+            total = total + channels / (2 * height * width) * (rho * distance).sum(1).mean()
+        return {"afd": total, "entropy": torch.zeros(())}
+
+    with mock.patch.object(AFDLoss, "forward", forward):
+        yield
+
+
+@contextmanager
+def shared_bias() -> Iterator[None]:
+    """b2 is one scalar, which cancels in the softmax."""
+    original = afd._Attention.__init__
+
+    def init(self: afd._Attention, *shape: int) -> None:
+        original(self, *shape)
+        self.b2 = nn.Parameter(torch.zeros(1))
+
+    with mock.patch.object(afd._Attention, "__init__", init):
+        yield
+
+
+@contextmanager
+def hooks_are_left() -> Iterator[None]:
+    """Hooks are never removed, and later passes write into the same features; the first entry of each layer is used."""
+    kept: dict[str, list[Tensor]] = {}
+
+    @contextmanager
+    def taps(model: nn.Module, names) -> Iterator[dict[str, Tensor]]:
+        found: dict[str, Tensor] = {}
+
+        def record(name: str):
+            def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+                kept.setdefault(name, []).append(output)
+                found[name] = output
+
+            return hook
+
+        for name in names:
+            model.get_submodule(name).register_forward_hook(record(name))
+        yield found
+
+    with mock.patch.object(features, "taps", taps), mock.patch.object(objectives, "taps", taps):
+        yield
+
+
+@contextmanager
+def no_seeds() -> Iterator[None]:
+    """The order of the images comes from the process's generator."""
+
+    def batches(dataset, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+        order = np.random.RandomState().permutation(len(dataset)).tolist()
+        return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+    with mock.patch.object(training, "_batches", batches):
+        yield
+
+
+@contextmanager
+def _splits(change) -> Iterator[None]:
+    original = stages.DataSource.load
+    with mock.patch.object(stages.DataSource, "load", lambda self: change(original(self))):
+        yield
+
+
+@contextmanager
+def statistics_of_the_test_set() -> Iterator[None]:
+    """Masks are fitted on test images."""
+    with _splits(lambda splits: replace(splits, statistics=splits.test)):
+        yield
+
+
+@contextmanager
+def chosen_on_the_test_set() -> Iterator[None]:
+    """There is no validation split: test images are used to choose."""
+    with _splits(lambda splits: replace(splits, validation=splits.test)):
+        yield
+
+
+@contextmanager
+def no_validation_split() -> Iterator[None]:
+    """There is nothing to choose by."""
+    with _splits(lambda splits: replace(splits, validation=None)):
+        yield
+
+
+@contextmanager
+def no_source_stage() -> Iterator[None]:
+    """The converted network goes to the target as it is; its predictors have seen no source image."""
+    with mock.patch.object(training, "fit", lambda model, *_, **__: model):
+        yield
+
+
+@contextmanager
+def no_pruning_loop() -> Iterator[None]:
+    """Masks are never lowered, whatever the budget."""
+
+    def update(model: nn.Module, statistics, *, loader, **_) -> afs.MaskReport:
+        return afs.MaskReport(0.0, macs.expected(model, loader), 0, 0, 0)
+
+    with mock.patch.object(afs, "update_masks", update), mock.patch.object(afs, "set_density", lambda *_: None):
+        yield
+
+
+@contextmanager
+def each_budget_starts_from_the_source() -> Iterator[None]:
+    """The network of the budget before is thrown away: its masks are set back."""
+    original = afs.set_density
+
+    def set_density(model: nn.Module, d: float) -> None:
+        original(model, d)
+        for layer in afs.layers(model).values():
+            layer.m.fill_(1)
+            layer.s.fill_(1)
+            nn.init.uniform_(layer.predictor.bias, 0.5, 1)
+
+    with mock.patch.object(afs, "set_density", set_density):
+        yield
+
+
+# What a notebook has to notice.
+
+
+@contextmanager
+def lambda_is_zero() -> Iterator[None]:
+    """The feature terms are measured and logged, and do not act."""
+    original = objectives.Objective.__init__
+
+    def init(self: objectives.Objective, model, regulariser=None, *args, **kwargs) -> None:
+        original(self, model, regulariser, *args, **kwargs)
+        if regulariser is not None and self.term is not None:
+            self.regulariser = replace(regulariser, strength=0.0)
+
+    with mock.patch.object(objectives.Objective, "__init__", init):
+        yield
+
+
+@contextmanager
+def target_labels_shuffled() -> Iterator[None]:
+    """The fitting images of every data set get each other's labels."""
+    original = data.load
+
+    def load(*args, **kwargs) -> data.Splits:
+        splits = original(*args, **kwargs)
+        order = np.random.RandomState(0).permutation(len(splits.train))
+        splits.train.targets = splits.train.targets[order]
+        return splits
+
+    with mock.patch.object(data, "load", load):
+        yield
