@@ -93,22 +93,26 @@ def _candidates(
 
 def _demo(budget: str) -> Profile:
     """Scikit-learn's digits, 0-4 to 5-9 (the class split of Yosinski et al. 2014): minutes on a CPU, no download."""
-    fit = Optimisation(steps=240, batch_size=30, lr=0.02, schedule="cosine", warmup=0.05, log_rows=12)
+    fit = Optimisation(
+        steps=160, batch_size=30, lr=0.05, schedule="cosine", warmup=0.05, predictor_lr=3.0, log_rows=8
+    )  # fmt: skip
     return Profile(
         name="demo",
         budget=budget,
         source=DataSource("digits-0-4"),
         targets=(DataSource("digits-5-9", per_class=12),),
-        network=Network("resnet14", stem="imagenet", width=0.25),
+        network=Network("resnet14", stem="cifar", width=0.125),
         source_training=replace(fit, lr=0.1),
         source_weight_decay=5e-4,
-        afs_training=replace(fit, steps=120),
+        afs_training=replace(fit, lr=0.02, steps=80),
         candidates=_candidates((1e-4, 1e-2), (1e-2, 1e-1), (1e-3, 1e-2), 0.01),
-        trial=replace(fit, steps=40, log_rows=2),
+        trial=replace(fit, steps=40, log_rows=1),
         trial_seed=1000,
-        transfer=replace(fit, steps=80, log_rows=8),
-        tuning=replace(fit, steps=40, lr=0.01, warmup=0.0, log_rows=2),
+        transfer=replace(fit, steps=80),
+        tuning=replace(fit, steps=50, warmup=0.0, log_rows=1),
         seeds=(0, 1) if budget == "quick" else (0, 1, 2, 3, 4),
+        # The short source stage leaves gates that vary little; at 0.01 nearly all would become constant.
+        delta_s=0.001,
         macs_images=60,
         committed=False,
     )
@@ -119,12 +123,12 @@ def _imagenet32(budget: str) -> Profile:
     standard = budget == "standard"
     epoch = 1406  # steps of 64 images in 90,000
     source = Optimisation(
-        steps=(20 if standard else 6) * epoch, batch_size=64, lr=0.1, nesterov=True, schedule="cosine", warmup=0.02,
-        precision="bf16", log_rows=20 if standard else 6,
+        steps=(20 if standard else 5) * epoch, batch_size=64, lr=0.1, nesterov=True, schedule="cosine", warmup=0.02,
+        precision="bf16", log_rows=20 if standard else 5,
     )  # fmt: skip
     fit = Optimisation(
-        steps=1500 if standard else 300, batch_size=48, lr=0.01, schedule="cosine", warmup=0.05, precision="bf16",
-        predictor_lr=0.1, log_rows=5,
+        steps=1500 if standard else 250, batch_size=48, lr=0.01, schedule="cosine", warmup=0.05, precision="bf16",
+        predictor_lr=3.0, log_rows=5,
     )  # fmt: skip
     grid = (1e-3, 1e-2, 1e-1)
     return Profile(
@@ -135,12 +139,12 @@ def _imagenet32(budget: str) -> Profile:
         network=Network("resnet26", stem="cifar", width=0.25),
         source_training=source,
         source_weight_decay=2e-4,
-        afs_training=replace(source, steps=(4 if standard else 1) * epoch, lr=0.01, predictor_lr=0.1, log_rows=4),
+        afs_training=replace(source, steps=(4 if standard else 1) * epoch, lr=0.01, nesterov=False, predictor_lr=3.0, log_rows=4),
         candidates=_candidates((1e-4, 1e-3, 1e-2), grid, grid, 0.01),
-        trial=replace(fit, steps=600 if standard else 150, log_rows=1),
+        trial=replace(fit, steps=600 if standard else 100, log_rows=1),
         trial_seed=1000,
         transfer=fit,
-        tuning=replace(fit, steps=400 if standard else 80, warmup=0.0, log_rows=1),
+        tuning=replace(fit, steps=400 if standard else 80, lr=0.03, warmup=0.0, log_rows=1),
         seeds=(0, 1, 2, 3, 4) if standard else (0, 1),
         macs_images=128,
     )
@@ -169,8 +173,8 @@ def _paper(budget: str) -> Profile:
         network=Network("resnet101", weights="imagenet"),
         source_training=replace(fit, steps=0),
         source_weight_decay=1e-4,
-        # Without an ImageNet tree the stage has no step; with one, 20,000 steps are about an epoch.
-        afs_training=replace(fit, steps=0),
+        # The standard budget reads an ImageNet tree, data_dir/imagenet/{train,val}; 20,000 steps are about an epoch.
+        afs_training=replace(fit, steps=20_000 if budget == "standard" else 0, batch_size=64),
         candidates=_candidates((1e-4, 1e-3, 1e-2), grid, grid, 0.01),
         trial=replace(fit, steps=2000, log_rows=1),
         trial_seed=1000,
