@@ -1,7 +1,7 @@
 """Statements that a report prints and that must be true: the regulariser acts, the gates act, the network has learnt.
 
 Each is a function of results or of a network and returns a bool, so that a notebook shows it and a changed value fails
-its comparison. A study with lambda at 0, with gates that nobody looks at, or with shuffled labels makes one of them false.
+its comparison. A study with lambda at 0, with gates that nobody looks at, or with shuffled labels makes one false.
 """
 
 from __future__ import annotations

@@ -61,6 +61,8 @@ class AFDLoss(nn.Module):
         self.mode = attention
         # Names of modules and buffers must not hold dots.
         self._keys = {name: name.replace(".", "_") for name in self.shapes}
+        if len(set(self._keys.values())) < len(self._keys):
+            raise AFDSError(f"layer names must differ in more than dots and underscores, got {', '.join(self.shapes)}")
         self.attentions = nn.ModuleDict({self._keys[n]: _Attention(*shape) for n, shape in self.shapes.items()})
         for name, (channels, _, _) in self.shapes.items():
             self.register_buffer(f"alive_{self._keys[name]}", torch.ones(channels, dtype=torch.bool))
@@ -177,8 +179,9 @@ def fit_attention(
         optimiser.zero_grad()
         total.backward()
         optimiser.step()
-        history.append(float(total))
+        history.append(total.item())
     loss.attentions.requires_grad_(False)
+    loss.zero_grad(set_to_none=True)  # an optimiser would go on applying the last gradient
     if not all(math.isfinite(value) for value in history):
         raise AFDSError(
             f"the detached attention did not converge (its loss is not finite); lower its learning rate {lr:g}"
