@@ -46,6 +46,12 @@ class Regulariser:
             raise AFDSError(
                 f"the strength (lambda) of {self.name} must be a number of at least 0, got {self.strength!r}"
             )
+        decay = self.classifier_decay
+        if not (isinstance(decay, (int, float)) and 0 <= decay < float("inf")):
+            raise AFDSError(f"classifier_decay of {self.name} must be a number of at least 0, got {decay!r}")
+        for field, known in (("features", ("block", "convbn")), ("attention", ("joint", "detached"))):
+            if getattr(self, field) not in known:
+                raise AFDSError(f"{field} must be {known[0]!r} or {known[1]!r}, got {getattr(self, field)!r}")
 
 
 class Objective(nn.Module):

@@ -240,9 +240,26 @@ class TransferRun:
     use_test: bool = True
 
     def __post_init__(self) -> None:
+        def number(value: object) -> bool:
+            return isinstance(value, (int, float)) and not isinstance(value, bool)
+
         b = self.budgets
-        if not b or b[0] != 1 or any(not 0 < x <= 1 for x in b) or any(x <= y for x, y in zip(b, b[1:], strict=False)):
+        if (
+            not b
+            or not all(number(x) and 0 < x <= 1 for x in b)
+            or b[0] != 1
+            or any(x <= y for x, y in zip(b, b[1:], strict=False))
+        ):
             raise AFDSError(f"budgets must decrease from 1 and stay above 0, got {b!r}")
+        if not (number(self.density_floor) and 0 < self.density_floor <= 1):
+            raise AFDSError(f"density_floor must be in (0, 1], got {self.density_floor!r}")
+        for name in ("density_exponent", "delta_s"):
+            if not (number(getattr(self, name)) and getattr(self, name) >= 0):
+                raise AFDSError(f"{name} must be a number of at least 0, got {getattr(self, name)!r}")
+        if not (number(self.trim) and 0 <= self.trim < 1):
+            raise AFDSError(f"trim must be a share in [0, 1), got {self.trim!r}")
+        if not (isinstance(self.macs_images, int) and self.macs_images >= 1):
+            raise AFDSError(f"macs_images must be a whole number of at least 1, got {self.macs_images!r}")
 
     @property
     def parent(self) -> TransferRun | None:

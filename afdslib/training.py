@@ -71,13 +71,10 @@ class Optimisation:
     recalibrate: int = 0
 
     def __post_init__(self) -> None:
-        def positive_int(value: object) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-        if not (isinstance(self.steps, int) and self.steps >= 0):
-            raise AFDSError(f"steps must be a whole number of at least 0, got {self.steps!r}")
-        if not positive_int(self.batch_size):
-            raise AFDSError(f"batch_size must be a whole number of at least 1, got {self.batch_size!r}")
+        for name, least in (("steps", 0), ("batch_size", 1), ("log_rows", 1), ("recalibrate", 0)):
+            value = getattr(self, name)
+            if not (isinstance(value, int) and not isinstance(value, bool) and value >= least):
+                raise AFDSError(f"{name} must be a whole number of at least {least}, got {value!r}")
         if self.precision not in _PRECISIONS:
             raise AFDSError(f"precision must be one of {', '.join(_PRECISIONS)}, got {self.precision!r}")
         if self.schedule not in ("step", "cosine"):
@@ -86,8 +83,10 @@ class Optimisation:
             value = getattr(self, name)
             if not (isinstance(value, (int, float)) and 0 < value < math.inf):
                 raise AFDSError(f"{name} must be a positive number, got {value!r}")
-        if not 0 <= self.warmup < 1:
-            raise AFDSError(f"warmup must be a share in [0, 1), got {self.warmup!r}")
+        for name in ("momentum", "warmup", "label_smoothing"):
+            value = getattr(self, name)
+            if not (isinstance(value, (int, float)) and 0 <= value < 1):
+                raise AFDSError(f"{name} must be a number in [0, 1), got {value!r}")
 
     def factor(self, step: int) -> float:
         """The learning rate at a step, as a share of `lr`."""
@@ -294,7 +293,10 @@ def batches_from(
     while True:
         dataset.set_epoch(epoch)
         todo = _batches(dataset, batch_size, seed, epoch)[position:]
-        loader = DataLoader(dataset, batch_sampler=todo, collate_fn=data.collate, num_workers=workers(dataset))
+        # With a generator of its own a loader draws nothing from torch's, which a resumed run would draw twice.
+        loader = DataLoader(
+            dataset, batch_sampler=todo, collate_fn=data.collate, num_workers=workers(dataset), generator=torch.Generator()
+        )
         for batch in loader:
             yield epoch, batch
         epoch, position = epoch + 1, 0
@@ -424,8 +426,11 @@ def fit(
         epoch, (images, labels) = next(stream)
         images = _to(images, fabric.device, channels_last=settings.channels_last)
         labels = labels.to(fabric.device, non_blocking=True)
-        with fabric.autocast():
-            loss, terms, logits = objective(wrapped, images, labels)
+        try:
+            with fabric.autocast():
+                loss, terms, logits = objective(wrapped, images, labels)
+        except AFDSError as error:  # a term that refuses its input does not know the step
+            raise AFDSError(f"the loss cannot be computed at step {step + 1}: {error}") from error
         optimiser.zero_grad()
         fabric.backward(loss)
         optimiser.step()
