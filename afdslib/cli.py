@@ -132,6 +132,15 @@ def sweep(profile: ProfileName, budget: Budget = None, data_dir: DataDir = None)
 
 
 @app.command()
+def publish(profile: ProfileName, budget: Budget = None, data_dir: DataDir = None) -> None:
+    """Keep the networks of a finished study in data/weights/, with a model card, to be committed."""
+    chosen = _profile(profile, budget, data_dir)
+    from . import study
+
+    typer.echo(f"networks and model card written to {study.Study(chosen).publish_networks()}")
+
+
+@app.command()
 def report(profile: ProfileName) -> None:
     """Write the HTML report of an executed study again."""
     from . import pipeline

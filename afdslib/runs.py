@@ -271,12 +271,20 @@ class Result:
         """The path of a file that the run wrote.
 
         Raises:
-            AFDSError: The file is not there, as for a committed result.
+            AFDSError: The file is not there, as for most committed results.
         """
-        file = self.path / name
+        file = self._file(name)
         if not file.is_file():
             raise AFDSError(f"run {self.id} has no {name} in {self.path}; recompute it with AFDS_FRESH=1")
         return file
+
+    def has(self, names: Sequence[str]) -> bool:
+        """Whether all these artifacts are there."""
+        return all(self._file(name).is_file() for name in names)
+
+    def _file(self, name: str) -> Path:
+        # Of a committed run only the network may be kept, under the run's id, with the other networks of the studies.
+        return paths.weights() / f"{self.id}.safetensors" if self.committed and name == _MODEL else self.path / name
 
 
 class Run:
@@ -476,6 +484,7 @@ _DAMAGED = (  # what torch.load and zipfile raise for a damaged file
     AttributeError,
     TypeError,
 )
+_MODEL = "model.safetensors"
 _OWN_FILES = {"config.json", "environment.json", "metrics.csv", "checkpoint.pt", "times.json", "result.json"}
 
 
@@ -542,7 +551,10 @@ def lookup(config: Any, *, store: str | Path | None = None, needs: Sequence[str]
     """
     id = run_id(config)
     store = _store(store)
-    return _stored(store, id, needs) or (None if needs else _committed(id))
+    if found := _stored(store, id, needs):
+        return found
+    committed = _committed(id)
+    return committed if committed and committed.has(needs) else None
 
 
 def publish(result: Result, profile: str, *, store: str | Path | None = None) -> Path:

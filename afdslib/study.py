@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
@@ -14,12 +15,27 @@ import pandas as pd
 import torch
 
 from afdslib import paths, runs, training
+from afdslib._atomic import atomic_path, write_text
 from afdslib.errors import AFDSError
 from afdslib.objectives import Regulariser
 from afdslib.profiles import Profile
-from afdslib.stages import AFSSourceRun, DataSource, SourceRun, TransferRun
+from afdslib.stages import MODEL, AFSSourceRun, DataSource, SourceRun, TransferRun
 
 __all__ = ["Study", "plan", "run_stage"]
+
+MODEL_CARD = """# Networks of the study {profile}, budget {budget}
+
+Written by `afds publish --profile {profile} --budget {budget}`. Load one with `afdslib.afs.load(path)`.
+
+| file (.safetensors) | network | test accuracy | MACs, share of dense |
+|---|---|---|---|
+{rows}
+
+- **Trained on** {source} (sources) and {targets} (the others). Settings: `afds run --profile {profile} --budget {budget}
+  --show`; results with device and versions: `data/results/{profile}/runs/<id>.json`.
+- **For** checking and extending this study. Images of 32 px, normalised with ImageNet's mean and deviation.
+- **Not for** any decision about people or safety; the data sets have their own licences and biases.
+"""
 
 COLUMNS = [
     "target", "method", "strength", "seed", "budget", "density", "test_accuracy", "test_mean_class_accuracy",
@@ -198,6 +214,34 @@ class Study:
         return result
 
     # files
+
+    def publish_networks(self, points: Iterable[tuple[str, int, float]] = (("afd", 0, 1.0), ("afd", 0, 0.1))) -> Path:
+        """Copies the sources and some points' networks to data/weights/<run id>.safetensors, with a model card.
+
+        Args:
+            points: (method, seed, budget) of the sweep's networks to keep.
+
+        Raises:
+            AFDSError: for the demo, whose networks are never committed, or one that is not in the store.
+        """
+        if not self.profile.committed:
+            raise AFDSError(f"networks of the profile {self.profile.name} are never committed")
+        kept = [("source", self.source()), ("AFS source", self.afs_source())]
+        kept += [(f"{m}, seed {s}, {1 / b:g}x", self.point(m, s, b)) for m, s, b in points]
+        folder = paths.weights()
+        rows = []
+        for name, result in kept:
+            with atomic_path(folder / f"{result.id}.safetensors") as part:
+                shutil.copyfile(result.artifact(MODEL), part)
+            accuracy, cost = result.metrics["test_accuracy"], result.metrics.get("macs", 1.0)
+            share = cost / result.metrics.get("dense_macs", self.source().metrics["macs"]) if cost > 2 else cost
+            rows.append(f"| `{result.id}` | {name} | {accuracy:.4f} | {share:.3f} |")
+        card = MODEL_CARD.format(
+            profile=self.profile.name, budget=self.profile.budget, source=self.profile.source.name,
+            targets=", ".join(t.name for t in self.profile.targets), rows="\n".join(rows),
+        )  # fmt: skip
+        write_text(folder / f"{self.profile.name}-{self.profile.budget}.md", card)
+        return folder
 
     def folder(self) -> Path:
         """Where the tables go: data/results/<profile> for real studies, the figures' folder for the demo."""

@@ -72,7 +72,9 @@ def brute_force(model: nn.Module, image: torch.Tensor) -> tuple[float, float]:
         layer = afs.layers(model)[name]
         conv = layer.conv
         if inputs.any() and outputs.any():
-            cut = nn.Conv2d(int(inputs.sum()), int(outputs.sum()), conv.kernel_size, conv.stride, conv.padding, bias=False)
+            cut = nn.Conv2d(
+                int(inputs.sum()), int(outputs.sum()), conv.kernel_size, conv.stride, conv.padding, bias=False
+            )
             with FlopCounterMode(display=False) as counter, torch.no_grad():
                 cut(x[:, inputs])
             total += counter.get_total_flops() / 2
@@ -148,3 +150,20 @@ def test_an_empty_loader_is_refused():
         macs.expected(backbones.build("resnet14", 4, stem="cifar", width=0.25), [])
     with pytest.raises(AFDSError, match="input_size"):
         macs.count(nn.Linear(2, 2), (3, 32))
+
+
+def test_parameters_are_those_of_the_network_with_its_removed_channels_cut_out():
+    model = afs.convert(Tiny()).eval()
+    plain = sum(p.numel() for p in Tiny().parameters())
+    everything_static = {"stem": 6, "a": 5, "b": 7, "shortcut": 7}
+    for name, layer in afs.layers(model).items():
+        layer.s.zero_()
+        assert layer.m.numel() == everything_static[name]
+    assert macs.parameters(model, (3, 8, 8)) == plain  # gamma and beta are the batch norm's scale and shift
+    model.stem.m[:2] = 0
+    cut = 2 * 3 * 9 + 2 * 2 + 2 * 5 * 9 + 2 * 7  # its filters, scale and shift, and the inputs of a and of the shortcut
+    assert macs.parameters(model, (3, 8, 8)) == plain - cut
+    model.b.m[0] = 0  # the shortcut still writes channel 0, so the classifier keeps it
+    assert macs.parameters(model, (3, 8, 8)) == plain - cut - (5 * 9 + 2)
+    model.a.s[:3] = 1  # dynamic channels: a row of the predictor and its bias in place of gamma
+    assert macs.parameters(model, (3, 8, 8)) == plain - cut - (5 * 9 + 2) + 3 * (4 + 1) - 3

@@ -1,0 +1,131 @@
+"""A whole study in miniature: trials choose on validation, chains share their stages, tables are the same each time."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from afdslib import afs, paths, planning, profiles, runs
+from afdslib.errors import AFDSError
+from afdslib.objectives import Regulariser
+from afdslib.profiles import Candidates
+from afdslib.stages import DataSource, Network
+from afdslib.study import Study
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A project of its own, with a tree of three colours of noise."""
+    random = np.random.RandomState(0)
+    for split, count in (("train", 24), ("test", 8)):
+        for channel, colour in enumerate(("red", "green", "blue")):
+            folder = tmp_path / "tree" / split / colour
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = random.randint(0, 120, (16, 16, 3))
+                pixels[:, :, channel] += 100
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    monkeypatch.setenv("AFDS_HOME", str(tmp_path))
+    monkeypatch.delenv("AFDS_RUNS", raising=False)
+    monkeypatch.delenv("AFDS_FIGURES", raising=False)
+    monkeypatch.delenv("AFDS_FRESH", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def profile(home):
+    fit = replace(profiles.get("demo").transfer, steps=3, batch_size=8, log_rows=1)
+    return replace(
+        profiles.get("demo"),
+        source=DataSource(str(home / "tree"), size=16),
+        targets=(DataSource(str(home / "tree"), per_class=6, size=16),),
+        network=Network("resnet14", stem="cifar", width=1 / 16),
+        source_training=fit,
+        afs_training=fit,
+        trial=fit,
+        transfer=fit,
+        tuning=fit,
+        candidates=(
+            Candidates(Regulariser("l2", 1e-4), (1e-4, 1e-3)),
+            Candidates(Regulariser("afd", 1e-3), (1e-3,)),
+        ),
+        budgets=(1.0, 0.5),
+        seeds=(0, 1),
+        macs_images=18,
+    )
+
+
+def test_a_study_gives_one_row_per_method_seed_and_budget_and_the_same_table_twice(profile, home):
+    table = Study(profile, workers=1).sweep()
+    assert list(table.method.value_counts()) == [4, 4] and set(table.seed) == {0, 1}
+    assert (table.macs[table.budget == 0.5] <= 0.55).all() and (table.macs[table.budget == 1] > 0.9).all()
+    written = (paths.figures("demo") / "sweep.csv").read_bytes()
+    assert len(pd.read_csv(paths.figures("demo") / "sweep.csv")) == 8
+    ids = {summary.id for summary in runs.list_runs()}
+    Study(profile, workers=1).sweep()
+    assert {summary.id for summary in runs.list_runs()} == ids  # nothing computed again
+    assert (paths.figures("demo") / "sweep.csv").read_bytes() == written
+
+
+def test_trials_hold_no_test_image_and_the_best_validation_accuracy_chooses(profile):
+    study = Study(profile, workers=1)
+    trials = study.trials()
+    assert list(trials.strength) == [1e-4, 1e-3]
+    for id in trials.run:
+        metrics = runs.show(id)["result"]["metrics"]
+        assert "validation_accuracy" in metrics and not any(key.startswith("test") for key in metrics)
+    best = trials.strength[trials.validation_accuracy.idxmax()]
+    assert study.regularisers["l2"].strength == best and study.regularisers["afd"].strength == 1e-3
+
+
+def test_a_later_point_starts_from_the_point_before(profile):
+    study = Study(profile, workers=1)
+    config = study.transfer_run(study.regularisers["l2"], 0, budget=0.5)
+    assert config.parent == study.transfer_run(study.regularisers["l2"], 0)
+    result = runs.get_or_run(config)
+    removed = sum(int((layer.m == 0).sum()) for layer in afs.layers(afs.load(result.artifact("model.safetensors"))).values())
+    assert removed == result.metrics["removed"] > 0
+    assert runs.lookup(config.parent) is not None
+
+
+def test_results_and_networks_of_a_real_study_can_be_committed_and_are_found_again(profile, home):
+    real = replace(profile, name="imagenet32", committed=True, seeds=(0,), candidates=profile.candidates[1:])
+    table = Study(real, workers=1).sweep()
+    Study(real, workers=1).publish_networks([("afd", 0, 0.5)])
+    assert (home / "data" / "weights" / "imagenet32-quick.md").read_text().count("| `") == 3
+    (home / "runs").rename(home / "elsewhere")  # another machine, with the committed files only
+    again = Study(real, workers=1)
+    pd.testing.assert_frame_equal(again.sweep(), table)
+    point = again.point("afd", 0, 0.5)
+    assert point.committed and afs.layers(afs.load(point.artifact("model.safetensors")))
+    assert not (home / "runs").exists()
+
+
+def test_bad_names_are_one_sentence(profile):
+    with pytest.raises(AFDSError, match="unknown profile 'x'; known are demo"):
+        profiles.get("x")
+    with pytest.raises(AFDSError, match="unknown budget 'huge'"):
+        profiles.get("demo", "huge")
+    with pytest.raises(AFDSError, match="not in the sweep"):
+        Study(profile).transfer_run(Regulariser("l2", 0.1), 0, budget=0.3)
+    with pytest.raises(AFDSError, match="never committed"):
+        Study(profile).publish_networks()
+
+
+@pytest.mark.parametrize("name", profiles.names())
+@pytest.mark.parametrize("budget", ["quick", "standard"])
+def test_every_profile_is_shown_in_full_and_keeps_its_trial_seed_apart(name, budget):
+    profile = profiles.get(name, budget)
+    shown = json.loads(profiles.show(profile))
+    assert shown["network"]["name"] == profile.network.name and shown["budgets"][-2:] == [0.1, 0.05]
+    assert profile.trial_seed not in profile.seeds
+
+
+def test_the_plan_of_the_paper_profile_names_its_network_and_what_is_missing(home):
+    text = planning.describe(Study(profiles.get("paper")))
+    assert "104 gated layers" in text and "7,801.4 M MACs" in text
+    assert "stanford-dogs" in text.split("missing on this machine")[1]
+    assert "has not been run" in text
