@@ -1,0 +1,33 @@
+"""The report's figures: one style, one look per method, tables and results in, a Figure out; no training."""
+
+from afdslib.plots.attention import attention, attention_entropy
+from afdslib.plots.curves import learning_curves, trials
+from afdslib.plots.diagram import diagram
+from afdslib.plots.gates import channel_states, gates_heatmap, gates_histogram
+from afdslib.plots.samples import augmentations, samples
+from afdslib.plots.style import METHODS, STYLE, Look, Picture, look, save, stored
+from afdslib.plots.sweep import accuracy_macs, confusion, density_and_masks, parameters_budget
+
+__all__ = [
+    "METHODS",
+    "STYLE",
+    "Look",
+    "Picture",
+    "accuracy_macs",
+    "attention",
+    "attention_entropy",
+    "augmentations",
+    "channel_states",
+    "confusion",
+    "density_and_masks",
+    "diagram",
+    "gates_heatmap",
+    "gates_histogram",
+    "learning_curves",
+    "look",
+    "parameters_budget",
+    "samples",
+    "save",
+    "stored",
+    "trials",
+]

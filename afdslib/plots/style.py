@@ -1,0 +1,168 @@
+"""One style and one look per method: colour, marker and line together, so that a figure also reads in grey."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from afdslib import paths
+from afdslib._atomic import atomic_path
+from afdslib.errors import AFDSError
+
+__all__ = ["METHODS", "STATES", "STYLE", "Look", "Picture", "look", "percent", "save", "stored", "styled", "times"]
+
+DPI = 150
+
+STYLE: dict[str, Any] = {
+    "font.family": "DejaVu Sans",  # ships with matplotlib, so figures are the same everywhere
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5.5,
+    "errorbar.capsize": 3,
+    "image.cmap": "cividis",
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "svg.hashsalt": "afds",
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a method is drawn, everywhere.
+
+    Attributes:
+        label: in legends and tables.
+        colour: of the Okabe-Ito palette, which colour-blind readers can tell apart.
+        marker, line: a second and a third sign, for readers of grey copies.
+    """
+
+    label: str
+    colour: str
+    marker: str
+    line: str | tuple = "-"
+
+
+_BLACK, _ORANGE, _SKY, _GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+_BLUE, _RED, _PINK, _GREY = "#0072B2", "#D55E00", "#CC79A7", "#7F7F7F"
+_DASH, _DOT, _DASHDOT = (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5))
+
+METHODS = {
+    "l2": Look("L2", _BLACK, "o", _DASH),
+    "l2sp": Look("L2-SP", _ORANGE, "s", _DASHDOT),
+    "feature-map": Look("feature map", _SKY, "^", _DOT),
+    "afd": Look("AFD", _RED, "D", "-"),
+    "delta": Look("DELTA", _GREEN, "v", _DASH),
+    "lwf": Look("LwF", _BLUE, "P", _DASHDOT),
+    "at": Look("AT", _PINK, "X", _DOT),
+    "kd": Look("KD", _GREY, "<", _DASH),
+    "nst": Look("NST", _GREEN, ">", _DOT),
+    "fbs": Look("FBS", _BLUE, "h", "-"),
+    "slimming": Look("network slimming", _PINK, "p", _DASH),
+    "taylor": Look("Taylor", _GREEN, "*", _DASHDOT),
+    "l1": Look("L1 norm", _GREY, "d", _DASHDOT),
+    "random": Look("random", _GREY, "x", _DOT),
+    "width": Look("narrower network", _BLUE, "8", _DOT),
+}
+
+# Channel states: colour and hatch.
+STATES = {"dynamic": (_BLUE, ""), "static": (_ORANGE, "///"), "removed": ("#E4E4E4", "...")}
+
+
+def look(method: str) -> Look:
+    """The look of a method.
+
+    Raises:
+        AFDSError: for a method without one.
+    """
+    if method not in METHODS:
+        raise AFDSError(f"no colour and marker for method {method!r}; known are {', '.join(METHODS)}")
+    return METHODS[method]
+
+
+_Draw = TypeVar("_Draw", bound=Callable[..., Figure])
+
+
+def styled(draw: _Draw) -> _Draw:
+    """Decorator: draws in the report's style and leaves matplotlib's global settings as they are."""
+
+    @functools.wraps(draw)
+    def wrapper(*args: Any, **kwargs: Any) -> Figure:
+        with matplotlib.rc_context(STYLE):
+            return draw(*args, **kwargs)
+
+    return wrapper  # type: ignore[return-value]
+
+
+def percent(axis: Any) -> None:
+    """Ticks of a share in percent."""
+    axis.set_major_formatter(matplotlib.ticker.PercentFormatter(xmax=1, decimals=0, symbol=""))
+
+
+def times(budget: float) -> str:
+    """A budget as the reduction it stands for: 0.1 is "10x"."""
+    return f"{1 / budget:g}x"
+
+
+def note(ax: Axes, text: str) -> None:
+    """A sentence in the middle of a panel that has nothing to draw."""
+    ax.set_axis_off()
+    ax.text(0.5, 0.5, text, ha="center", va="center", transform=ax.transAxes, wrap=True)
+
+
+class Picture:
+    """A saved figure; a notebook shows it as an image.
+
+    Attributes:
+        path: the PNG.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __repr__(self) -> str:
+        return f"figure {self.path.stem}"
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
+        content = self.path.read_bytes()
+        # Shown at 100 pixels per inch, so that it is sharp on a fine screen.
+        return content, {"width": int.from_bytes(content[16:20], "big") * 100 // DPI}
+
+
+def save(fig: Figure, profile: str, name: str) -> Picture:
+    """Writes a figure to the profile's folder of figures, atomically: the same figure gives the same bytes.
+
+    Args:
+        fig: from one of this package's functions.
+        profile: the profile's name.
+        name: of the file, without suffix.
+    """
+    file = paths.figures(profile) / f"{name}.png"
+    with atomic_path(file) as part, matplotlib.rc_context(STYLE):
+        fig.savefig(part, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.08, metadata={"Software": None})
+    return Picture(file)
+
+
+def stored(profile: str, name: str) -> Picture | str:
+    """A figure that an earlier notebook saved, or a sentence that it is not there."""
+    file = paths.figures(profile) / f"{name}.png"
+    if not file.is_file():
+        return f"Figure {name} is not drawn yet; draw it with: afds run --profile {profile}"
+    return Picture(file)

@@ -1,0 +1,316 @@
+"""Tables and sentences of the report, computed from result tables: no number in the report is typed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from afdslib.errors import AFDSError
+from afdslib.plots.style import look, times
+
+if TYPE_CHECKING:
+    from afdslib.data import Splits
+    from afdslib.profiles import Profile
+    from afdslib.study import Study
+
+__all__ = [
+    "Table",
+    "Text",
+    "accuracy_table",
+    "budgets_of",
+    "channels_left",
+    "differences",
+    "differences_text",
+    "gates_text",
+    "growing",
+    "network_table",
+    "networks",
+    "run_text",
+    "schedule",
+    "scope_text",
+    "settings",
+    "share_classes",
+    "smallest",
+    "strengths_text",
+]
+
+
+class Text(str):
+    """Markdown that a notebook renders."""
+
+    def _repr_markdown_(self) -> str:
+        return str(self)
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+class Table:
+    """Rows of text that a notebook renders as a table.
+
+    Args:
+        header: column names.
+        rows: of as many cells each; numbers are formatted by the caller.
+    """
+
+    def __init__(self, header: Sequence[str], rows: Iterable[Sequence[Any]]):
+        self.header = [str(cell) for cell in header]
+        self.rows = [[str(cell) for cell in row] for row in rows]
+        if any(len(row) != len(self.header) for row in self.rows):
+            raise ValueError("a row has another number of cells than the header")
+
+    def _repr_markdown_(self) -> str:
+        lines = [self.header, ["---", *["--:"] * (len(self.header) - 1)], *self.rows]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    def __repr__(self) -> str:
+        widths = [max(len(line[i]) for line in (self.header, *self.rows)) for i in range(len(self.header))]
+        lines = [
+            "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+            for line in (self.header, *self.rows)
+        ]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def _mean_sd(values: pd.Series, scale: float = 1.0, digits: int = 1) -> str:
+    values = values.dropna() * scale
+    if values.empty:
+        return "–"
+    text = f"{values.mean():.{digits}f}"
+    return text if len(values) < 2 else f"{text} ± {values.std(ddof=1):.{digits}f}"
+
+
+def _rows_at(table: pd.DataFrame, budget: float) -> pd.DataFrame:
+    rows = table[(table.budget - budget).abs() < 1e-9]
+    if rows.empty:
+        raise AFDSError(f"the table has no row at budget {budget:g}; it has {', '.join(map(times, budgets_of(table)))}")
+    return rows
+
+
+def budgets_of(table: pd.DataFrame) -> list[float]:
+    """The budgets of a sweep, decreasing from 1."""
+    return sorted((float(b) for b in table.budget.unique()), reverse=True)
+
+
+def accuracy_table(table: pd.DataFrame, *, value: str = "test_accuracy", target: str | None = None) -> Table:
+    """Mean and standard deviation over seeds, in percent: one row per budget, one column per method.
+
+    Args:
+        table: from `Study.sweep`.
+        value: an accuracy.
+        target: of the table; default: the first.
+    """
+    mine = table[table.target == (target or table.target.iloc[0])]
+    methods = list(dict.fromkeys(mine.method))
+    rows = []
+    for budget in budgets_of(mine):
+        here = _rows_at(mine, budget)
+        cells = [_mean_sd(here[here.method == method][value], 100) for method in methods]
+        rows.append([times(budget), f"{100 * here.macs.mean():.1f} %", *cells])
+    return Table(["reduction", "measured MACs", *(f"{look(m).label} (%)" for m in methods)], rows)
+
+
+def network_table(table: pd.DataFrame, method: str) -> Table:
+    """What the sweep made of the network, mean over seeds: MACs, predictors' share, parameters, channels."""
+    mine = table[(table.method == method) & (table.target == table.target.iloc[0])]
+    rows = []
+    for budget in budgets_of(mine):
+        here = _rows_at(mine, budget)
+        rows.append(
+            [
+                times(budget),
+                f"{here.density.mean():.2f}",
+                f"{100 * here.macs.mean():.1f} %",
+                f"{100 * here.macs_predictors.mean():.1f} %",
+                f"{here.parameters.mean() / 1000:.0f}",
+                *(f"{here[state].mean():.0f}" for state in ("dynamic", "static", "removed")),
+            ]
+        )
+    header = ["reduction", "density d", "measured MACs", "of them predictors", "parameters (thousands)"]
+    return Table([*header, "dynamic", "static", "removed channels"], rows)
+
+
+def differences(
+    table: pd.DataFrame, method: str = "afd", other: str = "l2", *, value: str = "test_accuracy"
+) -> pd.DataFrame:
+    """Paired differences of two methods: the same seed means the same images, initial classifier and order.
+
+    Returns:
+        A table with target, budget, difference (mean over seeds, percentage points), sd (of the paired differences; NaN
+        for one seed) and seeds.
+    """
+    index = ["target", "budget", "seed"]
+    one, two = (table[table.method == name].set_index(index)[value] for name in (method, other))
+    paired = (one - two).dropna() * 100
+    if paired.empty:
+        raise AFDSError(f"the sweep has no seed with both {method} and {other}; compute both")
+    grouped = paired.groupby(["target", "budget"], sort=False)
+    found = pd.DataFrame({"difference": grouped.mean(), "sd": grouped.std(ddof=1), "seeds": grouped.size()})
+    return found.reset_index().sort_values(["target", "budget"], ascending=[True, False], ignore_index=True)
+
+
+def _difference(row: Any, names: tuple[str, str]) -> str:
+    seeds = f"{row.seeds} seed{'s' if row.seeds > 1 else ''}"
+    if row.seeds < 2:
+        return f"{names[0]} minus {names[1]} is {row.difference:+.1f} points with {seeds}, so the spread is not known"
+    side = "within" if abs(row.difference) <= row.sd else "above" if row.difference > 0 else "below"
+    meaning = {
+        "within": "no larger than the spread between seeds",
+        "above": f"{names[0]} is ahead by more than the spread",
+        "below": f"{names[0]} is behind by more than the spread",
+    }[side]
+    size = f"{row.difference:+.1f} points (standard deviation {row.sd:.1f}, {seeds})"
+    return f"{names[0]} minus {names[1]} is {size}: {meaning}"
+
+
+def differences_text(
+    table: pd.DataFrame, method: str = "afd", other: str = "l2", *, budgets: Sequence[float] = (1.0, 0.5, 0.2, 0.1)
+) -> Text:
+    """One sentence per target and budget: the paired difference, its spread over seeds, and how the two compare."""
+    names = look(method).label, look(other).label
+    found = differences(table, method, other)
+    lines = []
+    for target in dict.fromkeys(found.target):
+        for budget in budgets:
+            rows = found[(found.target == target) & ((found.budget - budget).abs() < 1e-9)]
+            for row in rows.itertuples():
+                lines.append(f"- **{times(budget)}**, {target}: {_difference(row, names)}.")
+    if not lines:
+        raise AFDSError(f"the sweep has none of the budgets {', '.join(map(times, budgets))}")
+    return Text("\n".join(lines))
+
+
+def smallest(table: pd.DataFrame, method: str = "afd") -> pd.Series:
+    """The row of the smallest budget of a method, first seed."""
+    mine = table[table.method == method].sort_values(["budget", "seed"])
+    if mine.empty:
+        raise AFDSError(f"the sweep has no row of method {method!r}")
+    return mine.iloc[0]
+
+
+def growing(table: pd.DataFrame, column: str) -> bool:
+    """Whether a column never falls from one budget to the next smaller one, in every chain of the sweep."""
+    chains = table.sort_values("budget", ascending=False).groupby(["target", "method", "seed"])
+    return all(chain[column].is_monotonic_increasing for _, chain in chains)
+
+
+def strengths_text(regularisers: Mapping[str, Any]) -> Text:
+    """The strengths that the trials chose, in one sentence."""
+    parts = [f"{look(name).label} {r.strength:g}" for name, r in regularisers.items()]
+    return Text(f"Chosen on validation images: {', '.join(parts)}.")
+
+
+def run_text(metrics: Mapping[str, Any]) -> Text:
+    """Accuracies of a source run in one sentence."""
+    parts = [
+        f"{100 * metrics[f'{split}_accuracy']:.1f} % of the {split} images"
+        for split in ("validation", "test")
+        if f"{split}_accuracy" in metrics
+    ]
+    if not parts:
+        return Text("Published weights were taken; nothing was trained.")
+    return Text(f"Right on {' and '.join(parts)} after {metrics['steps']} steps.")
+
+
+def gates_text(table: pd.DataFrame) -> Text:
+    """Dead gates and the gates' variation of the unpruned networks, mean over seeds, by method."""
+    rows = _rows_at(table, max(budgets_of(table)))
+    parts = []
+    for method, found in rows.groupby("method", sort=False):
+        dead, variation = 100 * found.dead_gates.mean(), found.gate_variance.mean()
+        parts.append(f"{look(str(method)).label} {dead:.1f} % dead, variation {variation:.3f}")
+    return Text(f"Gates of the unpruned networks: {'; '.join(parts)}.")
+
+
+def share_classes(one: Splits, other: Splits) -> list[str]:
+    """Class names that two data sets have in common, by their readable names."""
+
+    def names(splits: Splits) -> set[str]:
+        return {part.strip().lower() for caption in splits.captions for part in str(caption).split(",")}
+
+    return sorted(names(one) & names(other))
+
+
+def _target(data: Any) -> str:
+    return data.name if data.per_class is None else f"{data.name}, {data.per_class} images per class"
+
+
+def channels_left(layers: Mapping[str, Mapping[str, Any]]) -> float:
+    """Share of all channels that are not removed.
+
+    Raises:
+        AFDSError: if a layer has none left, or its dynamic, static and removed channels are not all of its channels.
+    """
+    for name, layer in layers.items():
+        if layer["removed"] >= layer["channels"]:
+            raise AFDSError(f"layer {name} has lost all its channels")
+        if layer["dynamic"] + layer["static"] + layer["removed"] != layer["channels"]:
+            raise AFDSError(f"dynamic, static and removed channels of layer {name} are not all its channels")
+    channels = sum(layer["channels"] for layer in layers.values())
+    return 1 - sum(layer["removed"] for layer in layers.values()) / channels
+
+
+def schedule(study: Study) -> Table:
+    """Budgets of the sweep and the density that is set at each."""
+    method = next(iter(study.regularisers.values()))
+    points = [study.transfer_run(method, study.profile.seeds[0], budget=b) for b in study.profile.budgets]
+    rows = [(times(p.budgets[-1]), f"{p.budgets[-1]:g}", f"{p.density:.2f}") for p in points]
+    return Table(["reduction", "MACs budget", "density d"], rows)
+
+
+def networks(profile: Profile) -> int:
+    """How many networks the sweep of a profile has."""
+    return len(profile.targets) * len(profile.candidates) * len(profile.seeds) * len(profile.budgets)
+
+
+def scope_text(profile: Profile) -> Text:
+    """What a reader must know about the scale before looking at any number."""
+    p = profile
+    text = (
+        f"This report is of profile **{p.name}**, budget {p.budget}: a {p.network.name} of width {p.network.width:g}, "
+        f"from {p.source.name} to {'; '.join(map(_target, p.targets))}; {len(p.seeds)} seeds."
+    )
+    if not any(t.name == "stanford-dogs" for t in p.targets):
+        text += " Stanford Dogs is not among the targets, so the paper's 11.07 points are **not tested** here."
+    if p.name == "demo":
+        text += " The demo shows that the whole chain works; its data are too small and too easy to judge any method."
+    return Text(f"{text} {p.not_run}".strip())
+
+
+def settings(profile: Profile) -> Table:
+    """The settings of a profile that a reader needs to judge its numbers; `afds run --show` prints them all."""
+    p = profile
+    shape = f"{p.network.name}, {p.network.stem} stem, width {p.network.width:g}"
+    stages = [
+        ("source training", p.source_training),
+        ("AFS fine-tuning of the source", p.afs_training),
+        ("trial of one strength", p.trial),
+        ("transfer, unpruned", p.transfer),
+        ("each later budget", p.tuning),
+    ]
+    rows: list[tuple[str, str]] = [
+        ("source data", p.source.name),
+        ("target data", "; ".join(map(_target, p.targets))),
+        ("network", shape if p.network.weights is None else f"{shape}, {p.network.weights} weights"),
+        *((name, _stage(stage)) for name, stage in stages),
+        ("regularisers", "; ".join(_grid(c) for c in p.candidates)),
+        ("budgets", ", ".join(times(b) for b in p.budgets)),
+        ("density", f"d = max({p.density_floor:g}, √budget); the masks do the rest"),
+        ("threshold of static gates, δ_s", f"{p.delta_s:g}"),
+        ("training images on which a budget is met", f"at most {p.macs_images}"),
+        ("seeds", f"{len(p.seeds)} ({', '.join(map(str, p.seeds))}); trials: {p.trial_seed}"),
+    ]
+    return Table(["setting", "value"], rows)
+
+
+def _stage(o: Any) -> str:
+    if not o.steps:
+        return "none"
+    return f"{o.steps} steps of {o.batch_size}, learning rate {o.lr:g}, {o.schedule} schedule, {o.precision}"
+
+
+def _grid(candidates: Any) -> str:
+    values = ", ".join(f"{strength:g}" for strength in sorted(candidates.strengths))
+    return f"{look(candidates.regulariser.name).label} {{{values}}}"
