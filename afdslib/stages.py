@@ -5,6 +5,7 @@ SourceRun -> AFSSourceRun -> TransferRun (the unpruned point) -> TransferRun (th
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -90,7 +91,8 @@ class SourceRun:
 
     def execute(self, run: runs.Run) -> dict[str, Any]:
         if self.network.weights is not None and self.optimisation.steps == 0:
-            model = self.network.build(1000 if self.network.weights == "imagenet" else 0, self.seed)
+            # Another classifier than ImageNet's is left out; the target gets a new one anyway.
+            model = self.network.build(1000, self.seed)
             run.write_artifact(MODEL, lambda path: afs.save(model, path))
             return {"steps": 0, "parameters": sum(p.numel() for p in model.parameters())}
         splits = self.data.load()
@@ -276,6 +278,7 @@ class TransferRun:
         splits = self.data.load()
         size, budget, parent = _input_size(splits), self.budgets[-1], self.parent
         source_model = afs.load(source.artifact(MODEL))
+        torch.manual_seed(self.seed)  # of the attention's weights
         if parent is None:
             settings, model = self.optimisation, afs.load(source.artifact(MODEL))
             generator = torch.Generator().manual_seed(self.seed)
@@ -290,8 +293,10 @@ class TransferRun:
             afs.set_density(model, self.density)
             objective.masks_changed(model)
         attention_steps = 0
-        if parent is None and run.load_checkpoint() is None:
-            attention_steps = self._prepare(objective, splits)
+        if parent is None and self.regulariser.name == "afd" and self.regulariser.attention == "detached":
+            attention_steps = self.optimisation.steps
+            if run.load_checkpoint() is None:
+                self._prepare(objective, splits)
         dense = macs.count(model, size).total
         subset = training.first(splits.statistics, self.macs_images)
 
@@ -304,7 +309,8 @@ class TransferRun:
                 )
             objective.masks_changed(model)
             if settings.recalibrate:
-                stream = training.batches_from(splits.train, settings.batch_size, self.seed, 0)
+                # A view of its own: setting the epoch must not change the augmentation of the stage that goes on.
+                stream = training.batches_from(copy.copy(splits.train), settings.batch_size, self.seed, 0)
                 batches = (batch for _, (_, batch) in zip(range(settings.recalibrate), stream, strict=False))
                 training.recalibrate(model, batches, settings.precision)
             return {
@@ -333,10 +339,10 @@ class TransferRun:
     def _objective(self, model: nn.Module, source: nn.Module, size: tuple[int, int, int]) -> Objective:
         return Objective(model, self.regulariser, source, size, label_smoothing=self.optimisation.label_smoothing)
 
-    def _prepare(self, objective: Objective, splits: data.Splits) -> int:
+    def _prepare(self, objective: Objective, splits: data.Splits) -> None:
         stream = training.batches_from(splits.train, self.optimisation.batch_size, self.seed, 0)
         batches = (batch for _, (_, batch) in zip(range(self.optimisation.steps), stream, strict=False))
-        return len(objective.prepare(batches, len(splits.classes)))
+        objective.prepare(batches, len(splits.classes))
 
     def _measure(self, model: nn.Module, splits: data.Splits, settings: Optimisation, dense: float) -> dict[str, Any]:
         where, precision = next(model.parameters()).device, settings.precision
