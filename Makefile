@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help report test lab lint lock clean
+.PHONY: help report test notebooks lab lint lock clean
 
 PYTHON ?= $(shell for p in python3.11 python3 python; do \
 	$$p -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(shell cat requirements.lock pyproject.toml | cksum | tr ' ' '-')
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
 
 report: $(STAMP)  ## train and write the demo report: figures/demo/report.html
 	@rm -rf build/report
@@ -24,6 +24,11 @@ test: $(STAMP)  ## unit tests, then every notebook against its stored outputs
 	AFDS_RUNS="$(CURDIR)/build/test/runs" AFDS_FIGURES="$(CURDIR)/build/test/figures" AFDS_FRESH=1 \
 		$(BIN)/pytest -q --nbval --nbval-current-env notebooks
 	@AFDS_RUNS="$(CURDIR)/build/test/runs" $(BIN)/afds runs list --require-training
+
+notebooks: $(STAMP)  ## execute the notebooks in place (demo, from an empty store) and keep their outputs
+	@rm -rf build/notebooks
+	@AFDS_RUNS="$(CURDIR)/build/notebooks/runs" AFDS_FIGURES="$(CURDIR)/build/notebooks/figures" AFDS_FRESH=1 \
+		$(BIN)/python .ci/notebooks.py
 
 lab: $(STAMP)  ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab notebooks

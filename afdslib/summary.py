@@ -53,25 +53,27 @@ class Table:
     Args:
         header: column names.
         rows: of as many cells each; numbers are formatted by the caller.
+        numbers: whether all columns but the first hold numbers, which are aligned to the right.
     """
 
-    def __init__(self, header: Sequence[str], rows: Iterable[Sequence[Any]]):
+    def __init__(self, header: Sequence[str], rows: Iterable[Sequence[Any]], *, numbers: bool = True):
+        self.numbers = numbers
         self.header = [str(cell) for cell in header]
         self.rows = [[str(cell) for cell in row] for row in rows]
         if any(len(row) != len(self.header) for row in self.rows):
             raise ValueError("a row has another number of cells than the header")
 
     def _repr_markdown_(self) -> str:
-        lines = [self.header, ["---", *["--:"] * (len(self.header) - 1)], *self.rows]
+        lines = [self.header, ["---", *["--:" if self.numbers else ":--"] * (len(self.header) - 1)], *self.rows]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
     def __repr__(self) -> str:
         widths = [max(len(line[i]) for line in (self.header, *self.rows)) for i in range(len(self.header))]
-        lines = [
-            "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
-            for line in (self.header, *self.rows)
-        ]
-        return "\n".join(line.rstrip() for line in lines)
+        lines = []
+        for line in (self.header, *self.rows):
+            rest = [c.rjust(w) if self.numbers else c.ljust(w) for c, w in zip(line[1:], widths[1:], strict=True)]
+            lines.append("  ".join([line[0].ljust(widths[0]), *rest]).rstrip())
+        return "\n".join(lines)
 
 
 def _mean_sd(values: pd.Series, scale: float = 1.0, digits: int = 1) -> str:
@@ -157,10 +159,12 @@ def _difference(row: Any, names: tuple[str, str]) -> str:
         return f"{names[0]} minus {names[1]} is {row.difference:+.1f} points with {seeds}, so the spread is not known"
     side = "within" if abs(row.difference) <= row.sd else "above" if row.difference > 0 else "below"
     meaning = {
-        "within": "no larger than the spread between seeds",
-        "above": f"{names[0]} is ahead by more than the spread",
-        "below": f"{names[0]} is behind by more than the spread",
+        "within": "no larger than one standard deviation between seeds",
+        "above": f"{names[0]} is ahead by more than one standard deviation between seeds",
+        "below": f"{names[0]} is behind by more than one standard deviation between seeds",
     }[side]
+    if row.seeds < 5:
+        meaning += ", and there are too few seeds to conclude"
     size = f"{row.difference:+.1f} points (standard deviation {row.sd:.1f}, {seeds})"
     return f"{names[0]} minus {names[1]} is {size}: {meaning}"
 
@@ -302,7 +306,7 @@ def settings(profile: Profile) -> Table:
         ("training images on which a budget is met", f"at most {p.macs_images}"),
         ("seeds", f"{len(p.seeds)} ({', '.join(map(str, p.seeds))}); trials: {p.trial_seed}"),
     ]
-    return Table(["setting", "value"], rows)
+    return Table(["setting", "value"], rows, numbers=False)
 
 
 def _stage(o: Any) -> str:

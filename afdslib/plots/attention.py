@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -46,7 +46,8 @@ def attention(view: AttentionView, *, top: int = 4) -> Figure:
     living = int((view.weights > 0).sum())
     order = np.argsort(-view.weights, kind="stable")[:living]
     fig = Figure(figsize=(9.6, 4.5), layout="constrained")
-    upper, lower = fig.subfigures(2, 1, height_ratios=[1.2, 1]).tolist()
+    panels: Any = fig.subfigures(2, 1, height_ratios=[1.2, 1])
+    upper, lower = panels
     ax = upper.subplots()
     ax.bar(range(living), 100 * (view.weights[order] * living - 1), width=0.85, color=_colours(living, top))
     ax.axhline(0, color="black", linewidth=1)

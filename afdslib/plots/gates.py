@@ -73,7 +73,7 @@ def gates_heatmap(layers: Mapping[str, Layers], *, quantity: str = "gate_quantil
     top = 1.0 if quantity == "active_quantiles" else max(float(values.max()) for values in panels.values())
     fig = Figure(figsize=(1.9 + 2.9 * len(panels), min(8.0, 1.3 + 0.17 * rows)), layout="constrained")
     axes = fig.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    image = None
+    image: Any = None
     for ax, (caption, values) in zip(axes, panels.items(), strict=True):
         image = ax.imshow(values, aspect="auto", vmin=0, vmax=top, interpolation="nearest")
         ax.grid(False)

@@ -20,7 +20,7 @@ __all__ = ["METHODS", "STATES", "STYLE", "Look", "Picture", "look", "percent", "
 
 DPI = 150
 
-STYLE: dict[str, Any] = {
+STYLE: Any = {  # the names are matplotlib's rcParams
     "font.family": "DejaVu Sans",  # ships with matplotlib, so figures are the same everywhere
     "font.size": 9,
     "axes.titlesize": 10,
