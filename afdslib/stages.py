@@ -53,6 +53,17 @@ class Network:
         return backbones.build(self.name, num_classes, weights=self.weights, stem=self.stem, width=self.width)
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_budgets(budgets: tuple[float, ...]) -> None:
+    """Refuses budgets that do not decrease from 1, or leave (0, 1]."""
+    numbers = bool(budgets) and all(_is_number(b) and 0 < b <= 1 for b in budgets) and budgets[0] == 1
+    if not numbers or any(x <= y for x, y in zip(budgets, budgets[1:], strict=False)):
+        raise AFDSError(f"budgets must decrease from 1 and stay above 0, got {budgets!r}")
+
+
 def _input_size(splits: data.Splits) -> tuple[int, int, int]:
     return 3, splits.test.size, splits.test.size
 
@@ -66,7 +77,7 @@ def _scores(prefix: str, evaluation: training.Evaluation) -> dict[str, float]:
 
 
 def _training_macs(model: nn.Module, size: tuple[int, int, int], settings: Optimisation, forwards: float) -> float:
-    """MACs of a stage: three dense passes per image for the trained network (forward, two gradients), and the teacher's."""
+    """MACs of a stage: per image three dense passes of the network (forward, two gradients), and the teacher's."""
     return macs.count(model, size).total * settings.steps * settings.batch_size * (3 + forwards)
 
 
@@ -242,23 +253,13 @@ class TransferRun:
     use_test: bool = True
 
     def __post_init__(self) -> None:
-        def number(value: object) -> bool:
-            return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-        b = self.budgets
-        if (
-            not b
-            or not all(number(x) and 0 < x <= 1 for x in b)
-            or b[0] != 1
-            or any(x <= y for x, y in zip(b, b[1:], strict=False))
-        ):
-            raise AFDSError(f"budgets must decrease from 1 and stay above 0, got {b!r}")
-        if not (number(self.density_floor) and 0 < self.density_floor <= 1):
+        check_budgets(self.budgets)
+        if not (_is_number(self.density_floor) and 0 < self.density_floor <= 1):
             raise AFDSError(f"density_floor must be in (0, 1], got {self.density_floor!r}")
         for name in ("density_exponent", "delta_s"):
-            if not (number(getattr(self, name)) and getattr(self, name) >= 0):
+            if not (_is_number(getattr(self, name)) and getattr(self, name) >= 0):
                 raise AFDSError(f"{name} must be a number of at least 0, got {getattr(self, name)!r}")
-        if not (number(self.trim) and 0 <= self.trim < 1):
+        if not (_is_number(self.trim) and 0 <= self.trim < 1):
             raise AFDSError(f"trim must be a share in [0, 1), got {self.trim!r}")
         if not (isinstance(self.macs_images, int) and self.macs_images >= 1):
             raise AFDSError(f"macs_images must be a whole number of at least 1, got {self.macs_images!r}")

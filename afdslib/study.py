@@ -19,7 +19,7 @@ from afdslib._atomic import atomic_path, write_text
 from afdslib.errors import AFDSError
 from afdslib.objectives import Regulariser
 from afdslib.profiles import Profile
-from afdslib.stages import MODEL, AFSSourceRun, DataSource, SourceRun, TransferRun
+from afdslib.stages import MODEL, AFSSourceRun, DataSource, SourceRun, TransferRun, check_budgets
 
 __all__ = ["Study", "plan", "run_stage"]
 
@@ -57,6 +57,8 @@ class Study:
         self.profile = profile
         on_gpu = training.device().type != "cpu"
         self.workers = workers or (1 if on_gpu else len(os.sched_getaffinity(0)))
+        # Values out of range are refused now, not after hours at the point that needs them.
+        self.transfer_run(profile.candidates[0].regulariser, 0, budget=profile.budgets[-1] if profile.budgets else 1.0)
 
     # configurations
 
@@ -77,9 +79,10 @@ class Study:
     ) -> TransferRun:
         """Configuration of one point of the sweep: the network at a budget, reached from all larger ones."""
         p = self.profile
+        check_budgets(p.budgets)
         if budget not in p.budgets:
             raise AFDSError(
-                f"budget {budget:g} is not in the sweep, whose budgets are {', '.join(f'{b:g}' for b in p.budgets)}"
+                f"budget {budget!r} is not in the sweep, whose budgets are {', '.join(f'{b:g}' for b in p.budgets)}"
             )
         return TransferRun(
             source=self.afs_source_run,
@@ -249,11 +252,8 @@ class Study:
         return paths.results(p.name) / p.budget if p.committed else paths.figures(p.name)
 
     def _write(self, name: str, table: pd.DataFrame) -> None:
-        folder = self.folder()
-        folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f".{name}.csv.{os.getpid()}"
-        table.to_csv(part, index=False, float_format="%.6g", lineterminator="\n")
-        os.replace(part, folder / f"{name}.csv")
+        with atomic_path(self.folder() / f"{name}.csv") as part:
+            table.to_csv(part, index=False, float_format="%.6g", lineterminator="\n")
 
 
 def _run_chain(chain: list[TransferRun], threads: int | None) -> list[runs.Result]:

@@ -295,7 +295,11 @@ def batches_from(
         todo = _batches(dataset, batch_size, seed, epoch)[position:]
         # With a generator of its own a loader draws nothing from torch's, which a resumed run would draw twice.
         loader = DataLoader(
-            dataset, batch_sampler=todo, collate_fn=data.collate, num_workers=workers(dataset), generator=torch.Generator()
+            dataset,
+            batch_sampler=todo,
+            collate_fn=data.collate,
+            num_workers=workers(dataset),
+            generator=torch.Generator(),
         )
         for batch in loader:
             yield epoch, batch

@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 
 from afdslib import afs, cli, runs, training
-from afdslib.errors import AFDSError
 from afdslib.stages import MODEL, OBJECTIVE, DataSource, TransferRun
 
 
@@ -175,7 +174,8 @@ def test_the_run_ids_follow_what_changes_the_numbers():
     ids = {
         runs.run_id(config)
         for config in (
-            tiny.transfer("afd", 0.01), tiny.transfer("afd", 0.02), tiny.transfer("l2", 0.01), tiny.transfer("afd", 0.01, seed=1),
+            tiny.transfer("afd", 0.01), tiny.transfer("afd", 0.02), tiny.transfer("l2", 0.01),
+            tiny.transfer("afd", 0.01, seed=1),
             tiny.transfer("afd", 0.01, budgets=(1.0, 0.5)), tiny.transfer("afd", 0.01, features="convbn"),
             tiny.transfer("afd", 0.01, use_test=False),
         )

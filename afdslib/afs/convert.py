@@ -32,7 +32,7 @@ def set_density(model: nn.Module, d: float) -> None:
     Raises:
         AFDSError: unless 0 < d <= 1, or if the network has no AFS layer.
     """
-    if not (isinstance(d, (int, float)) and 0 < d <= 1):
+    if isinstance(d, bool) or not (isinstance(d, (int, float)) and 0 < d <= 1):
         raise AFDSError(f"density must be in (0, 1], got {d!r}")
     found = [module for module in model.modules() if isinstance(module, AFSConvBN)]
     if not found:

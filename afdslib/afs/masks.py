@@ -161,6 +161,9 @@ def update_masks(
         )
     if (delta_m is None) == (macs_budget is None):
         raise AFDSError("give exactly one of delta_m and macs_budget")
+    for name, value in (("delta_m", delta_m), ("delta_s", delta_s), ("macs_budget", macs_budget)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise AFDSError(f"{name} must be a number, got {value!r}")
     if not delta_s >= 0:
         raise AFDSError(f"delta_s must be at least 0, got {delta_s!r}")
     if not (isinstance(multiple, int) and multiple >= 1):

@@ -1,0 +1,233 @@
+"""Bad input on the command line: one sentence on stderr, exit code 2, nothing half done."""
+
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from afdslib import afs, backbones, cli, features, paths, profiles, runs, training
+from afdslib.errors import AFDSError
+from afdslib.objectives import Regulariser
+from afdslib.profiles import Candidates, Profile
+from afdslib.stages import DataSource, Network
+from afdslib.study import Study
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("AFDS_HOME", str(tmp_path))
+    for name in ("AFDS_RUNS", "AFDS_FIGURES", "AFDS_FRESH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def refused(capsys, monkeypatch, tmp_path):
+    """Runs a command that must be refused; gives its sentence."""
+
+    def run(*arguments: str) -> str:
+        capsys.readouterr()
+        code = cli.main(list(arguments))
+        output, errors = capsys.readouterr()
+        lines = [line for line in errors.splitlines() if not line.startswith(("source", "AFS source", "l2 seed"))]
+        assert code == 2 and not output and len(lines) == 1 and lines[0].startswith("afds: "), (code, output, errors)
+        return lines[0]
+
+    return run
+
+
+def small(**changes) -> Profile:
+    """A study of seconds on the tiny images."""
+    stage = tiny.settings(2, log_rows=2)
+    profile = Profile(
+        name="small", budget="quick", source=DataSource("tiny-source"), targets=(DataSource("tiny-target"),),
+        network=Network("resnet14", width=tiny.WIDTH), source_training=stage, source_weight_decay=0.0,
+        afs_training=stage, candidates=(Candidates(Regulariser("l2", 1e-4), (1e-4,)),), trial=stage, trial_seed=9,
+        transfer=stage, tuning=stage, seeds=(0,), budgets=(1.0, 0.5), committed=False,
+    )  # fmt: skip
+    return replace(profile, **changes)
+
+
+@pytest.fixture
+def profile(monkeypatch):
+    """`afds train --profile small` with some settings changed."""
+
+    def make(**changes) -> None:
+        monkeypatch.setitem(profiles._PROFILES, "small", lambda budget: small(**{k: v() for k, v in changes.items()}))
+
+    return make
+
+
+TRAIN = ("train", "--profile", "small")
+
+
+def test_the_study_as_it_is_is_fine(profile, capsys):
+    profile()
+    with tiny.served():
+        assert cli.main(list(TRAIN)) == 0
+    assert "test_accuracy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["run", "train", "sweep"])
+def test_unknown_profiles_and_budgets(refused, command, home):
+    assert "unknown profile 'huge'; known are demo" in refused(command, "--profile", "huge")
+    assert "unknown budget 'all'; known are quick" in refused(command, "--profile", "demo", "--budget", "all")
+    assert not (home / "runs").exists() and not (home / "figures").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"density_floor": lambda: 0.0}, r"density_floor.*\(0, 1\].*0.0"),
+        ({"density_floor": lambda: 1.5}, r"density_floor.*\(0, 1\].*1.5"),
+        ({"density_floor": lambda: "half"}, "density_floor.*'half'"),
+        ({"budgets": lambda: (1.0, 0.0)}, "budgets must decrease from 1"),
+        ({"budgets": lambda: (2.0, 1.0)}, "budgets must decrease from 1"),
+        ({"budgets": lambda: ("1", "0.5")}, "budgets must decrease from 1"),
+        ({"delta_s": lambda: -1.0}, "delta_s"),
+        ({"candidates": lambda: (Candidates(Regulariser("afd", -1.0), (-1.0,)),)}, "lambda.*-1.0"),
+        ({"candidates": lambda: (Candidates(Regulariser("afd", 0.1, features="layer9"), (0.1,)),)}, "'layer9'"),
+        ({"transfer": lambda: tiny.settings(batch_size=0)}, "batch_size.*at least 1, got 0"),
+        ({"transfer": lambda: tiny.settings(batch_size="8")}, "batch_size.*'8'"),
+        ({"transfer": lambda: tiny.settings(steps=-5)}, "steps.*-5"),
+        ({"network": lambda: Network("resnet15")}, "resnet15"),
+        ({"network": lambda: Network("resnet14", width=-1.0)}, "width.*-1.0"),
+        ({"network": lambda: Network("resnet14", width=tiny.WIDTH, weights="gone.pth")}, "gone.pth"),
+        ({"gates": lambda: "some"}, "'some'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_settings_of_the_wrong_type_or_out_of_range(refused, profile, changes, words, home):
+    profile(**changes)
+    with tiny.served():
+        sentence = refused(*TRAIN)
+    assert re.search(words, sentence), sentence
+    assert all(run.state == "interrupted" for run in runs.list_runs()) or "gates" in changes
+    assert not list(home.glob("figures/**/sweep.csv"))
+
+
+def test_a_budget_that_is_not_in_the_sweep():
+    study = Study(small())
+    for budget in (0.3, "0.5", None):
+        with pytest.raises(AFDSError, match="not in the sweep") as caught:
+            study.transfer_run(Regulariser("l2", 0.1), 0, budget=budget)
+        assert "\n" not in str(caught.value)
+
+
+def test_library_calls_of_the_wrong_type(home):
+    model = tiny.gated()
+    statistics, loader = afs.collect_statistics(model, tiny.batches()), tiny.batches()
+    for options, words in (
+        ({"macs_budget": "0.5", "loader": loader}, "macs_budget"),
+        ({"macs_budget": True, "loader": loader}, "macs_budget"),
+        ({"delta_m": "0.5"}, "delta_m"),
+        ({"delta_m": 0.5, "delta_s": "0.1"}, "delta_s"),
+    ):
+        with pytest.raises(AFDSError, match=words):
+            afs.update_masks(model, statistics, **options)
+    for density in (True, None, "1", 0, 1.01):
+        with pytest.raises(AFDSError, match="density"):
+            afs.set_density(model, density)
+
+
+def test_a_class_with_fewer_images_than_per_class(refused, home):
+    assert "class '5' has" in refused("data", "digits-5-9", "--per-class", "500")
+    for name, count in (("cat", 9), ("dog", 6)):
+        (home / "pets" / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (32, 32), (i, i, i)).save(home / "pets" / name / f"{i}.png")
+    sentence = refused("data", str(home / "pets"), "--per-class", "5")
+    assert "the class 'dog' has 4 training images, fewer than per_class=5: ask for at most 4" in sentence
+
+
+@pytest.mark.parametrize("content", [b"", b"not a network", None], ids=["empty", "text", "another-architecture"])
+def test_a_weight_file_that_is_damaged_or_of_another_network(refused, profile, home, content):
+    if content is None:
+        torch.save(backbones.build("resnet18", 3, width=tiny.WIDTH).state_dict(), home / "net.pth")
+    else:
+        (home / "net.pth").write_bytes(content)
+    profile(
+        network=lambda: Network("resnet14", width=tiny.WIDTH, weights=str(home / "net.pth")),
+        source_training=lambda: tiny.settings(0, log_rows=1),
+    )
+    with tiny.served():
+        assert "net.pth" in refused(*TRAIN)
+    assert all(run.state == "interrupted" for run in runs.list_runs())
+
+
+def test_a_loss_that_is_not_finite_names_step_and_term(refused, profile):
+    profile(source_training=lambda: tiny.settings(6, lr=1e15))
+    with tiny.served():
+        sentence = refused(*TRAIN)
+    assert "'cross_entropy' is" in sentence and " at step " in sentence and "lower the learning rate" in sentence
+    assert not any(run.state == "finished" for run in runs.list_runs())
+
+
+def test_a_checkpoint_of_another_architecture(refused, profile):
+    profile()
+    id = runs.run_id(Study(small()).source_run)
+    folder = paths.runs() / id
+    folder.mkdir(parents=True)
+    other = backbones.build("resnet18", 3, width=tiny.WIDTH)
+    runs.Run(id, folder, paths.runs()).save_checkpoint({"step": 1, "model": other.state_dict()})
+    before = (folder / "checkpoint.pt").read_bytes()
+    with tiny.served():
+        sentence = refused(*TRAIN)
+    assert "does not fit this network" in sentence and f"afds runs rm {id}" in sentence
+    assert (folder / "checkpoint.pt").read_bytes() == before  # nothing is lost
+    with tiny.served():
+        assert cli.main(["runs", "rm", id]) == 0 and cli.main(list(TRAIN)) == 0
+
+
+def test_an_output_folder_that_cannot_be_made(refused, profile, home, monkeypatch):
+    profile()
+    (home / "file").write_text("in the way")
+    monkeypatch.setenv("AFDS_RUNS", str(home / "file" / "runs"))
+    with tiny.served():
+        sentence = refused(*TRAIN)
+    assert "cannot make the folder" in sentence and "AFDS_RUNS" in sentence
+    monkeypatch.setenv("AFDS_RUNS", str(home / "runs"))
+    monkeypatch.setenv("AFDS_FIGURES", str(home / "file"))
+    with tiny.served():
+        assert "file" in refused(*TRAIN)
+
+
+@pytest.mark.parametrize("what", ["model", "checkpoint", "table"])
+def test_a_full_disk_leaves_no_half_file_and_the_next_call_goes_on(refused, profile, home, monkeypatch, what):
+    profile()
+
+    def full(*_, **__):
+        raise OSError(28, os.strerror(28))
+
+    def write_some(state, path):
+        Path(path).write_bytes(b"half")
+        full()
+
+    with monkeypatch.context() as patch:
+        if what == "model":
+            patch.setattr("afdslib.afs.io.save_file", lambda tensors, path, **_: write_some(tensors, path))
+        elif what == "checkpoint":
+            patch.setattr(training._Throttle, "due", lambda self: True)
+            patch.setattr(runs, "_torch_save", write_some)
+        else:
+            patch.setattr("pandas.DataFrame.to_csv", lambda self, path, **_: write_some(self, path))
+        with tiny.served():
+            assert "No space left on device" in refused(*TRAIN)
+    left = [path for path in home.rglob("*") if path.is_file() and path.read_bytes() == b"half"]
+    assert not left, left
+    with tiny.served():
+        assert cli.main(list(TRAIN)) == 0
+    assert all(run.state == "finished" for run in runs.list_runs())
+
+
+def test_an_unknown_layer(home):
+    with pytest.raises(AFDSError, match="no layer 'layer9'"), features.taps(tiny.network(), ["layer9"]):
+        pass
+    with pytest.raises(AFDSError, match="no layer 'layer9'"):
+        features.feature_shapes(tiny.network(), ["layer9"], (3, 16, 16))
