@@ -133,11 +133,13 @@ def sweep(profile: ProfileName, budget: Budget = None, data_dir: DataDir = None)
 
 @app.command()
 def publish(profile: ProfileName, budget: Budget = None, data_dir: DataDir = None) -> None:
-    """Keep the networks of a finished study in data/weights/, with a model card, to be committed."""
+    """Write what is committed of a finished study: a results page, and networks with a model card in data/weights/."""
     chosen = _profile(profile, budget, data_dir)
     from . import study
 
-    typer.echo(f"networks and model card written to {study.Study(chosen).publish_networks()}")
+    done = study.Study(chosen)
+    typer.echo(f"networks and model card written to {done.publish_networks()}")
+    typer.echo(f"results page written to {done.publish_page()}")
 
 
 @app.command()

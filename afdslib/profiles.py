@@ -123,8 +123,8 @@ def _imagenet32(budget: str) -> Profile:
     standard = budget == "standard"
     epoch = 1406  # steps of 64 images in 90,000
     source = Optimisation(
-        steps=(20 if standard else 5) * epoch, batch_size=64, lr=0.1, nesterov=True, schedule="cosine", warmup=0.02,
-        precision="bf16", log_rows=20 if standard else 5,
+        steps=(20 if standard else 4) * epoch, batch_size=64, lr=0.1, nesterov=True, schedule="cosine", warmup=0.02,
+        precision="bf16", log_rows=20 if standard else 4,
     )  # fmt: skip
     fit = Optimisation(
         steps=1500 if standard else 250, batch_size=48, lr=0.01, schedule="cosine", warmup=0.05, precision="bf16",
@@ -139,7 +139,9 @@ def _imagenet32(budget: str) -> Profile:
         network=Network("resnet26", stem="cifar", width=0.25),
         source_training=source,
         source_weight_decay=2e-4,
-        afs_training=replace(source, steps=(4 if standard else 1) * epoch, lr=0.01, nesterov=False, predictor_lr=3.0, log_rows=4),
+        afs_training=replace(
+            source, steps=4 * epoch if standard else epoch // 2, lr=0.01, nesterov=False, predictor_lr=3.0, log_rows=4
+        ),
         candidates=_candidates((1e-4, 1e-3, 1e-2), grid, grid, 0.01),
         trial=replace(fit, steps=600 if standard else 100, log_rows=1),
         trial_seed=1000,

@@ -86,16 +86,21 @@ def test_a_later_point_starts_from_the_point_before(profile):
     config = study.transfer_run(study.regularisers["l2"], 0, budget=0.5)
     assert config.parent == study.transfer_run(study.regularisers["l2"], 0)
     result = runs.get_or_run(config)
-    removed = sum(int((layer.m == 0).sum()) for layer in afs.layers(afs.load(result.artifact("model.safetensors"))).values())
+    removed = sum(
+        int((layer.m == 0).sum()) for layer in afs.layers(afs.load(result.artifact("model.safetensors"))).values()
+    )
     assert removed == result.metrics["removed"] > 0
     assert runs.lookup(config.parent) is not None
 
 
 def test_results_and_networks_of_a_real_study_can_be_committed_and_are_found_again(profile, home):
-    real = replace(profile, name="imagenet32", committed=True, seeds=(0,), candidates=profile.candidates[1:])
+    fixed = (Candidates(Regulariser("l2", 1e-4), (1e-4,)), profile.candidates[1])
+    real = replace(profile, name="imagenet32", committed=True, seeds=(0,), candidates=fixed)
     table = Study(real, workers=1).sweep()
     Study(real, workers=1).publish_networks([("afd", 0, 0.5)])
     assert (home / "data" / "weights" / "imagenet32-quick.md").read_text().count("| `") == 3
+    page = Study(real, workers=1).publish_page().read_text()
+    assert f"{100 * table.test_accuracy[table.budget == 0.5].iloc[0]:.1f}" in page and "| 2x |" in page
     (home / "runs").rename(home / "elsewhere")  # another machine, with the committed files only
     again = Study(real, workers=1)
     pd.testing.assert_frame_equal(again.sweep(), table)
