@@ -1,8 +1,8 @@
 """Multiply-accumulate operations (MACs) of dense and of gated networks, with one rule for all methods.
 
-Convolutions and linear layers count; batch norm, ReLU and pooling do not; 1 MAC is one multiply-accumulate. A gated layer
-costs, per image, H'W' k^2 (active inputs) (active outputs), and the mean over images is that of the product, plus the
-predictors: active inputs times living dynamic outputs. [ours, method: MACs]
+Convolutions and linear layers count; batch norm, ReLU and pooling do not; 1 MAC is one multiply-accumulate. A gated
+layer costs, per image, H'W' k^2 (active inputs) (active outputs), and the mean over images is that of the product, plus
+the predictors: active inputs times living dynamic outputs. [ours, method: MACs]
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def count(model: nn.Module, input_size: tuple[int, int, int]) -> MACs:
 
     for name, module in model.named_modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)) and name not in gate_layers:
-            # A convolution inside an AFS layer goes by the layer's name, so that dense and gated counts compare by name.
+            # A convolution inside an AFS layer goes by the layer's name: dense and gated counts compare by name.
             owner = (
                 name.removesuffix(".conv")
                 if name.endswith(".conv") and f"{name[:-5]}.predictor" in gate_layers
@@ -204,7 +204,7 @@ def expected(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], *, meter
 
 @torch.no_grad()
 def parameters(model: nn.Module, input_size: tuple[int, int, int]) -> int:
-    """Parameters that remain once every channel with m = 0 is cut out, with the inputs it fed and its predictor entries.
+    """Parameters that remain once channels with m = 0 are cut out, with the inputs they fed and their predictors.
 
     A static channel has its constant gamma in place of predictor entries. A plain network has all its parameters.
     """

@@ -133,7 +133,7 @@ def _missing(study: Study) -> Iterator[str]:
     if runs.lookup(study.source_run) is None:
         if p.network.weights is not None:
             try:
-                backbones.build(p.network.name, 1000, weights=p.network.weights, stem=p.network.stem, width=p.network.width)
+                p.network.build(1000, seed=0)
             except AFDSError as error:
                 yield str(error)
     needed = [*p.targets, *([p.source] if p.source_training.steps or p.afs_training.steps else [])]

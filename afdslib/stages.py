@@ -191,8 +191,8 @@ class AFSSourceRun:
 
         before, gates_before = validate(), summarise()
         training.fit(
-            model, splits.train, objective, settings, run, seed=self.seed, monitor=splits.statistics, evaluation=validate,
-            label="AFS source",
+            model, splits.train, objective, settings, run, seed=self.seed, monitor=splits.statistics,
+            evaluation=validate, label="AFS source",
         )  # fmt: skip
         gates_after = summarise()
         model.cpu()

@@ -278,7 +278,7 @@ def _to(images: Tensor, where: torch.device, *, channels_last: bool) -> Tensor:
 
 
 def _batches(dataset: data.ImageDataset, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """One epoch's batches: a permutation of (seed, epoch) alone. The last, smaller batch is left out if there are others."""
+    """One epoch's batches: a permutation of (seed, epoch) alone. A last, smaller batch is left out if others exist."""
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     return batches[:-1] if len(batches) > 1 and len(batches[-1]) < batch_size else batches
@@ -335,6 +335,7 @@ def _groups(model: nn.Module, objective: Objective, settings: Optimisation) -> l
     ]
 
 
+@torch.enable_grad()  # a notebook's look at a network may be what computes the run
 def fit(
     model: nn.Module,
     dataset: data.ImageDataset,
@@ -475,8 +476,8 @@ def _refuse_non_finite(pending: list[Tensor], names: list[str], step: int, lr: f
     bad = [names[i] for i in (~values[index].isfinite()).nonzero().flatten().tolist() if names[i] != "loss"] or ["loss"]
     value = float(values[index][names.index(bad[0])])
     raise AFDSError(
-        f"the loss term {bad[0]!r} is {value} at step {step - len(pending) + index + 1} (learning rate {lr:g}); lower the "
-        "learning rate or the term's strength, or use fp32"
+        f"the loss term {bad[0]!r} is {value} at step {step - len(pending) + index + 1} (learning rate {lr:g}); lower "
+        "the learning rate or the term's strength, or use fp32"
     )
 
 

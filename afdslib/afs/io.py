@@ -26,7 +26,8 @@ def save(model: nn.Module, path: str | Path) -> None:
     architecture = getattr(model, "architecture", None)
     if not isinstance(architecture, dict):
         raise AFDSError(
-            f"{type(model).__name__} does not say how to build it; make networks with backbones.build so that they can be saved"
+            f"{type(model).__name__} does not say how to build it; networks that are saved must come from "
+            "backbones.build"
         )
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -67,7 +68,7 @@ def load(path: str | Path) -> nn.Module:
 
 
 def _unit_scales(model: nn.Module) -> nn.Module:
-    """Scales of 1, so that a fresh network with zero-initialised branches can be converted before its state is loaded."""
+    """Scales of 1, so that a fresh network with zero-initialised branches can be converted to take its state."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d) and module.affine:
             nn.init.ones_(module.weight)

@@ -111,9 +111,9 @@ class AFSConvBN(nn.Module):
     out    = a(x) * (eta(x) * y(x) + beta)                                                 [code, ours]
     ```
 
-    The masks m and s and the constant gamma are per channel and part of the state_dict; m and s are only ever lowered by
-    `afs.update_masks`. A channel with a(x) = 0 is exactly zero. Predictor, selection and scale run in float32 (float64 in
-    a float64 network) with autocast off.
+    The masks m and s and the constant gamma are per channel and part of the state_dict; m and s are only ever lowered
+    by `afs.update_masks`. A channel with a(x) = 0 is exactly zero. Predictor, selection and scale run in float32
+    (float64 in a float64 network) with autocast off.
 
     Args:
         conv: the convolution to gate; it is used as it is, not copied.

@@ -271,8 +271,8 @@ def _bisect(
     best = measure(high)
     if best.total > allowed:
         raise AFDSError(
-            f"macs_budget {budget:g} cannot be reached: one channel per layer still costs {best.total / dense:.4f} of the "
-            "dense network; ask for at least that, or gate more layers"
+            f"macs_budget {budget:g} cannot be reached: one channel per layer still costs {best.total / dense:.4f} of "
+            "the dense network; ask for at least that, or gate more layers"
         )
     while low < high:
         middle = (low + high) // 2

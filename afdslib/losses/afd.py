@@ -1,13 +1,13 @@
 """AFD, attentive feature distillation: a feature distance to the source, weighted by learned channel attention.
 
 ```
-rho(x) = softmax_over_channels( relu( flat(x) W1 + b1 ) w2 + b2 )        from SOURCE features         [code x3]
-R      = sum_l c_l * mean_batch sum_c rho_c * || f_T,c - f_S,c ||_2^2,   c_l = C / (2HW)              [recall; scale ours]
+rho(x) = softmax_over_channels( relu( flat(x) W1 + b1 ) w2 + b2 )        from SOURCE features    [code x3]
+R      = sum_l c_l * mean_batch sum_c rho_c * || f_T,c - f_S,c ||_2^2,   c_l = C / (2HW)         [recall; scale ours]
 ```
 
-with flat(x) (C, H*W), W1 (H*W, K), b1 (K,), w2 (K,), b2 (C,) and K = H. The norm is squared and b2 is per channel (a shared
-scalar cancels in the softmax). c_l is DELTA's, comparable across resolutions. w2 = b2 = 0 at the start, so the attention
-is uniform at step 0. [ours]
+with flat(x) (C, H*W), W1 (H*W, K), b1 (K,), w2 (K,), b2 (C,) and K = H. The norm is squared and b2 is per channel (a
+shared scalar cancels in the softmax). c_l is DELTA's, comparable across resolutions. w2 = b2 = 0 at the start, so the
+attention is uniform at step 0. [ours]
 """
 
 from __future__ import annotations
@@ -136,6 +136,7 @@ class AFDLoss(nn.Module):
         return features
 
 
+@torch.enable_grad()
 def fit_attention(
     loss: AFDLoss,
     source: Callable[[Tensor], Mapping[str, Tensor]],
@@ -145,7 +146,9 @@ def fit_attention(
     lr: float = 0.01,
     momentum: float = 0.9,
 ) -> list[float]:
-    """Trains a detached attention with the cross-entropy of a linear head on C * rho_c * gap(x_S)_c, then freezes it. [ours]
+    """Trains a detached attention with the cross-entropy of a linear head on C * rho_c * gap(x_S)_c, then freezes it.
+
+    The variant is ours; it keeps the attention from choosing the channels that are cheapest to match.
 
     Args:
         loss: an AFDLoss with attention="detached"; changed in place.
