@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -13,7 +14,11 @@ import torch
 from mutants import selection, study
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from afdslib import afs, checks, runs
+from afdslib import afs, checks, inspection, profiles, runs
+from afdslib.objectives import Regulariser
+from afdslib.profiles import Candidates
+from afdslib.stages import DataSource
+from afdslib.study import Study
 
 
 def transferred(folder, name: str = "afd", strength: float = 0.01, steps: int = 24, **kwargs) -> runs.Result:
@@ -70,10 +75,9 @@ def test_a_network_without_gates_has_none_that_act():
 def test_shuffled_labels_are_noticed(tmp_path):
     honest = transferred(tmp_path / "honest", "l2", 1e-4)
     assert checks.learns(honest.metrics)
-    with study.target_labels_shuffled():
-        # The source networks come from the store: only the target is taught nonsense.
-        with tiny.served(), study.target_labels_shuffled():
-            mutant = runs.get_or_run(tiny.transfer("l2", 1e-4, steps=24), store=tiny.store(tmp_path / "mutant"))
+    # The source networks come from the store: only the target is taught nonsense.
+    with tiny.served(), study.target_labels_shuffled():
+        mutant = runs.get_or_run(tiny.transfer("l2", 1e-4, steps=24), store=tiny.store(tmp_path / "mutant"))
     assert not checks.learns(mutant.metrics)
 
 
@@ -81,6 +85,42 @@ def test_learning_is_judged_by_class_too():
     confusion = [[90, 0, 0], [10, 0, 0], [0, 0, 0]]
     lazy = {"confusion": confusion, "test_accuracy": 0.9, "test_mean_class_accuracy": 0.5}
     assert not checks.learns(lazy) and checks.learns(lazy, factor=1.4)
+
+
+# the same of the statements that the notebooks print
+
+
+@pytest.fixture
+def report(tmp_path, monkeypatch) -> Study:
+    """A study of AFD at two budgets on the tiny images."""
+    monkeypatch.setenv("AFDS_HOME", str(tmp_path))
+    monkeypatch.setenv("AFDS_RUNS", str(tiny.store(tmp_path)))
+    monkeypatch.delenv("AFDS_FRESH", raising=False)
+    stage = tiny.settings(4, log_rows=2)
+    profile = profiles.get("demo")
+    return Study(
+        replace(
+            profile, name="tiny", source=tiny.SOURCE.data, targets=(DataSource("tiny-target"),), seeds=(0,),
+            network=tiny.SOURCE.network, source_training=tiny.SOURCE.optimisation, afs_training=stage, transfer=stage,
+            tuning=stage, budgets=(1.0, 0.5), candidates=(Candidates(Regulariser("afd", 0.01), (0.01,)),),
+        ),
+        workers=1,
+    )  # fmt: skip
+
+
+def test_the_notebooks_statement_on_lambda_turns_false_without_it(report):
+    with tiny.served():
+        assert inspection.terms_add_up(report, "afd")
+        runs.remove(report.point("afd", 0, 1.0).id)
+        with study.lambda_is_zero():
+            assert not inspection.terms_add_up(report, "afd")
+
+
+def test_the_notebooks_statement_on_skipping_turns_false_where_gates_are_ignored(report):
+    with tiny.served():
+        assert inspection.skips_exactly(report, "afd", 0, 0.5, images=16)
+        with selection.gates_ignored():
+            assert not inspection.skips_exactly(report, "afd", 0, 0.5, images=16)
 
 
 # a real notebook

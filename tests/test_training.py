@@ -166,7 +166,8 @@ def test_weight_decay_is_the_gradient_of_the_penalty_that_is_logged():
 
 def afd_stage(folder, *, attention="joint", events=None, steps=6, kill_at=None, monkeypatch=None, precision="fp32"):
     """A stage of AFD with a mask update, optionally interrupted right after the checkpoint at a step."""
-    model, source = tiny.gated(), tiny.gated(1)
+    stem = "imagenet" if precision == "fp32" else "cifar"
+    model, source = tiny.gated(stem=stem), tiny.gated(1, stem)
     objective = Objective(model, Regulariser("afd", 0.1, attention=attention), source, SIZE)
     optimisation = tiny.settings(steps, predictor_lr=0.5, precision=precision)
 
@@ -305,8 +306,8 @@ def test_the_strength_reaches_the_network_and_the_teacher_stays(tmp_path):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_term_that_is_not_finite_is_named_with_its_step(tmp_path, monkeypatch, precision):
-    model = tiny.gated()
-    objective = Objective(model, Regulariser("afd", 0.1), tiny.gated(1), SIZE)
+    model = tiny.gated(stem="cifar")
+    objective = Objective(model, Regulariser("afd", 0.1), tiny.gated(1, "cifar"), SIZE)
     calls = []
     forward = type(objective.term).forward
 

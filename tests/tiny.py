@@ -47,10 +47,14 @@ def splits(seed: int = 0, *, shift: int = 0, count: int = 24) -> data.Splits:
     )
 
 
-def network(seed: int = 0, classes: int = 3) -> nn.Module:
-    """A plain bottleneck network with random scales, some of them negative."""
+def network(seed: int = 0, classes: int = 3, stem: str = "imagenet") -> nn.Module:
+    """A plain bottleneck network with random scales, some of them negative.
+
+    With the stem for photographs its last stage is 1 x 1; take "cifar" for bf16, because oneDNN leaves the gradient of a
+    3x3 convolution with stride 2 on a 1 x 1 map partly unwritten in bf16.
+    """
     torch.manual_seed(seed)
-    model = backbones.build("resnet14", classes, width=WIDTH)
+    model = backbones.build("resnet14", classes, width=WIDTH, stem=stem)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             with torch.no_grad():
@@ -62,9 +66,9 @@ def network(seed: int = 0, classes: int = 3) -> nn.Module:
     return model
 
 
-def gated(seed: int = 0) -> nn.Module:
+def gated(seed: int = 0, stem: str = "imagenet") -> nn.Module:
     """A converted network whose gates depend on the input."""
-    model = afs.convert(network(seed))
+    model = afs.convert(network(seed, stem=stem))
     for layer in afs.layers(model).values():
         # Small, because each gate multiplies by what it sees: through 17 layers larger ones overflow.
         nn.init.normal_(layer.predictor.weight, std=0.3 / layer.conv.in_channels**0.5)
