@@ -50,7 +50,7 @@ def splits(seed: int = 0, *, shift: int = 0, count: int = 24) -> data.Splits:
 def network(seed: int = 0, classes: int = 3, stem: str = "imagenet") -> nn.Module:
     """A plain bottleneck network with random scales, some of them negative.
 
-    With the stem for photographs its last stage is 1 x 1; take "cifar" for bf16, because oneDNN leaves the gradient of a
+    With the stem for photographs its last stage is 1 x 1; take "cifar" for bf16, as oneDNN leaves the gradient of a
     3x3 convolution with stride 2 on a 1 x 1 map partly unwritten in bf16.
     """
     torch.manual_seed(seed)
