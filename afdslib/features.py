@@ -95,7 +95,7 @@ class Teacher:
         self.names = list(names)
 
     def to(self, device: torch.device | str, memory_format: torch.memory_format = torch.preserve_format) -> Teacher:
-        self.model.to(device=device, memory_format=memory_format)
+        self.model.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
         return self
 
     @torch.no_grad()

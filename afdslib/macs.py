@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -51,7 +52,7 @@ def count(model: nn.Module, input_size: tuple[int, int, int]) -> MACs:
     gate_layers = {f"{n}.predictor" for n, m in model.named_modules() if isinstance(m, AFSConvBN)}
 
     def hook(name: str):
-        def record(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        def record(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
             by_layer[name] = by_layer.get(name, 0) + _dense_macs(module, output)
 
         return record
@@ -75,7 +76,7 @@ def count(model: nn.Module, input_size: tuple[int, int, int]) -> MACs:
     return MACs(sum(by_layer.values()), by_layer)
 
 
-def _dense_macs(layer: nn.Module, output: Tensor) -> int:
+def _dense_macs(layer: nn.Conv2d | nn.Linear, output: Tensor) -> int:
     if isinstance(layer, nn.Conv2d):
         kernel = layer.kernel_size[0] * layer.kernel_size[1]
         return output.shape[2] * output.shape[3] * kernel * layer.in_channels // layer.groups * layer.out_channels
@@ -100,7 +101,7 @@ class Meter:
         self._graph = trace(model)
         self._modules = dict(model.named_modules())
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self._input_size: tuple[int, ...] = ()
+        self._input_size: tuple[int, int, int] = (0, 0, 0)
         self._active: dict[str, Tensor] = {}
         self._sums: dict[str, float] = {}
         self._predictors = 0.0
@@ -132,8 +133,9 @@ class Meter:
     @torch.no_grad()
     def _count(self, model: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         active = dict(self._active)
-        if tuple(args[0].shape[1:]) != self._input_size:
-            self._input_size = tuple(args[0].shape[1:])
+        channels, height, width = args[0].shape[1:]
+        if (channels, height, width) != self._input_size:
+            self._input_size = channels, height, width
             self._shapes = shapes(model, self._graph, self._input_size)
         batch = args[0].shape[0]
         for node, entering, leaving in propagate(self._graph, self._modules, active, self._shapes):
@@ -150,7 +152,8 @@ class Meter:
         self._images += batch
 
     def _add(self, node: fx.Node, value: float) -> None:
-        self._sums[node.target] = self._sums.get(node.target, 0.0) + value
+        name = str(node.target)
+        self._sums[name] = self._sums.get(name, 0.0) + value
 
     def macs(self) -> MACs:
         """Mean per image over all images that have passed.

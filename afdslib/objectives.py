@@ -86,7 +86,8 @@ class Objective(nn.Module):
         self.weight_decay = self.classifier_decay = weight_decay
         self.input_size = input_size
         self.teacher: Teacher | None = None
-        self.term: nn.Module | None = None
+        self.term: AFDLoss | DELTALoss | None = None
+        self.strength = 0.0 if regulariser is None else regulariser.strength
         self._l2sp: L2SP | None = None
         self._names: list[str] = []
         if regulariser is None:
@@ -115,11 +116,11 @@ class Objective(nn.Module):
         else:
             self.term = DELTALoss(uniform_weights(shapes))
 
-    def to(self, *args, **kwargs) -> Objective:  # the teacher is deliberately no submodule
-        super().to(*args, **kwargs)
+    def place(self, device: torch.device) -> None:
+        """Moves the objective and its teacher, which is deliberately no submodule, to a device."""
+        self.to(device)
         if self.teacher is not None:
-            self.teacher.to(*args, memory_format=torch.channels_last, **kwargs)
-        return self
+            self.teacher.to(device, torch.channels_last)
 
     @staticmethod
     def classifier(model: nn.Module) -> nn.Module:
@@ -128,10 +129,11 @@ class Objective(nn.Module):
 
     def prepare(self, batches: Iterator[tuple[Tensor, Tensor]], num_classes: int) -> list[float]:
         """Trains a detached attention beforehand; nothing to do for the others."""
-        if not isinstance(self.term, AFDLoss) or self.term.mode != "detached":
+        teacher = self.teacher
+        if not isinstance(self.term, AFDLoss) or self.term.mode != "detached" or teacher is None:
             return []
         device = next(self.term.parameters()).device
-        return fit_attention(self.term, lambda images: self.teacher(images.to(device))[1], batches, num_classes)
+        return fit_attention(self.term, lambda images: teacher(images.to(device))[1], batches, num_classes)
 
     def masks_changed(self, model: nn.Module) -> None:
         """Leaves channels that the masks prove zero out of the feature terms."""
@@ -149,14 +151,14 @@ class Objective(nn.Module):
             penalties = self._l2sp()
             terms |= penalties
             loss = loss + penalties["l2sp"] + penalties["l2"]
-        if self.term is not None:
+        if self.term is not None and self.teacher is not None:
             _, source_features = self.teacher(images)
             measured = self.term(features, source_features)
             if isinstance(measured, Tensor):
                 measured = {"feature_map": measured}
             terms |= measured
             # The first entry is the loss; the others (the attention's entropy) are only watched.
-            loss = loss + self.regulariser.strength * next(iter(measured.values()))
+            loss = loss + self.strength * next(iter(measured.values()))
         return loss, terms, logits
 
     @torch.no_grad()

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from afdslib import afs, backbones, data, macs, runs, training
+from afdslib.data import Splits
 from afdslib.errors import AFDSError
 from afdslib.objectives import Objective, Regulariser
 from afdslib.training import Optimisation
@@ -35,7 +36,7 @@ class DataSource:
     size: int | None = None
     root: str = runs.unhashed("")
 
-    def load(self) -> data.Splits:
+    def load(self) -> Splits:
         return data.load(self.name, self.root or None, per_class=self.per_class, seed=self.seed, size=self.size)
 
 
@@ -64,8 +65,20 @@ def check_budgets(budgets: tuple[float, ...]) -> None:
         raise AFDSError(f"budgets must decrease from 1 and stay above 0, got {budgets!r}")
 
 
-def _input_size(splits: data.Splits) -> tuple[int, int, int]:
+def _input_size(splits: Splits) -> tuple[int, int, int]:
     return 3, splits.test.size, splits.test.size
+
+
+def _validation(splits: Splits) -> data.ImageDataset:
+    if splits.validation is None:
+        raise AFDSError(f"the data set {splits.name!r} leaves no training image for validation; take fewer per class")
+    return splits.validation
+
+
+def _cost(measured: training.Evaluation | afs.MaskReport) -> macs.MACs:
+    if measured.macs is None:
+        raise RuntimeError("MACs were not counted")
+    return measured.macs
 
 
 def _scores(prefix: str, evaluation: training.Evaluation) -> dict[str, float]:
@@ -112,7 +125,7 @@ class SourceRun:
         objective = Objective(model, weight_decay=self.weight_decay, label_smoothing=self.optimisation.label_smoothing)
 
         def validate() -> dict[str, float]:
-            return _scores("validation", training.evaluate(model, splits.validation, precision=precision))
+            return _scores("validation", training.evaluate(model, _validation(splits), precision=precision))
 
         training.fit(
             model, splits.train, objective, self.optimisation, run, seed=self.seed, evaluation=validate, label="source"
@@ -182,7 +195,7 @@ class AFSSourceRun:
         monitor = training.first(splits.statistics, 512)
 
         def validate() -> dict[str, float]:
-            return _scores("validation", training.evaluate(model, splits.validation, precision=settings.precision))
+            return _scores("validation", training.evaluate(model, _validation(splits), precision=settings.precision))
 
         def summarise() -> dict[str, dict[str, Any]]:
             where = next(model.parameters()).device
@@ -202,8 +215,8 @@ class AFSSourceRun:
             "steps": settings.steps,
             "images": len(splits.train),
             "gates": len(gates_after),
-            "macs": test.macs.total,
-            "macs_predictors": test.macs.predictors,
+            "macs": _cost(test).total,
+            "macs_predictors": _cost(test).predictors,
             "training_macs": _training_macs(model, _input_size(splits), settings, 0),
             "converted_validation_accuracy": before["validation_accuracy"],
             **validate(),
@@ -315,7 +328,7 @@ class TransferRun:
                 batches = (batch for _, (_, batch) in zip(range(settings.recalibrate), stream, strict=False))
                 training.recalibrate(model, batches, settings.precision)
             return {
-                "mask_macs": report.macs.total / dense,
+                "mask_macs": _cost(report).total / dense,
                 "removed": report.removed,
                 "static": report.static,
                 "dynamic": report.dynamic,
@@ -340,12 +353,12 @@ class TransferRun:
     def _objective(self, model: nn.Module, source: nn.Module, size: tuple[int, int, int]) -> Objective:
         return Objective(model, self.regulariser, source, size, label_smoothing=self.optimisation.label_smoothing)
 
-    def _prepare(self, objective: Objective, splits: data.Splits) -> None:
+    def _prepare(self, objective: Objective, splits: Splits) -> None:
         stream = training.batches_from(splits.train, self.optimisation.batch_size, self.seed, 0)
         batches = (batch for _, (_, batch) in zip(range(self.optimisation.steps), stream, strict=False))
         objective.prepare(batches, len(splits.classes))
 
-    def _measure(self, model: nn.Module, splits: data.Splits, settings: Optimisation, dense: float) -> dict[str, Any]:
+    def _measure(self, model: nn.Module, splits: Splits, settings: Optimisation, dense: float) -> dict[str, Any]:
         where, precision = next(model.parameters()).device, settings.precision
         with training.autocast(where, precision):
             statistics = afs.collect_statistics(model, data.loader(splits.statistics, 128))
@@ -356,7 +369,7 @@ class TransferRun:
             "budget": self.budgets[-1],
             "density": self.density,
             "dense_macs": dense,
-            "train_macs": fitted.macs.total / dense,
+            "train_macs": _cost(fitted).total / dense,
             "parameters": macs.parameters(model, _input_size(splits)),
             **_scores("train", fitted),
             **training.monitor_gates(model, splits.statistics),
@@ -366,8 +379,8 @@ class TransferRun:
         if self.use_test:
             test = training.evaluate(model, splits.test, precision=precision, count_macs=True)
             metrics |= _scores("test", test) | {
-                "macs": test.macs.total / dense,
-                "macs_predictors": test.macs.predictors / dense,
+                "macs": _cost(test).total / dense,
+                "macs_predictors": _cost(test).predictors / dense,
                 "confusion": test.confusion,
             }
         metrics["layers"] = _gate_summary(model, statistics)

@@ -373,13 +373,14 @@ def fit(
 
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    fabric = Fabric(accelerator="auto", devices=1, precision=_PRECISIONS[settings.precision])
+    fabric = Fabric(accelerator="auto", devices=1, precision=_PRECISIONS[settings.precision])  # type: ignore[arg-type]
     if fabric.device.type == "cpu":
         _keep_freed_memory()
     torch.manual_seed(seed)
     events = dict(events or {})
-    model.to(fabric.device, memory_format=torch.channels_last if settings.channels_last else torch.preserve_format)
-    objective.to(fabric.device)
+    layout = torch.channels_last if settings.channels_last else torch.preserve_format
+    model.to(device=fabric.device, memory_format=layout)  # type: ignore[call-overload]
+    objective.place(fabric.device)
     optimiser = torch.optim.SGD(
         _groups(model, objective, settings), lr=settings.lr, momentum=settings.momentum, nesterov=settings.nesterov
     )

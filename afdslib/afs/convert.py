@@ -74,6 +74,7 @@ def _pairs(model: nn.Module, graph: fx.Graph) -> list[tuple[str, str]]:
 @torch.no_grad()
 def _convert_pair(conv: nn.Conv2d, norm: nn.BatchNorm2d, conv_name: str, norm_name: str) -> AFSConvBN:
     """The selected convolution that equals conv followed by norm. Source: method, exact conversion [ours]."""
+    assert norm.running_mean is not None  # _pairs refuses the others
     bare = nn.BatchNorm2d(
         norm.num_features,
         norm.eps,
@@ -95,7 +96,8 @@ def _convert_pair(conv: nn.Conv2d, norm: nn.BatchNorm2d, conv_name: str, norm_na
     conv.weight[negative] *= -1
     if conv.bias is not None:
         conv.bias[negative] *= -1
-    bare.running_mean[negative] *= -1
+    if bare.running_mean is not None:
+        bare.running_mean[negative] *= -1
     layer = AFSConvBN(conv, bare)
     layer.train(norm.training)
     layer.predictor.weight.zero_()
@@ -137,8 +139,10 @@ def convert(model: nn.Module, *, gates: str = "all") -> nn.Module:
     converted = copy.deepcopy(model)
     for conv_name, norm_name in pairs:
         conv, norm = converted.get_submodule(conv_name), converted.get_submodule(norm_name)
+        assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
         converted.set_submodule(conv_name, _convert_pair(conv, norm, conv_name, norm_name))
         converted.set_submodule(norm_name, nn.Identity())
-    if isinstance(getattr(model, "architecture", None), dict):
-        converted.architecture = {**model.architecture, "gates": gates}
+    architecture = getattr(model, "architecture", None)
+    if isinstance(architecture, dict):
+        converted.architecture = {**architecture, "gates": gates}  # type: ignore[assignment]
     return converted

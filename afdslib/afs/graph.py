@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -108,8 +109,8 @@ def propagate(
 
 
 def _spatial(node: fx.Node) -> bool:
-    dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
-    return dims is not None and sorted(d % 4 for d in dims) == [2, 3]
+    dims: Any = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+    return isinstance(dims, (list, tuple)) and sorted(d % 4 for d in dims) == [2, 3]
 
 
 def _flatten(channels: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
@@ -123,12 +124,13 @@ def _concatenate(
     node: fx.Node, sets: dict[fx.Node, Tensor | None], shapes: dict[str, tuple[int, ...]]
 ) -> Tensor | None:
     dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
-    parts = list(node.args[0])
-    known = [sets[p] for p in parts if sets[p] is not None]
+    parts: Any = node.args[0]
+    known = [found for p in parts if (found := sets[p]) is not None]
     if dim != 1 or not known:
         return None
     full = known[0].new_ones(known[0].shape[0], 1)
-    return torch.cat([full.expand(-1, shapes[p.name][1]) if sets[p] is None else sets[p] for p in parts], dim=1)
+    widened = [full.expand(-1, shapes[p.name][1]) if (found := sets[p]) is None else found for p in parts]
+    return torch.cat(widened, dim=1)
 
 
 @contextmanager

@@ -139,13 +139,15 @@ class AFSConvBN(nn.Module):
                 f"the batch norm has {norm.num_features} channels and the convolution {channels}; they must agree"
             )
         self.conv = conv
+        if norm.running_mean is None or norm.running_var is None:
+            raise AFDSError("the batch norm of an AFS layer keeps running statistics; set track_running_stats=True")
         self.norm = norm
-        factory = {"device": conv.weight.device, "dtype": conv.weight.dtype}
-        self.predictor = nn.Linear(conv.in_channels, channels, **factory)
-        self.beta = nn.Parameter(torch.zeros(channels, **factory))
-        self.register_buffer("m", torch.ones(channels, **factory))
-        self.register_buffer("s", torch.ones(channels, **factory))
-        self.register_buffer("gamma", torch.ones(channels, **factory))
+        like = conv.weight.detach()
+        self.predictor = nn.Linear(conv.in_channels, channels, device=like.device, dtype=like.dtype)
+        self.beta = nn.Parameter(like.new_zeros(channels))
+        self.register_buffer("m", like.new_ones(channels))
+        self.register_buffer("s", like.new_ones(channels))
+        self.register_buffer("gamma", like.new_ones(channels))
         # The original width, from which k is computed even after channels have been cut out of the layer.
         self.width = channels if width is None else width
         self.density = 1.0
@@ -192,8 +194,9 @@ class AFSConvBN(nn.Module):
                 y = self.norm(y)
             else:
                 # With fixed statistics the batch norm is an affine map too: one pass over the tensor does both.
-                inverse = (self.norm.running_var.to(scale.dtype) + self.norm.eps).rsqrt()
-                scale, shift = scale * inverse, shift - scale * inverse * self.norm.running_mean.to(scale.dtype)
+                mean, variance = (t.to(scale.dtype) for t in (self.norm.running_mean, self.norm.running_var))  # type: ignore[union-attr]
+                scale = scale * (variance + self.norm.eps).rsqrt()
+                shift = shift - scale * mean
             return _ScaleShift.apply(y, scale, shift)
 
     def get_extra_state(self) -> Tensor:

@@ -173,7 +173,7 @@ def update_masks(
             raise AFDSError(f"macs_budget must be in (0, 1], got {macs_budget!r}")
         if loader is None:
             raise AFDSError("macs_budget needs a loader of training images to measure the expected MACs on")
-    elif math.isnan(delta_m):
+    elif delta_m is not None and math.isnan(delta_m):
         raise AFDSError("delta_m must be a number, got nan")
 
     before = {name: (layer.m.clone(), layer.s.clone(), layer.gamma.clone()) for name, layer in found.items()}
@@ -181,12 +181,14 @@ def update_masks(
         _freeze(found, statistics, delta_s)
         ranking = _ranking(found, statistics)
         living = {name: layer.m.clone() for name, layer in found.items()}
-        if macs_budget is None:
+        measured: macs.MACs | None = None
+        if delta_m is not None:
             removals = sum(q <= delta_m for q, _, _ in ranking)
             _remove(found, living, ranking[:removals], multiple)
-            measured = macs.expected(model, loader) if loader is not None else None
             threshold = float(delta_m)
-        else:
+            if loader is not None:
+                measured = macs.expected(model, loader)
+        elif macs_budget is not None and loader is not None:
             removals, measured = _bisect(model, found, living, ranking, macs_budget, loader, multiple)
             threshold = ranking[removals - 1][0] if removals else -math.inf
     except BaseException:
@@ -259,7 +261,8 @@ def _bisect(
     images = next(iter(loader), None)
     if images is None:
         raise AFDSError("no image to measure the expected MACs on; the loader is empty")
-    dense = macs.count(model, tuple(images[0].shape[1:])).total
+    channels, height, width = images[0].shape[1:]
+    dense = macs.count(model, (channels, height, width)).total
     allowed = budget * dense
     meter = macs.Meter(model)
 

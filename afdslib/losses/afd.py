@@ -89,7 +89,7 @@ class AFDLoss(nn.Module):
         return {name: self._log_attention(name, source[name]).exp() for name in self._present(source)}
 
     def forward(self, student: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        total, entropy = 0.0, 0.0
+        distances, entropies = [], []
         for name in self._present(source):
             f_s = self._checked(name, source[name], "source")
             f_t = self._checked(name, student.get(name), "student")
@@ -102,16 +102,16 @@ class AFDLoss(nn.Module):
                 rho = log_rho.exp()
                 distance = (f_t.to(rho.dtype) - f_s.to(rho.dtype)).square().sum((2, 3))
                 channels, height, width = self.shapes[name]
-                total = total + channels / (2 * height * width) * (rho * distance).sum(1).mean()
-                entropy = entropy - (rho * log_rho.masked_fill(rho == 0, 0.0)).sum(1).mean().detach()
-        return {"afd": total, "entropy": entropy / len(self.shapes)}
+                distances.append(channels / (2 * height * width) * (rho * distance).sum(1).mean())
+                entropies.append(-(rho * log_rho.masked_fill(rho == 0, 0.0)).sum(1).mean().detach())
+        return {"afd": torch.stack(distances).sum(), "entropy": torch.stack(entropies).mean()}
 
     def _log_attention(self, name: str, source: Tensor) -> Tensor:
         source = self._checked(name, source, "source")
         key = self._keys[name]
         attention = self.attentions[key]
         with torch.autocast(source.device.type, enabled=False):
-            logits = attention(source.to(attention.b2.dtype))
+            logits = attention(source.to(next(attention.parameters()).dtype))
             return logits.masked_fill(~getattr(self, f"alive_{key}"), -math.inf).log_softmax(1)
 
     def _shape(self, name: str) -> tuple[int, ...]:
