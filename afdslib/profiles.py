@@ -148,6 +148,7 @@ def _imagenet32(budget: str) -> Profile:
         transfer=fit,
         tuning=replace(fit, steps=400 if standard else 80, lr=0.03, warmup=0.0, log_rows=1),
         seeds=(0, 1, 2, 3, 4) if standard else (0, 1),
+        budgets=BUDGETS if standard else (1.0, 0.5, 0.2, 0.1),
         macs_images=128,
     )
 
