@@ -234,3 +234,12 @@ def test_saved_figures_are_the_same_bytes_and_change_no_setting(sweep, tmp_path,
     assert dict(matplotlib.rcParams) == before
     assert repr(plots.stored("toy", "accuracy")) == repr(picture)
     assert "afds run --profile toy" in plots.stored("toy", "nothing")
+
+
+def test_percent_ticks_are_not_rounded_to_the_wrong_number():
+    curve = history(validation_accuracy=[0.07, 0.25])
+    fig = plots.learning_curves({"source": [curve]})
+    fig.draw_without_rendering()
+    axis = fig.get_axes()[1].yaxis
+    for place, label in zip(axis.get_majorticklocs(), axis.get_majorticklabels(), strict=True):
+        assert float(label.get_text()) == pytest.approx(100 * place)

@@ -113,7 +113,7 @@ def styled(draw: _Draw) -> _Draw:
 
 def percent(axis: Any) -> None:
     """Ticks of a share in percent."""
-    axis.set_major_formatter(matplotlib.ticker.PercentFormatter(xmax=1, decimals=0, symbol=""))
+    axis.set_major_formatter(matplotlib.ticker.PercentFormatter(xmax=1, symbol=""))
 
 
 def times(budget: float) -> str:
