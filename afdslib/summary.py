@@ -153,10 +153,16 @@ def differences(
     return found.reset_index().sort_values(["target", "budget"], ascending=[True, False], ignore_index=True)
 
 
+def _signed(points: float) -> str:
+    return f"{round(points, 1) + 0.0:+.1f}"  # never -0.0
+
+
 def _difference(row: Any, names: tuple[str, str]) -> str:
     seeds = f"{row.seeds} seed{'s' if row.seeds > 1 else ''}"
     if row.seeds < 2:
-        return f"{names[0]} minus {names[1]} is {row.difference:+.1f} points with {seeds}, so the spread is not known"
+        return (
+            f"{names[0]} minus {names[1]} is {_signed(row.difference)} points with {seeds}, so the spread is not known"
+        )
     side = "within" if abs(row.difference) <= row.sd else "above" if row.difference > 0 else "below"
     meaning = {
         "within": "no larger than one standard deviation between seeds",
@@ -165,7 +171,7 @@ def _difference(row: Any, names: tuple[str, str]) -> str:
     }[side]
     if row.seeds < 5:
         meaning += ", and there are too few seeds to conclude"
-    size = f"{row.difference:+.1f} points (standard deviation {row.sd:.1f}, {seeds})"
+    size = f"{_signed(row.difference)} points (standard deviation {row.sd:.1f}, {seeds})"
     return f"{names[0]} minus {names[1]} is {size}: {meaning}"
 
 
@@ -200,10 +206,22 @@ def growing(table: pd.DataFrame, column: str) -> bool:
     return all(chain[column].is_monotonic_increasing for _, chain in chains)
 
 
-def strengths_text(regularisers: Mapping[str, Any]) -> Text:
-    """The strengths that the trials chose, in one sentence."""
+def strengths_text(regularisers: Mapping[str, Any], trials: pd.DataFrame) -> Text:
+    """The strengths that the trials chose, how far apart the trials were, and which choices lie at a grid's edge."""
     parts = [f"{look(name).label} {r.strength:g}" for name, r in regularisers.items()]
-    return Text(f"Chosen on validation images: {', '.join(parts)}.")
+    text = f"Chosen on validation images: {', '.join(parts)}."
+    grids = trials.groupby("method", sort=False)
+    spread = 100 * (grids.validation_accuracy.max() - grids.validation_accuracy.min())
+    edges = [
+        look(name).label
+        for name, grid in grids.strength
+        if regularisers[str(name)].strength in (grid.min(), grid.max())
+    ]
+    if len(spread):
+        text += f" Within one method the strengths tried differ by at most {spread.max():.1f} points."
+    if edges:
+        text += f" At the edge of the values tried, so perhaps not the best: {', '.join(edges)}."
+    return Text(text)
 
 
 def run_text(metrics: Mapping[str, Any]) -> Text:

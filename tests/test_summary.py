@@ -70,6 +70,11 @@ def test_one_seed_has_no_spread_and_many_seeds_no_warning(sweep):
     assert "6 seeds" in summary.differences_text(many) and "too few" not in summary.differences_text(many)
 
 
+def test_a_difference_that_rounds_to_zero_has_no_minus(sweep):
+    sweep.loc[(sweep.method == "afd") & (sweep.budget == 1), "test_accuracy"] = (0.4999, 0.5999)
+    assert "+0.0 points" in summary.differences_text(sweep, budgets=(1.0,))
+
+
 def test_missing_rows_are_one_sentence(sweep):
     with pytest.raises(AFDSError, match="no seed with both afd and at"):
         summary.differences(sweep, "afd", "at")

@@ -82,15 +82,16 @@ def trials(table: pd.DataFrame, chosen: Mapping[str, float], *, title: str = "")
     """
     fig = Figure(figsize=(5.6, 3.3), layout="constrained")
     ax = fig.subplots()
-    for method, rows in table.groupby("method", sort=False):
+    for index, (method, rows) in enumerate(table.groupby("method", sort=False)):
         style, rows = look(str(method)), rows.sort_values("strength")
+        shift = 1.08**index  # methods with the same grid and the same accuracy would hide each other
         ax.plot(
-            rows.strength, rows.validation_accuracy, color=style.colour, marker=style.marker, linestyle=style.line,
+            rows.strength * shift, rows.validation_accuracy, color=style.colour, marker=style.marker, linestyle=style.line,
             label=style.label,
         )  # fmt: skip
         best = rows[np.isclose(rows.strength, chosen[str(method)])]
         ax.plot(
-            best.strength, best.validation_accuracy, linestyle="", marker="o", markersize=13, fillstyle="none",
+            best.strength * shift, best.validation_accuracy, linestyle="", marker="o", markersize=13, fillstyle="none",
             color=style.colour,
         )  # fmt: skip
     ax.set_xscale("log")
@@ -98,7 +99,9 @@ def trials(table: pd.DataFrame, chosen: Mapping[str, float], *, title: str = "")
     ax.set_ylabel("accuracy, validation images (%)")
     ax.margins(0.12)
     percent(ax.yaxis)
-    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), title="ringed: chosen")
+    ax.legend(
+        loc="center left", bbox_to_anchor=(1.0, 0.5), title="ringed: chosen;\nshifted to be seen", alignment="left"
+    )
     if title:
         ax.set_title(title)
     return fig

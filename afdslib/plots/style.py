@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import matplotlib
+import matplotlib.ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -113,7 +114,7 @@ def styled(draw: _Draw) -> _Draw:
 
 def percent(axis: Any) -> None:
     """Ticks of a share in percent."""
-    axis.set_major_formatter(matplotlib.ticker.PercentFormatter(xmax=1, symbol=""))
+    axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{round(100 * value, 6):g}"))
 
 
 def times(budget: float) -> str:
