@@ -95,7 +95,13 @@ def run(
     ] = None,
 ) -> None:
     """Execute the notebooks of a study in order, from the last finished one, and write its report."""
-    chosen = _profile(profile, budget, data_dir)
+    parameters = _assignments(settings or [])
+    for name, value in (("budget", budget), ("data_dir", data_dir)):
+        if value is not None:
+            if name in parameters:
+                raise AFDSError(f"{name} is given twice, by --{name.replace('_', '-')} and by --set; give it once")
+            parameters[name] = value
+    chosen = _profile(profile, parameters.get("budget"), parameters.get("data_dir"))
     if show:
         from . import profiles
 
@@ -108,12 +114,6 @@ def run(
         return
     from . import pipeline, runs
 
-    parameters = _assignments(settings or [])
-    for name, value in (("budget", budget), ("data_dir", data_dir)):
-        if value is not None:
-            if name in parameters:
-                raise AFDSError(f"{name} is given twice, by --{name.replace('_', '-')} and by --set; give it once")
-            parameters[name] = value
     pipeline.execute(profile, parameters, fresh=fresh, verbose=verbose, echo=typer.echo)
     if require_training:
         typer.echo(f"training steps: {_count(runs.require_training())}")

@@ -40,7 +40,7 @@ __all__ = [
 
 NOT_STORED = (
     "Not shown: only the results of this profile are stored here, not its networks. "
-    "Train them with AFDS_FRESH=1 and the same command."
+    "To train them, set AFDS_FRESH=1 and add --fresh to the same command."
 )
 
 

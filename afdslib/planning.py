@@ -63,7 +63,7 @@ def describe(study: Study) -> str:
         f"disk: about {kept / 2**30:.1f} GiB of networks in the run store; free here: {_free():.0f} GiB",
         f"memory: about {memory / 2**30:.1f} GiB per training process at batch {p.transfer.batch_size} "
         "(a rule of thumb: three kept maps per convolution, weights, gradients, momentum)",
-        f"this machine: {training.device()}, {len(os.sched_getaffinity(0))} cores, {study.workers} worker processes",
+        f"this machine: {training.device()}, {training.cores()} cores, {study.workers} worker processes",
     ]
     missing = list(dict.fromkeys(_missing(study)))
     lines += ["", "missing on this machine:" if missing else "nothing is missing on this machine"]

@@ -120,7 +120,7 @@ class SourceRun:
             run.write_artifact(MODEL, lambda path: afs.save(model, path))
             return {"steps": 0, "parameters": sum(p.numel() for p in model.parameters())}
         splits = self.data.load()
-        model = self.network.build(len(splits.classes), self.seed)
+        model = self.network.build(len(splits.classes), self.seed).to(training.device())
         precision = self.optimisation.precision
         objective = Objective(model, weight_decay=self.weight_decay, label_smoothing=self.optimisation.label_smoothing)
 
@@ -130,7 +130,7 @@ class SourceRun:
         training.fit(
             model, splits.train, objective, self.optimisation, run, seed=self.seed, evaluation=validate, label="source"
         )
-        run.write_artifact(MODEL, lambda path: afs.save(model.cpu(), path))
+        run.write_artifact(MODEL, lambda path: afs.save(model, path))
         return {
             "steps": self.optimisation.steps,
             "images": len(splits.train),
@@ -191,6 +191,7 @@ class AFSSourceRun:
             return {"steps": 0, "gates": len(afs.layers(model))}
         splits = self.data.load()
         settings = self.optimisation
+        model.to(training.device())
         objective = Objective(model, weight_decay=self.weight_decay, label_smoothing=settings.label_smoothing)
         monitor = training.first(splits.statistics, 512)
 
@@ -208,7 +209,6 @@ class AFSSourceRun:
             evaluation=validate, label="AFS source",
         )  # fmt: skip
         gates_after = summarise()
-        model.cpu()
         run.write_artifact(MODEL, lambda path: afs.save(model, path))
         test = training.evaluate(model, splits.test, precision=settings.precision, count_macs=True)
         return {
@@ -305,6 +305,9 @@ class TransferRun:
             objective = self._objective(model, source_model, size)
             objective.load_state_dict(load_file(before.artifact(OBJECTIVE)))
             afs.set_density(model, self.density)
+        model.to(training.device())
+        objective.place(training.device())
+        if parent is not None:
             objective.masks_changed(model)
         attention_steps = 0
         if parent is None and self.regulariser.name == "afd" and self.regulariser.attention == "detached":
@@ -344,9 +347,8 @@ class TransferRun:
         metrics = self._measure(model, splits, settings, dense)
         metrics["training_macs"] = _training_macs(model, size, settings, 0 if objective.teacher is None else 1)
         metrics["steps"] = settings.steps + attention_steps
-        model.cpu()
-        objective.cpu()
-        run.write_artifact(OBJECTIVE, lambda path: save_file(objective.state_dict(), path))
+        state = {name: tensor.cpu() for name, tensor in objective.state_dict().items()}
+        run.write_artifact(OBJECTIVE, lambda path: save_file(state, path))
         run.write_artifact(MODEL, lambda path: afs.save(model, path))
         return metrics
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -27,7 +26,7 @@ MODEL_CARD = """# Networks of the study {profile}, budget {budget}
 
 Written by `afds publish --profile {profile} --budget {budget}`. Load one with `afdslib.afs.load(path)`.
 
-| file (.safetensors) | network | test accuracy | MACs, share of dense |
+| file (.safetensors) | network | test accuracy | measured MACs |
 |---|---|---|---|
 {rows}
 
@@ -57,7 +56,7 @@ class Study:
     def __init__(self, profile: Profile, *, workers: int | None = None):
         self.profile = profile
         on_gpu = training.device().type != "cpu"
-        self.workers = workers or (1 if on_gpu else len(os.sched_getaffinity(0)))
+        self.workers = workers or (1 if on_gpu else training.cores())
         # Values out of range are refused now, not after hours at the point that needs them.
         self.transfer_run(profile.candidates[0].regulariser, 0, budget=profile.budgets[-1] if profile.budgets else 1.0)
 
@@ -237,9 +236,13 @@ class Study:
         for name, result in kept:
             with atomic_path(folder / f"{result.id}.safetensors") as part:
                 shutil.copyfile(result.artifact(MODEL), part)
-            accuracy, cost = result.metrics["test_accuracy"], result.metrics.get("macs", 1.0)
-            share = cost / result.metrics.get("dense_macs", self.source().metrics["macs"]) if cost > 2 else cost
-            rows.append(f"| `{result.id}` | {name} | {accuracy:.4f} | {share:.3f} |")
+            m = result.metrics
+            accuracy = f"{m['test_accuracy']:.4f}" if "test_accuracy" in m else "published weights"
+            # Points of the sweep store shares of the dense MACs; the sources store MACs.
+            macs = (
+                f"{m['macs']:.3f} of dense" if "dense_macs" in m else f"{m['macs'] / 1e6:.1f} M" if "macs" in m else ""
+            )
+            rows.append(f"| `{result.id}` | {name} | {accuracy} | {macs} |")
         card = MODEL_CARD.format(
             profile=self.profile.name, budget=self.profile.budget, source=self.profile.source.name,
             targets=", ".join(t.name for t in self.profile.targets), rows="\n".join(rows),

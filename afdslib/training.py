@@ -87,6 +87,12 @@ class Optimisation:
             value = getattr(self, name)
             if not (isinstance(value, (int, float)) and 0 <= value < 1):
                 raise AFDSError(f"{name} must be a number in [0, 1), got {value!r}")
+        for name in ("milestone", "drop", "second_half"):
+            value = getattr(self, name)
+            if not (isinstance(value, (int, float)) and 0 <= value <= 1):
+                raise AFDSError(f"{name} must be a number in [0, 1], got {value!r}")
+        if self.nesterov and not self.momentum:
+            raise AFDSError("nesterov needs a momentum above 0, such as 0.9")
 
     def factor(self, step: int) -> float:
         """The learning rate at a step, as a share of `lr`."""
@@ -103,11 +109,13 @@ class Optimisation:
 
 def device() -> torch.device:
     """The accelerator if there is one, else the CPU."""
-    return (
-        torch.accelerator.current_accelerator() or torch.device("cpu")
-        if torch.accelerator.is_available()
-        else torch.device("cpu")
-    )
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def autocast(where: torch.device, precision: str) -> torch.autocast:
@@ -118,7 +126,8 @@ def autocast(where: torch.device, precision: str) -> torch.autocast:
 
 def workers(dataset: data.ImageDataset) -> int:
     """Loader processes: none for images in memory, else one per core up to 8."""
-    return 0 if isinstance(dataset, data.ArrayImages) else min(8, os.cpu_count() or 1)
+    images = dataset.dataset if isinstance(dataset, _First) else dataset
+    return 0 if isinstance(images, data.ArrayImages) else min(8, cores())
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
@@ -377,6 +386,8 @@ def fit(
     if fabric.device.type == "cpu":
         _keep_freed_memory()
     torch.manual_seed(seed)
+    if settings.precision == "fp16" and fabric.device.type == "cpu":
+        raise AFDSError("precision 'fp16' needs a GPU; use bf16 or fp32 on this CPU")
     events = dict(events or {})
     layout = torch.channels_last if settings.channels_last else torch.preserve_format
     model.to(device=fabric.device, memory_format=layout)  # type: ignore[call-overload]
@@ -416,6 +427,7 @@ def fit(
     rows = {round((i + 1) * settings.steps / settings.log_rows) for i in range(settings.log_rows)} | {settings.steps}
     progress = _Progress(label or run.id, settings.steps, step)
     pending: list[Tensor] = []
+    looked_at = 0
     names: list[str] = []
     correct = seen = 0
     happened: dict[str, float] = {}
@@ -446,8 +458,9 @@ def fit(
         correct = correct + (logits.detach().argmax(1) == labels).sum()
         seen += len(labels)
         # On a GPU, looking at the loss waits for it; so it is looked at every 50 steps, and the step is still named.
-        if fabric.device.type == "cpu" or len(pending) >= 50 or step in rows:
-            _refuse_non_finite(pending, names, step, optimiser.param_groups[0]["lr"])
+        if fabric.device.type == "cpu" or len(pending) - looked_at >= 50 or step in rows:
+            _refuse_non_finite(pending[looked_at:], names, step, optimiser.param_groups[0]["lr"])
+            looked_at = len(pending)
         if step in rows:
             means = torch.stack(pending).double().mean(0).tolist()
             row: dict[str, float] = {"step": step, "epoch": step / per_epoch, "lr": settings.lr * factor}
@@ -459,7 +472,7 @@ def fit(
                 row |= evaluation()
             run.log(row)
             progress.row(row)
-            pending, correct, seen, happened = [], 0, 0, {}
+            pending, looked_at, correct, seen, happened = [], 0, 0, 0, {}
             model.train()
             # Only here, where no partial sums are pending, does a resumed run log the same rows.
             if step < settings.steps and checkpoints.due():

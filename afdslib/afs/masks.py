@@ -44,7 +44,7 @@ class MaskReport:
     """What a mask update did.
 
     Attributes:
-        delta_m: the threshold on q; -inf where no channel had to go.
+        delta_m: the threshold on q; 0 where only channels went whose gates are always 0, or none.
         macs: expected MACs afterwards (None without a loader).
         removed: channels with m = 0, of all layers.
         static: living channels with constant gates.
@@ -96,7 +96,8 @@ def collect_statistics(
     found = layers(model)
     if not found:
         raise AFDSError(f"{type(model).__name__} has no AFS layer; convert it with afs.convert first")
-    device = next(model.parameters()).device if device is None else torch.device(device)
+    home = next(model.parameters()).device
+    device = home if device is None else torch.device(device)
     accumulators = {name: tuple(_Welford(layer.m.numel()) for _ in range(3)) for name, layer in found.items()}
 
     def hook(name: str):
@@ -110,9 +111,11 @@ def collect_statistics(
     handles = [layer.register_forward_hook(hook(name)) for name, layer in found.items()]
     try:
         with eval_mode(model), torch.no_grad():
+            model.to(device)
             for images, _ in loader:
                 model(images.to(device))
     finally:
+        model.to(home)
         for handle in handles:
             handle.remove()
     statistics = {}
@@ -190,7 +193,7 @@ def update_masks(
                 measured = macs.expected(model, loader)
         elif macs_budget is not None and loader is not None:
             removals, measured = _bisect(model, found, living, ranking, macs_budget, loader, multiple)
-            threshold = ranking[removals - 1][0] if removals else -math.inf
+            threshold = max(0.0, ranking[removals - 1][0]) if removals else 0.0
     except BaseException:
         # Nothing half done: a refused or interrupted update leaves the masks as they were.
         for name, (m, s, gamma) in before.items():
@@ -270,7 +273,8 @@ def _bisect(
         _remove(found, living, ranking[:removals], multiple)
         return macs.expected(model, loader, meter=meter)
 
-    low, high = 0, len(ranking)
+    # Gates with q = 0 go with any threshold of at least 0; left in, freezing them would bring them back as constants.
+    low, high = sum(q <= 0 for q, _, _ in ranking), len(ranking)
     best = measure(high)
     if best.total > allowed:
         raise AFDSError(
