@@ -86,8 +86,8 @@ def trials(table: pd.DataFrame, chosen: Mapping[str, float], *, title: str = "")
         style, rows = look(str(method)), rows.sort_values("strength")
         shift = 1.08**index  # methods with the same grid and the same accuracy would hide each other
         ax.plot(
-            rows.strength * shift, rows.validation_accuracy, color=style.colour, marker=style.marker, linestyle=style.line,
-            label=style.label,
+            rows.strength * shift, rows.validation_accuracy, color=style.colour, marker=style.marker,
+            linestyle=style.line, label=style.label,
         )  # fmt: skip
         best = rows[np.isclose(rows.strength, chosen[str(method)])]
         ax.plot(
