@@ -58,7 +58,7 @@ def test_conversion_with_random_predictors_is_noticed(study, monkeypatch):
         return converted
 
     monkeypatch.setattr(afs, "convert", random)
-    assert inspection.conversion_error(study, images=6)["float64 eval"] > 1e-3
+    assert not inspection.conversion_error(study, images=6)["float64 eval"] <= 1e-3  # may overflow to NaN
 
 
 def test_skipped_channels_are_exactly_zero_unless_the_gates_are_ignored(study, monkeypatch):
