@@ -1,6 +1,6 @@
 """The one error type for mistakes a user can mend."""
 
-__all__ = ["AFDSError"]
+__all__ = ["AFDSError", "DivergedError"]
 
 
 class AFDSError(ValueError):
@@ -8,3 +8,7 @@ class AFDSError(ValueError):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+class DivergedError(AFDSError):
+    """The loss of a training is not finite. In a study this is a result: the point is missing, and a table says why."""

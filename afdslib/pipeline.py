@@ -461,6 +461,7 @@ def render(profile: str, *, folder: str | Path | None = None) -> Path:
         if cell.cell_type == "markdown":
             cell.source = _embed_images(cell.source, last.parent)
     exporter = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True)
+    exporter.mathjax_url = exporter.require_js_url = exporter.jquery_url = ""  # the page needs nothing from elsewhere
     html, _ = exporter.from_notebook_node(node, resources={"metadata": {"name": f"AFDS report: {profile}"}})
     report = paths.figures(profile) / "report.html"
     with atomic_path(report) as part:

@@ -17,7 +17,7 @@ from torch import nn
 
 from afdslib import afs, backbones, data, macs, runs, training
 from afdslib.data import Splits
-from afdslib.errors import AFDSError
+from afdslib.errors import AFDSError, DivergedError
 from afdslib.objectives import Objective, Regulariser
 from afdslib.training import Optimisation
 
@@ -288,6 +288,15 @@ class TransferRun:
         return max(self.density_floor, self.budgets[-1] ** self.density_exponent)
 
     def execute(self, run: runs.Run) -> dict[str, Any]:
+        """Trains and measures the point; one that diverges, or starts from one, is a result with "diverged": why."""
+        if self.parent is not None and "diverged" in (before := runs.get_or_run(self.parent, store=run.store)).metrics:
+            return {"diverged": before.metrics["diverged"], "steps": 0}
+        try:
+            return self._train(run)
+        except DivergedError as error:
+            return {"diverged": f"at {1 / self.budgets[-1]:g}x, {error}", "steps": 0}
+
+    def _train(self, run: runs.Run) -> dict[str, Any]:
         source = runs.get_or_run(self.source, store=run.store, needs=(MODEL,))
         splits = self.data.load()
         size, budget, parent = _input_size(splits), self.budgets[-1], self.parent

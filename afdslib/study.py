@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -124,8 +125,8 @@ class Study:
         ]
         results = self._compute([run for _, _, run in tried])
         rows = [
-            {"method": method, "strength": strength, "validation_accuracy": result.metrics["validation_accuracy"]}
-            | {"train_accuracy": result.metrics["train_accuracy"], "run": result.id}
+            {"method": method, "strength": strength, "run": result.id}
+            | {key: result.metrics.get(key, math.nan) for key in ("validation_accuracy", "train_accuracy")}
             for (method, strength, _), result in zip(tried, results, strict=True)
         ]
         table = pd.DataFrame(rows, columns=["method", "strength", "validation_accuracy", "train_accuracy", "run"])
@@ -148,6 +149,8 @@ class Study:
     def sweep(self, methods: Iterable[str] | None = None, budgets: Sequence[float] | None = None) -> pd.DataFrame:
         """The pruning sweep: one row per target, method, seed and budget. Also written to sweep.csv.
 
+        A point that diverged, or started from one, has no row; `table.attrs["missing"]` and missing.csv say why.
+
         Args:
             methods: regularisers by name; default: all.
             budgets: default: all of the profile. The CSV is written for the whole sweep only.
@@ -163,14 +166,20 @@ class Study:
             for budget in wanted
         ]
         results = self._compute([self.transfer_run(r, s, budget=b, target=t) for t, r, s, b in points])
-        rows = []
-        for (target, regulariser, seed, _), result in zip(points, results, strict=True):
+        rows, missing = [], []
+        for (target, regulariser, seed, budget), result in zip(points, results, strict=True):
             name = target.name if target.per_class is None else f"{target.name}-{target.per_class}"
             row = {"target": name, "method": regulariser.name, "strength": regulariser.strength, "seed": seed}
-            rows.append(result.metrics | row | {"run": result.id})
-        table = pd.DataFrame(rows)[COLUMNS]
+            if "diverged" in result.metrics:
+                missing.append(row | {"budget": budget, "reason": result.metrics["diverged"], "run": result.id})
+            else:
+                rows.append(result.metrics | row | {"run": result.id})
+        table = pd.DataFrame(rows, columns=COLUMNS)
+        table.attrs["missing"] = missing
         if methods is None and budgets is None:
             self._write("sweep", table)
+            columns = ["target", "method", "strength", "seed", "budget", "reason", "run"]
+            self._write("missing", pd.DataFrame(missing, columns=columns))
         return table
 
     def point(self, method: str, seed: int, budget: float) -> runs.Result:

@@ -187,6 +187,9 @@ def differences_text(
             rows = found[(found.target == target) & ((found.budget - budget).abs() < 1e-9)]
             for row in rows.itertuples():
                 lines.append(f"- **{times(budget)}**, {target}: {_difference(row, names)}.")
+    for gap in table.attrs.get("missing", ()):
+        name = f"{look(gap['method']).label} seed {gap['seed']} at {times(gap['budget'])}, {gap['target']}"
+        lines.append(f"- Missing: {name}, because it diverged {gap['reason']}.")
     if not lines:
         raise AFDSError(f"the sweep has none of the budgets {', '.join(map(times, budgets))}")
     return Text("\n".join(lines))

@@ -19,7 +19,7 @@ from afdslib import data, macs
 from afdslib.afs.graph import eval_mode
 from afdslib.afs.layer import AFSConvBN
 from afdslib.afs.masks import collect_statistics
-from afdslib.errors import AFDSError
+from afdslib.errors import AFDSError, DivergedError
 
 if TYPE_CHECKING:
     from afdslib.objectives import Objective
@@ -489,7 +489,7 @@ def _refuse_non_finite(pending: list[Tensor], names: list[str], step: int, lr: f
     index = int((~values.isfinite().all(1)).nonzero()[0])
     bad = [names[i] for i in (~values[index].isfinite()).nonzero().flatten().tolist() if names[i] != "loss"] or ["loss"]
     value = float(values[index][names.index(bad[0])])
-    raise AFDSError(
+    raise DivergedError(
         f"the loss term {bad[0]!r} is {value} at step {step - len(pending) + index + 1} (learning rate {lr:g}); lower "
         "the learning rate or the term's strength, or use fp32"
     )

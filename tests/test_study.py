@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from afdslib import afs, paths, planning, profiles, runs
+from afdslib import afs, paths, planning, profiles, runs, summary
 from afdslib.errors import AFDSError
 from afdslib.objectives import Regulariser
 from afdslib.profiles import Candidates
@@ -134,3 +134,18 @@ def test_the_plan_of_the_paper_profile_names_its_network_and_what_is_missing(hom
     assert "104 gated layers" in text and "7,801.4 M MACs" in text
     assert "stanford-dogs" in text.split("missing on this machine")[1]
     assert "has not been run" in text
+
+
+def test_a_point_that_diverges_is_missing_with_its_reason_and_the_others_are_there(profile):
+    wild = replace(profile, budgets=(1.0, 0.5, 0.25), seeds=(0,), tuning=replace(profile.tuning, lr=1e30))
+    study = Study(wild, workers=1)
+    table = study.sweep(methods=["l2", "afd"])
+    assert list(table.budget) == [1.0, 1.0]
+    missing = table.attrs["missing"]
+    assert [(m["method"], m["budget"]) for m in missing] == [("l2", 0.5), ("l2", 0.25), ("afd", 0.5), ("afd", 0.25)]
+    assert all("at 2x, the loss term" in m["reason"] and "step" in m["reason"] for m in missing)
+    ids = {run.id for run in runs.list_runs()}
+    study.sweep()
+    assert {run.id for run in runs.list_runs()} == ids  # a divergence is a result, computed once
+    assert len(pd.read_csv(study.folder() / "missing.csv")) == 4
+    assert "Missing: L2 seed 0 at 2x" in summary.differences_text(table, budgets=(1.0,))
