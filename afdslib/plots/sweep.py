@@ -64,7 +64,7 @@ def _seeds(table: pd.DataFrame) -> str:
     seeds = table.groupby(["target", "method", "budget"]).size().unique()
     if len(seeds) == 1 and seeds[0] == 1:
         return "one seed, no error bars"
-    many = "/".join(str(n) for n in sorted(seeds))
+    many = " to ".join(str(n) for n in dict.fromkeys((min(seeds), max(seeds))))
     return f"mean and standard deviation over {many} seeds"
 
 

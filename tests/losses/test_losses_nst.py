@@ -138,7 +138,7 @@ def test_autocast_leaves_the_products_in_full_precision():
 
 
 MEASURE = """
-import resource, torch
+import re, resource, torch
 from afdslib.losses.nst import nst_loss
 torch.set_num_threads(1)
 student, teacher = torch.rand(64, 1024, 14, 14).requires_grad_(), torch.rand(64, 1024, 14, 14)
@@ -146,7 +146,8 @@ nst_loss(student[:1, :8], teacher[:1, :8]).backward()
 student.grad = None
 pages = int(open("/proc/self/statm").read().split()[1])
 nst_loss(student, teacher).backward()
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# Not ru_maxrss, which a child process inherits from the process that started it.
+peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 print(peak - pages * resource.getpagesize())
 """
 
