@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from afdslib import afs, backbones, data, macs, runs, training
+from afdslib.backbones.loading import imagenet_file
 from afdslib.errors import AFDSError
 from afdslib.stages import DataSource
 from afdslib.training import Optimisation
@@ -131,11 +132,10 @@ def _missing(study: Study) -> Iterator[str]:
     if training.device().type == "cpu" and p.name == "paper":
         yield "a GPU: on this CPU the study would take months"
     if runs.lookup(study.source_run) is None:
-        if p.network.weights is not None:
-            try:
-                p.network.build(1000, seed=0)
-            except AFDSError as error:
-                yield str(error)
+        if p.network.weights == "imagenet":
+            file, url = imagenet_file(p.network.name)
+            if not file.exists():  # a plan looks, and downloads nothing
+                yield f"the ImageNet weights {file.name}, which a run fetches from {url} into {file.parent}"
     needed = [*p.targets, *([p.source] if p.source_training.steps or p.afs_training.steps else [])]
     for source in needed:
         try:

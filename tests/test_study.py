@@ -129,11 +129,15 @@ def test_every_profile_is_shown_in_full_and_keeps_its_trial_seed_apart(name, bud
     assert profile.trial_seed not in profile.seeds
 
 
-def test_the_plan_of_the_paper_profile_names_its_network_and_what_is_missing(home):
+def test_the_plan_of_the_paper_profile_names_its_network_and_what_is_missing(home, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(home / "torch"))
+    monkeypatch.setattr(
+        "torch.hub.download_url_to_file", lambda *args, **kwargs: pytest.fail("a plan downloads nothing")
+    )
     text = planning.describe(Study(profiles.get("paper")))
     assert "104 gated layers" in text and "7,801.4 M MACs" in text
     assert "stanford-dogs" in text.split("missing on this machine")[1]
-    assert "has not been run" in text
+    assert "resnet101-" in text and "has not been run" in text
 
 
 def test_a_point_that_diverges_is_missing_with_its_reason_and_the_others_are_there(profile):

@@ -26,31 +26,38 @@ def few(names: Iterable[str], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
+def imagenet_file(name: str) -> tuple[Path, str]:
+    """Where torchvision's IMAGENET1K_V1 file of a network belongs on this machine, and where it is fetched from.
+
+    Raises:
+        AFDSError: there are no such weights.
+    """
+    try:
+        url = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].url
+    except (ValueError, KeyError):
+        raise AFDSError(f"There are no ImageNet weights for {name!r}; use weights=None or a path.") from None
+    return Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1], url
+
+
 def imagenet_state(name: str) -> dict[str, torch.Tensor]:
     """torchvision's IMAGENET1K_V1 state dict of a network, from the torch hub folder or, failing that, the network.
 
     Raises:
         AFDSError: there are no such weights, the file cannot be downloaded, or its checksum is wrong.
     """
-    try:
-        weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
-    except (ValueError, KeyError):
-        raise AFDSError(f"There are no ImageNet weights for {name!r}; use weights=None or a path.") from None
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    file = folder / weights.url.rsplit("/", 1)[1]
+    file, url = imagenet_file(name)
+    folder = file.parent
     if not file.exists():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(
-                weights.url, str(file), hash_prefix=_hash_prefix(file), progress=sys.stderr.isatty()
-            )
+            torch.hub.download_url_to_file(url, str(file), hash_prefix=_hash_prefix(file), progress=sys.stderr.isatty())
         except (URLError, OSError, RuntimeError) as error:
             reason = getattr(error, "reason", None) or error
             raise AFDSError(
                 f"The ImageNet weights of {name} could not be downloaded ({reason}): fetch {file.name} from "
-                f"{weights.url} and put it in {folder}."
+                f"{url} and put it in {folder}."
             ) from error
-    _verify(file, weights.url)
+    _verify(file, url)
     return read_state(file)
 
 
