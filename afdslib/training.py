@@ -7,7 +7,9 @@ import logging
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -166,19 +168,12 @@ def evaluate(
     confusion = torch.zeros(classes, classes, dtype=torch.int64)
     loss = 0.0
     meter = macs.Meter(model) if count_macs else None
-    with eval_mode(model), torch.no_grad(), autocast(where, precision):
-        if meter:
-            meter.__enter__()
-        try:
-            for images, labels in data.loader(dataset, batch_size, workers=workers(dataset)):
-                logits = model(_to(images, where, channels_last=True)).float().cpu()
-                loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
-                confusion += torch.bincount(labels * classes + logits.argmax(1), minlength=classes**2).view(
-                    classes, classes
-                )
-        finally:
-            if meter:
-                meter.__exit__()
+    with eval_mode(model), torch.no_grad(), autocast(where, precision), meter or nullcontext():
+        for images, labels in data.loader(dataset, batch_size, workers=workers(dataset)):
+            logits = model(_to(images, where, channels_last=True)).float().cpu()
+            loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
+            pairs = labels * classes + logits.argmax(1)
+            confusion += torch.bincount(pairs, minlength=classes**2).view(classes, classes)
     images_seen = int(confusion.sum())
     if not images_seen:
         raise AFDSError("the split to evaluate has no image")
@@ -499,8 +494,6 @@ class _Throttle:
     """True at most once in so many seconds, so that short runs are not slowed down by checkpoints."""
 
     def __init__(self, seconds: float):
-        import time
-
         self._clock, self._seconds = time.monotonic, seconds
         self._last = self._clock()
 
