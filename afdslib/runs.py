@@ -62,6 +62,7 @@ __all__ = [
     "Result",
     "Run",
     "Summary",
+    "added",
     "computed_steps",
     "environment",
     "from_json",
@@ -122,6 +123,14 @@ def unhashed(default: Any) -> Any:
     return dataclasses.field(default=default, metadata={"hashed": False})
 
 
+def added(default: Any) -> Any:
+    """A dataclass field added after results were published: part of the identity only where it is not its default.
+
+    So the runs that were computed before the field existed keep their names. The default must mean "as before".
+    """
+    return dataclasses.field(default=default, metadata={"added": True})
+
+
 def to_json(config: Any, *, hashed_only: bool = False) -> dict[str, Any]:
     """A configuration as JSON: `{"class": name, field: value, ...}`, nested dataclasses alike.
 
@@ -129,7 +138,7 @@ def to_json(config: Any, *, hashed_only: bool = False) -> dict[str, Any]:
 
     Args:
         config: A frozen dataclass.
-        hashed_only: Leave out the fields made by `unhashed`.
+        hashed_only: Leave out the fields made by `unhashed`, and those made by `added` that have their default.
 
     Raises:
         TypeError: A field holds a value that has no canonical form.
@@ -140,6 +149,8 @@ def to_json(config: Any, *, hashed_only: bool = False) -> dict[str, Any]:
     encoded: dict[str, Any] = {"class": type(config).__name__}
     for field in dataclasses.fields(config):
         if hashed_only and not field.metadata.get("hashed", True):
+            continue
+        if hashed_only and field.metadata.get("added") and getattr(config, field.name) == field.default:
             continue
         where = f"{type(config).__name__}.{field.name}"
         encoded[field.name] = _encode(getattr(config, field.name), hints[field.name], where, hashed_only)

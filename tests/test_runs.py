@@ -90,6 +90,12 @@ def test_class_and_results_version_are_part_of_the_id(monkeypatch):
     assert runs.run_id(ToySource()) != before
 
 
+def test_a_field_added_later_changes_the_id_only_where_it_is_not_its_default():
+    assert "shift" not in runs.to_json(ToyTrain(), hashed_only=True)
+    assert runs.to_json(ToyTrain())["shift"] == 0.0
+    assert runs.run_id(ToyTrain(shift=0.5)) != runs.run_id(ToyTrain()) == runs.run_id(ToyTrain(shift=0))
+
+
 def test_unhashed_fields_and_integers_for_floats_keep_the_id():
     assert runs.run_id(ToyTrain(folder="elsewhere", pause=3.0)) == runs.run_id(ToyTrain())
     assert runs.run_id(ToyTrain(schedule=Schedule(lr=1))) == runs.run_id(ToyTrain(schedule=Schedule(lr=1.0)))

@@ -42,6 +42,7 @@ class ToyTrain:
     source: ToySource | None = None
     folder: str = runs.unhashed("")
     pause: float = runs.unhashed(0.0)
+    shift: float = runs.added(0.0)
 
     def execute(self, run: runs.Run) -> dict:
         if self.folder:
