@@ -203,6 +203,7 @@ def load(
     size: int | None = None,
     download: bool = True,
     skip_corrupt: bool = False,
+    holdout: bool = True,
 ) -> Splits:
     """Ready-made splits of a data set.
 
@@ -229,6 +230,8 @@ def load(
         download: whether missing files may be fetched
         skip_corrupt: go on without images that cannot be decoded, with a warning that lists them. Above 64 px every
             image is decoded once for that; without it such an image is an error when it is reached
+        holdout: False fits the images that would be held back for validation too, for a study whose schedule is fixed
+            beforehand and that chooses nothing; validation is then None, or the set's own validation part
 
     Returns:
         Splits(train, validation, test, statistics, classes).
@@ -239,6 +242,8 @@ def load(
     _whole("per_class", per_class, 1, none=True)
     _whole("seed", seed, 0)
     _whole("size", size, 8, none=True)
+    if padding not in ("constant", "reflect"):
+        raise AFDSError(f"padding must be 'constant' or 'reflect', not {padding!r}")
     name = os.fspath(name) if isinstance(name, os.PathLike) else str(name)
     known = SETS.get(name)
     if known is not None and known.base == "digits":
@@ -267,7 +272,7 @@ def load(
         listing, rows = trees.subset(listing, spec.choose(listing.classes))
     parts = spec.parts(listing) if spec.parts else listing.parts
     drawn = splits.partition(
-        listing, parts, per_class=per_class, seed=seed, validation_per_class=spec.validation_per_class
+        listing, parts, per_class=per_class, seed=seed, validation_per_class=spec.validation_per_class, holdout=holdout
     )
     if not len(drawn.test):
         raise AFDSError(
@@ -278,8 +283,11 @@ def load(
         labels, names = listing.targets[chosen], listing.classes
         if isinstance(images, np.ndarray):
             return ArrayImages(
-                images, rows[chosen], labels, names, augment=augment, flip=spec.flip, seed=int(seed), border=spec.border
-            )
+                images, rows[chosen], labels, names, augment=augment, flip=spec.flip, seed=int(seed),
+                border=spec.border, reflect=padding == "reflect",
+            )  # fmt: skip
+        if padding != "constant":
+            raise AFDSError(f"padding={padding!r} is for images up to {SMALL} px; larger ones are cropped, not padded")
         return FileImages(
             images, rows[chosen], labels, names, size=size, augment=augment, flip=spec.flip, seed=int(seed)
         )

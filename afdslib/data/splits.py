@@ -70,7 +70,13 @@ def _thirds(listing: Listing, seed: int) -> np.ndarray:
 
 
 def partition(
-    listing: Listing, parts: np.ndarray, *, per_class: int | None, seed: int, validation_per_class: int
+    listing: Listing,
+    parts: np.ndarray,
+    *,
+    per_class: int | None,
+    seed: int,
+    validation_per_class: int,
+    holdout: bool = True,
 ) -> Parts:
     """Draw the splits.
 
@@ -79,6 +85,7 @@ def partition(
         per_class: fitting images per class; None for all but the validation images
         seed: of the draw
         validation_per_class: validation images per class when `per_class` is given (fewer where fewer are left)
+        holdout: whether training images may be held back for validation; False fits all of them
 
     With an official validation part, that part is used as it is. Otherwise validation images are training images that
     are not fitted: `validation_per_class` of them, or a tenth of the training images when `per_class` is None.
@@ -95,10 +102,10 @@ def partition(
         if not len(rows):
             raise AFDSError(f"the class {name!r} has no training image: add images to it, or remove the class")
         if per_class is None:
-            held = 0 if len(own_validation) else min(max(1, round(0.1 * len(rows))), len(rows) - 1)
+            held = 0 if len(own_validation) or not holdout else min(max(1, round(0.1 * len(rows))), len(rows) - 1)
             fit = len(rows) - held
         else:
-            fit, held = per_class, 0 if len(own_validation) else validation_per_class
+            fit, held = per_class, 0 if len(own_validation) or not holdout else validation_per_class
             if len(rows) < fit:
                 raise AFDSError(
                     f"the class {name!r} has {len(rows)} training images, fewer than per_class={per_class}: "

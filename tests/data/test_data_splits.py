@@ -17,8 +17,8 @@ def _listing(counts, parts):
     return Listing([], np.array(targets), np.array(where, dtype=np.int8), names)
 
 
-def _draw(listing, *, per_class=None, seed=0, validation=5):
-    return partition(listing, listing.parts, per_class=per_class, seed=seed, validation_per_class=validation)
+def _draw(listing, *, per_class=None, seed=0, validation=5, **options):
+    return partition(listing, listing.parts, per_class=per_class, seed=seed, validation_per_class=validation, **options)
 
 
 def _counts(listing, rows):
@@ -65,6 +65,14 @@ def test_a_class_with_too_few_images_is_named():
 def test_no_validation_when_nothing_is_left():
     listing = _listing([(10, 5), (10, 5)], (TRAIN, TEST))
     assert len(_draw(listing, per_class=10).validation) == 0
+
+
+@pytest.mark.parametrize("per_class, fitted", [(None, [20, 31]), (10, [10, 10])])
+def test_without_a_holdout_nothing_is_kept_back(per_class, fitted):
+    listing = _listing([(20, 5), (31, 6)], (TRAIN, TEST))
+    drawn = _draw(listing, per_class=per_class, holdout=False)
+    assert _counts(listing, drawn.train) == fitted and not len(drawn.validation)
+    assert np.array_equal(drawn.test, _draw(listing).test)
 
 
 def test_an_official_validation_part_is_used_as_it_is():
