@@ -32,7 +32,7 @@ app.add_typer(runs_app, name="runs")
 # The base class of everything typer says about wrong usage; typer exports only this subclass of it.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
-ProfileName = Annotated[str, typer.Option("--profile", help="A study: demo, imagenet32, paper.")]
+ProfileName = Annotated[str, typer.Option("--profile", help="A study: demo, imagenet32, imagenet32-disjoint, paper.")]
 Budget = Annotated[str | None, typer.Option(help="How much of the study, e.g. quick or standard.")]
 DataDir = Annotated[str | None, typer.Option(help="Folder with archives or image trees; it may be read-only.")]
 
