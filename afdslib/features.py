@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from afdslib.afs.layer import AFSConvBN
 from afdslib.backbones import stages
 from afdslib.errors import AFDSError
+from afdslib.losses.at import input_gradient
 
 __all__ = ["Teacher", "feature_names", "feature_shapes", "taps"]
 
@@ -98,8 +99,23 @@ class Teacher:
         self.model.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
         return self
 
+    def _check(self) -> None:
+        """It was frozen when it was made; whoever thawed it since is told."""
+        if any(m.training for m in self.model.modules()):
+            raise AFDSError("The teacher is in train mode, so its batch norm would learn; call teacher.model.eval().")
+        if any(p.requires_grad for p in self.model.parameters()):
+            raise AFDSError("The teacher's parameters require gradients; call teacher.model.requires_grad_(False).")
+
+    @torch.enable_grad()
+    def input_gradient(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Gradient of each sample's cross-entropy with respect to its image, (B, 3, H, W), without a graph."""
+        self._check()
+        images = images.detach().requires_grad_()
+        return input_gradient(self.model(images), labels, images, create_graph=False)
+
     @torch.no_grad()
     def __call__(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        self._check()
         with taps(self.model, self.names) as features:
             logits = self.model(images)
         return logits, features

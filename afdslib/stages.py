@@ -28,16 +28,19 @@ MODEL, OBJECTIVE = "model.safetensors", "objective.safetensors"
 
 @dataclass(frozen=True)
 class DataSource:
-    """A data set and how it is split; see `data.load`. The folder it lies in is recorded, not hashed."""
+    """A data set, how it is split and how its crops are padded; see `data.load`. The folder is not hashed."""
 
     name: str
     per_class: int | None = None
     seed: int = 0
     size: int | None = None
     root: str = runs.unhashed("")
+    padding: str = runs.added("constant")
 
     def load(self) -> Splits:
-        return data.load(self.name, self.root or None, per_class=self.per_class, seed=self.seed, size=self.size)
+        return data.load(
+            self.name, self.root or None, per_class=self.per_class, seed=self.seed, size=self.size, padding=self.padding
+        )
 
 
 @dataclass(frozen=True)
@@ -300,10 +303,10 @@ class TransferRun:
         source = runs.get_or_run(self.source, store=run.store, needs=(MODEL,))
         splits = self.data.load()
         size, budget, parent = _input_size(splits), self.budgets[-1], self.parent
+        torch.manual_seed(self.seed)  # of the attention's weights, which are drawn after the network is built
         source_model = afs.load(source.artifact(MODEL))
-        torch.manual_seed(self.seed)  # of the attention's weights
         if parent is None:
-            settings, model = self.optimisation, afs.load(source.artifact(MODEL))
+            settings, model = self.optimisation, copy.deepcopy(source_model)
             generator = torch.Generator().manual_seed(self.seed)
             backbones.reset_classifier(model, len(splits.classes), generator=generator)
             objective = self._objective(model, source_model, size)
@@ -335,9 +338,7 @@ class TransferRun:
                 )
             objective.masks_changed(model)
             if settings.recalibrate:
-                # A view of its own: setting the epoch must not change the augmentation of the stage that goes on.
-                stream = training.batches_from(copy.copy(splits.train), settings.batch_size, self.seed, 0)
-                batches = (batch for _, (_, batch) in zip(range(settings.recalibrate), stream, strict=False))
+                batches = training.first_batches(splits.train, settings.batch_size, self.seed, settings.recalibrate)
                 training.recalibrate(model, batches, settings.precision)
             return {
                 "mask_macs": _cost(report).total / dense,
@@ -365,8 +366,8 @@ class TransferRun:
         return Objective(model, self.regulariser, source, size, label_smoothing=self.optimisation.label_smoothing)
 
     def _prepare(self, objective: Objective, splits: Splits) -> None:
-        stream = training.batches_from(splits.train, self.optimisation.batch_size, self.seed, 0)
-        batches = (batch for _, (_, batch) in zip(range(self.optimisation.steps), stream, strict=False))
+        o = self.optimisation
+        batches = training.first_batches(splits.train, o.batch_size, self.seed, o.steps)
         objective.prepare(batches, len(splits.classes))
 
     def _measure(self, model: nn.Module, splits: Splits, settings: Optimisation, dense: float) -> dict[str, Any]:

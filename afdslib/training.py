@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
+import itertools
 import logging
 import math
 import os
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from afdslib import data, macs
+from afdslib import data, macs, runs
 from afdslib.afs.graph import eval_mode
 from afdslib.afs.layer import AFSConvBN
 from afdslib.afs.masks import collect_statistics
@@ -42,7 +44,8 @@ class Optimisation:
         lr: learning rate at the start (after the warm-up).
         momentum: of SGD.
         nesterov: Nesterov momentum.
-        schedule: "cosine" to 0 over the stage, or "step": times `drop` at `milestone` of each half. [code: seed]
+        schedule: "cosine" to 0 over the stage; "step": times `drop` at `milestone` of each half [code: seed];
+            "milestones": times `drop` at each of `milestones`.
         milestone: share of each half after which the rate drops.
         drop: factor of the drop.
         second_half: factor on the rate of the second half; 0.1 in our reading of the paper. [recall]
@@ -53,6 +56,7 @@ class Optimisation:
         channels_last: memory format of images and weights.
         log_rows: rows of the learning curve, spread over the stage (at most one per step).
         recalibrate: re-estimate the batch norms' statistics on this many batches after each mask update; 0 for never.
+        milestones: shares of the stage at which the rate drops, increasing, for the schedule "milestones".
     """
 
     steps: int
@@ -71,6 +75,7 @@ class Optimisation:
     channels_last: bool = True
     log_rows: int = 20
     recalibrate: int = 0
+    milestones: tuple[float, ...] = runs.added(())
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 0), ("batch_size", 1), ("log_rows", 1), ("recalibrate", 0)):
@@ -79,8 +84,15 @@ class Optimisation:
                 raise AFDSError(f"{name} must be a whole number of at least {least}, got {value!r}")
         if self.precision not in _PRECISIONS:
             raise AFDSError(f"precision must be one of {', '.join(_PRECISIONS)}, got {self.precision!r}")
-        if self.schedule not in ("step", "cosine"):
-            raise AFDSError(f"schedule must be 'step' or 'cosine', got {self.schedule!r}")
+        if self.schedule not in ("step", "cosine", "milestones"):
+            raise AFDSError(f"schedule must be 'step', 'cosine' or 'milestones', got {self.schedule!r}")
+        shares = self.milestones
+        rising = all(x < y for x, y in zip((0.0, *shares), (*shares, 1.0), strict=True))
+        if bool(shares) != (self.schedule == "milestones") or (shares and not rising):
+            raise AFDSError(
+                f"milestones must be increasing shares between 0 and 1 for the schedule 'milestones' and empty for the "
+                f"others, got {shares!r} for {self.schedule!r}"
+            )
         for name in ("lr", "predictor_lr"):
             value = getattr(self, name)
             if not (isinstance(value, (int, float)) and 0 < value < math.inf):
@@ -103,6 +115,8 @@ class Optimisation:
             return (step + 1) / warm
         if self.schedule == "cosine":
             return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
+        if self.schedule == "milestones":
+            return self.drop ** sum(step >= round(share * self.steps) for share in self.milestones)
         half = (self.steps + 1) // 2
         within, length = (step, half) if step < half else (step - half, self.steps - half)
         rate = 1.0 if step < half else self.second_half
@@ -308,6 +322,17 @@ def batches_from(
         for batch in loader:
             yield epoch, batch
         epoch, position = epoch + 1, 0
+
+
+def first_batches(
+    dataset: data.ImageDataset, batch_size: int, seed: int, count: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The first training batches of a seed, augmented, for what is fitted beside the steps of a stage.
+
+    The data set is copied: setting its epoch must not change the augmentation of a stage that goes on.
+    """
+    stream = batches_from(copy.copy(dataset), batch_size, seed, 0)
+    return (batch for _, batch in itertools.islice(stream, count))
 
 
 def _groups(model: nn.Module, objective: Objective, settings: Optimisation) -> list[dict[str, Any]]:

@@ -98,12 +98,14 @@ class ArrayImages(ImageDataset):
     """Images decoded into one uint8 array (memory-mapped or not).
 
     Training: pad by 4 pixels, crop at random, mirror with probability 1/2. Otherwise the image as it is.
-    The padding is zeros AFTER the normalisation, so ImageNet's mean colour, unless `border` names a grey level.
+    The padding is zeros AFTER the normalisation, so ImageNet's mean colour, unless `border` names a grey level or
+    `reflect` is set.
 
     Args:
         images: uint8 (M, size, size, 3), shared by the splits
         rows: int64 (N,): which of the M images are in this split
         border: grey level 0..255 of the padding; None for the mean colour
+        reflect: whether the padding mirrors the image instead, without repeating its edge
     """
 
     def __init__(
@@ -117,8 +119,9 @@ class ArrayImages(ImageDataset):
         flip: bool = True,
         seed: int = 0,
         border: int | None = None,
+        reflect: bool = False,
     ) -> None:
-        self.border = border
+        self.border, self.reflect = border, reflect
         self._images = images
         self._rows = np.asarray(rows, dtype=np.int64)
         super().__init__(targets, classes, size=images.shape[1], augment=augment, flip=flip, seed=seed)
@@ -147,6 +150,8 @@ class ArrayImages(ImageDataset):
         if self.border is not None:
             padded += (self.border * _SCALE + _SHIFT).numpy()
         padded[:, :, PAD:-PAD, PAD:-PAD] = images
+        if self.reflect:
+            padded = np.pad(images.numpy(), ((0, 0), (0, 0), (PAD, PAD), (PAD, PAD)), mode="reflect")
         windows = np.lib.stride_tricks.sliding_window_view(padded, (self.size, self.size), axis=(2, 3))
         corner = (uniforms[:, :2] * (2 * PAD + 1)).astype(np.int64)
         out = windows[np.arange(len(padded)), :, corner[:, 0], corner[:, 1]]

@@ -204,6 +204,7 @@ def load(
     download: bool = True,
     skip_corrupt: bool = False,
     holdout: bool = True,
+    padding: str = "constant",
 ) -> Splits:
     """Ready-made splits of a data set.
 
@@ -232,6 +233,7 @@ def load(
             image is decoded once for that; without it such an image is an error when it is reached
         holdout: False fits the images that would be held back for validation too, for a study whose schedule is fixed
             beforehand and that chooses nothing; validation is then None, or the set's own validation part
+        padding: of training crops up to 64 px: "constant" as above, or "reflect" [code: attention transfer]
 
     Returns:
         Splits(train, validation, test, statistics, classes).
