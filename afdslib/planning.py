@@ -1,9 +1,13 @@
-"""The plan of a study: what it would do, what it would cost, and what this machine lacks. Nothing is trained."""
+"""The plan of a study: what it would do, what it would cost, and what this machine lacks.
+
+It only looks: nothing is trained, fetched, extracted, decoded or written.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -55,8 +59,9 @@ def describe(study: Study) -> str:
         cost = count * settings.steps * settings.batch_size * dense.total * (3 + teacher)
         total += cost
         lines.append(f"{name:34}{count:>6}{settings.steps:>12,}{settings.batch_size:>7}{cost:>16.3g}")
-    models = 2 + len(p.targets) * len(p.candidates) * len(p.seeds) * len(p.budgets)
-    kept = parameters * 4 * (models + sum(len(c.strengths) for c in p.candidates if len(c.strengths) > 1))
+    trials = sum(len(c.strengths) for c in p.candidates if len(c.strengths) > 1)
+    models = 2 + len(p.targets) * (len(p.candidates) * len(p.seeds) * len(p.budgets) + trials)
+    kept = parameters * 4 * models
     memory = _memory(gated, shape, p.transfer, parameters)
     lines += [
         f"{'total':34}{'':>25}{total:>16.3g}",
@@ -69,6 +74,7 @@ def describe(study: Study) -> str:
     missing = list(dict.fromkeys(_missing(study)))
     lines += ["", "missing on this machine:" if missing else "nothing is missing on this machine"]
     lines += [f"  - {item}" for item in missing]
+    lines += ["(files are looked for by name and size; a run verifies their checksums and opens them)"]
     if p.not_run:
         lines += ["", p.not_run]
     return "\n".join(lines)
@@ -92,7 +98,7 @@ def _stages(study: Study) -> Iterator[tuple[str, int, Optimisation, float]]:
         teacher = 0 if c.regulariser.name in ("l2", "l2sp") else 1
         name = c.regulariser.name
         if len(c.strengths) > 1:
-            yield f"trials, {name}", len(c.strengths), p.trial, teacher
+            yield f"trials, {name}", targets * len(c.strengths), p.trial, teacher
         yield f"unpruned, {name}", targets * seeds, p.transfer, teacher
         yield f"sweep, {name}", targets * seeds * (len(p.budgets) - 1), p.tuning, teacher
 
@@ -136,9 +142,10 @@ def _missing(study: Study) -> Iterator[str]:
             file, url = imagenet_file(p.network.name)
             if not file.exists():  # a plan looks, and downloads nothing
                 yield f"the ImageNet weights {file.name}, which a run fetches from {url} into {file.parent}"
-    needed = [*p.targets, *([p.source] if p.source_training.steps or p.afs_training.steps else [])]
-    for source in needed:
+        elif p.network.weights is not None and not Path(p.network.weights).expanduser().is_file():
+            yield f"the weight file {p.network.weights}"
+    for source in (*p.targets, *([p.source] if study.reads_source else [])):
         try:
-            data.load(source.name, source.root or None, per_class=source.per_class, size=source.size, download=False)
+            data.look(source.name, source.root or None)
         except AFDSError as error:
             yield str(error)

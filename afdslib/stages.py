@@ -9,6 +9,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from afdslib.training import Optimisation
 __all__ = ["MODEL", "AFSSourceRun", "DataSource", "Network", "SourceRun", "TransferRun"]
 
 MODEL, OBJECTIVE = "model.safetensors", "objective.safetensors"
+PUBLISHED_CLASSES = 1000  # ImageNet's
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,12 @@ class DataSource:
     size: int | None = None
     root: str = runs.unhashed("")
     padding: str = runs.added("constant")
+
+    @property
+    def title(self) -> str:
+        """Its name in tables and figures: cifar10-60 is CIFAR-10 with 60 fitting images per class."""
+        name = Path(self.name).name
+        return name if self.per_class is None else f"{name}-{self.per_class}"
 
     def load(self) -> Splits:
         return data.load(
@@ -116,10 +124,15 @@ class SourceRun:
     weight_decay: float = 5e-4
     seed: int = 0
 
+    @property
+    def published(self) -> bool:
+        """Whether finished weights are taken as they are, without a step and without a look at the data."""
+        return self.network.weights is not None and self.optimisation.steps == 0
+
     def execute(self, run: runs.Run) -> dict[str, Any]:
-        if self.network.weights is not None and self.optimisation.steps == 0:
+        if self.published:
             # Another classifier than ImageNet's is left out; the target gets a new one anyway.
-            model = self.network.build(1000, self.seed)
+            model = self.network.build(PUBLISHED_CLASSES, self.seed)
             run.write_artifact(MODEL, lambda path: afs.save(model, path))
             return {"steps": 0, "parameters": sum(p.numel() for p in model.parameters())}
         splits = self.data.load()

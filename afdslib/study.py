@@ -16,6 +16,7 @@ import torch
 
 from afdslib import paths, runs, training
 from afdslib._atomic import atomic_path, write_text
+from afdslib.data import Splits
 from afdslib.errors import AFDSError
 from afdslib.objectives import Regulariser
 from afdslib.profiles import Profile
@@ -58,8 +59,41 @@ class Study:
         self.profile = profile
         on_gpu = training.device().type != "cpu"
         self.workers = workers or (1 if on_gpu else training.cores())
+        if len(self.targets) < len(profile.targets):
+            raise AFDSError(f"two targets of the profile {profile.name} have the same title; give each its own data")
         # Values out of range are refused now, not after hours at the point that needs them.
         self.transfer_run(profile.candidates[0].regulariser, 0, budget=profile.budgets[-1] if profile.budgets else 1.0)
+
+    # data
+
+    @property
+    def targets(self) -> dict[str, DataSource]:
+        """The target data sets by the title they have in tables and figures, the primary one first."""
+        return {target.title: target for target in self.profile.targets}
+
+    @cached_property
+    def target_data(self) -> dict[str, Splits]:
+        """The targets' images, by title; the seed of the fitting images is the profile's."""
+        return {title: target.load() for title, target in self.targets.items()}
+
+    @cached_property
+    def source_data(self) -> Splits | None:
+        """The source's images, or None if no stage reads them: then the weights are published ones, taken as they are.
+
+        Raises:
+            AFDSError: if they are needed and missing.
+        """
+        return self.profile.source.load() if self.reads_source else None
+
+    @property
+    def reads_source(self) -> bool:
+        """Whether any stage reads the source's images."""
+        return not self.source_run.published or self.profile.afs_training.steps > 0
+
+    @property
+    def chance(self) -> dict[str, float]:
+        """The accuracy of guessing, by target."""
+        return {title: 1 / len(splits.classes) for title, splits in self.target_data.items()}
 
     # configurations
 
@@ -114,37 +148,51 @@ class Study:
         run = self.transfer_run(replace(regulariser, strength=strength), p.trial_seed, target=target)
         return replace(run, optimisation=p.trial, use_test=False)
 
-    def trials(self, target: DataSource | None = None) -> pd.DataFrame:
-        """Every strength tried for every regulariser, with its accuracy on validation images; no test image is read."""
-        target = target or self.profile.targets[0]
+    def trials(self) -> pd.DataFrame:
+        """Every strength tried for every regulariser on every target, with its accuracy on validation images.
+
+        No test image is read. Also written to trials.csv.
+        """
         tried = [
-            (c.regulariser.name, strength, self._trial_run(c.regulariser, strength, target))
+            (title, c.regulariser.name, strength, self._trial_run(c.regulariser, strength, target))
+            for title, target in self.targets.items()
             for c in self.profile.candidates
             if len(c.strengths) > 1
             for strength in c.strengths
         ]
-        results = self._compute([run for _, _, run in tried])
+        results = self._compute([run for *_, run in tried])
         rows = [
-            {"method": method, "strength": strength, "run": result.id}
+            {"target": title, "method": method, "strength": strength, "run": result.id}
             | {key: result.metrics.get(key, math.nan) for key in ("validation_accuracy", "train_accuracy")}
-            for (method, strength, _), result in zip(tried, results, strict=True)
+            for (title, method, strength, _), result in zip(tried, results, strict=True)
         ]
-        table = pd.DataFrame(rows, columns=["method", "strength", "validation_accuracy", "train_accuracy", "run"])
+        columns = ["target", "method", "strength", "validation_accuracy", "train_accuracy", "run"]
+        table = pd.DataFrame(rows, columns=columns)
         self._write("trials", table)
         return table
 
     @cached_property
-    def regularisers(self) -> dict[str, Regulariser]:
-        """The regularisers at the strengths that the trials chose; the smaller strength wins a tie."""
-        trials = self.trials()
-        chosen = {}
-        for c in self.profile.candidates:
-            strength = c.strengths[0]
-            if len(c.strengths) > 1:
-                mine = trials[trials.method == c.regulariser.name].sort_values("strength")
-                strength = float(mine.strength[mine.validation_accuracy.idxmax()])
-            chosen[c.regulariser.name] = replace(c.regulariser, strength=strength)
+    def _chosen(self) -> dict[str, dict[str, Regulariser]]:
+        trials, chosen = self.trials(), {}
+        for title in self.targets:
+            chosen[title] = {}
+            for c in self.profile.candidates:
+                strength = c.strengths[0]
+                if len(c.strengths) > 1:
+                    mine = trials[(trials.target == title) & (trials.method == c.regulariser.name)]
+                    mine = mine.sort_values("strength").fillna({"validation_accuracy": -1.0})  # a trial that diverged
+                    strength = float(mine.strength[mine.validation_accuracy.idxmax()])
+                chosen[title][c.regulariser.name] = replace(c.regulariser, strength=strength)
         return chosen
+
+    def chosen(self, target: DataSource | None = None) -> dict[str, Regulariser]:
+        """The regularisers at the strengths that a target's trials chose; the smaller strength wins a tie."""
+        return self._chosen[(target or self.profile.targets[0]).title]
+
+    @property
+    def regularisers(self) -> dict[str, Regulariser]:
+        """`chosen` for the primary target."""
+        return self.chosen()
 
     def sweep(self, methods: Iterable[str] | None = None, budgets: Sequence[float] | None = None) -> pd.DataFrame:
         """The pruning sweep: one row per target, method, seed and budget. Also written to sweep.csv.
@@ -156,20 +204,19 @@ class Study:
             budgets: default: all of the profile. The CSV is written for the whole sweep only.
         """
         p = self.profile
-        chosen = [self.regularisers[name] for name in methods or self.regularisers]
+        names = list(methods or (c.regulariser.name for c in p.candidates))
         wanted = [b for b in p.budgets if budgets is None or b in budgets]
         points = [
-            (target, regulariser, seed, budget)
+            (target, self.chosen(target)[name], seed, budget)
             for target in p.targets
             for seed in p.seeds
-            for regulariser in chosen
+            for name in names
             for budget in wanted
         ]
         results = self._compute([self.transfer_run(r, s, budget=b, target=t) for t, r, s, b in points])
         rows, missing = [], []
         for (target, regulariser, seed, budget), result in zip(points, results, strict=True):
-            name = target.name if target.per_class is None else f"{target.name}-{target.per_class}"
-            row = {"target": name, "method": regulariser.name, "strength": regulariser.strength, "seed": seed}
+            row = {"target": target.title, "method": regulariser.name, "strength": regulariser.strength, "seed": seed}
             if "diverged" in result.metrics:
                 missing.append(row | {"budget": budget, "reason": result.metrics["diverged"], "run": result.id})
             else:
@@ -182,9 +229,22 @@ class Study:
             self._write("missing", pd.DataFrame(missing, columns=columns))
         return table
 
-    def point(self, method: str, seed: int, budget: float) -> runs.Result:
-        """One finished point of the sweep, with its learning curve, gates and confusion matrix."""
-        return self._compute([self.transfer_run(self.regularisers[method], seed, budget=budget)])[0]
+    def point_run(
+        self, method: str, seed: int, *, budget: float = 1.0, target: DataSource | None = None
+    ) -> TransferRun:
+        """Configuration of one point of the sweep, at the strength that the target's trials chose."""
+        return self.transfer_run(self.chosen(target)[method], seed, budget=budget, target=target)
+
+    def point(self, method: str, seed: int, budget: float, target: DataSource | None = None) -> runs.Result:
+        """One finished point of the sweep, with its learning curve, gates and confusion matrix.
+
+        Args:
+            method: a regulariser by name.
+            seed: of the profile.
+            budget: of the profile.
+            target: default: the primary one.
+        """
+        return self._compute([self.point_run(method, seed, budget=budget, target=target)])[0]
 
     # computing
 
@@ -231,7 +291,7 @@ class Study:
         """Copies the sources and some points' networks to data/weights/<run id>.safetensors, with a model card.
 
         Args:
-            points: (method, seed, budget) of the sweep's networks to keep.
+            points: (method, seed, budget) of the networks to keep, of the primary target.
 
         Raises:
             AFDSError: for the demo, whose networks are never committed, or one that is not in the store.
@@ -239,7 +299,8 @@ class Study:
         if not self.profile.committed:
             raise AFDSError(f"networks of the profile {self.profile.name} are never committed")
         kept = [("source", self.source()), ("AFS source", self.afs_source())]
-        kept += [(f"{m}, seed {s}, {1 / b:g}x", self.point(m, s, b)) for m, s, b in points]
+        primary = next(iter(self.targets))
+        kept += [(f"{primary}, {m}, seed {s}, {1 / b:g}x", self.point(m, s, b)) for m, s, b in points]
         folder = paths.weights()
         rows = []
         for name, result in kept:
@@ -254,7 +315,7 @@ class Study:
             rows.append(f"| `{result.id}` | {name} | {accuracy} | {macs} |")
         card = MODEL_CARD.format(
             profile=self.profile.name, budget=self.profile.budget, source=self.profile.source.name,
-            targets=", ".join(t.name for t in self.profile.targets), rows="\n".join(rows),
+            targets=", ".join(self.targets), rows="\n".join(rows),
         )  # fmt: skip
         write_text(folder / f"{self.profile.name}-{self.profile.budget}.md", card)
         return folder

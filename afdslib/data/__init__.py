@@ -3,7 +3,7 @@
 from afdslib.data.catalogue import NAMES, target_40
 from afdslib.data.datasets import ArrayImages, FileImages, ImageDataset, collate, loader
 from afdslib.data.images import MEAN, STD, CorruptImageError
-from afdslib.data.load import Splits, load
+from afdslib.data.load import Splits, load, look
 from afdslib.data.report import describe, imbalance, prepare
 from afdslib.data.sources import FILES, Remote
 
@@ -23,6 +23,7 @@ __all__ = [
     "imbalance",
     "load",
     "loader",
+    "look",
     "prepare",
     "target_40",
 ]

@@ -19,7 +19,7 @@ from afdslib.data.archives import digest, extract, is_archive, write_text_atomic
 from afdslib.data.sources import Remote
 from afdslib.errors import AFDSError
 
-__all__ = ["places", "find", "fetch", "verify", "pin", "unpack", "missing_sentence"]
+__all__ = ["places", "find", "fetch", "check_size", "verify", "pin", "unpack", "missing_sentence"]
 
 
 def places(name: str, root: str | Path | None) -> list[Path]:
@@ -90,11 +90,11 @@ def _check_pin(file: Path) -> None:
         )
 
 
-def verify(file: Path, remote: Remote) -> None:
-    """Check size and checksum where a source gives them, else the pin.
+def check_size(file: Path, remote: Remote) -> None:
+    """Check a file's size where a source gives one; the file is not opened.
 
     Raises:
-        AFDSError: one of them differs
+        AFDSError: it differs
     """
     if remote.size is not None and file.stat().st_size != remote.size:
         state = "truncated" if file.stat().st_size < remote.size else "not the published file"
@@ -102,6 +102,15 @@ def verify(file: Path, remote: Remote) -> None:
             f"the file {file} is {state}: it has {file.stat().st_size:,} bytes instead of {remote.size:,}: "
             "delete it and fetch it again"
         )
+
+
+def verify(file: Path, remote: Remote) -> None:
+    """Check size and checksum where a source gives them, else the pin.
+
+    Raises:
+        AFDSError: one of them differs
+    """
+    check_size(file, remote)
     if remote.checksum is None:
         _check_pin(file)
         return

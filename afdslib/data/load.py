@@ -15,10 +15,11 @@ from afdslib.data.archives import SUFFIXES, is_archive
 from afdslib.data.catalogue import NAMES, SETS, DataSet, Layout, digits
 from afdslib.data.datasets import ArrayImages, Arrays, FileImages, Files, ImageDataset, Source
 from afdslib.data.images import SMALL, CorruptImageError, resized_to
+from afdslib.data.sources import Remote
 from afdslib.data.trees import Listing
 from afdslib.errors import AFDSError
 
-__all__ = ["Splits", "load"]
+__all__ = ["Splits", "load", "look"]
 
 
 @dataclass(frozen=True)
@@ -73,29 +74,70 @@ def _whole(name: str, value: object, least: int, *, none: bool = False) -> None:
         raise AFDSError(f"{name} must be a whole number of at least {least}{' or None' if none else ''}, not {value!r}")
 
 
-def _locate(name: str, spec: DataSet, root: str | Path | None, download: bool) -> _Located:
-    """Find the set in extracted or archive form, or download it."""
+def _search(spec: DataSet, root: str | Path | None) -> tuple[Layout, Path | None, list[Path]] | None:
+    """What is there of a set: its layout and the extracted folder, or else all of its files; None if some are missing.
+
+    Only looks: nothing is opened or written.
+    """
     folders = fetch.places(spec.base, root)
     for folder in folders:
         for layout in spec.layouts:
             if all((folder / marker).exists() for marker in layout.markers):
-                return _Located(folder, layout, None)
+                return layout, folder, []
             files = _found(layout, [folder])
             if files:
-                return _verified(spec, layout, files)
+                return layout, None, files
     for layout in spec.layouts:  # the files may lie in several of the folders
         files = _found(layout, folders)
         if files:
-            return _verified(spec, layout, files)
+            return layout, None, files
+    return None
+
+
+def _lacking(spec: DataSet, root: str | Path | None) -> list[Remote]:
+    """Those files of the layout to be fetched that are not there."""
     layout = next((one for one in reversed(spec.layouts) if all(r.url for r in one.remotes)), spec.layouts[-1])
-    missing = [remote for remote in layout.remotes if fetch.find(remote, folders) is None]
-    if not download or any(remote.url is None for remote in missing):
-        raise fetch.missing_sentence(spec.base, missing, "" if download else " and download=False")
-    for done, remote in enumerate(missing):
-        fetch.fetch(spec.base, remote, missing[done:])
-    files = _found(layout, fetch.places(spec.base, root))
-    assert files is not None
-    return _verified(spec, layout, files)
+    folders = fetch.places(spec.base, root)
+    return [remote for remote in layout.remotes if fetch.find(remote, folders) is None]
+
+
+def _locate(name: str, spec: DataSet, root: str | Path | None, download: bool) -> _Located:
+    """Find the set in extracted or archive form, or download it."""
+    there = _search(spec, root)
+    if there is None:
+        missing = _lacking(spec, root)
+        if not download or any(remote.url is None for remote in missing):
+            raise fetch.missing_sentence(spec.base, missing, "" if download else " and download=False")
+        for done, remote in enumerate(missing):
+            fetch.fetch(spec.base, remote, missing[done:])
+        there = _search(spec, root)
+        assert there is not None
+    layout, folder, files = there
+    return _Located(folder, layout, None) if folder is not None else _verified(spec, layout, files)
+
+
+def look(name: str, root: str | Path | None = None) -> None:
+    """Looks whether the files of a data set are there, with the sizes their sources give.
+
+    Nothing is opened, fetched, extracted or written, so checksums and contents stay unknown until `load`.
+
+    Args:
+        name: a known name, or a path
+        root: as for `load`
+
+    Raises:
+        AFDSError: an unknown name, a missing file, or one of another size
+    """
+    known = SETS.get(name)
+    if known is None:
+        _given_path(name, root)
+    elif known.base != "digits":
+        there = _search(known, root)
+        if there is None:
+            raise fetch.missing_sentence(known.base, _lacking(known, root), "")
+        layout, _, files = there
+        for file, remote in zip(files, layout.remotes, strict=False):
+            fetch.check_size(file, remote)
 
 
 def _verified(spec: DataSet, layout: Layout, files: list[Path]) -> _Located:
