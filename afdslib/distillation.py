@@ -22,6 +22,7 @@ from afdslib.data import Splits
 from afdslib.errors import AFDSError, DivergedError
 from afdslib.features import Teacher, feature_shapes, taps
 from afdslib.losses import BetaSchedule, Hint, at_loss, gradient_at_loss, input_gradient, nst_loss, soft_kl_loss
+from afdslib.losses._maps import full_precision
 from afdslib.objectives import Objective
 from afdslib.stages import MODEL, DataSource, Network
 from afdslib.training import Optimisation
@@ -157,6 +158,7 @@ class DistillationObjective(Objective):
         super().__init__(model, input_size=input_size, weight_decay=weight_decay, label_smoothing=label_smoothing)
         method.weight.check(steps)
         self.method, self.steps, self.step = method, steps, 0
+        self.calls_wrapper = method.transfer != "gradient-at"  # see `forward`; several processes need the wrapper
         self.pairs: list[tuple[str, str]] = []
         self.compared: list[tuple[int, int]] = []
         self.adapters = nn.ModuleList()
@@ -199,7 +201,9 @@ class DistillationObjective(Objective):
         else:
             with taps(inner, [name for name, _ in self.pairs]) as features:
                 logits = model(images)
-        cross_entropy = nn.functional.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
+        cross_entropy = nn.functional.cross_entropy(
+            full_precision(logits), labels, label_smoothing=self.label_smoothing
+        )
         terms: dict[str, Tensor] = {"cross_entropy": cross_entropy}
         loss = method.hard * cross_entropy
         if self.teacher is not None:

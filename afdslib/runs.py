@@ -65,6 +65,7 @@ __all__ = [
     "added",
     "computed_steps",
     "environment",
+    "folder",
     "from_json",
     "get_or_run",
     "list_runs",
@@ -514,7 +515,13 @@ def _cell(value: Any) -> Any:
 # -------------------------------------------------------------------------------------------------------- the store
 
 
-def get_or_run(config: Config, *, store: str | Path | None = None, needs: Sequence[str] = ()) -> Result:
+def get_or_run(
+    config: Config,
+    *,
+    store: str | Path | None = None,
+    needs: Sequence[str] = (),
+    started: Callable[[], None] | None = None,
+) -> Result:
     """The result of a run, computed if nobody has computed it yet and resumed if somebody started.
 
     Two processes that ask for the same run do not both compute it: the second waits for the first.
@@ -523,6 +530,7 @@ def get_or_run(config: Config, *, store: str | Path | None = None, needs: Sequen
         config: See `Config`.
         store: The folder of all runs; by default `paths.runs()`.
         needs: Artifacts that the caller will read. A result without them (a committed one) is computed again.
+        started: Called right before the run is computed or resumed, and not for one that is finished.
 
     Raises:
         AFDSError: A stored file is corrupted, or the store cannot be written.
@@ -543,6 +551,8 @@ def get_or_run(config: Config, *, store: str | Path | None = None, needs: Sequen
         run = Run(id, path, store)
         if not run.checkpoint_path.exists():  # killed before its first checkpoint: everything will be logged again
             _unlink(path / "metrics.csv")
+        if started is not None:
+            started()
         metrics = config.execute(run)
         run._write_times()
         record = {"id": id, "kind": type(config).__name__, "version": RESULTS_VERSION, "metrics": _plain(metrics)}
@@ -748,6 +758,11 @@ def _cpu_name() -> str:
     except OSError:
         match = None
     return match.group(1).strip() if match else platform.processor() or platform.machine()
+
+
+def folder(store: str | Path | None = None) -> Path:
+    """The folder of all runs: the given one, or `paths.runs()`."""
+    return _store(store)
 
 
 def _store(store: str | Path | None) -> Path:

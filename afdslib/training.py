@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import ctypes
 import itertools
-import logging
 import math
 import os
 import sys
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from afdslib import data, macs, runs
+from afdslib import data, distributed, macs, runs
 from afdslib.afs.graph import eval_mode
 from afdslib.afs.layer import AFSConvBN
 from afdslib.afs.masks import collect_statistics
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Evaluation", "Optimisation", "autocast", "device", "evaluate", "fit", "monitor_gates", "recalibrate"]
 
-_PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+_PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed", "fp64": "64-true"}
 
 
 @dataclass(frozen=True)
@@ -52,11 +51,14 @@ class Optimisation:
         warmup: share of the steps in which the rate rises linearly from 0.
         predictor_lr: multiplier on the learning rate of the gates' predictors. [ours]
         label_smoothing: of the cross-entropy.
-        precision: "fp32", "bf16" or "fp16" (the last two with autocast; gates always in float32).
+        precision: "fp32", "bf16" or "fp16" (the last two with autocast; gates always in float32), or "fp64" to compare
+            arithmetic.
         channels_last: memory format of images and weights.
         log_rows: rows of the learning curve, spread over the stage (at most one per step).
         recalibrate: re-estimate the batch norms' statistics on this many batches after each mask update; 0 for never.
         milestones: shares of the stage at which the rate drops, increasing, for the schedule "milestones".
+        sync_norm: with several processes, whether batch norm normalises by the images of all of them, as one process
+            would; else each by its own, so that the number of processes matters.
     """
 
     steps: int
@@ -76,6 +78,7 @@ class Optimisation:
     log_rows: int = 20
     recalibrate: int = 0
     milestones: tuple[float, ...] = runs.added(())
+    sync_norm: bool = runs.added(True)
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 0), ("batch_size", 1), ("log_rows", 1), ("recalibrate", 0)):
@@ -136,14 +139,16 @@ def cores() -> int:
 
 def autocast(where: torch.device, precision: str) -> torch.autocast:
     """The autocast context of a precision's name."""
-    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     return torch.autocast(where.type, dtype=dtype, enabled=dtype is not None)
 
 
 def workers(dataset: data.ImageDataset) -> int:
-    """Loader processes: none for images in memory, else one per core up to 8."""
-    images = dataset.dataset if isinstance(dataset, _First) else dataset
-    return 0 if isinstance(images, data.ArrayImages) else min(8, cores())
+    """Loader processes: none for images in memory, else one per core (shared by this machine's processes) up to 8."""
+    images = dataset
+    while isinstance(images, _Some):
+        images = images.dataset
+    return 0 if isinstance(images, data.ArrayImages) else max(1, min(8, cores() // distributed.local_world()))
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
@@ -159,6 +164,7 @@ class Evaluation:
         loss: mean cross-entropy, nats.
         confusion: images by (true class, predicted class).
         macs: mean per image, if asked for.
+        top5_accuracy: share of images whose class is among the five top ones (all of them for fewer classes).
     """
 
     accuracy: float
@@ -166,6 +172,7 @@ class Evaluation:
     loss: float
     confusion: list[list[int]]
     macs: macs.MACs | None
+    top5_accuracy: float = math.nan
 
 
 def evaluate(
@@ -176,18 +183,31 @@ def evaluate(
     precision: str = "fp32",
     count_macs: bool = False,
 ) -> Evaluation:
-    """Accuracy (and the gates' measured MACs) of a network on a split, in eval mode; the mode is restored."""
+    """Accuracy (and the gates' measured MACs) of a network on a split, in eval mode; the mode is restored.
+
+    Several processes evaluate a part each, and all get the whole result; MACs are measured by one process alone.
+    """
     where = next(model.parameters()).device
     classes = len(dataset.classes)
     confusion = torch.zeros(classes, classes, dtype=torch.int64)
-    loss = 0.0
+    loss, near = 0.0, 0
+    part: Any = dataset
+    if distributed.world() > 1:
+        if count_macs:
+            raise AFDSError("MACs are not counted by several processes; evaluate in one")
+        part = _Part(dataset, distributed.rank(), distributed.world())
     meter = macs.Meter(model) if count_macs else None
     with eval_mode(model), torch.no_grad(), autocast(where, precision), meter or nullcontext():
-        for images, labels in data.loader(dataset, batch_size, workers=workers(dataset)):
-            logits = model(_to(images, where, channels_last=True)).float().cpu()
+        for images, labels in data.loader(part, batch_size, workers=workers(dataset)):
+            logits = model(_to(images, where, channels_last=True, precision=precision)).float().cpu()
+            near += int((logits.topk(min(5, classes)).indices == labels[:, None]).sum())
             loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
             pairs = labels * classes + logits.argmax(1)
             confusion += torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+    if distributed.world() > 1:
+        confusion = distributed.total(confusion)
+        loss = float(distributed.total(torch.tensor(loss, dtype=torch.float64)))
+        near = int(distributed.total(torch.tensor(near)))
     images_seen = int(confusion.sum())
     if not images_seen:
         raise AFDSError("the split to evaluate has no image")
@@ -198,6 +218,7 @@ def evaluate(
         loss=loss / images_seen,
         confusion=confusion.tolist(),
         macs=meter.macs() if meter else None,
+        top5_accuracy=near / images_seen,
     )
 
 
@@ -226,14 +247,11 @@ def monitor_gates(model: nn.Module, dataset: data.ImageDataset, *, images: int =
     }
 
 
-class _First(torch.utils.data.Dataset):
-    """Evenly spaced images of a split, so that every class is among them."""
+class _Some(torch.utils.data.Dataset):
+    """Some images of a split."""
 
-    def __init__(self, dataset: data.ImageDataset, images: int):
-        self.dataset = dataset
-        count = min(images, len(dataset))
-        self.indices = [i * len(dataset) // count for i in range(count)]
-
+    def __init__(self, dataset: data.ImageDataset, indices: list[int]):
+        self.dataset, self.indices = dataset, indices
         self.classes, self.size = dataset.classes, dataset.size
 
     def __len__(self) -> int:
@@ -244,6 +262,21 @@ class _First(torch.utils.data.Dataset):
 
     def __getitems__(self, indices: list[int]) -> Any:
         return self.dataset.__getitems__([self.indices[i] for i in indices])
+
+
+class _First(_Some):
+    """Evenly spaced images of a split, so that every class is among them."""
+
+    def __init__(self, dataset: data.ImageDataset, images: int):
+        count = min(images, len(dataset))
+        super().__init__(dataset, [i * len(dataset) // count for i in range(count)])
+
+
+class _Part(_Some):
+    """Every n-th image of a split: one process's part of an evaluation."""
+
+    def __init__(self, dataset: Any, rank: int, world: int):
+        super().__init__(dataset, list(range(rank, len(dataset), world)))
 
 
 def first(dataset: data.ImageDataset, images: int) -> Any:
@@ -290,8 +323,9 @@ def _keep_freed_memory() -> None:
         pass
 
 
-def _to(images: Tensor, where: torch.device, *, channels_last: bool) -> Tensor:
+def _to(images: Tensor, where: torch.device, *, channels_last: bool, precision: str = "fp32") -> Tensor:
     images = images.to(where, non_blocking=True)
+    images = images.double() if precision == "fp64" else images
     return images.contiguous(memory_format=torch.channels_last) if channels_last else images
 
 
@@ -305,12 +339,15 @@ def _batches(dataset: data.ImageDataset, batch_size: int, seed: int, epoch: int)
 def batches_from(
     dataset: data.ImageDataset, batch_size: int, seed: int, step: int
 ) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
-    """Endless (epoch, batch) from a step on, the same whether or not the run was interrupted before it."""
+    """Endless (epoch, batch) from a step on, the same whether or not the run was interrupted before it.
+
+    Of several processes each gets its share of the same batches.
+    """
     per_epoch = len(_batches(dataset, batch_size, seed, 0))
     epoch, position = divmod(step, per_epoch)
     while True:
         dataset.set_epoch(epoch)
-        todo = _batches(dataset, batch_size, seed, epoch)[position:]
+        todo = [distributed.share(batch) for batch in _batches(dataset, batch_size, seed, epoch)[position:]]
         # With a generator of its own a loader draws nothing from torch's, which a resumed run would draw twice.
         loader = DataLoader(
             dataset,
@@ -380,6 +417,9 @@ def fit(
 ) -> nn.Module:
     """Trains a network in place, resuming from the run's checkpoint if there is one.
 
+    Called by every process that a launcher started, it trains one network with all of them: each takes its share of
+    every batch, and the first writes. Their random draws inside the network (dropout) are not those of one process.
+
     Args:
         model: the network; moved to the accelerator if there is one.
         dataset: the fitting images, with augmentation.
@@ -398,11 +438,7 @@ def fit(
     Raises:
         AFDSError: when the loss is not finite, naming the step and the term; nothing of that step is saved.
     """
-    from lightning.fabric import Fabric  # seconds to import, and only training needs it
-
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    fabric = Fabric(accelerator="auto", devices=1, precision=_PRECISIONS[settings.precision])  # type: ignore[arg-type]
+    fabric = distributed.fabric(_PRECISIONS[settings.precision])
     if fabric.device.type == "cpu":
         _keep_freed_memory()
     torch.manual_seed(seed)
@@ -412,10 +448,19 @@ def fit(
     layout = torch.channels_last if settings.channels_last else torch.preserve_format
     model.to(device=fabric.device, memory_format=layout)  # type: ignore[call-overload]
     objective.place(fabric.device)
+    wide = torch.float64 if settings.precision == "fp64" else torch.float32
+    if settings.precision == "fp64":
+        model.double()
+        objective.double()
+        if (teacher := getattr(objective, "teacher", None)) is not None:
+            teacher.model.double()
+    if distributed.world() > 1 and not getattr(objective, "calls_wrapper", True):
+        raise AFDSError("the objective differentiates the network twice, which several processes cannot share; use one")
     optimiser = torch.optim.SGD(
         _groups(model, objective, settings), lr=settings.lr, momentum=settings.momentum, nesterov=settings.nesterov
     )
     wrapped, optimiser = fabric.setup(model, optimiser)
+    own = list(objective.parameters())  # unknown to the wrapper
     scaler = fabric.strategy.precision
 
     state = run.load_checkpoint()
@@ -445,7 +490,7 @@ def fit(
 
     per_epoch = len(_batches(dataset, settings.batch_size, seed, 0))
     rows = {round((i + 1) * settings.steps / settings.log_rows) for i in range(settings.log_rows)} | {settings.steps}
-    progress = _Progress(label or run.id, settings.steps, step)
+    progress = _Progress(label or run.id, settings.steps, step, silent=distributed.rank() > 0)
     pending: list[Tensor] = []
     looked_at = 0
     names: list[str] = []
@@ -462,29 +507,32 @@ def fit(
         for group in optimiser.param_groups:
             group["lr"] = settings.lr * group["scale"] * factor
         epoch, (images, labels) = next(stream)
-        images = _to(images, fabric.device, channels_last=settings.channels_last)
+        images = _to(images, fabric.device, channels_last=settings.channels_last, precision=settings.precision)
         labels = labels.to(fabric.device, non_blocking=True)
         try:
-            with fabric.autocast():
+            with fabric.autocast(), distributed.synchronised_norms(model, settings.sync_norm):
                 loss, terms, logits = objective(wrapped, images, labels)
         except AFDSError as error:  # a term that refuses its input does not know the step
             raise AFDSError(f"the loss cannot be computed at step {step + 1}: {error}") from error
         optimiser.zero_grad()
         fabric.backward(loss)
+        distributed.average_gradients(own)
         optimiser.step()
         step += 1
         names = ["loss", *terms]
-        pending.append(torch.stack([loss.detach().float(), *(t.detach().float() for t in terms.values())]))
+        pending.append(torch.stack([loss.detach().to(wide), *(t.detach().to(wide) for t in terms.values())]))
         correct = correct + (logits.detach().argmax(1) == labels).sum()
         seen += len(labels)
         # On a GPU, looking at the loss waits for it; so it is looked at every 50 steps, and the step is still named.
         if fabric.device.type == "cpu" or len(pending) - looked_at >= 50 or step in rows:
+            pending[looked_at:] = distributed.average(torch.stack(pending[looked_at:])).unbind()
             _refuse_non_finite(pending[looked_at:], names, step, optimiser.param_groups[0]["lr"])
             looked_at = len(pending)
         if step in rows:
             means = torch.stack(pending).double().mean(0).tolist()
             row: dict[str, float] = {"step": step, "epoch": step / per_epoch, "lr": settings.lr * factor}
-            row |= dict(zip(names, means, strict=True)) | {"train_accuracy": float(correct) / seen}
+            right = distributed.average(torch.as_tensor(correct, dtype=torch.float64))
+            row |= dict(zip(names, means, strict=True)) | {"train_accuracy": float(right) / seen}
             row |= objective.diagnostics(model) | happened
             if monitor is not None:
                 row |= monitor_gates(model, monitor)
@@ -546,11 +594,11 @@ def _restore_rng(state: dict[str, Any]) -> None:
 class _Progress:
     """A tqdm bar in a terminal; elsewhere one line on stderr per row of a long stage, one line for a short one."""
 
-    def __init__(self, label: str, steps: int, start: int):
-        self._label, self._steps, self._long = label, steps, steps > 400
+    def __init__(self, label: str, steps: int, start: int, *, silent: bool = False):
+        self._label, self._steps, self._long, self._silent = label, steps, steps > 400, silent
         self._bar = None
         self._last: Mapping[str, float] = {}
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not silent:
             from tqdm import tqdm
 
             self._bar = tqdm(total=steps, initial=start, desc=label, mininterval=1, leave=False)
@@ -573,6 +621,8 @@ class _Progress:
             self._print()
 
     def _print(self) -> None:
+        if self._silent:
+            return
         shown = {
             k: v
             for k, v in self._last.items()
