@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +13,13 @@ from torch import Tensor, nn
 from afdslib.afs.graph import living_channels
 from afdslib.backbones import classifier_name
 from afdslib.errors import AFDSError
-from afdslib.features import Teacher, feature_names, feature_shapes, taps
+from afdslib.features import Teacher, feature_names, taps
 from afdslib.losses.afd import AFDLoss, fit_attention
-from afdslib.losses.delta import DELTALoss, uniform_weights
-from afdslib.losses.l2sp import L2SP
+from afdslib.regularisers import KINDS, Channels, Seen, Setting, kept_flags, widened
 
-__all__ = ["REGULARISERS", "Objective", "Regulariser"]
+__all__ = ["REGULARISERS", "Objective", "Penalty", "Regulariser"]
 
-REGULARISERS = ("l2", "l2sp", "feature-map", "afd")
+REGULARISERS = tuple(KINDS)
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class Regulariser:
     """A regulariser and its strength.
 
     Attributes:
-        name: "l2" (weight decay only), "l2sp", "feature-map" or "afd".
-        strength: l2: weight decay of every parameter; l2sp: alpha; feature-map and afd: lambda.
+        name: "l2" (weight decay only), "l2sp", "feature-map", "afd", "lwf", "delta" or "at"; see `regularisers.KINDS`.
+        strength: l2: weight decay of every parameter; l2sp: alpha; the others: lambda.
         classifier_decay: weight decay of the classifier where `strength` is not that already. [code: DELTA]
         features: which maps are compared: "block" or "convbn".
         attention: of AFD: "joint" or "detached".
@@ -54,6 +55,19 @@ class Regulariser:
                 raise AFDSError(f"{field} must be {known[0]!r} or {known[1]!r}, got {getattr(self, field)!r}")
 
 
+class Penalty(Protocol):
+    """Something else that is added to the loss, such as an L1 term of a selection method.
+
+    `watch` surrounds the forward pass; `add` gets the loss so far and returns the new one with named terms.
+    """
+
+    def watch(self, model: nn.Module) -> AbstractContextManager: ...
+
+    def add(
+        self, loss: Tensor, model: nn.Module, images: Tensor, logits: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Mapping[str, Tensor]]: ...
+
+
 class Objective(nn.Module):
     """Cross-entropy, optionally with a regulariser against a frozen source network.
 
@@ -64,6 +78,9 @@ class Objective(nn.Module):
         input_size: (3, H, W).
         weight_decay: for plain training without a regulariser.
         label_smoothing: of the cross-entropy.
+        channels: which of the source's channels a statically pruned network has; features are compared on these.
+        weights: DELTA's channel weights by layer.
+        penalties: added to the loss after the regulariser.
 
     Attributes:
         weight_decay: of backbone and predictors, applied by the optimiser.
@@ -79,42 +96,53 @@ class Objective(nn.Module):
         *,
         weight_decay: float = 0.0,
         label_smoothing: float = 0.0,
+        channels: Channels | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+        penalties: Sequence[Penalty] = (),
     ):
         super().__init__()
         self.regulariser = regulariser
         self.label_smoothing = label_smoothing
         self.weight_decay = self.classifier_decay = weight_decay
         self.input_size = input_size
+        self.penalties = tuple(penalties)
         self.teacher: Teacher | None = None
-        self.term: AFDLoss | DELTALoss | None = None
+        self.term: Any = None  # the regulariser's module where it has one
         self.strength = 0.0 if regulariser is None else regulariser.strength
-        self._l2sp: L2SP | None = None
+        self._kind = None if regulariser is None else KINDS[regulariser.name]
+        self._l2sp: nn.Module | None = None
         self._names: list[str] = []
-        if regulariser is None:
+        self._kept: Mapping[str, Tensor] = {}
+        self._widths: dict[str, int] = {}
+        if regulariser is None or self._kind is None:
             return
-        if regulariser.name == "l2":
+        if self._kind.is_decay:
             self.weight_decay = self.classifier_decay = regulariser.strength
+        else:
+            self.weight_decay = 0.0
+            self.classifier_decay = 0.0 if self._kind.weights_classifier else regulariser.classifier_decay
+        if not self._kind.needs_source:
             return
-        self.weight_decay, self.classifier_decay = 0.0, regulariser.classifier_decay
         if source is None:
             raise AFDSError(f"the regulariser {regulariser.name!r} needs the source network")
-        if regulariser.name == "l2sp":
-            # The starting point is the source itself, also for a network that was trained and pruned since.
-            self._l2sp = L2SP(
-                model,
-                alpha=regulariser.strength,
-                beta=regulariser.classifier_decay,
-                reference=dict(source.named_parameters()),
-            )
-            self.classifier_decay = 0.0  # beta is in the loss already
-            return
-        self._names = feature_names(model, regulariser.features)
-        self.teacher = Teacher(source, self._names)
-        shapes = feature_shapes(model, self._names, input_size)
-        if regulariser.name == "afd":
-            self.term = AFDLoss(shapes, attention=regulariser.attention)
+        setting = Setting(regulariser, model, source, input_size, channels, weights)
+        if self._kind.taps:
+            self._names = feature_names(model, regulariser.features)
+        if self._kind.needs_teacher:
+            self.teacher = Teacher(source, self._names)
+        setattr(self, self._kind.slot, self._kind.build(setting))
+        if channels is not None and self._kind.needs_teacher:
+            self._narrow(setting, channels.kept)
+
+    def _narrow(self, setting: Setting, kept: Mapping[str, Tensor]) -> None:
+        """The network has only some of the source's channels: those are compared."""
+        head = classifier_name(setting.source)
+        self._kept = {name: kept[name] for name in (*self._names, *(() if self._names else (head,)))}
+        if self._names:
+            self._widths = {name: shape[0] for name, shape in setting.shapes().items()}
+            self.term.set_alive(kept_flags(self._kept, self._widths, self._names))
         else:
-            self.term = DELTALoss(uniform_weights(shapes))
+            self._widths = {head: setting.source.get_submodule(head).in_features}  # type: ignore[dict-item]
 
     def place(self, device: torch.device) -> None:
         """Moves the objective and its teacher, which is deliberately no submodule, to a device."""
@@ -135,31 +163,59 @@ class Objective(nn.Module):
         device = next(self.term.parameters()).device
         return fit_attention(self.term, lambda images: teacher(images.to(device))[1], batches, num_classes)
 
+    def inherit(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over what the objective of the larger network before has learnt; its starting point is made anew."""
+        own = {name: value for name, value in state.items() if not name.startswith("_l2sp.")}
+        mine = {name for name in self.state_dict() if not name.startswith("_l2sp.")}
+        if set(own) != mine:
+            raise AFDSError(f"the state of another regulariser than {self.regulariser} cannot be taken over")
+        flags = {n: b.clone() for n, b in self.named_buffers() if "alive" in n}
+        self.load_state_dict(own, strict=False)
+        for name, flag in flags.items():  # the masks are this network's own
+            self.get_buffer(name).copy_(flag)
+
     def masks_changed(self, model: nn.Module) -> None:
         """Leaves channels that the masks prove zero out of the feature terms."""
-        if self.term is not None:
+        if self._names and not self._kept:
             self.term.set_alive(living_channels(model, self._names, self.input_size))
 
     def forward(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Mapping[str, Tensor], Tensor]:
         """(loss, named terms, logits) of one batch. Terms that are no losses, such as the entropy, are only logged."""
         inner = getattr(model, "module", model)
-        with taps(inner, self._names) as features:
+        with ExitStack() as stack:
+            features = stack.enter_context(taps(inner, self._names))
+            inputs = stack.enter_context(_classifier_inputs(inner, self.teacher is not None and not self._names))
+            for penalty in self.penalties:
+                stack.enter_context(penalty.watch(inner))
             logits = model(images)
         loss = nn.functional.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
         terms: dict[str, Tensor] = {"cross_entropy": loss}
-        if self._l2sp is not None:
-            penalties = self._l2sp()
-            terms |= penalties
-            loss = loss + penalties["l2sp"] + penalties["l2"]
-        if self.term is not None and self.teacher is not None:
-            _, source_features = self.teacher(images)
-            measured = self.term(features, source_features)
-            if isinstance(measured, Tensor):
-                measured = {"feature_map": measured}
+        if self._kind is not None and self._kind.needs_source:
+            measured = self._measure(features, inputs, images)
             terms |= measured
-            # The first entry is the loss; the others (the attention's entropy) are only watched.
-            loss = loss + self.strength * next(iter(measured.values()))
+            if self._kind.weighted:
+                for value in measured.values():
+                    loss = loss + value
+            else:
+                # The first entry is the loss; the others (the attention's entropy) are only watched.
+                loss = loss + self.strength * next(iter(measured.values()))
+        for penalty in self.penalties:
+            loss, added = penalty.add(loss, inner, images, logits, labels)
+            terms |= added
         return loss, terms, logits
+
+    def _measure(self, features: Mapping[str, Tensor], inputs: list[Tensor], images: Tensor) -> dict[str, Tensor]:
+        assert self._kind is not None
+        source_logits, source_features = (None, {}) if self.teacher is None else self.teacher(images)
+        if self._kept and self._names:
+            features = {n: widened(x, self._kept[n], self._widths[n]) for n, x in features.items()}
+        entering = inputs[0] if inputs else None
+        if self._kept and entering is not None:
+            ((head, kept),) = self._kept.items()
+            entering = widened(entering, kept, self._widths[head])
+        return self._kind.measure(
+            getattr(self, self._kind.slot), Seen(features, entering, source_features, source_logits)
+        )
 
     @torch.no_grad()
     def diagnostics(self, model: nn.Module) -> dict[str, float]:
@@ -172,3 +228,18 @@ class Objective(nn.Module):
             decay = self.classifier_decay if id(parameter) in head else self.weight_decay
             total += decay / 2 * float(parameter.square().sum()) if decay else 0.0
         return {"l2": total}
+
+
+@contextmanager
+def _classifier_inputs(model: nn.Module, wanted: bool) -> Iterator[list[Tensor]]:
+    """Collects what enters the classifier; the hook is gone when the block ends."""
+    inputs: list[Tensor] = []
+    if not wanted:
+        yield inputs
+        return
+    head = model.get_submodule(classifier_name(model))
+    handle = head.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    try:
+        yield inputs
+    finally:
+        handle.remove()

@@ -53,8 +53,12 @@ def load(path: str | Path) -> nn.Module:
         raise AFDSError(f"no file {str(path)!r}; give the path of a network written by afs.save") from None
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise AFDSError(f"{str(path)!r} is damaged or was not written by afs.save ({error})") from None
-    gates = architecture.pop("gates", None)
+    gates, kept = architecture.pop("gates", None), architecture.pop("kept", None)
     model = backbones.build(**architecture)
+    if kept is not None:  # a network that static pruning has made narrower
+        from afdslib.selection.groups import shrink
+
+        model = shrink(model, {name: tuple(positions) for name, positions in kept.items()})
     if gates is not None:
         model = convert(_unit_scales(model), gates=gates)
     dtype = next((t.dtype for n, t in state.items() if n.endswith("weight")), None)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import AFDSError
 from . import _checks
 from ._maps import full_precision, match_size
 
-__all__ = ["at_loss", "attention_map", "gradient_at_loss", "input_gradient"]
+__all__ = ["ATLoss", "at_loss", "attention_map", "gradient_at_loss", "input_gradient"]
 
 
 def attention_map(features: Tensor, p: float = 2) -> Tensor:
@@ -80,6 +82,54 @@ def at_loss(student: Tensor, teacher: Tensor, *, p: float = 2, mode: str = "code
     else:
         loss = torch.linalg.vector_norm(difference, dim=1).mean()
     return _checks.finite(loss, student_map=student, teacher_map=teacher)
+
+
+class ATLoss(nn.Module):
+    """The sum of `at_loss` over layers, each network's map taken over the channels that the student still has.
+
+    Args:
+        names: The layers.
+        mode: See `at_loss`.
+    """
+
+    def __init__(self, names: Iterable[str], *, mode: str = "code") -> None:
+        super().__init__()
+        self.names = list(names)
+        if not self.names:
+            raise AFDSError("Attention transfer was given no layer; name at least one.")
+        self.mode = mode
+        self.alive: dict[str, Tensor] = {}
+
+    def set_alive(self, alive: Mapping[str, Tensor] | None) -> None:
+        """Leaves channels out of both maps, such as those a pruned student no longer has.
+
+        Args:
+            alive: (C,) of bool for some or all layers, False for a channel to leave out; None: all count.
+        """
+        self.alive = {name: mask.detach() for name, mask in (alive or {}).items()}
+        for name, mask in self.alive.items():
+            if name not in self.names or mask.dtype != torch.bool or not bool(mask.any()):
+                raise AFDSError(
+                    f"The living channels of {name} are not flags of a known layer with at least one set; the layers "
+                    f"are {', '.join(self.names)}."
+                )
+
+    def forward(self, student: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> Tensor:
+        """The loss.
+
+        Args:
+            student: (B, C, H, W) of each layer.
+            source: The teacher's for the same images, without gradient.
+        """
+        terms = []
+        for name in self.names:
+            a, b = student[name], source[name]
+            if name in self.alive and not bool(self.alive[name].all()):
+                keep = self.alive[name].to(a.device).nonzero().flatten()
+                # Zero channels add nothing to the student's energy, whose scale the norm takes out.
+                b = b.index_select(1, keep)
+            terms.append(at_loss(a, b, mode=self.mode))
+        return torch.stack(terms).sum()
 
 
 def input_gradient(logits: Tensor, target: Tensor, inputs: Tensor, *, create_graph: bool = True) -> Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+import copy
+
+from torch import Tensor, nn
 
 from .kd import soft_kl_loss
 
-__all__ = ["lwf_loss"]
+__all__ = ["LwFLoss", "lwf_loss"]
 
 
 def lwf_loss(logits: Tensor, old_logits: Tensor, *, T: float = 2.0) -> Tensor:
@@ -25,3 +27,26 @@ def lwf_loss(logits: Tensor, old_logits: Tensor, *, T: float = 2.0) -> Tensor:
         two (B, old classes); the result is a scalar, mean over the batch.
     """
     return soft_kl_loss(logits, old_logits, T=T)
+
+
+class LwFLoss(nn.Module):
+    """`lwf_loss` behind the source's classifier, which goes on learning with the target network.
+
+    Training it along with the rest is the paper's joint optimisation; its warm-up of the new classifier alone is left
+    out, so that all methods take the same steps. [recall; the last ours]
+
+    Args:
+        head: The source's classifier; copied.
+        T: Temperature.
+
+    Shape:
+        forward takes the target network's classifier inputs (B, C) and the source's logits (B, old classes).
+    """
+
+    def __init__(self, head: nn.Linear, *, T: float = 2.0) -> None:
+        super().__init__()
+        self.head = copy.deepcopy(head).requires_grad_(True)
+        self.T = T
+
+    def forward(self, inputs: Tensor, old_logits: Tensor) -> Tensor:
+        return lwf_loss(self.head(inputs), old_logits, T=self.T)
