@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from afdslib.afs.channels import GroupedConv2d
 from afdslib.afs.graph import eval_mode, propagate, shapes, trace
 from afdslib.afs.layer import AFSConvBN
 from afdslib.errors import AFDSError
@@ -50,6 +51,11 @@ def count(model: nn.Module, input_size: tuple[int, int, int]) -> MACs:
     by_layer: dict[str, float] = {}
     handles = []
     gate_layers = {f"{n}.predictor" for n, m in model.named_modules() if isinstance(m, AFSConvBN)}
+    # A convolution inside an AFS layer goes by the layer's name: dense and gated counts compare by name.
+    owners: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (AFSConvBN, GroupedConv2d)):
+            owners[f"{name}.conv"] = owners.get(name, name)
 
     def hook(name: str):
         def record(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -59,13 +65,7 @@ def count(model: nn.Module, input_size: tuple[int, int, int]) -> MACs:
 
     for name, module in model.named_modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)) and name not in gate_layers:
-            # A convolution inside an AFS layer goes by the layer's name: dense and gated counts compare by name.
-            owner = (
-                name.removesuffix(".conv")
-                if name.endswith(".conv") and f"{name[:-5]}.predictor" in gate_layers
-                else name
-            )
-            handles.append(module.register_forward_hook(hook(owner)))
+            handles.append(module.register_forward_hook(hook(owners.get(name, name))))
     parameter = next(model.parameters())
     try:
         with eval_mode(model), torch.no_grad():
@@ -144,7 +144,7 @@ class Meter:
                 inputs = batch * module.conv.in_channels if entering is None else float(entering.sum())
                 self._predictors += inputs * float((module.m * module.s).sum())
                 self._add(node, _conv_macs(module.conv, entering, leaving, batch, self._shapes[node.name]))
-            elif isinstance(module, nn.Conv2d):
+            elif isinstance(module, (nn.Conv2d, GroupedConv2d)):
                 self._add(node, _conv_macs(module, entering, None, batch, self._shapes[node.name]))
             elif isinstance(module, nn.Linear):
                 inputs = batch * module.in_features if entering is None else float(entering.sum())
@@ -171,9 +171,12 @@ class Meter:
 
 
 def _conv_macs(
-    conv: nn.Conv2d, entering: Tensor | None, leaving: Tensor | None, batch: int, shape: tuple[int, ...]
+    conv: Any, entering: Tensor | None, leaving: Tensor | None, batch: int, shape: tuple[int, ...]
 ) -> float:
     """Sum over the batch of H'W' k^2 * sum over groups of (active inputs * active outputs)."""
+    if isinstance(conv, GroupedConv2d):
+        entering, leaving = conv.slots(entering, leaving)
+        conv = conv.conv
     per_pair = shape[2] * shape[3] * conv.kernel_size[0] * conv.kernel_size[1]
     inputs = torch.tensor(conv.in_channels / conv.groups) if entering is None else _per_group(entering, conv.groups)
     outputs = torch.tensor(conv.out_channels / conv.groups) if leaving is None else _per_group(leaving, conv.groups)
@@ -223,7 +226,7 @@ def parameters(model: nn.Module, input_size: tuple[int, int, int]) -> int:
             inputs = conv.in_channels if entering is None else float((entering > 0).sum())
             total += _conv_weights(conv, entering, leaving) + (alive if conv.bias is not None else 0)
             total += dynamic * (inputs + 1) + (alive - dynamic) + alive
-        elif isinstance(module, nn.Conv2d):
+        elif isinstance(module, (nn.Conv2d, GroupedConv2d)):
             total += _conv_weights(module, entering, None) + (module.out_channels if module.bias is not None else 0)
         elif isinstance(module, nn.Linear):
             inputs = module.in_features if entering is None else float((entering > 0).sum())
@@ -233,5 +236,5 @@ def parameters(model: nn.Module, input_size: tuple[int, int, int]) -> int:
     return round(total)
 
 
-def _conv_weights(conv: nn.Conv2d, entering: Tensor | None, leaving: Tensor | None) -> float:
+def _conv_weights(conv: Any, entering: Tensor | None, leaving: Tensor | None) -> float:
     return _conv_macs(conv, entering, leaving, 1, (1, conv.out_channels, 1, 1))

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from afdslib.afs.channels import ChannelOp
 from afdslib.afs.layer import AFSConvBN
 from afdslib.errors import AFDSError
 
-__all__ = ["eval_mode", "living_channels", "propagate", "shapes", "trace"]
+__all__ = ["eval_mode", "keeps_channels", "living_channels", "propagate", "shapes", "trace"]
 
 # Modules and functions that map a zero channel to a zero channel and leave the channels in their order.
 _KEEP_MODULES = (
@@ -30,9 +31,14 @@ _KEEP_FUNCTIONS = {
 }  # fmt: skip
 
 
+def keeps_channels(module: nn.Module) -> bool:
+    """Whether a layer maps a zero channel to a zero channel and leaves the channels in their order."""
+    return isinstance(module, _KEEP_MODULES)
+
+
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        return isinstance(module, AFSConvBN) or super().is_leaf_module(module, qualified_name)
+        return isinstance(module, (AFSConvBN, ChannelOp)) or super().is_leaf_module(module, qualified_name)
 
 
 def trace(model: nn.Module) -> fx.Graph:
@@ -88,6 +94,8 @@ def propagate(
             module = modules[node.target]
             if isinstance(module, AFSConvBN):
                 result = active[node.target]
+            elif isinstance(module, ChannelOp):
+                result = module.channels([sets[n] for n in node.args])
             elif isinstance(module, _KEEP_MODULES):
                 result = first
             elif isinstance(module, nn.Flatten):

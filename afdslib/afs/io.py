@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -17,8 +18,15 @@ from afdslib.errors import AFDSError
 __all__ = ["load", "save"]
 
 
-def save(model: nn.Module, path: str | Path) -> None:
-    """Writes a network built by `backbones.build`, converted or not, to one safetensors file, atomically.
+def save(model: nn.Module, path: str | Path, *, metadata: dict[str, str] | None = None) -> None:
+    """Writes a network built by `backbones.build` (plain, converted or compact) to one safetensors file, atomically.
+
+    Of a compact network the file says by which masks it was cut, so that `load` can cut a fresh one alike.
+
+    Args:
+        model: the network.
+        path: the file.
+        metadata: more texts by name for the file's header, such as class names.
 
     Raises:
         AFDSError: for a network whose architecture is not known (not built by `backbones.build`).
@@ -33,7 +41,7 @@ def save(model: nn.Module, path: str | Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     try:
-        save_file(tensors, temporary, metadata={"afds": json.dumps(architecture, sort_keys=True)})
+        save_file(tensors, temporary, metadata={**(metadata or {}), "afds": json.dumps(architecture, sort_keys=True)})
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -53,14 +61,10 @@ def load(path: str | Path) -> nn.Module:
         raise AFDSError(f"no file {str(path)!r}; give the path of a network written by afs.save") from None
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise AFDSError(f"{str(path)!r} is damaged or was not written by afs.save ({error})") from None
-    gates, kept = architecture.pop("gates", None), architecture.pop("kept", None)
-    model = backbones.build(**architecture)
-    if kept is not None:  # a network that static pruning has made narrower
-        from afdslib.selection.groups import shrink
-
-        model = shrink(model, {name: tuple(positions) for name, positions in kept.items()})
-    if gates is not None:
-        model = convert(_unit_scales(model), gates=gates)
+    try:
+        model = _rebuild(architecture)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise AFDSError(f"{str(path)!r} describes no network that can be built here ({error})") from None
     dtype = next((t.dtype for n, t in state.items() if n.endswith("weight")), None)
     try:
         model.to(dtype).load_state_dict(state)
@@ -69,6 +73,25 @@ def load(path: str | Path) -> nn.Module:
             f"{str(path)!r} does not fit its own architecture ({str(error).splitlines()[-1].strip()})"
         ) from None
     return model.eval()
+
+
+def _rebuild(architecture: Any) -> nn.Module:
+    """A network with the layers, not the values, of the one that was saved."""
+    plain = dict(architecture)
+    gates, kept, cuts = (plain.pop(name, None) for name in ("gates", "kept", "compact"))
+    model = backbones.build(**plain)
+    if kept is not None:  # a network that static pruning has made narrower
+        from afdslib.selection.groups import shrink
+
+        model = shrink(model, {name: tuple(positions) for name, positions in kept.items()})
+    if gates is not None:
+        model = convert(_unit_scales(model), gates=gates)
+    for cut in cuts or ():
+        from afdslib.compact import compact, set_masks  # which needs this package
+
+        set_masks(model, cut["masks"])
+        model = compact(model.eval(), input_size=tuple(cut["input_size"]), fold_bn=cut["fold_bn"])
+    return model
 
 
 def _unit_scales(model: nn.Module) -> nn.Module:

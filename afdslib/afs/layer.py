@@ -173,11 +173,15 @@ class AFSConvBN(nn.Module):
     def _dtype(self) -> torch.dtype:
         return torch.promote_types(torch.float32, self.predictor.weight.dtype)
 
+    def _importances(self, pooled: Tensor) -> Tensor:
+        """h, (B, C), from the pooled input, (B, C_in)."""
+        dtype = pooled.dtype
+        return nn.functional.linear(pooled, self.predictor.weight.to(dtype), self.predictor.bias.to(dtype)).relu()
+
     def _gates(self, pooled: Tensor) -> Gates:
         dtype = pooled.dtype
         m, s = self.m.to(dtype), self.s.to(dtype)
-        h = nn.functional.linear(pooled, self.predictor.weight.to(dtype), self.predictor.bias.to(dtype)).relu()
-        pi = select(h, m, s, self.k)
+        pi = select(self._importances(pooled), m, s, self.k)
         eta = s * pi + (1 - s) * self.gamma.to(dtype)
         active = m * ((1 - s) + s * (pi > 0).to(dtype))
         return Gates(pi, eta, active)
