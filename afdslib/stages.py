@@ -190,6 +190,8 @@ class AFSSourceRun:
         gates: "all" or "blocks"; see `afs.convert`.
         weight_decay: of every parameter.
         seed: of data order and augmentation.
+        predictors: "exact", the conversion; or "random", as in the seed's code, which loses the trained function: for
+            the ablation only.
     """
 
     source: SourceRun
@@ -198,10 +200,19 @@ class AFSSourceRun:
     gates: str = "all"
     weight_decay: float = 1e-4
     seed: int = 0
+    predictors: str = runs.added("exact")
+
+    def __post_init__(self) -> None:
+        if self.predictors not in ("exact", "random"):
+            raise AFDSError(f"predictors must be 'exact' or 'random', got {self.predictors!r}")
 
     def execute(self, run: runs.Run) -> dict[str, Any]:
         source = runs.get_or_run(self.source, store=run.store, needs=(MODEL,))
         model = afs.convert(afs.load(source.artifact(MODEL)), gates=self.gates)
+        if self.predictors == "random":
+            torch.manual_seed(self.seed)
+            for layer in afs.layers(model).values():
+                layer.predictor.reset_parameters()
         if self.optimisation.steps == 0:
             run.write_artifact(MODEL, lambda path: afs.save(model, path))
             return {"steps": 0, "gates": len(afs.layers(model))}
@@ -265,6 +276,7 @@ class TransferRun:
         macs_images: training images on which the budget is met; a fixed subset.
         seed: of the classifier's initialisation, data order and augmentation.
         use_test: whether the test set is read at the end; trials that choose something must not.
+        settle: whether the budget is met once more after the last step, between 98 and 100 %; see `selection.settle`.
     """
 
     source: AFSSourceRun
@@ -280,6 +292,7 @@ class TransferRun:
     macs_images: int = 256
     seed: int = 0
     use_test: bool = True
+    settle: bool = runs.added(False)
 
     def __post_init__(self) -> None:
         check_budgets(self.budgets)
@@ -314,7 +327,7 @@ class TransferRun:
 
     def _train(self, run: runs.Run) -> dict[str, Any]:
         source = runs.get_or_run(self.source, store=run.store, needs=(MODEL,))
-        splits = self.data.load()
+        splits = self.data.load() if self.use_test else data.sealed(self.data.load())
         size, budget, parent = _input_size(splits), self.budgets[-1], self.parent
         torch.manual_seed(self.seed)  # of the attention's weights, which are drawn after the network is built
         source_model = afs.load(source.artifact(MODEL))
@@ -322,12 +335,12 @@ class TransferRun:
             settings, model = self.optimisation, copy.deepcopy(source_model)
             generator = torch.Generator().manual_seed(self.seed)
             backbones.reset_classifier(model, len(splits.classes), generator=generator)
-            objective = self._objective(model, source_model, size)
+            objective = self._objective(model, source_model, size, run)
         else:
             settings = self.tuning
             before = runs.get_or_run(parent, store=run.store, needs=(MODEL, OBJECTIVE))
             model = afs.load(before.artifact(MODEL))
-            objective = self._objective(model, source_model, size)
+            objective = self._objective(model, source_model, size, run)
             objective.load_state_dict(load_file(before.artifact(OBJECTIVE)))
             afs.set_density(model, self.density)
         model.to(training.device())
@@ -367,6 +380,13 @@ class TransferRun:
             model, splits.train, objective, settings, run, seed=self.seed, monitor=splits.statistics, events=events,
             label=f"{self.regulariser.name} seed {self.seed} at {1 / budget:g}x",
         )  # fmt: skip
+        if self.settle and budget < 1:
+            from afdslib.selection import settle
+
+            with training.autocast(next(model.parameters()).device, settings.precision):
+                statistics = afs.collect_statistics(model, data.loader(splits.statistics, 128))
+                settle(model, budget, data.loader(subset, 128), statistics, dense)
+            objective.masks_changed(model)
         metrics = self._measure(model, splits, settings, dense)
         metrics["training_macs"] = _training_macs(model, size, settings, 0 if objective.teacher is None else 1)
         metrics["steps"] = settings.steps + attention_steps
@@ -375,8 +395,12 @@ class TransferRun:
         run.write_artifact(MODEL, lambda path: afs.save(model, path))
         return metrics
 
-    def _objective(self, model: nn.Module, source: nn.Module, size: tuple[int, int, int]) -> Objective:
-        return Objective(model, self.regulariser, source, size, label_smoothing=self.optimisation.label_smoothing)
+    def _objective(self, model: nn.Module, source: nn.Module, size: tuple[int, int, int], run: runs.Run) -> Objective:
+        from afdslib.weighing import weights_for  # which needs the runs of this module
+
+        weights = weights_for(self.regulariser, self.source, self.data, run)
+        smoothing = self.optimisation.label_smoothing
+        return Objective(model, self.regulariser, source, size, label_smoothing=smoothing, weights=weights)
 
     def _prepare(self, objective: Objective, splits: Splits) -> None:
         o = self.optimisation

@@ -5,6 +5,7 @@ from afdslib.data.datasets import ArrayImages, FileImages, ImageDataset, collate
 from afdslib.data.images import MEAN, STD, CorruptImageError
 from afdslib.data.load import Splits, load, look
 from afdslib.data.report import describe, imbalance, prepare
+from afdslib.data.sealed import Sealed, sealed
 from afdslib.data.sources import FILES, Remote
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "FileImages",
     "ImageDataset",
     "Remote",
+    "Sealed",
     "Splits",
     "collate",
     "describe",
@@ -25,5 +27,6 @@ __all__ = [
     "loader",
     "look",
     "prepare",
+    "sealed",
     "target_40",
 ]

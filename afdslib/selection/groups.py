@@ -201,12 +201,13 @@ class Cost:
         by_layer = macs.count(model, size).by_layer
         for name, total in by_layer.items():
             module = model.get_submodule(name)
-            conv = isinstance(module, nn.Conv2d)
-            inputs = module.in_channels if conv else module.in_features
-            outputs = module.out_channels if conv else module.out_features
-            depthwise = conv and module.groups > 1
+            if isinstance(module, nn.Conv2d):
+                inputs, outputs, depthwise = module.in_channels, module.out_channels, module.groups > 1
+            else:
+                assert isinstance(module, nn.Linear)
+                inputs, outputs, depthwise = module.in_features, module.out_features, False
             per_pair = total / (outputs if depthwise else inputs * outputs)
-            self._layers[name] = _Layer(per_pair, inputs, outputs, depthwise)  # type: ignore[arg-type]
+            self._layers[name] = _Layer(per_pair, inputs, outputs, depthwise)
         # What one channel of a group takes from each layer: (inputs, outputs).
         self._takes: list[list[tuple[str, bool, Tensor]]] = []
         for group in found:
