@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from afdslib import afs, backbones, macs, runs, training
-from afdslib.data import Splits
+from afdslib.data import Splits, sealed
 from afdslib.errors import AFDSError, DivergedError
 from afdslib.features import Teacher, feature_shapes, taps
 from afdslib.losses import BetaSchedule, Hint, at_loss, gradient_at_loss, input_gradient, nst_loss, soft_kl_loss
@@ -284,7 +284,8 @@ class StudentRun:
             return {"diverged": str(error), "steps": 0}
 
     def _train(self, run: runs.Run) -> dict[str, Any]:
-        settings, splits = self.optimisation, self.data.load()
+        settings = self.optimisation
+        splits = self.data.load() if self.use_test else sealed(self.data.load())
         teacher = None
         if self.teacher is not None:
             found = runs.get_or_run(self.teacher, store=run.store, needs=(MODEL,))

@@ -112,8 +112,6 @@ class DistillationProfile:
 
 # ---------------------------------------------------------------------------------------------------------- profiles
 
-_KD = {"hard": 0.1, "soft": 0.9}  # alpha 0.9, T 4 [code]
-
 
 def _beta(kind: str = "constant", beta: float = 0.0) -> BetaSchedule:
     return BetaSchedule(kind, beta=beta)
@@ -128,8 +126,8 @@ def _attention_methods(
         Method("hint", Distillation("hint", _beta()), hint),
         Method("at", Distillation("at", _beta()), at),
         Method("gradient-at", Distillation("gradient-at", _beta()), gradient),
-        Method("kd", Distillation(**_KD)),
-        Method("at-kd", Distillation("at", _beta("cosine"), **_KD), like="at"),
+        Method("kd", Distillation(hard=0.1, soft=0.9)),  # alpha 0.9, T 4 [code]
+        Method("at-kd", Distillation("at", _beta("cosine"), hard=0.1, soft=0.9), like="at"),
         Method("nst", Distillation("nst", _beta(), taps="before-relu"), nst),
     )
 
@@ -201,8 +199,8 @@ def _attention_paper(budget: str) -> DistillationProfile:
 def _selectivity_methods(weights: dict[str, tuple[float, ...]]) -> tuple[Method, ...]:
     """The table of notebook 07: three kernels, NST + KD as in NST's code, and the tap behind the ReLU."""
 
-    def nst(kernel: str, taps: str = "before-relu", **soft: float) -> Distillation:
-        return Distillation("nst", _beta(), kernel=kernel, taps=taps, **soft)
+    def nst(kernel: str, taps: str = "before-relu", soft: float = 0.0) -> Distillation:
+        return Distillation("nst", _beta(), kernel=kernel, taps=taps, soft=soft)
 
     return (
         Method("alone", Distillation()),
@@ -430,7 +428,7 @@ class DistillationStudy:
         for seed in first.seeds:
             for method in first.methods:
                 yield from self._student(first, method, seed)
-        for method in p.curves:
+        for method in p.curves if p.data != p.trial_data else ():
             yield Job("curve", self.curve_run(method), method, self._size(method), first.teacher.name)
         for pair in p.pairs[1:]:
             yield self._teacher(pair)
@@ -472,6 +470,16 @@ class DistillationStudy:
             self._done = done
         return self._done
 
+    def compute(self) -> Iterator[str]:
+        """Trains what is not trained yet, and says of each run what it was and how right it is; writes all tables."""
+        for job in self.jobs():
+            metrics = self.result(job.config).metrics
+            name = job.config.network.name if job.kind == "teacher" else f"{job.method} {job.weight:g}"
+            accuracy = metrics.get("test_accuracy", metrics.get("validation_accuracy", math.nan))
+            yield f"{job.kind} {name}, seed {job.config.seed}: {metrics.get('diverged') or f'{100 * accuracy:.2f} %'}"
+        for write in (self.table, self.trials, self.reach):
+            write()
+
     def table(self) -> pd.DataFrame:
         """One row per teacher and student, with the test accuracy. Also written to <study>.csv.
 
@@ -507,8 +515,13 @@ class DistillationStudy:
         return table
 
     def curves(self) -> dict[str, pd.DataFrame]:
-        """Learning curves on validation images, by method."""
-        return {job.method: result.history() for job, result in self.results() if job.kind == "curve"}
+        """One learning curve on validation images by method; the first student's where the data keep validation."""
+        kind = "student" if self.profile.data == self.profile.trial_data else "curve"
+        found: dict[str, pd.DataFrame] = {}
+        for job, result in self.results():
+            if job.kind == kind and job.method not in found and job.method in self.profile.curves:
+                found[job.method] = result.history()
+        return found
 
     def reach(self, share: float = 0.9) -> pd.DataFrame:
         """Steps until each curve reaches a share of the plain student's final validation accuracy.

@@ -1,0 +1,316 @@
+"""Tables and sentences about students and teachers, computed from a study's results: no number is typed.
+
+The numbers in `REPORTED` are the original paper's, at 200 epochs; every one is a quotation with its source.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pandas as pd
+import torch
+
+from afdslib import afs, inspection, maps, runs, training
+from afdslib.distillation import StudentRun
+from afdslib.errors import AFDSError
+from afdslib.features import Teacher, taps
+from afdslib.losses import attention_map
+from afdslib.plots.students import student_look
+from afdslib.stages import MODEL
+from afdslib.summary import Table, Text
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from afdslib.distillation_study import DistillationStudy
+
+__all__ = [
+    "REPORTED",
+    "Gain",
+    "beta_in_paper_scale",
+    "beta_table",
+    "command",
+    "first_pair",
+    "gain",
+    "gains_text",
+    "networks",
+    "no_test_in_trials",
+    "not_finished",
+    "reach_text",
+    "student_table",
+    "terms_add_up",
+    "view",
+    "weights_text",
+]
+
+# (data set, teacher, student, method): accuracy in percent. Zagoruyko, Komodakis, ICLR 2017, 200 epochs. [paper]
+REPORTED = {
+    ("cifar10", "", "wrn-16-2", "teacher"): 93.69,
+    ("cifar10", "", "wrn-16-1", "alone"): 91.23,
+    ("cifar10", "wrn-16-2", "wrn-16-1", "at"): 92.07,
+}
+
+
+def beta_in_paper_scale(beta: float, norm: float, positions: int) -> float:
+    """The beta of the paper's loss, beta / 2 x norm, that weighs one sample as the code's beta x norm^2 / positions.
+
+    Args:
+        beta: in the scale of the public code.
+        norm: 2-norm of the difference of the two attention maps of the sample.
+        positions: H x W of the map.
+    """
+    return 2 * beta * norm / positions
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A method against the student alone.
+
+    Attributes:
+        gain: difference of the medians over seeds, percentage points.
+        spread: the larger of the two ranges (largest minus smallest) over seeds; NaN with a single seed.
+        exceeds: whether the gain's size is larger than the spread; None if the spread is not known.
+    """
+
+    gain: float
+    spread: float
+    exceeds: bool | None
+
+
+def gain(method: Sequence[float], alone: Sequence[float]) -> Gain:
+    """The gain of a method over the student alone, and whether it exceeds the spread between seeds. [ours]
+
+    Args:
+        method: test accuracies, one per seed.
+        alone: those of the student alone.
+
+    Raises:
+        AFDSError: one of them is empty.
+    """
+    if not len(method) or not len(alone):
+        raise AFDSError("a gain needs at least one accuracy of the method and one of the student alone")
+    one, two = (pd.Series(values, dtype=float) * 100 for values in (method, alone))
+    difference = float(one.median() - two.median())
+    if len(one) < 2 or len(two) < 2:
+        return Gain(difference, math.nan, None)
+    spread = float(max(one.max() - one.min(), two.max() - two.min()))
+    return Gain(difference, spread, abs(difference) > spread)
+
+
+def _pairs(table: pd.DataFrame) -> list[tuple[str, str]]:
+    """(teacher, student) of the table, in order; a student alone belongs to every teacher."""
+    taught = table[table.teacher != ""]
+    return list(dict.fromkeys(zip(taught.teacher, taught.student, strict=True)))
+
+
+def _rows(table: pd.DataFrame, teacher: str, student: str) -> pd.DataFrame:
+    mine = (table.student == student) & ((table.teacher == teacher) | (table.method == "alone"))
+    return table[mine | ((table.method == "teacher") & (table.student == teacher))]
+
+
+def first_pair(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the first student and teacher."""
+    pairs = _pairs(table)
+    return _rows(table, *pairs[0]) if pairs else table
+
+
+def _spread(values: pd.Series) -> str:
+    return "–" if len(values) < 2 else f"{100 * (values.max() - values.min()):.1f}"
+
+
+def student_table(study: DistillationStudy) -> Table:
+    """Teachers and students: median over seeds, spread (largest minus smallest), gain, and the reported number."""
+    table, name = study.table(), study.profile.data.name
+    rows = []
+    for row in table[table.method == "teacher"].itertuples():
+        reported = REPORTED.get((name, "", row.student, "teacher"))
+        rows.append([f"teacher {row.student}", "", f"{100 * row.test_accuracy:.1f}", "–", "1", "", _reported(reported)])
+    told = set()
+    for teacher, student in _pairs(table):
+        mine = _rows(table, teacher, student)
+        alone = mine[mine.method == "alone"].test_accuracy
+        for method, found in mine[mine.method != "teacher"].groupby("method", sort=False):
+            if (method, student) in told and method == "alone":
+                continue
+            told.add((method, student))
+            values = found.test_accuracy
+            better = "" if method == "alone" or alone.empty else f"{gain(values, alone).gain:+.1f}"
+            with_teacher = "" if method == "alone" else teacher
+            reported = REPORTED.get((name, with_teacher, student, str(method)))
+            label = f"{student}, {student_look(str(method)).label}{f' ({with_teacher})' if with_teacher else ''}"
+            weight = "" if not found.weight.iloc[0] else f"{found.weight.iloc[0]:g}"
+            cells = [f"{100 * values.median():.1f}", _spread(values), str(len(values)), better, _reported(reported)]
+            rows.append([label, weight, *cells])
+    header = ["network, method (teacher)", "weight", "median (%)", "spread", "seeds", "gain over alone"]
+    return Table([*header, "reported at 200 epochs (%)"], rows)
+
+
+def _reported(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def gains_text(study: DistillationStudy) -> Text:
+    """One sentence per method: its gain over the student alone, and whether that exceeds the spread between seeds."""
+    table = study.table()
+    lines = []
+    for teacher, student in _pairs(table):
+        mine = _rows(table, teacher, student)
+        alone = mine[mine.method == "alone"].test_accuracy
+        for method, found in mine[~mine.method.isin(["teacher", "alone"])].groupby("method", sort=False):
+            if alone.empty:
+                continue
+            g = gain(found.test_accuracy, alone)
+            verdict = {
+                None: "with one seed, so nothing can be said",
+                True: f"larger than the spread between seeds ({g.spread:.1f})",
+                False: f"not larger than the spread between seeds ({g.spread:.1f})",
+            }[g.exceeds]
+            lines.append(
+                f"- **{student_look(str(method)).label}** from {teacher} to {student}: {g.gain:+.1f} points, {verdict}."
+            )
+    for gap in table.attrs.get("missing", ()):
+        lines.append(f"- Missing: {gap['student']}, {gap['method']}, seed {gap['seed']}, because {gap['reason']}.")
+    return Text("\n".join(lines) if lines else "No student with a teacher is finished yet.")
+
+
+def weights_text(study: DistillationStudy) -> Text:
+    """The weights that the trials chose, their effect, and which lie at the edge of what was tried."""
+    trials = study.trials()
+    parts, edges = [], []
+    for method, rows in trials.groupby("method", sort=False):
+        label, chosen = student_look(str(method)).label, study.weight(str(method))
+        between = 100 * (rows.validation_accuracy.max() - rows.validation_accuracy.min())
+        parts.append(f"{label} {chosen:g} (of {len(rows)}, which differ by up to {between:.1f} points)")
+        if chosen in (rows.strength.min(), rows.strength.max()):
+            edges.append(label)
+    text = f"Chosen on validation images: {'; '.join(parts)}." if parts else "No weight was tried."
+    if edges:
+        text += f" At the edge of the values tried, so perhaps not the best: {', '.join(edges)}."
+    return Text(text)
+
+
+def reach_text(study: DistillationStudy, share: float = 0.9) -> Text:
+    """Steps to reach a share of the plain student's final accuracy on validation images, by method."""
+    found = study.reach(share)
+    if found.empty:
+        return Text("No learning curve on validation images is finished yet.")
+    lines = [
+        f"Steps until {100 * share:.0f} % of the plain student's final validation accuracy "
+        f"({100 * found.target.iloc[0]:.1f} %), of {found.total.iloc[0]} steps:",
+        "",
+    ]
+    alone = found[found.method == "alone"].steps
+    for row in found.itertuples():
+        label = student_look(row.method).label
+        if math.isnan(row.steps):
+            lines.append(f"- {label}: never.")
+        elif row.method == "alone" or alone.isna().all():
+            lines.append(f"- {label}: {row.steps:.0f}.")
+        else:
+            lines.append(f"- {label}: {row.steps:.0f}, {100 * (row.steps / alone.iloc[0] - 1):+.0f} % of them.")
+    return Text("\n".join(lines) + "\n\nOne seed; the curve is looked at as often as its figure has signs.")
+
+
+def command(study: DistillationStudy) -> Text:
+    """The command that makes the tables again."""
+    p = study.profile
+    folder = "" if p.data.name == "digits" else " --data-dir DIR"
+    return Text(f"Made again by `afds distill --study {p.study} --profile {p.name} --budget {p.budget}{folder}`.")
+
+
+def not_finished(study: DistillationStudy) -> Text:
+    """What the table lacks."""
+    return Text(study.profile.not_run or "Every run of this study is in the table.")
+
+
+# -------------------------------------------------------------------------------------------------------------- checks
+
+
+def terms_add_up(study: DistillationStudy, method: str, *, tolerance: float = 1e-3) -> bool:
+    """Whether the logged loss of a student is hard x CE + soft x T^2 KL + weight x transfer, each at work.
+
+    Row means of products are compared with products of row means, so only a constant weight can be checked.
+    """
+    job, result = next((j, r) for j, r in study.results() if j.kind == "student" and j.method == method)
+    d, log = job.config.method, result.history()
+    total = d.hard * log.cross_entropy
+    if d.soft:
+        total = total + d.soft * log.soft
+    columns = [c for c in log if c.startswith(d.transfer.replace("-", "_"))] if d.transfer != "none" else []
+    for column in columns:
+        total = total + log.beta * log[column]
+    working = all(bool((log[c] > 0).all()) for c in columns) and (d.transfer == "none" or bool(columns))
+    return working and bool(((log.loss - total).abs() <= tolerance * log.loss.abs()).all())
+
+
+def no_test_in_trials(study: DistillationStudy) -> bool:
+    """Whether no trial and no curve has read a test image."""
+    found = [r.metrics for j, r in study.results() if not j.config.use_test]
+    return not any("test" in key for metrics in found for key in metrics)
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+
+def _network(study: DistillationStudy, config: StudentRun) -> nn.Module | None:
+    found: runs.Result | None = inspection.network(study, config)  # type: ignore[arg-type]
+    return None if found is None else afs.load(found.artifact(MODEL))
+
+
+def networks(study: DistillationStudy, *methods: str) -> dict[str, nn.Module] | None:
+    """The first teacher and the students of its pair at the first seed, by label.
+
+    Returns:
+        None if one of them is not stored here.
+    """
+    pair = study.profile.pairs[0]
+    configs = {"teacher": study.teacher_run(pair.teacher)}
+    configs |= {student_look(m).label: study.student_run(pair, m, pair.seeds[0]) for m in methods}
+    found = {name: _network(study, config) for name, config in configs.items()}
+    return None if None in found.values() else {name: model for name, model in found.items() if model is not None}
+
+
+def view(study: DistillationStudy, *methods: str, index: int = 0) -> maps.MapsView | None:
+    """Attention maps of the teacher and some students for one test image; None if a network is not stored."""
+    found = networks(study, *methods)
+    if found is None:
+        return None
+    splits = study.profile.data.load()
+    return maps.look_at(found, splits.test.raw(index), splits.captions, label=int(splits.test.targets[index]))
+
+
+@torch.no_grad()
+def beta_table(study: DistillationStudy, *, images: int = 128) -> Table | None:
+    """AT's loss of the first AT student in both scales on training images, and the code's beta in the paper's scale.
+
+    Returns:
+        None if the networks are not stored.
+    """
+    found = networks(study, "at")
+    if found is None:
+        return None
+    teacher, student = found.values()
+    batch = torch.stack([x for x, _ in training.first(study.profile.data.load().statistics, images)])
+    source, beta = Teacher(teacher, maps.stages(teacher)), study.weight("at")
+    _, theirs = source(batch)
+    names = maps.stages(student)
+    with taps(student.eval(), names) as mine:
+        student(batch)
+    rows = []
+    for group, (name, other) in enumerate(zip(names, source.names, strict=True), 1):
+        one, two = attention_map(mine[name]), attention_map(theirs[other])
+        norm = torch.linalg.vector_norm(one - two, dim=1)
+        positions = one.shape[1]
+        rows.append(
+            [
+                f"group {group}, {mine[name].shape[2]}x{mine[name].shape[3]}",
+                f"{float((one - two).square().mean()):.2g}",
+                f"{float(norm.mean()):.2g}",
+                f"{beta:g}",
+                f"{beta_in_paper_scale(beta, float(norm.mean()), positions):.2g}",
+            ]
+        )
+    return Table(["maps", "loss, code", "loss, paper", "β, code", "β, paper, of the same size"], rows)
