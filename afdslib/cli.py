@@ -188,6 +188,48 @@ def _assignments(texts: list[str]) -> dict[str, str]:
     return values
 
 
+@app.command()
+def students(
+    profile: ProfileName,
+    study: Annotated[str, typer.Option(help="attention (notebook 06) or selectivity (notebook 07).")] = "attention",
+    budget: Budget = None,
+    data_dir: DataDir = None,
+    show: Annotated[bool, typer.Option("--show", help="Show every setting and stop.")] = False,
+) -> None:
+    """Train the teachers and students of notebook 06 or 07 (what is not trained yet), and write their tables."""
+    from . import distillation_study
+
+    if data_dir is not None and not Path(data_dir).expanduser().is_dir():
+        raise AFDSError(f"the data folder {data_dir} does not exist: create it, or give another")
+    chosen = distillation_study.get(study, profile, budget, data_dir)
+    if show:
+        typer.echo(distillation_study.show(chosen))
+        return
+    from . import students as tables
+
+    done = distillation_study.DistillationStudy(chosen)
+    for line in done.compute():
+        typer.echo(line)
+    typer.echo(repr(tables.student_table(done)))
+    typer.echo(f"tables written to {done.folder()}")
+
+
+@app.command()
+def maps(
+    networks: Annotated[list[str], typer.Argument(metavar="[NAME=]FILE...", help="Networks written by this program.")],
+    output: Annotated[str, typer.Option(help="The PNG to write.")],
+    image: Annotated[str | None, typer.Option(help="An image file.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="A data set, for a test image and the classes.")] = None,
+    index: Annotated[int, typer.Option(min=0, help="Of the test image.")] = 0,
+    size: Annotated[int, typer.Option(min=8, help="Side of the image in pixels.")] = 32,
+    data_dir: DataDir = None,
+) -> None:
+    """Draw what networks attend to in an image: the activation map of each stage, and the loss's gradient."""
+    from . import maps as viewer
+
+    typer.echo(f"written to {viewer.draw(networks, output, image, data, index, size, data_dir)}")
+
+
 # ------------------------------------------------------------------------------------------------------ the run store
 
 
