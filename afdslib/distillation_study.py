@@ -165,8 +165,8 @@ def _attention_imagenet32(budget: str) -> DistillationProfile:
         trial_data=DataSource("cifar10", padding="reflect"), methods=methods,
         pairs=(
             Pair(Network("wrn-16-2"), student, ("alone", "at", "kd", "at-kd", "nst"), seeds),
-            Pair(Network("wrn-16-2"), student, ("hint", "gradient-at"), seeds[:1]),
             Pair(Network("wrn-40-1"), student, ("at",), seeds[:1]),
+            Pair(Network("wrn-16-2"), student, ("hint", "gradient-at"), seeds[:1]),
         ),
         teacher_training=replace(fit, steps=(30 if standard else 6) * epoch), student_training=fit,
         trial=replace(fit, steps=(4 if standard else 1) * epoch, log_rows=4),
@@ -197,7 +197,10 @@ def _attention_paper(budget: str) -> DistillationProfile:
 
 
 def _selectivity_methods(weights: dict[str, tuple[float, ...]]) -> tuple[Method, ...]:
-    """The table of notebook 07: three kernels, NST + KD as in NST's code, and the tap behind the ReLU."""
+    """The table of notebook 07: three kernels, NST + KD as in NST's code, and the tap behind the ReLU.
+
+    A kernel without weights of its own takes the polynomial one's.
+    """
 
     def nst(kernel: str, taps: str = "before-relu", soft: float = 0.0) -> Distillation:
         return Distillation("nst", _beta(), kernel=kernel, taps=taps, soft=soft)
@@ -206,8 +209,10 @@ def _selectivity_methods(weights: dict[str, tuple[float, ...]]) -> tuple[Method,
         Method("alone", Distillation()),
         Method("kd", Distillation(soft=1.0)),  # CE + 16 x soft CE at T = 4 [code]
         Method("nst-poly", nst("poly"), weights["poly"]),
-        Method("nst-linear", nst("linear"), weights["linear"]),
-        Method("nst-gaussian", nst("gaussian"), weights["gaussian"]),
+        *(
+            Method(f"nst-{kernel}", nst(kernel), weights[kernel], "" if weights[kernel] else "nst-poly")
+            for kernel in ("linear", "gaussian")
+        ),
         Method("nst-poly+kd", nst("poly", soft=1.0), like="nst-poly"),
         Method("nst-poly, after ReLU", nst("poly", "after-relu"), like="nst-poly"),
     )
@@ -236,8 +241,11 @@ def _selectivity_imagenet32(budget: str) -> DistillationProfile:
     """CIFAR-10: the WRN-16-2 of notebook 06 teaches an Inception-BN of an eighth of its width."""
     attention = _attention_imagenet32(budget)
     standard, epoch = budget == "standard", 390
-    fit = replace(attention.student_training, steps=(20 if standard else 3) * epoch, log_rows=6)
-    methods = _selectivity_methods(dict.fromkeys(("poly", "linear", "gaussian"), (5.0, 50.0, 500.0)))
+    fit = replace(attention.student_training, steps=(20 if standard else 2) * epoch, log_rows=4)
+    grid = (5.0, 50.0, 500.0)
+    methods = _selectivity_methods(
+        {"poly": grid, "linear": grid if standard else (), "gaussian": grid if standard else ()}
+    )
     return replace(
         attention, study="selectivity", methods=methods,
         pairs=(

@@ -218,7 +218,7 @@ def command(study: DistillationStudy) -> Text:
     """The command that makes the tables again."""
     p = study.profile
     folder = "" if p.data.name == "digits" else " --data-dir DIR"
-    return Text(f"Made again by `afds distill --study {p.study} --profile {p.name} --budget {p.budget}{folder}`.")
+    return Text(f"Made again by `afds students --study {p.study} --profile {p.name} --budget {p.budget}{folder}`.")
 
 
 def not_finished(study: DistillationStudy) -> Text:

@@ -513,7 +513,7 @@ def fit(
             with fabric.autocast(), distributed.synchronised_norms(model, settings.sync_norm):
                 loss, terms, logits = objective(wrapped, images, labels)
         except AFDSError as error:  # a term that refuses its input does not know the step
-            raise AFDSError(f"the loss cannot be computed at step {step + 1}: {error}") from error
+            raise type(error)(f"the loss cannot be computed at step {step + 1}: {error}") from error
         optimiser.zero_grad()
         fabric.backward(loss)
         distributed.average_gradients(own)

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..errors import AFDSError
+from ..errors import AFDSError, DivergedError
 
 __all__ = ["finite", "logits", "pair", "positive", "same_shape", "whole"]
 
@@ -72,7 +72,7 @@ def finite(loss: Tensor, **inputs: Tensor) -> Tensor:
         for name, x in inputs.items():
             bad = ~torch.isfinite(x.detach())
             if bool(bad.any()):
-                raise AFDSError(
+                raise DivergedError(
                     f"{name.replace('_', ' ').capitalize()} holds {int(bad.sum())} values that are NaN or infinite "
                     f"out of {x.numel()}; lower the learning rate or look at the step before this one."
                 )
