@@ -7,8 +7,8 @@ holds their maps and their numbers, and the last convolution of a block adds its
 A layer keeps at most k channels, so exactly that many are computed: a selected channel whose importance is 0 gets scale
 and shift 0. The shapes are then the same for every image, which kernels that are compiled per shape need. [ours]
 
-Which way is fastest depends on the machine, so `dynamic` measures the ways of every layer on the images it is given, and
-the whole network against masking, and takes the fastest.
+Which way is fastest depends on the machine, so `dynamic` measures the ways of every layer on the images it is given,
+and the whole network against masking, and takes the fastest.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Choice:
     Attributes:
         layer: its name.
         way: the way taken, of `ways`.
-        microseconds: the median of each way that was measured.
+        microseconds: the fastest of the measurements of each way.
     """
 
     layer: str
@@ -93,7 +93,7 @@ def _take(whole: Tensor, index: Tensor) -> Tensor:
 
 
 def _union(indices: tuple[Tensor, ...], channels: int, places: int) -> Tensor:
-    """Numbers of the channels that are in any of the sets, (B, places); filled up with channels that are zero anyway."""
+    """Numbers of the channels that are in any of the sets, (B, places), filled up with channels that are all zero."""
     active = torch.zeros(indices[0].shape[0], channels, device=indices[0].device)
     for index in indices:
         active.scatter_(1, index, 1.0)
@@ -190,7 +190,7 @@ class DynamicConvBN(nn.Module):
             weight = (conv.weight * scale[:, None, None, None])[rows].contiguous()
             # (bias, beta) side by side: one look-up per selected channel.
             table = torch.stack([bias, layer.beta], 1)[rows]
-            phi, phi_bias = layer.predictor.weight, layer.predictor.bias
+            phi, phi_bias = layer.predictor_weights()
         everything = torch.arange(self.channels, device=rows.device)
         self.whole = len(rows) == self.channels and bool((rows == everything).all())
         chosen = rows[dynamic[rows]]
@@ -442,7 +442,11 @@ class _Builder:
                 self.reps[node] = _Rep(made, channels=self.images.shape[1])
             elif node.op == "output":
                 self.graph.output(fx.map_arg(node.args[0], lambda n: self._whole(n).values))
-            elif node.op == "call_module" and isinstance(self.modules[node.target], AFSConvBN):
+            elif (
+                node.op == "call_module"
+                and isinstance(getattr(self.modules[node.target], "conv", None), nn.Conv2d)
+                and isinstance(self.modules[node.target], AFSConvBN)
+            ):
                 self.reps[node] = self._layer(node)
             else:
                 self.reps[node] = self._other(node)
@@ -450,6 +454,11 @@ class _Builder:
         module.graph.eliminate_dead_code()
         module.recompile()
         return module.eval()
+
+    def _is_layer(self, node: fx.Node) -> bool:
+        module = self.modules[node.target] if node.op == "call_module" else None
+        # The unequal groups of a compact network's convolution are left to that layer itself.
+        return isinstance(module, AFSConvBN) and isinstance(module.conv, nn.Conv2d)
 
     # nodes
 
@@ -654,7 +663,9 @@ class _Builder:
 def measure(
     runs: Mapping[str, Callable[[], object]], repeats: int, *, before: Callable[[], None] | None = None
 ) -> dict[str, float]:
-    """Median seconds of each function: one call to warm up, then all of them in turn, `repeats` times.
+    """Least seconds of each function: one call to warm up, then all of them in turn, `repeats` times.
+
+    The least and not the median, because other processes can only add time, and a choice must not hang on them.
 
     Args:
         runs: what is measured, by name.
@@ -673,7 +684,7 @@ def measure(
             run()
             _synchronise()
             seconds[name].append(time.perf_counter() - start)
-    return {name: sorted(values)[len(values) // 2] for name, values in seconds.items()}
+    return {name: min(values) for name, values in seconds.items()}
 
 
 def _synchronise() -> None:
@@ -686,7 +697,7 @@ class DynamicNetwork(nn.Module):
 
     Attributes:
         choices: the ways of the layers, by batch size.
-        seconds: medians over whole passes, by batch size: "dynamic" (the ways that won layer by layer), "mask" (all
+        seconds: the least over some whole passes, by batch size: "dynamic" (the ways that won layer by layer), "mask" (all
             layers by masking) and "model" (the network itself); the fastest is what is run.
         taken: which of the three is run, by batch size.
     """

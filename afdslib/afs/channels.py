@@ -215,3 +215,9 @@ class CutConvBN(AFSConvBN):
     def _importances(self, pooled: Tensor) -> Tensor:
         h = super()._importances(pooled)
         return h.new_zeros(h.shape[0], self.m.numel()).index_copy(1, self.rows, h)
+
+    def predictor_weights(self) -> tuple[Tensor, Tensor]:
+        weight, bias = super().predictor_weights()
+        channels = self.m.numel()
+        whole = weight.new_zeros(channels, weight.shape[1]).index_copy(0, self.rows, weight)
+        return whole, bias.new_zeros(channels).index_copy(0, self.rows, bias)

@@ -173,6 +173,10 @@ class AFSConvBN(nn.Module):
     def _dtype(self) -> torch.dtype:
         return torch.promote_types(torch.float32, self.predictor.weight.dtype)
 
+    def predictor_weights(self) -> tuple[Tensor, Tensor]:
+        """The predictor as a matrix (C, C_in) and a bias (C,) over all channels, whether it has a row for each or not."""
+        return self.predictor.weight, self.predictor.bias
+
     def _importances(self, pooled: Tensor) -> Tensor:
         """h, (B, C), from the pooled input, (B, C_in)."""
         dtype = pooled.dtype
