@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from afdslib.data import splits, trees
+from afdslib.data import imagenet, splits, trees
 from afdslib.data.sources import FILES, Remote
 from afdslib.data.trees import TEST, TRAIN, Listing
 from afdslib.errors import AFDSError
@@ -156,6 +156,7 @@ SETS: dict[str, DataSet] = {
         _one("cub-200-2011", ("CUB_200_2011/images", "CUB_200_2011/images.txt"), trees.cub_200_2011),
     ),
     "food-101": DataSet("food-101", _one("food-101", ("food-101/images", "food-101/meta"), trees.food_101)),
+    "imagenet": DataSet("imagenet", _one("imagenet", ("train", "val"), imagenet.tree)),
     "cifar10": DataSet(
         "cifar10",
         (

@@ -93,6 +93,16 @@ FILES: dict[str, tuple[Remote, ...]] = {
             f"md5: {_TORCHVISION}, datasets/food101.py; size: {_TFDS}/food101.txt",
         ),
     ),
+    # https://image-net.org/challenges/LSVRC/2012/2012-downloads.php, after registration; see data/imagenet.py.
+    "imagenet": tuple(
+        Remote(
+            folder,
+            None,
+            source="the md5 of the archives: torchvision's source, datasets/imagenet.py",
+            hint=f"the folder that ILSVRC2012_img_{folder}.tar gives, md5 {md5}, from image-net.org after registration",
+        )
+        for folder, md5 in (("train", "1d675b47d978889d74fa0da5fadfb00e"), ("val", "29b22e2961454d5413ddabcf34fc5622"))
+    ),
     "cifar10": (
         Remote(
             "cifar-10-python.tar.gz",

@@ -1,0 +1,67 @@
+"""What each backbone expects its images to be: the mean and deviation they are normalised by, or none.
+
+Two networks that see one batch, a student and its teacher, may expect two things; `expect` puts the conversion into the
+second network, so that one batch, augmented once, serves both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["IMAGENET", "RAW", "InputStatistics", "expect", "input_statistics"]
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """(pixel - mean) / deviation, per channel, of RGB values from 0 to 255."""
+
+    mean: tuple[float, float, float]
+    deviation: tuple[float, float, float]
+
+
+# torchvision's weights: 0.485, 0.456, 0.406 and 0.229, 0.224, 0.225 of values from 0 to 1.
+IMAGENET = InputStatistics((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+# The values as they are: Inception-BN opens with a batch norm of its own. [code]
+RAW = InputStatistics((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+# The modified ResNet-50 of neuron selectivity transfer, as its README gives them. [code]
+SENET = InputStatistics((123.68, 116.28, 103.53), (58.395, 57.12, 57.375))
+
+_OTHERS = {"inception_bn": RAW, "resnet50_senet": SENET}
+
+
+def input_statistics(name: str) -> InputStatistics:
+    """What the recipe of the backbone of that name feeds it; torchvision's statistics for all but two."""
+    return _OTHERS.get(name, IMAGENET)
+
+
+class _Conversion:
+    """A forward pre-hook: from one normalisation to another. It holds numbers only, so it goes with a model's copy."""
+
+    def __init__(self, given: InputStatistics, wanted: InputStatistics) -> None:
+        pairs = list(zip(given.mean, given.deviation, wanted.mean, wanted.deviation, strict=True))
+        self.scale = [d / other for _, d, _, other in pairs]
+        self.shift = [(m - mean) / other for m, _, mean, other in pairs]
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        images, *rest = args
+        scale, shift = (images.new_tensor(v).view(1, 3, 1, 1) for v in (self.scale, self.shift))
+        return (torch.addcmul(shift, images, scale), *rest)
+
+
+def expect(model: nn.Module, given: InputStatistics, wanted: InputStatistics) -> nn.Module:
+    """Lets a network that expects `wanted` be fed images normalised by `given`.
+
+    Args:
+        model: changed in place, by a hook that goes with its copies and is no part of its state dict.
+        given: how the images are normalised.
+        wanted: how the network expects them.
+
+    Returns:
+        The model.
+    """
+    if given != wanted:
+        model.register_forward_pre_hook(_Conversion(given, wanted))
+    return model

@@ -1,0 +1,269 @@
+"""The ImageNet tree (ILSVRC 2012): sorts the flat validation folder into classes, and counts the images.
+
+ILSVRC2012_img_val.tar holds 50,000 files without folders. Which class each belongs to is read from one of
+
+- `ILSVRC2012_devkit_t12.tar.gz`, or the folder `ILSVRC2012_devkit_t12` it unpacks to: line n of its file
+  `data/ILSVRC2012_validation_ground_truth.txt` is the ILSVRC2012_ID (1 to 1000) of `ILSVRC2012_val_{n:08d}.JPEG`, and
+  its `data/meta.mat` says which WordNet id (n01440764, ...) that is. The order of the IDs is not that of the WordNet
+  ids, so the text file alone is not enough;
+- `LOC_val_solution.csv` of the Kaggle copy, or any CSV whose first column is the image (with or without suffix) and
+  whose second begins with the WordNet id.
+
+Tried on small trees of the same form; never on the real 50,000 images.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import re
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from afdslib.data.archives import digest
+from afdslib.data.trees import EXTENSIONS, Listing, image_folder
+from afdslib.errors import AFDSError
+
+__all__ = ["IMAGENET", "Counts", "arrange", "find_tree", "read_labels", "sort_validation", "tree"]
+
+DEVKIT, DEVKIT_MD5 = "ILSVRC2012_devkit_t12.tar.gz", "fa75699e90414af021442c21a62c3abf"  # md5: torchvision's source
+GROUND_TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
+KAGGLE = "LOC_val_solution.csv"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Classes and images of a tree."""
+
+    classes: int
+    train: int
+    validation: int
+
+    def __str__(self) -> str:
+        return f"{self.classes:,} classes, {self.train:,} training and {self.validation:,} validation images"
+
+
+IMAGENET = Counts(1000, 1_281_167, 50_000)
+
+
+def tree(folder: Path) -> Listing:
+    """The listing of `train/` and `val/`; validation images are the test part.
+
+    Raises:
+        AFDSError: `val/` still is flat, or the tree is none.
+    """
+    if loose := _images(folder / "val"):
+        raise AFDSError(
+            f"the folder {folder / 'val'} holds {len(loose):,} images outside class folders: sort them with "
+            f"afds data imagenet --root {folder}"
+        )
+    return image_folder(folder)
+
+
+def _images(folder: Path) -> list[str]:
+    """Names of the images right in a folder."""
+    return sorted(e.name for e in os.scandir(folder) if e.name.lower().endswith(EXTENSIONS) and not e.is_dir())
+
+
+def _classes(folder: Path) -> list[str]:
+    return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+
+
+# ------------------------------------------------------------------------------------------------------------- labels
+
+
+def read_labels(path: str | Path) -> dict[str, str]:
+    """The class (WordNet id) of each validation image, by file name without suffix.
+
+    Args:
+        path: the devkit (archive or folder) or a CSV; see the module.
+
+    Raises:
+        AFDSError: no such file, another kind of file, or a damaged one.
+    """
+    path = Path(path).expanduser()
+    if path.name == GROUND_TRUTH:  # its meaning is in meta.mat beside it
+        path = path.parent
+    if path.is_dir():
+        data = path / "data" if (path / "data").is_dir() else path
+        missing = [name for name in (GROUND_TRUTH, META) if not (data / name).is_file()]
+        if missing:
+            raise AFDSError(f"the folder {data} is no ImageNet devkit: it lacks {' and '.join(missing)}")
+        return _devkit((data / GROUND_TRUTH).read_bytes(), (data / META).read_bytes(), path)
+    if not path.is_file():
+        raise AFDSError(f"there is no file {path}: give {DEVKIT}, the folder it unpacks to, or a CSV such as {KAGGLE}")
+    if path.suffix == ".csv":
+        return _csv(path)
+    if path.name.endswith((".tar.gz", ".tgz", ".tar")):
+        return _devkit_archive(path)
+    raise AFDSError(f"{path} says no classes: give {DEVKIT}, the folder it unpacks to, or a CSV such as {KAGGLE}")
+
+
+def _devkit_archive(path: Path) -> dict[str, str]:
+    if path.name == DEVKIT and digest(path, "md5") != DEVKIT_MD5:
+        raise AFDSError(f"{path} has another md5 than {DEVKIT_MD5}: fetch it again from image-net.org")
+    found: dict[str, bytes] = {}
+    try:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                name = member.name.rsplit("/", 1)[-1]
+                if name in (GROUND_TRUTH, META) and (file := archive.extractfile(member)) is not None:
+                    found[name] = file.read()
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise AFDSError(f"the archive {path} is damaged ({error}): fetch it again from image-net.org") from error
+    if len(found) < 2:
+        raise AFDSError(f"the archive {path} is no ImageNet devkit: it lacks {GROUND_TRUTH} or {META}")
+    return _devkit(found[GROUND_TRUTH], found[META], path)
+
+
+def _devkit(ground_truth: bytes, meta: bytes, path: Path) -> dict[str, str]:
+    from scipy.io import loadmat
+
+    try:
+        synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
+        names = {int(i): str(wnid) for i, wnid in zip(synsets["ILSVRC2012_ID"], synsets["WNID"], strict=True)}
+        labels = [names[int(line)] for line in ground_truth.split()]
+    except Exception as error:  # scipy raises many kinds for a damaged .mat
+        raise AFDSError(
+            f"the devkit {path} cannot be read ({type(error).__name__}: {error}): fetch it again"
+        ) from error
+    return {f"ILSVRC2012_val_{number:08d}": wnid for number, wnid in enumerate(labels, start=1)}
+
+
+def _csv(path: Path) -> dict[str, str]:
+    labels: dict[str, str] = {}
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.reader(file) if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise AFDSError(f"the list {path} cannot be read ({error}): fetch it again") from error
+    for number, row in enumerate(rows, start=1):
+        words = row[1].split() if len(row) > 1 else []
+        if number == 1 and not (words and re.fullmatch(r"n\d{8}", words[0])) and _is_header(row):
+            continue
+        if not words or "/" in words[0] or words[0] in (".", ".."):
+            raise AFDSError(f"line {number} of {path} is {','.join(row)[:60]!r}: it needs an image and its class")
+        labels[Path(row[0].strip()).stem] = words[0]
+    return labels
+
+
+def _is_header(row: list[str]) -> bool:
+    return not Path(row[0].strip()).suffix and not re.search(r"\d", row[0])
+
+
+# ------------------------------------------------------------------------------------------------------------ sorting
+
+
+def find_tree(root: str | Path) -> Path:
+    """The folder that holds `train/` and `val/`: `root` itself, or `imagenet`, `ILSVRC2012` or `ILSVRC/Data/CLS-LOC`
+    below it.
+
+    Raises:
+        AFDSError: none of them does.
+    """
+    root = Path(root).expanduser()
+    for folder in (root, root / "imagenet", root / "ILSVRC2012", root / "ILSVRC" / "Data" / "CLS-LOC"):
+        if (folder / "train").is_dir() and (folder / "val").is_dir():
+            return folder
+    raise AFDSError(
+        f"there is no ImageNet tree in {root}: it needs train/ with a folder per class (from ILSVRC2012_img_train.tar) "
+        "and val/ with the images of ILSVRC2012_img_val.tar"
+    )
+
+
+def _find_labels(folder: Path) -> Path | None:
+    """The devkit or Kaggle's CSV, in the tree's folder or up to three above it."""
+    for place in (folder, *list(folder.resolve().parents)[:3]):
+        for name in (DEVKIT, DEVKIT.removesuffix(".tar.gz"), KAGGLE):
+            if (place / name).exists():
+                return place / name
+    return None
+
+
+def sort_validation(folder: Path, labels: dict[str, str]) -> int:
+    """Moves each loose image of `val/` into the folder of its class; an interrupted sort goes on where it stopped.
+
+    Args:
+        folder: the tree.
+        labels: class by image name; see `read_labels`.
+
+    Returns:
+        How many images were moved.
+
+    Raises:
+        AFDSError: an image without a label, a class without a folder in `train/`, or an image that lies in the folder
+            of another class; nothing is moved then.
+    """
+    validation, known = folder / "val", set(_classes(folder / "train"))
+    loose = _images(validation)
+    unlabelled = [name for name in loose if Path(name).stem not in labels]
+    if unlabelled:
+        raise AFDSError(
+            f"{len(unlabelled):,} images of {validation} have no class in the list, first {unlabelled[0]}: give the "
+            "list of this data set"
+        )
+    strange = sorted({labels[Path(name).stem] for name in loose} - known)
+    if strange:
+        raise AFDSError(
+            f"the class {strange[0]!r} of the list has no folder in {folder / 'train'} ({len(strange):,} in all): "
+            "complete train/, or give the list of this data set"
+        )
+    for one in _classes(validation):
+        for name in _images(validation / one):
+            if labels.get(Path(name).stem, one) != one:
+                raise AFDSError(f"{validation / one / name} is of the class {labels[Path(name).stem]}: move it there")
+    try:
+        for name in loose:
+            target = validation / labels[Path(name).stem]
+            target.mkdir(exist_ok=True)
+            if (target / name).exists():
+                raise AFDSError(f"{name} lies both in {validation} and in {target}: delete one of them")
+            os.rename(validation / name, target / name)
+    except OSError as error:
+        raise AFDSError(
+            f"cannot sort {validation} ({error.strerror}): the command moves files, so the folder must be writable"
+        ) from error
+    return len(loose)
+
+
+def count(folder: Path) -> Counts:
+    """Classes and images of a sorted tree."""
+    classes = _classes(folder / "train")
+    validation = [len(_images(folder / "val" / one)) for one in _classes(folder / "val")]
+    return Counts(len(classes), sum(len(_images(folder / "train" / one)) for one in classes), sum(validation))
+
+
+def arrange(
+    root: str | Path, labels: str | Path | None = None, *, expected: Counts | None = IMAGENET
+) -> tuple[Path, int, Counts]:
+    """Sorts the validation images if they are not sorted yet, and checks the counts (the command `afds data imagenet`).
+
+    Args:
+        root: the tree, or the folder it lies in; see `find_tree`.
+        labels: see `read_labels`; looked for beside the tree where it is needed and not given.
+        expected: what the tree must hold; None to accept a part of ImageNet.
+
+    Returns:
+        The tree, how many images were moved, and what it holds.
+
+    Raises:
+        AFDSError: what is missing, damaged or miscounted.
+    """
+    folder = find_tree(root)
+    moved, found = 0, Path(labels) if labels is not None else _find_labels(folder)
+    if _images(folder / "val"):
+        if found is None:
+            raise AFDSError(
+                f"the images of {folder / 'val'} are not sorted into classes: put {DEVKIT} or {KAGGLE} beside it, or "
+                "name such a file by --labels"
+            )
+        moved = sort_validation(folder, read_labels(found))
+    counts = count(folder)
+    if expected is not None and counts != expected:
+        raise AFDSError(
+            f"{folder} holds {counts}, where ImageNet has {expected}: fetch what is missing, or accept a part of it "
+            "with --subset"
+        )
+    return folder, moved, counts

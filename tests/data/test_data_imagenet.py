@@ -1,0 +1,174 @@
+"""Sorting ImageNet's flat validation folder, from every kind of list, and the counts."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.io import savemat
+
+from afdslib import cli, data
+from afdslib.data import imagenet
+from afdslib.data.imagenet import Counts, arrange, read_labels
+from afdslib.errors import AFDSError
+
+# The order of the IDs is not that of the WordNet ids, as in the real list.
+WNIDS = {1: "n02119789", 2: "n02100735", 3: "n01440764"}
+IDS = [2, 1, 3, 3, 1, 2]
+EXPECTED = Counts(3, 7, 6)
+
+
+def image(number: int) -> str:
+    return f"ILSVRC2012_val_{number:08d}.JPEG"
+
+
+def devkit(folder: Path) -> Path:
+    """The two files of the devkit that matter, with high-level synsets behind the three."""
+    place = folder / "ILSVRC2012_devkit_t12" / "data"
+    place.mkdir(parents=True)
+    (place / imagenet.GROUND_TRUTH).write_text("".join(f"{i}\n" for i in IDS))
+    fields = [("ILSVRC2012_ID", object), ("WNID", object), ("words", object), ("num_children", object)]
+    rows = [(i, wnid, "a, b", 0) for i, wnid in WNIDS.items()] + [(4, "n00001740", "entity", 3)]
+    savemat(place / imagenet.META, {"synsets": np.array(rows, dtype=fields).reshape(-1, 1)})
+    return place.parent
+
+
+def kaggle(folder: Path) -> Path:
+    file = folder / imagenet.KAGGLE
+    lines = [f"{Path(image(n)).stem},{WNIDS[i]} 1 2 3 4 {WNIDS[i]} 5 6 7 8 " for n, i in enumerate(IDS, 1)]
+    file.write_text("\n".join(["ImageId,PredictionString", *lines]) + "\n")
+    return file
+
+
+def plain(folder: Path) -> Path:
+    """A list without a header and with suffixes."""
+    file = folder / "own.csv"
+    file.write_text("\n".join(f"{image(n)},{WNIDS[i]}" for n, i in enumerate(IDS, 1)))
+    return file
+
+
+def packed(folder: Path) -> Path:
+    file = folder / "devkit.tar.gz"
+    with tarfile.open(file, "w:gz") as archive:
+        archive.add(devkit(folder), arcname="ILSVRC2012_devkit_t12")
+    return file
+
+
+def text(folder: Path) -> Path:
+    return devkit(folder) / "data" / imagenet.GROUND_TRUTH
+
+
+@pytest.fixture
+def tree(make, home) -> Path:
+    folder = make.tree("imagenet", {"train": {w: 2 + (w == WNIDS[1]) for w in WNIDS.values()}})
+    return make.images(folder, [f"val/{image(n)}" for n in range(1, 7)]).parent / "imagenet"
+
+
+def placed(tree: Path) -> dict[str, str]:
+    return {p.name: p.parent.name for p in (tree / "val").rglob("*.JPEG")}
+
+
+@pytest.mark.parametrize("labels", [devkit, kaggle, plain, packed, text], ids=lambda f: f.__name__)
+def test_each_kind_of_list_sorts_the_flat_folder(tree, tmp_path, labels):
+    folder, moved, counts = arrange(tree, labels(tmp_path), expected=EXPECTED)
+    assert folder == tree and moved == 6 and counts == EXPECTED
+    assert placed(tree) == {image(n): WNIDS[i] for n, i in enumerate(IDS, 1)}
+    assert arrange(tree, expected=EXPECTED)[1] == 0  # sorted already: no list is needed
+    splits = data.load("imagenet", tree, holdout=False)
+    assert len(splits.train) == 7 and len(splits.test) == 6 and splits.validation is None
+    assert splits.classes == tuple(sorted(WNIDS.values()))
+
+
+def test_the_list_is_found_beside_the_tree_and_an_interrupted_sort_goes_on(tree, monkeypatch):
+    devkit(tree.parent)
+    calls = []
+
+    def killed(source, target, rename=imagenet.os.rename):
+        calls.append(source)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(imagenet.os, "rename", killed)
+        arrange(tree, expected=EXPECTED)
+    assert sum(folder != "val" for folder in placed(tree).values()) == 2
+    assert arrange(tree.parent, expected=EXPECTED)[1] == 4
+    assert placed(tree) == {image(n): WNIDS[i] for n, i in enumerate(IDS, 1)}
+
+
+def test_a_flat_folder_is_not_loaded(tree):
+    with pytest.raises(AFDSError, match="holds 6 images outside class folders: sort them with afds data imagenet"):
+        data.load("imagenet", tree)
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (lambda tree, file: file.unlink(), "there is no file .*own.csv: give ILSVRC2012_devkit_t12.tar.gz"),
+        (lambda tree, file: file.write_text(file.read_text().split("\n")[0]), "5 images of .*val have no class"),
+        (lambda tree, file: file.write_text(file.read_text().replace(",n01440764", ",")), r"line 3 of .*own.csv"),
+        (
+            lambda tree, file: file.write_text(file.read_text().replace("n01440764", "n99999999")),
+            "'n99999999' of the list has no folder in .*train",
+        ),
+        (
+            lambda tree, file: (tree / "train" / WNIDS[2] / "000.jpg").unlink(),
+            "3 classes, 6 training and 6 validation images, where ImageNet has 3 classes, 7 training",
+        ),
+    ],
+    ids=["missing", "short", "empty-class", "foreign", "count"],
+)
+def test_what_does_not_fit_is_one_sentence_and_nothing_is_moved(tree, tmp_path, spoil, words):
+    file = plain(tmp_path)
+    spoil(tree, file)
+    with pytest.raises(AFDSError, match=words) as caught:
+        arrange(tree, file, expected=EXPECTED)
+    assert "\n" not in str(caught.value)
+    if "where ImageNet has" not in words:
+        assert set(placed(tree).values()) == {"val"}
+
+
+def test_an_image_in_the_folder_of_another_class_is_named(tree, tmp_path):
+    wrong = tree / "val" / WNIDS[3]
+    wrong.mkdir()
+    (tree / "val" / image(1)).rename(wrong / image(1))
+    with pytest.raises(AFDSError, match=f"{image(1)} is of the class {WNIDS[2]}: move it there"):
+        arrange(tree, plain(tmp_path), expected=EXPECTED)
+
+
+def test_damaged_devkits_are_one_sentence(tmp_path):
+    folder = devkit(tmp_path)
+    (folder / "data" / imagenet.META).write_bytes(b"no mat file at all")
+    with pytest.raises(AFDSError, match="the devkit .* cannot be read"):
+        read_labels(folder)
+    (folder / "data" / imagenet.META).unlink()
+    with pytest.raises(AFDSError, match="is no ImageNet devkit: it lacks meta.mat"):
+        read_labels(folder)
+    named = tmp_path / imagenet.DEVKIT
+    with tarfile.open(named, "w:gz") as archive:
+        archive.addfile(tarfile.TarInfo("empty"), io.BytesIO())
+    with pytest.raises(AFDSError, match="has another md5"):
+        read_labels(named)
+    other = named.rename(tmp_path / "other.tar.gz")
+    with pytest.raises(AFDSError, match="is no ImageNet devkit: it lacks"):
+        read_labels(other)
+    other.write_bytes(b"cut")
+    with pytest.raises(AFDSError, match="is damaged"):
+        read_labels(other)
+    with pytest.raises(AFDSError, match="says no classes"):
+        read_labels(Path(__file__))
+
+
+def test_the_command_sorts_and_counts(tree, tmp_path, capsys):
+    devkit(tree.parent)
+    assert cli.main(["data", "imagenet", "--root", str(tree.parent)]) == 2
+    errors = capsys.readouterr().err
+    assert "1,281,167 training and 50,000 validation images" in errors and errors.count("\n") == 1
+    assert cli.main(["data", "imagenet", "--root", str(tree.parent), "--subset"]) == 0
+    assert capsys.readouterr().out == f"{tree}: 3 classes, 7 training and 6 validation images\n"
+    assert cli.main(["data", "imagenet", "--root", str(tmp_path / "none")]) == 2
+    assert cli.main(["data", "imagenet", "--root", str(tmp_path)]) == 2
+    assert "there is no ImageNet tree in" in capsys.readouterr().err
+    assert cli.main(["data", "digits", "--subset"]) == 2 and "imagenet only" in capsys.readouterr().err

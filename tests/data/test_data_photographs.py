@@ -1,0 +1,174 @@
+"""Crops, jitter and lighting: what they draw, that they are torchvision's operations, and any input statistics."""
+
+import copy
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+
+from afdslib import data
+from afdslib.backbones.inputs import IMAGENET, RAW, InputStatistics
+from afdslib.data.photographs import (
+    _EIGENVALUES,
+    _EIGENVECTORS,
+    AUGMENTATIONS,
+    Augmentation,
+    PhotoImages,
+    _light,
+    photographs,
+    random_box,
+)
+from afdslib.errors import AFDSError
+
+
+class Pictures:
+    """Images in memory as a source."""
+
+    def __init__(self, *pixels: np.ndarray) -> None:
+        self.pixels = pixels
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def name(self, row: int) -> str:
+        return f"image {row}"
+
+    def read(self, row: int) -> Image.Image:
+        return Image.fromarray(self.pixels[row])
+
+
+def pictures(count: int = 6, height: int = 40, width: int = 56) -> Pictures:
+    random = np.random.RandomState(0)
+    return Pictures(*random.randint(0, 256, (count, height, width, 3), dtype=np.uint8))
+
+
+def images(source: Pictures | None = None, *, size: int = 24, **options) -> PhotoImages:
+    source = source or pictures()
+    count = len(source)
+    return PhotoImages(source, np.arange(count), np.arange(count) % 2, ("a", "b"), size=size, **options)
+
+
+def test_the_test_time_transform_is_torchvisions():
+    split = images(statistics=IMAGENET)
+    x, y = split.__getitems__([0, 3])
+    assert x.shape == (2, 3, 24, 24) and x.dtype == torch.float32 and y.tolist() == [0, 1]
+    recipe = v2.Compose(
+        [
+            v2.Resize(round(24 * 256 / 224), interpolation=v2.InterpolationMode.BICUBIC),
+            v2.CenterCrop(24),
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+    for row, image in zip((0, 3), x, strict=True):
+        torch.testing.assert_close(image, recipe(split._source.read(row)), rtol=0, atol=1e-5)
+
+
+def test_raw_statistics_leave_the_pixel_values():
+    split = images(Pictures(np.full((30, 30, 3), (10, 120, 250), dtype=np.uint8)), statistics=RAW)
+    assert split[0][0].mean((1, 2)).tolist() == [10, 120, 250]
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_an_augmented_image_depends_on_seed_epoch_and_index_alone(name):
+    split = images(augmentation=AUGMENTATIONS[name], seed=3)
+    split.set_epoch(2)
+    state = torch.get_rng_state()
+    together, _ = split.__getitems__([4, 1, 1])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(together[0], split[4][0]) and torch.equal(together[1], together[2])
+    again = images(augmentation=AUGMENTATIONS[name], seed=3)
+    again.set_epoch(2)
+    loader = DataLoader(again, batch_sampler=[[4], [1]], collate_fn=data.collate, num_workers=2)
+    assert torch.equal(torch.cat([x for x, _ in loader]), together[:2])
+    other = copy.copy(split)
+    other.set_epoch(3)
+    assert not torch.equal(other[4][0], together[0])
+    assert not torch.equal(images(augmentation=AUGMENTATIONS[name], seed=4)[4][0], together[0])
+
+
+def test_boxes_stay_inside_and_within_their_ranges():
+    random, chosen = np.random.RandomState(0), AUGMENTATIONS["inception"]
+    areas, ratios = [], []
+    for _ in range(4000):
+        top, left, height, width = random_box(400, 300, chosen, random)
+        assert 0 <= top <= 300 - height and 0 <= left <= 400 - width
+        areas.append(height * width / 120_000)
+        ratios.append(width / height)
+    assert 0.078 < min(areas) < 0.1 and 0.9 < max(areas) <= 1
+    assert 0.74 < min(ratios) < 0.77 and 1.3 < max(ratios) < 1.35
+    assert abs(np.log(ratios)[np.array(areas) < 0.5].mean()) < 0.02  # as often upright as lying
+
+
+def test_boxes_are_drawn_like_torchvisions():
+    """The two distributions, by their means and deviations over many draws."""
+    theirs = v2.RandomResizedCrop(8)
+    torch.manual_seed(0)
+    image = torch.zeros(3, 60, 90)
+    expected = np.array([list(theirs.make_params([image]).values()) for _ in range(4000)])
+    random = np.random.RandomState(1)
+    mine = np.array([random_box(90, 60, Augmentation(), random) for _ in range(4000)])
+    for moment in (np.mean, np.std):
+        np.testing.assert_allclose(moment(mine, 0), moment(expected, 0), rtol=0.06)
+
+
+@pytest.mark.parametrize("width, height", [(1000, 10), (10, 1000), (1, 1)])
+def test_an_image_no_crop_fits_gives_its_largest_central_box(width, height):
+    random = np.random.RandomState(0)
+    top, left, h, w = random_box(width, height, Augmentation(area=(0.9, 1.0)), random)
+    assert 0 <= top <= height - h and 0 <= left <= width - w and h >= 1 and w >= 1
+    assert max(h, w) <= math.ceil(min(width, height) * 4 / 3)
+
+
+def test_half_of_the_crops_are_mirrored_and_none_where_flip_is_off():
+    ramp = np.broadcast_to(np.arange(0, 240, 4, dtype=np.uint8)[None, :, None], (60, 60, 3)).copy()
+    for flip, low, high in ((True, 0.35, 0.65), (False, 0, 0)):
+        split = images(Pictures(*[ramp] * 100), augmentation=Augmentation(flip=flip))
+        x, _ = split.__getitems__(list(range(100)))
+        share = float((x[:, 0, 0, 0] > x[:, 0, 0, -1]).double().mean())
+        assert low <= share <= high
+
+
+def test_jitter_changes_colours_within_its_strength():
+    grey = np.full((40, 40, 3), 100, dtype=np.uint8)
+    split = images(Pictures(*[grey] * 200), augmentation=Augmentation(jitter=0.4), statistics=RAW)
+    x, _ = split.__getitems__(list(range(200)))
+    means = x.mean((1, 2, 3))  # of a grey image only the brightness moves
+    assert 59 <= float(means.min()) < 65 and 135 < float(means.max()) <= 141
+    assert float(x.std((1, 2, 3)).max()) == 0
+
+
+def test_lighting_moves_all_pixels_along_the_principal_components():
+    random = np.random.RandomState(0)
+    shifts = torch.stack([_light(0.1, random).flatten() for _ in range(20_000)]).double().numpy()
+    wanted = (_EIGENVECTORS * (25.5 * _EIGENVALUES) ** 2) @ _EIGENVECTORS.T
+    np.testing.assert_allclose(np.cov(shifts.T), wanted, rtol=0.05, atol=0.05)
+    np.testing.assert_allclose(_EIGENVECTORS.T @ _EIGENVECTORS, np.eye(3), atol=1e-3)
+    flat = Pictures(np.full((30, 30, 3), 128, dtype=np.uint8))
+    x = images(flat, augmentation=Augmentation(lighting=0.1), statistics=RAW)[0][0]
+    assert float(x.std((1, 2)).max()) < 1e-4 and float((x - 128).abs().max()) > 0
+
+
+def test_splits_get_the_transforms_and_keep_their_images(make, home):
+    tree = make.tree("tree", {"train": {"a": 5, "b": 6}, "val": {"a": 2, "b": 2}}, size=(80, 70))
+    loaded = data.load(str(tree), size=72, holdout=False)
+    assert loaded.validation is None and len(loaded.train) == 11
+    found = photographs(loaded, 16, "resnext", InputStatistics((1, 2, 3), (4, 5, 6)), seed=7)
+    assert [len(s) for s in (found.train, found.test, found.statistics)] == [11, 4, 11] and found.validation is None
+    assert found.train.augment and not found.test.augment and found.train.seed == 7
+    assert np.array_equal(found.train.targets, loaded.train.targets) and found.train[0][0].shape == (3, 16, 16)
+    assert found.test.raw(0).shape == (16, 16, 3)
+
+
+def test_unknown_augmentations_and_decoded_arrays_are_refused(make, home):
+    tree = make.tree("tree", {"train": {"a": 2, "b": 2}, "val": {"a": 1, "b": 1}}, size=(80, 70))
+    with pytest.raises(AFDSError, match="'mixup' is unknown; use one of inception, resnext, gentle"):
+        photographs(data.load(str(tree), size=72), 16, "mixup", RAW)
+    with warnings.catch_warnings(), pytest.raises(AFDSError, match="decoded arrays; load it at a size above 64"):
+        photographs(data.load(str(tree), size=32), 16, "inception", RAW)
