@@ -134,8 +134,8 @@ def _attention_methods(
 
 def _attention_demo(budget: str) -> DistillationProfile:
     """Scikit-learn's digits at 16 px: under a minute on a CPU, no download."""
-    fit = Optimisation(steps=60, batch_size=32, lr=0.05, schedule="cosine", warmup=0.05, log_rows=6)
-    methods = _attention_methods((1.0, 10.0, 100.0, 1000.0, 10000.0), (5.0,), (0.1,), (0.1,))
+    fit = Optimisation(steps=80, batch_size=16, lr=0.2, schedule="cosine", warmup=0.05, log_rows=8)
+    methods = _attention_methods((0.1, 1.0, 10.0, 100.0, 1000.0), (5.0,), (0.1,), (0.1,))
     digits = DataSource("digits", size=16)
     everything = tuple(m.name for m in methods)
     return DistillationProfile(
@@ -143,7 +143,8 @@ def _attention_demo(budget: str) -> DistillationProfile:
         pairs=(
             Pair(Network("wrn-10-2"), Network("wrn-10-1"), everything, (0, 1) if budget == "quick" else (0, 1, 2, 3)),
         ),
-        teacher_training=replace(fit, steps=120), student_training=fit, trial=replace(fit, steps=30, log_rows=1),
+        teacher_training=replace(fit, steps=100, batch_size=32, log_rows=4), student_training=fit,
+        trial=replace(fit, steps=40, log_rows=1),
         curves=("alone", "at", "kd", "at-kd"), committed=False,
     )  # fmt: skip
 
@@ -220,8 +221,8 @@ def _selectivity_methods(weights: dict[str, tuple[float, ...]]) -> tuple[Method,
 
 def _selectivity_demo(budget: str) -> DistillationProfile:
     """Scikit-learn's digits at 16 px, a wide ResNet as the teacher and a narrow Inception-BN."""
-    fit = Optimisation(steps=50, batch_size=32, lr=0.05, schedule="cosine", warmup=0.05, log_rows=5)
-    methods = _selectivity_methods(dict.fromkeys(("poly", "linear", "gaussian"), (5.0, 50.0)))
+    fit = Optimisation(steps=60, batch_size=16, lr=0.1, schedule="cosine", warmup=0.05, log_rows=4)
+    methods = _selectivity_methods({"poly": (5.0,), "linear": (), "gaussian": ()})
     digits = DataSource("digits", size=16)
     return DistillationProfile(
         name="demo", budget=budget, study="selectivity", data=digits, trial_data=digits, methods=methods,
@@ -233,7 +234,7 @@ def _selectivity_demo(budget: str) -> DistillationProfile:
         ),
         # The teacher of notebook 06.
         teacher_training=_attention_demo(budget).teacher_training, student_training=fit,
-        trial=replace(fit, steps=25, log_rows=1), curves=(), committed=False,
+        trial=fit, curves=(), committed=False,
     )  # fmt: skip
 
 
