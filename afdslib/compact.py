@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from afdslib.afs.channels import CutConvBN, GroupedConv2d, Join, Pick, Spread
-from afdslib.afs.graph import keeps_channels, propagate, shapes, trace
+from afdslib.afs.graph import is_add, keeps_channels, propagate, shapes, trace
 from afdslib.afs.layer import AFSConvBN
 from afdslib.errors import AFDSError
 
@@ -181,7 +181,7 @@ class _Surgeon:
     def _cut_function(self, node: fx.Node) -> None:
         name = getattr(node.target, "__name__", str(node.target))
         addends = [a for a in node.args[:2] if isinstance(a, fx.Node)]
-        if node.target in (operator.add, operator.iadd, torch.add) or name in ("add", "add_"):
+        if is_add(node):
             same = len({self.shapes[a.name] for a in addends}) == 1
             if len(addends) == 2 and same and not node.kwargs:
                 self._cut_join(node, addends, [None, None])

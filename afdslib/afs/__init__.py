@@ -1,7 +1,7 @@
 """AFS, attentive feature selection: gated convolutions, exact conversion, masks and MACs budgets."""
 
 from afdslib.afs.convert import convert, layers, set_density
-from afdslib.afs.graph import living_channels
+from afdslib.afs.graph import living_channels, streams
 from afdslib.afs.io import load, save
 from afdslib.afs.layer import AFSConvBN, Gates
 from afdslib.afs.masks import LayerStatistics, MaskReport, collect_statistics, update_masks
@@ -18,5 +18,6 @@ __all__ = [
     "load",
     "save",
     "set_density",
+    "streams",
     "update_masks",
 ]

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from afdslib.afs.channels import ChannelOp
+from afdslib.afs.channels import ChannelOp, Join
 from afdslib.afs.layer import AFSConvBN
 from afdslib.errors import AFDSError
 
-__all__ = ["eval_mode", "keeps_channels", "living_channels", "propagate", "shapes", "trace"]
+__all__ = [
+    "eval_mode", "is_add", "keeps_channels", "keeps_channels_call", "living_channels", "propagate", "shapes", "streams", "trace",
+]  # fmt: skip
 
 # Modules and functions that map a zero channel to a zero channel and leave the channels in their order.
 _KEEP_MODULES = (
@@ -34,6 +36,11 @@ _KEEP_FUNCTIONS = {
 def keeps_channels(module: nn.Module) -> bool:
     """Whether a layer maps a zero channel to a zero channel and leaves the channels in their order."""
     return isinstance(module, _KEEP_MODULES)
+
+
+def keeps_channels_call(node: fx.Node) -> bool:
+    """The same of a function or method that a node calls; `propagate` also knows the spatial mean."""
+    return node.op in ("call_function", "call_method") and _name(node) in _KEEP_FUNCTIONS
 
 
 class _Tracer(fx.Tracer):
@@ -58,6 +65,13 @@ def trace(model: nn.Module) -> fx.Graph:
 
 def _name(node: fx.Node) -> str:
     return getattr(node.target, "__name__", str(node.target))
+
+
+def is_add(node: fx.Node) -> bool:
+    """Whether a node is a sum, in place or not."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    return node.target in (operator.add, operator.iadd, torch.add) or _name(node) in ("add", "add_")
 
 
 def _union(left: Tensor | None, right: Tensor | None) -> Tensor | None:
@@ -102,7 +116,7 @@ def propagate(
                 result = _flatten(first, shapes[node.name])
         elif node.op in ("call_function", "call_method"):
             name = _name(node)
-            if node.target in (operator.add, operator.iadd, torch.add) or name in ("add", "add_"):
+            if is_add(node):
                 tensors = [a for a in node.args[:2] if isinstance(a, fx.Node)]
                 # A constant addend makes zero channels non-zero.
                 result = _union(sets[tensors[0]], sets[tensors[1]]) if len(tensors) == 2 else None
@@ -162,6 +176,37 @@ def shapes(model: nn.Module, graph: fx.Graph, input_size: tuple[int, int, int]) 
     with eval_mode(model):
         runner.run(image)
     return {node.name: tuple(v.shape) if isinstance(v, Tensor) else () for node, v in runner.env.items()}
+
+
+def streams(model: nn.Module) -> list[tuple[str, ...]]:
+    """The residual streams: for each the AFS layers that are added up in it, in forward order.
+
+    A channel of such a stream is zero where it is removed in every one of its layers. Streams with an addend that has
+    no gates are left out, for none of their channels ever is, and so are those that a compact network has cut. [ours]
+    """
+    graph, modules = trace(model), dict(model.named_modules())
+    # Each stream is a set of layer names; None among them is an addend that cannot be cut.
+    carried: dict[fx.Node, frozenset[str | None]] = {}
+    found: list[frozenset[str | None]] = []
+    for node in graph.nodes:
+        module = modules[node.target] if node.op == "call_module" else None
+        inputs = [carried[n] for n in node.all_input_nodes]
+        if isinstance(module, AFSConvBN):
+            carried[node] = frozenset([node.target])
+        elif is_add(node) or isinstance(module, Join):
+            # The addends of a Join hold different channels: a compact network's stream is coupled no more.
+            closed = len(inputs) == 2 and not isinstance(module, Join)
+            stream = frozenset[str | None]().union(*inputs, [] if closed else [None])
+            joined = [s for s in found if s & stream - {None}]
+            found = [s for s in found if s not in joined] + [stream.union(*joined)]
+            carried[node] = found[-1]
+        elif isinstance(module, _KEEP_MODULES) or keeps_channels_call(node):
+            carried[node] = inputs[0]
+        else:
+            carried[node] = frozenset([None])
+    order = {str(node.target): place for place, node in enumerate(graph.nodes)}
+    complete = [sorted((str(n) for n in s), key=order.__getitem__) for s in found if None not in s and len(s) > 1]
+    return sorted((tuple(names) for names in complete), key=lambda names: order[names[0]])
 
 
 def living_channels(model: nn.Module, names: Iterable[str], input_size: tuple[int, int, int]) -> dict[str, Tensor]:

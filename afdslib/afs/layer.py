@@ -174,7 +174,7 @@ class AFSConvBN(nn.Module):
         return torch.promote_types(torch.float32, self.predictor.weight.dtype)
 
     def predictor_weights(self) -> tuple[Tensor, Tensor]:
-        """The predictor as a matrix (C, C_in) and a bias (C,) over all channels, whether it has a row for each or not."""
+        """The predictor as a matrix (C, C_in) and a bias (C,) over all channels, 0 where it has no row."""
         return self.predictor.weight, self.predictor.bias
 
     def _importances(self, pooled: Tensor) -> Tensor:

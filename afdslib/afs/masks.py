@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from afdslib import macs
 from afdslib.afs.convert import layers
-from afdslib.afs.graph import eval_mode
+from afdslib.afs.graph import eval_mode, streams
 from afdslib.afs.layer import AFSConvBN
 from afdslib.errors import AFDSError
 
@@ -135,6 +135,7 @@ def update_masks(
     macs_budget: float | None = None,
     loader: Iterable[tuple[Tensor, Tensor]] | None = None,
     multiple: int = 1,
+    stream: str = "free",
 ) -> MaskReport:
     """Lowers the masks in place: removes channels with small mean gates and freezes gates that hardly vary.
 
@@ -150,7 +151,11 @@ def update_masks(
             all, infinity makes all static.
         macs_budget: in (0, 1], the share of the dense ungated network's MACs to reach.
         loader: a fixed subset of training images, needed for `macs_budget`; it must give the same images each time.
-        multiple: round each layer's kept channels up to a multiple, for kernels that like such shapes.
+        multiple: round each layer's kept channels up to a multiple (never above its width), for kernels that like such
+            shapes; the budget is met all the same, by removing more elsewhere.
+        stream: "free", every layer decides alone; "coupled", the layers that are added up in a residual stream decide
+            together: a channel of the stream goes from all of them or from none, by the mean of their q, so that the
+            stream narrows and the layers that read it with it. Streams with an addend without gates stay free. [ours]
 
     Raises:
         AFDSError: unless exactly one of delta_m and macs_budget is given; for values out of range, a missing loader,
@@ -169,8 +174,11 @@ def update_masks(
             raise AFDSError(f"{name} must be a number, got {value!r}")
     if not delta_s >= 0:
         raise AFDSError(f"delta_s must be at least 0, got {delta_s!r}")
-    if not (isinstance(multiple, int) and multiple >= 1):
+    if not (isinstance(multiple, int) and not isinstance(multiple, bool) and multiple >= 1):
         raise AFDSError(f"multiple must be a whole number of at least 1, got {multiple!r}")
+    if stream not in ("free", "coupled"):
+        raise AFDSError(f"stream must be 'free' or 'coupled', got {stream!r}")
+    units = _units(model, found, stream)
     if macs_budget is not None:
         if not 0 < macs_budget <= 1:
             raise AFDSError(f"macs_budget must be in (0, 1], got {macs_budget!r}")
@@ -181,18 +189,20 @@ def update_masks(
 
     before = {name: (layer.m.clone(), layer.s.clone(), layer.gamma.clone()) for name, layer in found.items()}
     try:
-        _freeze(found, statistics, delta_s)
-        ranking = _ranking(found, statistics)
+        _freeze(found, statistics, delta_s, spare=multiple > 1)
+        ranking = _ranking(found, statistics, units)
         living = {name: layer.m.clone() for name, layer in found.items()}
         measured: macs.MACs | None = None
         if delta_m is not None:
             removals = sum(q <= delta_m for q, _, _ in ranking)
-            _remove(found, living, ranking[:removals], multiple)
+            _remove(found, units, living, ranking[:removals], multiple)
             threshold = float(delta_m)
             if loader is not None:
                 measured = macs.expected(model, loader)
         elif macs_budget is not None and loader is not None:
-            removals, measured = _bisect(model, found, living, ranking, macs_budget, loader, multiple)
+            removals, measured = _bisect(
+                model, found, units, living, ranking, macs_budget, loader, multiple
+            )
             threshold = max(0.0, ranking[removals - 1][0]) if removals else 0.0
     except BaseException:
         # Nothing half done: a refused or interrupted update leaves the masks as they were.
@@ -205,25 +215,51 @@ def update_masks(
     return MaskReport(threshold, measured, width - alive, alive - dynamic, dynamic)
 
 
+def _units(model: nn.Module, found: dict[str, AFSConvBN], stream: str) -> list[tuple[str, ...]]:
+    """The layers that lose channels together: each alone, or those of a residual stream, in forward order."""
+    coupled = {name: names for names in streams(model) for name in names} if stream == "coupled" else {}
+    if stream == "coupled" and not coupled:
+        raise AFDSError(
+            f"stream='coupled' needs a residual stream whose addends all have gates, and {type(model).__name__} has "
+            "none; convert with gates='all', or leave stream='free'"
+        )
+    return list(dict.fromkeys(coupled.get(name, (name,)) for name in found))
+
+
 @torch.no_grad()
-def _freeze(found: dict[str, AFSConvBN], statistics: dict[str, LayerStatistics], delta_s: float) -> None:
-    """s <- 1[p > delta_s * q^2]; gamma <- q where s becomes 0."""
+def _freeze(
+    found: dict[str, AFSConvBN], statistics: dict[str, LayerStatistics], delta_s: float, *, spare: bool
+) -> None:
+    """s <- 1[p > delta_s * q^2]; gamma <- q where s becomes 0.
+
+    With `spare`, gates that were never open stay dynamic: rounding may keep such a channel after all, and as a constant
+    it would come back to life.
+    """
     for name, layer in found.items():
         q, p = statistics[name].q, statistics[name].p
-        freeze = ((p <= delta_s * q.square()) if math.isfinite(delta_s) else torch.ones_like(q, dtype=torch.bool)).to(
-            layer.s.device
-        )
-        freeze &= layer.s > 0
+        freeze = (p <= delta_s * q.square()) if math.isfinite(delta_s) else torch.ones_like(q, dtype=torch.bool)
+        if spare:
+            freeze &= q > 0
+        freeze = freeze.to(layer.s.device) & (layer.s > 0)
         layer.gamma[freeze] = q.to(layer.gamma)[freeze]
         layer.s[freeze] = 0
 
 
-def _ranking(found: dict[str, AFSConvBN], statistics: dict[str, LayerStatistics]) -> list[tuple[float, int, int]]:
-    """Living channels that may go, least important first; each layer's most important channel is not among them."""
-    names = list(found)
+def _living(found: dict[str, AFSConvBN], unit: tuple[str, ...]) -> Tensor:
+    """Channels that live in any of a unit's layers."""
+    return torch.stack([found[name].m for name in unit]).amax(0)
+
+
+def _ranking(
+    found: dict[str, AFSConvBN], statistics: dict[str, LayerStatistics], units: list[tuple[str, ...]]
+) -> list[tuple[float, int, int]]:
+    """Living channels that may go, least important first; each unit's most important channel is not among them."""
     ranking: list[tuple[float, int, int]] = []
-    for position, name in enumerate(names):
-        q, alive = statistics[name].q.tolist(), found[name].m.tolist()
+    for position, unit in enumerate(units):
+        q = statistics[unit[0]].q.tolist()
+        if len(unit) > 1:
+            q = torch.stack([statistics[name].q * found[name].m.cpu() for name in unit]).mean(0).tolist()
+        alive = _living(found, unit).tolist()
         channels = sorted((q[c], position, c) for c in range(len(q)) if alive[c])
         ranking += channels[:-1]
     return sorted(ranking)
@@ -232,28 +268,35 @@ def _ranking(found: dict[str, AFSConvBN], statistics: dict[str, LayerStatistics]
 @torch.no_grad()
 def _remove(
     found: dict[str, AFSConvBN],
+    units: list[tuple[str, ...]],
     living: dict[str, Tensor],
     removals: list[tuple[float, int, int]],
     multiple: int,
 ) -> None:
-    """Sets the masks to `living` less the removals; each layer keeps a multiple of channels where it can."""
+    """Sets the masks to `living` less the removals; each unit keeps a multiple of channels where it can."""
     chosen: dict[int, list[int]] = {}
     for _, position, channel in removals:
         chosen.setdefault(position, []).append(channel)
-    for position, (name, layer) in enumerate(found.items()):
+    for name, layer in found.items():
         layer.m.copy_(living[name])
+    for position, unit in enumerate(units):
         channels = chosen.get(position, [])
-        kept = int(living[name].sum()) - len(channels)
+        kept = int(_living(found, unit).sum()) - len(channels)
         # The last ones chosen are the most important of them, and the first to be kept after all.
         give_back = min(-kept % multiple, len(channels))
         gone = channels[: len(channels) - give_back]
-        if gone:
-            layer.m[torch.tensor(gone, device=layer.m.device)] = 0
+        for name in unit if gone else ():
+            found[name].m[torch.tensor(gone, device=found[name].m.device)] = 0
+
+
+def _least(multiple: int) -> str:
+    return "one channel per layer" if multiple == 1 else f"{multiple} channels per layer, or all where there are fewer,"
 
 
 def _bisect(
     model: nn.Module,
     found: dict[str, AFSConvBN],
+    units: list[tuple[str, ...]],
     living: dict[str, Tensor],
     ranking: list[tuple[float, int, int]],
     budget: float,
@@ -270,7 +313,7 @@ def _bisect(
     meter = macs.Meter(model)
 
     def measure(removals: int) -> macs.MACs:
-        _remove(found, living, ranking[:removals], multiple)
+        _remove(found, units, living, ranking[:removals], multiple)
         return macs.expected(model, loader, meter=meter)
 
     # Gates with q = 0 go with any threshold of at least 0; left in, freezing them would bring them back as constants.
@@ -278,7 +321,7 @@ def _bisect(
     best = measure(high)
     if best.total > allowed:
         raise AFDSError(
-            f"macs_budget {budget:g} cannot be reached: one channel per layer still costs {best.total / dense:.4f} of "
+            f"macs_budget {budget:g} cannot be reached: {_least(multiple)} still costs {best.total / dense:.4f} of "
             "the dense network; ask for at least that, or gate more layers"
         )
     while low < high:
@@ -289,5 +332,5 @@ def _bisect(
         else:
             low = middle + 1
     # The masks must be those of `high`, whichever number was measured last.
-    _remove(found, living, ranking[:high], multiple)
+    _remove(found, units, living, ranking[:high], multiple)
     return high, best

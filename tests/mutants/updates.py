@@ -88,8 +88,8 @@ def gamma_is_random() -> Iterator[None]:
     """gamma is drawn once and never updated."""
     original = masks._freeze
 
-    def freeze(found: dict[str, AFSConvBN], statistics, delta_s: float) -> None:
-        original(found, statistics, delta_s)
+    def freeze(found: dict[str, AFSConvBN], statistics, delta_s: float, **options: bool) -> None:
+        original(found, statistics, delta_s, **options)
         for layer in found.values():
             layer.gamma.copy_(torch.rand(layer.gamma.shape, generator=torch.Generator().manual_seed(0)))
 
