@@ -163,9 +163,7 @@ def _profile(name: str, budget: str | None, data_dir: str | None) -> Any:
     """The profile, checked: only what was given is passed on, so that defaults stay in one place."""
     from . import profiles
 
-    if data_dir is not None and not Path(data_dir).expanduser().is_dir():
-        raise AFDSError(f"the data folder {data_dir} does not exist: create it, or give another")
-    given = {"budget": budget, "data_dir": data_dir}
+    given = {"budget": budget, "data_dir": _folder(data_dir)}
     return profiles.get(name, **{key: value for key, value in given.items() if value is not None})
 
 
@@ -186,6 +184,75 @@ def _assignments(texts: list[str]) -> dict[str, str]:
             raise AFDSError(f"{name.strip()} is given twice; give it once")
         values[name.strip()] = value
     return values
+
+
+# ----------------------------------------------------------------------------------------------- teachers and students
+
+
+@app.command()
+def distill(
+    recipe: Annotated[str, typer.Option("--recipe", help="resnet18-at, inception-bn-nst-kd, scenes-at, ...")],
+    data_dir: DataDir = None,
+    data: Annotated[str | None, typer.Option("--data", help="Another data set, or the path of a tree.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="A weight file, or a backbone with torchvision's weights, as the teacher.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(min=1)] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images per step of all processes together.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate at the start.")] = None,
+    weight: Annotated[float | None, typer.Option(help="Of the transfer loss: AT's beta, NST's lambda.")] = None,
+    size: Annotated[int, typer.Option(min=8, help="Side of the crops in pixels.")] = 224,
+    width: Annotated[float, typer.Option(help="Factor on the student's channels, for trying things out.")] = 1.0,
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    local_norm: Annotated[
+        bool, typer.Option("--local-norm", help="Batch norm over each process's images, as in the old codes.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and what is missing, and stop.")] = False,
+) -> None:
+    """Train a student with its teacher on photographs; several processes by torchrun or fabric run."""
+    from . import distributed, recipes
+
+    chosen = recipes.prepare(
+        recipe, data_set=data, data_dir=_folder(data_dir), teacher=teacher, epochs=epochs, batch_size=batch_size, lr=lr,
+        weight=weight, size=size, width=width, precision=precision, local_norm=local_norm, seed=seed,
+        must_exist=not dry_run,
+    )  # fmt: skip
+    if dry_run:
+        if distributed.leads():
+            typer.echo(recipes.plan(chosen, distributed.launched()))
+        return
+    with distributed.joined():
+        result = distributed.get_or_run(chosen.run)
+    if distributed.leads():
+        typer.echo(json.dumps({"id": result.id, **result.metrics}, indent=2))
+
+
+@app.command()
+def evaluate(
+    weights: Annotated[str, typer.Argument(help="A weight file, or a backbone with torchvision's weights.")],
+    data_dir: DataDir = None,
+    data: Annotated[str, typer.Option("--data", help="A data set, or the path of an image tree.")] = "imagenet",
+    size: Annotated[int, typer.Option(min=8, help="Side of the centre crop in pixels.")] = 224,
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+) -> None:
+    """Top-1 and top-5 error of trained weights on a data set's test images (ImageNet: its validation images)."""
+    from . import distributed, recipes
+
+    with distributed.joined():
+        found = recipes.evaluate(weights, data_set=data, data_dir=_folder(data_dir), size=size, precision=precision)
+    if distributed.leads():
+        images = sum(map(sum, found.confusion))
+        typer.echo(
+            f"{weights}: top-1 error {1 - found.accuracy:.2%}, top-5 error {1 - found.top5_accuracy:.2%}, loss "
+            f"{found.loss:.4f}, {images:,} images"
+        )
+
+
+def _folder(data_dir: str | None) -> str | None:
+    if data_dir is not None and not Path(data_dir).expanduser().is_dir():
+        raise AFDSError(f"the data folder {data_dir} does not exist: create it, or give another")
+    return data_dir
 
 
 @app.command()
@@ -284,11 +351,32 @@ def data(
     name: Annotated[str, typer.Argument(help="A data set by name, or the path of an image tree or archive.")],
     root: Annotated[str | None, typer.Option(help="Folder with archives or trees; it may be read-only.")] = None,
     per_class: Annotated[int | None, typer.Option(help="Fitting images per class.")] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="imagenet: the devkit (archive or folder) or a CSV of image and class.")
+    ] = None,
+    subset: Annotated[bool, typer.Option("--subset", help="imagenet: accept a part of it.")] = False,
 ) -> None:
-    """Fetch, verify, extract and decode a data set, and describe its splits."""
+    """Fetch, verify, extract and decode a data set, and describe its splits.
+
+    imagenet: sort the flat validation folder into classes (files are moved) and check the counts of the tree.
+    """
+    if name == "imagenet":
+        _imagenet(root, labels, subset)
+        return
+    if labels is not None or subset:
+        raise AFDSError(f"--labels and --subset are for imagenet only, not for {name}; leave them out")
     from . import data as datasets
 
     datasets.prepare(name, root, per_class=per_class)
+
+
+def _imagenet(root: str | None, labels: str | None, subset: bool) -> None:
+    from . import paths
+    from .data import imagenet
+
+    place = _folder(root) or str(paths.raw_data())
+    folder, moved, counts = imagenet.arrange(place, labels, expected=None if subset else imagenet.IMAGENET)
+    typer.echo(f"{folder}: {counts}" + (f"; {moved:,} images sorted into their classes" if moved else ""))
 
 
 @app.command()

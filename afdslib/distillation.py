@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from afdslib import afs, backbones, macs, runs, training
+from afdslib import afs, backbones, distributed, macs, runs, training
 from afdslib.data import Splits, sealed
 from afdslib.errors import AFDSError, DivergedError
 from afdslib.features import Teacher, feature_shapes, taps
@@ -288,7 +288,7 @@ class StudentRun:
         splits = self.data.load() if self.use_test else sealed(self.data.load())
         teacher = None
         if self.teacher is not None:
-            found = runs.get_or_run(self.teacher, store=run.store, needs=(MODEL,))
+            found = distributed.get_or_run(self.teacher, store=run.store, needs=(MODEL,))
             teacher = afs.load(found.artifact(MODEL))
         size = (3, splits.test.size, splits.test.size)
         model = self.network.build(len(splits.classes), self.seed)

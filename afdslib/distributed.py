@@ -34,7 +34,9 @@ __all__ = [
     "average_gradients",
     "fabric",
     "get_or_run",
+    "joined",
     "launched",
+    "leads",
     "local_world",
     "rank",
     "share",
@@ -57,6 +59,23 @@ def world() -> int:
 def rank() -> int:
     """This process's number, from 0."""
     return dist.get_rank() if world() > 1 else 0
+
+
+def leads() -> bool:
+    """Whether this process speaks for all, also before they have joined."""
+    return launched() == 1 or os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Inside the block the processes that a launcher started are one group. Nothing happens in an ordinary program."""
+    if launched() > 1:
+        fabric()
+    try:
+        yield
+    finally:
+        if launched() > 1 and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def local_world() -> int:
