@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from afdslib.afs.graph import _KEEP_FUNCTIONS, _KEEP_MODULES, _name, trace
+from afdslib.afs.channels import Join, Spread
+from afdslib.afs.graph import keeps_channels, keeps_channels_call, trace
 from afdslib.afs.layer import AFSConvBN
 from afdslib.errors import AFDSError
 
@@ -102,11 +103,39 @@ def _union(indices: tuple[Tensor, ...], channels: int, places: int) -> Tensor:
     return active[0].nonzero().T  # as many as there are; for a single image
 
 
+def _repeat(index: Tensor, values: Tensor) -> Tensor:
+    return index.expand(values.shape[0], -1)
+
+
+def _look_up(index: Tensor, at: Tensor) -> Tensor:
+    return index[at]
+
+
 def _pool(x: Tensor) -> Tensor:
     return x.mean(dim=(2, 3), dtype=torch.promote_types(torch.float32, x.dtype))
 
 
 # ------------------------------------------------------------------------------------------------------------ one layer
+
+
+def _is_plain(conv: nn.Module) -> bool:
+    return isinstance(conv, nn.Conv2d) and conv.groups == 1 and conv.padding_mode == "zeros"
+
+
+@torch.no_grad()
+def _constant(conv: nn.Conv2d) -> AFSConvBN:
+    """A convolution without gates as a selected one whose channels are all static."""
+    bare = copy.deepcopy(conv)
+    bare.bias = None
+    like = conv.weight
+    norm = nn.BatchNorm2d(conv.out_channels, affine=False, device=like.device, dtype=like.dtype)
+    assert norm.running_var is not None
+    norm.running_var.sub_(norm.eps)
+    layer = AFSConvBN(bare, norm)
+    layer.s.zero_()
+    if conv.bias is not None:
+        layer.beta.copy_(conv.bias)
+    return layer.eval()
 
 
 def _is_matmul(conv: nn.Conv2d) -> bool:
@@ -128,7 +157,7 @@ def ways(layer: AFSConvBN, *, compact_input: bool, batch: int = 1) -> list[str]:
         batch: samples at a time.
     """
     conv = layer.conv
-    if conv.groups != 1 or conv.padding_mode != "zeros":
+    if not _is_plain(conv):
         return ["mask"]
     kernels = ["matmul"] if _is_matmul(conv) else ["conv", "last"]
     if not _is_matmul(conv) and not isinstance(conv.padding, str):
@@ -161,9 +190,13 @@ class DynamicConvBN(nn.Module):
     weight: Tensor
     table: Tensor
     gamma: Tensor
-    fixed: Tensor
+    is_dynamic: Tensor
+    dynamic_rows: Tensor
+    static_rows: Tensor
+    every: Tensor
     phi: Tensor
     phi_bias: Tensor
+    bag: Tensor
 
     def __init__(self, layer: AFSConvBN, way: str, *, compact_input: bool, ordered: bool = False):
         super().__init__()
@@ -174,8 +207,7 @@ class DynamicConvBN(nn.Module):
         self.compact_input, self.ordered = compact_input, ordered
         self.channels, self.in_channels = conv.out_channels, conv.in_channels
         self.kernel_size = tuple(conv.kernel_size)
-        self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
-        self.padding_mode = conv.padding_mode
+        self.stride, self.padding, self.dilation = conv.stride, conv.padding, conv.dilation
         with torch.no_grad():
             living, dynamic = layer.m > 0, (layer.m > 0) & (layer.s > 0)
             static = living & ~dynamic
@@ -206,6 +238,7 @@ class DynamicConvBN(nn.Module):
         self.register_buffer("phi_bias", phi_bias.detach()[chosen].to(wide))
         self.register_buffer("dynamic_rows", dynamic[rows].nonzero()[:, 0])
         self.register_buffer("every", torch.arange(len(rows), device=rows.device)[None])
+        self.register_buffer("bag", torch.zeros(1, dtype=torch.long, device=rows.device))
         self.register_buffer("static_rows", torch.arange(self.static, device=rows.device)[None])
 
     # the gates
@@ -215,7 +248,12 @@ class DynamicConvBN(nn.Module):
         if index is None:
             return F.linear(pooled, self.phi.T if self.compact_input else self.phi, self.phi_bias)
         if pooled.shape[0] < _BAG_SAMPLES:
-            return F.embedding_bag(index, self.phi, mode="sum", per_sample_weights=pooled) + self.phi_bias
+            # The rows of the channels that are there, weighted and added up, without a copy of them.
+            bags = [
+                F.embedding_bag(i, self.phi, self.bag, mode="sum", per_sample_weights=p)
+                for i, p in zip(index.unbind(), pooled.unbind(), strict=True)
+            ]
+            return (bags[0] if len(bags) == 1 else torch.cat(bags)).add_(self.phi_bias)
         spread = pooled.new_zeros(pooled.shape[0], self.in_channels).scatter_(1, index, pooled)
         return torch.addmm(self.phi_bias, spread, self.phi)
 
@@ -258,7 +296,7 @@ class DynamicConvBN(nn.Module):
         pi = pi.to(values.dtype)
         rows = self.table.index_select(0, local.flatten()).view(batch, -1, 2)
         # A selected channel whose importance is 0 is not computed: neither scale nor shift.
-        shift = torch.addcmul(rows[:, :, 1], pi, rows[:, :, 0]).mul_(pi > 0)
+        shift = torch.addcmul(rows[:, :, 1], pi, rows[:, :, 0]).masked_fill_(pi <= 0, 0)
         if self.static:
             constant = self.gamma[: self.static]
             local = torch.cat([self.static_rows.expand(batch, -1), local], 1)
@@ -324,7 +362,7 @@ class DynamicConvBN(nn.Module):
         kernel = weight.view(*weight.shape[:2], *self.kernel_size)
         if self.kernel == "last":
             x = x.contiguous(memory_format=torch.channels_last)
-        y = F.conv2d(x, kernel, bias, self.stride, self.padding, self.dilation, self.groups)
+        y = F.conv2d(x, kernel, bias, self.stride, self.padding, self.dilation)
         return y.contiguous() if self.kernel == "last" else y
 
     def _unfold(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -340,9 +378,7 @@ class DynamicConvBN(nn.Module):
     def _mask(self, values: Tensor, index: Tensor | None, pooled: Tensor | None) -> tuple[Tensor, Tensor | None]:
         x = values if index is None else _put(values, index, self.in_channels)
         weight = self.weight.view(len(self.rows), -1, *self.kernel_size)
-        if self.padding_mode != "zeros":
-            raise AFDSError(f"padding mode {self.padding_mode!r} is not known here; use zeros")
-        y = F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
+        y = F.conv2d(x, weight, None, self.stride, self.padding, self.dilation)
         batch = values.shape[0]
         eta = self.gamma.expand(batch, -1)
         active = (1 - self.is_dynamic).expand(batch, -1)
@@ -442,23 +478,14 @@ class _Builder:
                 self.reps[node] = _Rep(made, channels=self.images.shape[1])
             elif node.op == "output":
                 self.graph.output(fx.map_arg(node.args[0], lambda n: self._whole(n).values))
-            elif (
-                node.op == "call_module"
-                and isinstance(getattr(self.modules[node.target], "conv", None), nn.Conv2d)
-                and isinstance(self.modules[node.target], AFSConvBN)
-            ):
-                self.reps[node] = self._layer(node)
+            elif node.op == "call_module" and isinstance(self.modules[node.target], AFSConvBN):
+                self.reps[node] = self._layer(node, self.modules[node.target])
             else:
                 self.reps[node] = self._other(node)
         module = fx.GraphModule(self.root, self.graph, "DynamicPlan")
         module.graph.eliminate_dead_code()
         module.recompile()
         return module.eval()
-
-    def _is_layer(self, node: fx.Node) -> bool:
-        module = self.modules[node.target] if node.op == "call_module" else None
-        # The unequal groups of a compact network's convolution are left to that layer itself.
-        return isinstance(module, AFSConvBN) and isinstance(module.conv, nn.Conv2d)
 
     # nodes
 
@@ -490,9 +517,15 @@ class _Builder:
         if self._is_add(node):
             return self._sum(node)
         module = self.modules[node.target] if node.op == "call_module" else None
-        keeps = isinstance(module, _KEEP_MODULES) or (
-            node.op in ("call_function", "call_method") and _name(node) in _KEEP_FUNCTIONS
-        )
+        if isinstance(module, Join):
+            return self._join(node, module)
+        if isinstance(module, Spread):
+            rep = self.reps[inputs[0]]
+            return _Rep(rep.values, self._moved(rep, module.index), module.width)
+        if isinstance(module, nn.Conv2d) and self.reps[inputs[0]].index is not None and _is_plain(module):
+            # A layer without gates behind one with gates: it still needs only the channels that are not zero.
+            return self._layer(node, _constant(module))
+        keeps = keeps_channels(module) if module is not None else keeps_channels_call(node)
         if not keeps or len(inputs) != 1:
             made = self._copy(node, {n: self._whole(n).values for n in inputs})
             value = self.value[made]
@@ -536,42 +569,74 @@ class _Builder:
         return isinstance(value, Tensor) and value.dim() == 4 and self.reps[node].channels > 0
 
     def _sum(self, node: fx.Node) -> _Rep:
-        first, second = (self.reps[a] for a in node.args)  # type: ignore[index]
-        if first.index is None and second.index is None:
+        parts = []
+        for argument in node.args:
+            rep = self.reps[argument]  # type: ignore[index]
+            # The map may be written to if nobody reads it later and it is nobody else's.
+            mine = rep.owner and self.last[argument] is node
+            parts.append(_Rep(rep.values, rep.index, rep.channels, rep.sets, mine))
+        return self._added(*parts)
+
+    def _added(self, first: _Rep, second: _Rep) -> _Rep:
+        if first.index is not None:
+            first, second = second, first
+        if second.index is None:
             sets = None if first.sets is None or second.sets is None else first.sets + second.sets
             return _Rep(self._call(torch.add, first.values, second.values), None, first.channels, sets, owner=True)
-        if first.index is None:
-            whole, part = node.args[0], second
-        else:
-            whole, part = node.args[1], first
-        base = self._whole(whole)  # type: ignore[arg-type]
-        assert part.index is not None
-        # The map may be written to if nobody reads it later and it is nobody else's.
-        mine = base.owner and (self.reps[whole].index is not None or self.last[whole] is node)  # type: ignore[index]
-        values = self._call(_add if mine else _add_copy, base.values, part.values, part.index)
-        sets = None if base.sets is None else (*base.sets, part.index)
-        return _Rep(values, None, base.channels, sets, owner=True)
+        if first.index is not None:
+            values = self._call(_put, first.values, first.index, first.channels)
+            first = _Rep(values, None, first.channels, (first.index,), owner=True)
+        values = self._call(_add if first.owner else _add_copy, first.values, second.values, second.index)
+        sets = None if first.sets is None else (*first.sets, second.index)
+        return _Rep(values, None, first.channels, sets, owner=True)
+
+    def _moved(self, rep: _Rep, index: Tensor | None) -> fx.Node | None:
+        """The numbers of a representation's channels in a wider map, in which they have the places of `index`."""
+        if index is None:
+            return rep.index
+        name = f"index_{len(self.root)}"
+        self.root[name] = index.clone()
+        held = self.graph.get_attr(name)
+        self.value[held] = self.root[name]
+        if rep.index is None:
+            return self._call(_repeat, held, rep.values)
+        return self._call(_look_up, held, rep.index)
+
+    def _join(self, node: fx.Node, join: Join) -> _Rep:
+        """A residual add of maps that hold different channels."""
+        parts = []
+        for argument, index in zip(node.args, (join.left, join.right), strict=True):
+            rep = self.reps[argument]  # type: ignore[index]
+            mine = rep.owner and index is None and self.last[argument] is node
+            sets = rep.sets if index is None else None
+            parts.append(_Rep(rep.values, self._moved(rep, index), join.width, sets, mine))
+        return self._added(*parts)
 
     # selected convolutions
 
-    def _layer(self, node: fx.Node) -> _Rep:
-        name, layer = str(node.target), self.modules[str(node.target)]
-        assert isinstance(layer, AFSConvBN)
+    def _layer(self, node: fx.Node, layer: AFSConvBN) -> _Rep:
+        name = str(node.target)
         if not bool((layer.m > 0).any()):
             raise AFDSError(f"all channels of {name!r} are removed, so the network computes nothing there")
         (source,) = node.all_input_nodes
         rep = self.reps[source]
         pooled = self._pooled(rep) if bool((layer.m * layer.s > 0).any()) else None
+        if not _is_plain(layer.conv):
+            # Groups tie inputs to outputs; such a layer stays what it is.
+            self.choices.append(Choice(name, "mask", {}))
+            made = self._copy(node, {source: self._whole(source).values})
+            return _Rep(made, None, layer.m.numel(), owner=True)
         candidates = self._candidates(layer, rep)
         asked = self.ways if isinstance(self.ways, str) else self.ways.get(name)
+        times: dict[str, float] = {}
         if asked is not None and isinstance(self.ways, str):
-            way, times = next((c for c in candidates if c.split("/")[0] == asked), "mask"), {}
+            way = next((c for c in candidates if c.split("/")[0] == asked), "mask")
         elif asked is not None:
             if asked not in candidates:
                 raise AFDSError(f"{name!r} cannot be computed by {asked!r}; it can by {', '.join(candidates)}")
-            way, times = asked, {}
+            way = asked
         elif len(candidates) == 1:
-            way, times = candidates[0], {}
+            way = candidates[0]
         else:
             way, times = self._fastest(layer, rep, pooled, candidates)
         self.choices.append(Choice(name, way, times))
@@ -697,8 +762,8 @@ class DynamicNetwork(nn.Module):
 
     Attributes:
         choices: the ways of the layers, by batch size.
-        seconds: the least over some whole passes, by batch size: "dynamic" (the ways that won layer by layer), "mask" (all
-            layers by masking) and "model" (the network itself); the fastest is what is run.
+        seconds: the least over some whole passes, by batch size: "dynamic" (the ways that won layer by layer), "mask"
+            (all layers by masking) and "model" (the network itself); the fastest is what is run.
         taken: which of the three is run, by batch size.
     """
 

@@ -19,7 +19,8 @@ from afdslib.afs.layer import AFSConvBN
 from afdslib.errors import AFDSError
 
 __all__ = [
-    "eval_mode", "is_add", "keeps_channels", "keeps_channels_call", "living_channels", "propagate", "shapes", "streams", "trace",
+    "eval_mode", "is_add", "keeps_channels", "keeps_channels_call", "living_channels", "propagate", "shapes", "streams",
+    "trace",
 ]  # fmt: skip
 
 # Modules and functions that map a zero channel to a zero channel and leave the channels in their order.
