@@ -1,6 +1,6 @@
 """The one error type for mistakes a user can mend."""
 
-__all__ = ["AFDSError", "DivergedError"]
+__all__ = ["AFDSError", "DivergedError", "UnreachableError"]
 
 
 class AFDSError(ValueError):
@@ -12,3 +12,7 @@ class AFDSError(ValueError):
 
 class DivergedError(AFDSError):
     """The loss of a training is not finite. In a study this is a result: the point is missing, and a table says why."""
+
+
+class UnreachableError(AFDSError):
+    """A budget below what the layers that must stay cost; it names the smallest one. In a study a result, too."""

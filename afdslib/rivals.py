@@ -24,7 +24,7 @@ from torch import nn
 from afdslib import afs, backbones, data, macs, runs, training
 from afdslib._atomic import write_json
 from afdslib.data import Splits
-from afdslib.errors import AFDSError, DivergedError
+from afdslib.errors import AFDSError, DivergedError, UnreachableError
 from afdslib.extended import ExtendedSourceRun
 from afdslib.features import Teacher, feature_names
 from afdslib.objectives import Objective, Penalty, Regulariser
@@ -59,7 +59,7 @@ def _check_tail(budgets: tuple[float, ...]) -> None:
 
 
 def _diverges(execute: _Execute) -> _Execute:
-    """A point that diverges, or starts from one that did, is a result with "diverged": why."""
+    """A point that diverges or cannot be reached, or starts from such a one, is a result with "diverged": why."""
 
     @functools.wraps(execute)
     def wrapper(self: Any, run: runs.Run) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def _diverges(execute: _Execute) -> _Execute:
             return {"diverged": reason, "steps": 0}
         try:
             return execute(self, run)
-        except DivergedError as error:
+        except (DivergedError, UnreachableError) as error:
             return {"diverged": f"at {self.times}, {error}", "steps": 0}
 
     return wrapper  # type: ignore[return-value]

@@ -18,7 +18,7 @@ from torch import nn
 
 from afdslib import afs, backbones, data, macs, runs, training
 from afdslib.data import Splits
-from afdslib.errors import AFDSError, DivergedError
+from afdslib.errors import AFDSError, DivergedError, UnreachableError
 from afdslib.objectives import Objective, Regulariser
 from afdslib.training import Optimisation
 
@@ -322,7 +322,7 @@ class TransferRun:
             return {"diverged": before.metrics["diverged"], "steps": 0}
         try:
             return self._train(run)
-        except DivergedError as error:
+        except (DivergedError, UnreachableError) as error:
             return {"diverged": f"at {1 / self.budgets[-1]:g}x, {error}", "steps": 0}
 
     def _train(self, run: runs.Run) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from afdslib import macs
 from afdslib.afs.convert import layers
 from afdslib.afs.graph import eval_mode, streams
 from afdslib.afs.layer import AFSConvBN
-from afdslib.errors import AFDSError
+from afdslib.errors import AFDSError, UnreachableError
 
 __all__ = ["LayerStatistics", "MaskReport", "collect_statistics", "update_masks"]
 
@@ -320,7 +320,7 @@ def _bisect(
     low, high = sum(q <= 0 for q, _, _ in ranking), len(ranking)
     best = measure(high)
     if best.total > allowed:
-        raise AFDSError(
+        raise UnreachableError(
             f"macs_budget {budget:g} cannot be reached: {_least(multiple)} still costs {best.total / dense:.4f} of "
             "the dense network; ask for at least that, or gate more layers"
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from afdslib import afs, macs
-from afdslib.errors import AFDSError
+from afdslib.errors import UnreachableError
 from afdslib.selection.groups import Cost, Group, Kept
 
 __all__ = ["LEAST", "choose", "lower_density", "settle"]
@@ -42,7 +42,7 @@ def choose(
         dense: MACs that the budget is a share of; default: the model's own.
 
     Raises:
-        AFDSError: for a budget below what one channel per group and the fixed layers cost; it names the smallest.
+        UnreachableError: for a budget below what one channel per group and the fixed layers cost; it names that.
     """
     price = Cost(model, found, size)
     dense = price.dense if dense is None else dense
@@ -62,7 +62,7 @@ def choose(
 
     least = price(flags(ranking))
     if least > allowed:
-        raise AFDSError(
+        raise UnreachableError(
             f"the budget {macs_budget:g} cannot be reached: the layers that stay whole and one channel of each other "
             f"layer cost {least / dense:.4f} of the dense network; ask for at least that"
         )
@@ -108,7 +108,7 @@ def lower_density(
         The share of the dense MACs that is reached.
 
     Raises:
-        AFDSError: where the density at `floor` (at least one channel per layer) costs more; it names that cost.
+        UnreachableError: where the density at `floor` (at least one channel per layer) costs more; it names that cost.
     """
     widest = max(layer.width for layer in afs.layers(model).values())
     meter = macs.Meter(model)
@@ -120,7 +120,7 @@ def lower_density(
 
     reached = measure(low)
     if reached > macs_budget:
-        raise AFDSError(
+        raise UnreachableError(
             f"the budget {macs_budget:g} cannot be reached: at density {low / widest:g} the gated layers, the fixed "
             f"ones and the predictors still cost {reached:.4f} of the dense network; ask for at least that"
         )

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from afdslib import backbones, macs
-from afdslib.errors import AFDSError
+from afdslib.errors import UnreachableError
 
 __all__ = ["fitting_width", "network_macs"]
 
@@ -43,13 +43,13 @@ def fitting_width(
         The width, a multiple of 1/1024 of the given one.
 
     Raises:
-        AFDSError: where even one channel per layer costs more; it names that cost.
+        UnreachableError: where even one channel per layer costs more; it names that cost.
     """
     dense = network_macs(name, stem, width, classes, size)
     low, high = 1, 1024
     least = network_macs(name, stem, width / 1024, classes, size) / dense
     if least > macs_budget:
-        raise AFDSError(
+        raise UnreachableError(
             f"the budget {macs_budget:g} cannot be reached: the narrowest {name} costs {least:.4f} of the dense "
             "network; ask for at least that"
         )
