@@ -14,13 +14,15 @@ import pandas as pd
 import torch
 
 from afdslib import afs, inspection, maps, runs, training
-from afdslib.distillation import StudentRun
+from afdslib.distillation import StudentRun, tapped
 from afdslib.errors import AFDSError
 from afdslib.features import Teacher, taps
+from afdslib.inspection import NOT_STORED
 from afdslib.losses import attention_map
 from afdslib.plots.students import student_look
-from afdslib.stages import MODEL
+from afdslib.stages import MODEL, Network
 from afdslib.summary import Table, Text
+from afdslib.training import Optimisation
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,18 +30,27 @@ if TYPE_CHECKING:
     from afdslib.distillation_study import DistillationStudy
 
 __all__ = [
+    "NOT_STORED",
     "REPORTED",
     "Gain",
     "beta_in_paper_scale",
     "beta_table",
+    "better_than_guessing",
     "command",
+    "compared_sizes",
+    "decays",
+    "falls",
     "first_pair",
     "gain",
     "gains_text",
+    "largest_reported_gain",
     "networks",
     "no_test_in_trials",
-    "not_finished",
     "reach_text",
+    "scope",
+    "settings",
+    "stored_like_table",
+    "taps_of",
     "student_table",
     "terms_add_up",
     "view",
@@ -214,16 +225,53 @@ def reach_text(study: DistillationStudy, share: float = 0.9) -> Text:
     return Text("\n".join(lines) + "\n\nOne seed; the curve is looked at as often as its figure has signs.")
 
 
+def settings(study: DistillationStudy) -> Table:
+    """The settings that a reader needs to judge the numbers; `afds students --show` prints them all."""
+    p = study.profile
+
+    def stage(o: Optimisation) -> str:
+        drops = f" (x{o.drop:g} at {', '.join(f'{m:.0%}' for m in o.milestones)})" if o.milestones else ""
+        return f"{o.steps} steps of {o.batch_size}, learning rate {o.lr:g}, {o.schedule}{drops}, {o.precision}"
+
+    grids = [
+        f"{student_look(m.name).label} {{{', '.join(f'{w:g}' for w in m.weights)}}}" for m in p.methods if m.weights
+    ]
+    held = "a tenth held back for validation" if p.data == p.trial_data else "all training images"
+    rows = [
+        ("data", f"{p.data.name}, {held}{', reflected crops' if p.data.padding == 'reflect' else ''}"),
+        ("teachers and students", "; ".join(f"{a.teacher.name} to {_name(a.student)}" for a in p.pairs)),
+        ("teacher training", stage(p.teacher_training)),
+        ("student training", stage(p.student_training)),
+        ("trial of one weight, nine tenths of the data", stage(p.trial)),
+        ("weights tried", "; ".join(grids)),
+        ("seeds", ", ".join(map(str, p.pairs[0].seeds)) + f"; trials: {p.trial_seed}"),
+        ("weight decay", f"{p.weight_decay:g}"),
+    ]
+    return Table(["setting", "value"], rows, numbers=False)
+
+
+def _name(network: Network) -> str:
+    return network.name if network.width == 1 else f"{network.name} of width {network.width:g}"
+
+
 def command(study: DistillationStudy) -> Text:
     """The command that makes the tables again."""
     p = study.profile
-    folder = "" if p.data.name == "digits" else " --data-dir DIR"
+    folder = "" if p.data.name.startswith("digits") else " --data-dir DIR"
     return Text(f"Made again by `afds students --study {p.study} --profile {p.name} --budget {p.budget}{folder}`.")
 
 
-def not_finished(study: DistillationStudy) -> Text:
-    """What the table lacks."""
-    return Text(study.profile.not_run or "Every run of this study is in the table.")
+def scope(study: DistillationStudy) -> Text:
+    """What a reader must know about the scale before looking at any number."""
+    p = study.profile
+    epochs = p.student_training.steps * p.student_training.batch_size / max(1, len(p.data.load().train))
+    seeds = len(p.pairs[0].seeds)
+    text = f"Profile **{p.name}**, budget {p.budget}: {p.data.name}, students of {epochs:.0f} epochs, {seeds} seeds."
+    if p.name == "demo":
+        text += " The demo shows that the whole chain works; its data are too small and too few to judge any method."
+    elif p.data.name == "cifar10" and epochs < 100:
+        text += " The published numbers are of 200 epochs: compare methods within the table, not with them."
+    return Text(f"{text} {p.not_run}".strip())
 
 
 # -------------------------------------------------------------------------------------------------------------- checks
@@ -246,10 +294,61 @@ def terms_add_up(study: DistillationStudy, method: str, *, tolerance: float = 1e
     return working and bool(((log.loss - total).abs() <= tolerance * log.loss.abs()).all())
 
 
+def decays(study: DistillationStudy, method: str = "at-kd") -> bool:
+    """Whether the logged weight of a method falls from row to row, from no more than its start to less than half."""
+    beta = study.histories()[method].beta
+    start = study.weight(method)
+    return bool(beta.is_monotonic_decreasing and beta.iloc[0] <= start and beta.iloc[-1] < 0.5 * start)
+
+
+def better_than_guessing(study: DistillationStudy, factor: float = 1.5) -> bool:
+    """Whether every teacher and student of the table is right more than `factor` times as often as chance."""
+    return bool((study.table().test_accuracy > factor / len(study.profile.data.load().classes)).all())
+
+
+def stored_like_table(study: DistillationStudy) -> bool:
+    """Whether the CSV holds the table's rows and accuracies, one run per row."""
+    table = study.table()
+    stored = pd.read_csv(study.folder() / f"{study.profile.study}.csv")
+    same = len(stored) == len(table) and stored.run.nunique() == len(stored)
+    return same and bool(((stored.test_accuracy - table.test_accuracy).abs() < 1e-5).all())
+
+
 def no_test_in_trials(study: DistillationStudy) -> bool:
     """Whether no trial and no curve has read a test image."""
     found = [r.metrics for j, r in study.results() if not j.config.use_test]
     return not any("test" in key for metrics in found for key in metrics)
+
+
+def falls(study: DistillationStudy, method: str, term: str) -> bool:
+    """Whether a logged loss term is smaller at the end of the first student's training than at its start."""
+    log = study.histories()[method]
+    return bool(log[term].iloc[-1] < log[term].iloc[0])
+
+
+def taps_of(study: DistillationStudy, where: str) -> tuple[str, str]:
+    """The last layer compared in the teacher and in the student, with their networks."""
+    pair = study.profile.pairs[0]
+    teacher, student = (network.build(2, 0) for network in (pair.teacher, pair.student))
+    return f"{pair.teacher.name} {tapped(teacher, where)[-1]}", f"{pair.student.name} {tapped(student, where)[-1]}"
+
+
+def compared_sizes(study: DistillationStudy) -> str:
+    """Height and width at which the maps of the first student with a layer-wise term are compared."""
+    for job, result in study.results():
+        if job.kind == "student" and result.metrics.get("compared"):
+            return ", ".join(f"{height}x{width}" for height, width in result.metrics["compared"])
+    return "nothing yet"
+
+
+def largest_reported_gain() -> float:
+    """Of the quoted numbers: the largest gain of a method over the student alone, percentage points."""
+    gains = [
+        value - REPORTED[data, "", student, "alone"]
+        for (data, teacher, student, method), value in REPORTED.items()
+        if teacher
+    ]
+    return round(max(gains), 2)
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
@@ -279,7 +378,9 @@ def view(study: DistillationStudy, *methods: str, index: int = 0) -> maps.MapsVi
     if found is None:
         return None
     splits = study.profile.data.load()
-    return maps.look_at(found, splits.test.raw(index), splits.captions, label=int(splits.test.targets[index]))
+    return maps.look_at(
+        found, splits.test.raw(index), splits.captions or splits.classes, label=int(splits.test.targets[index])
+    )
 
 
 @torch.no_grad()

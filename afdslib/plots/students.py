@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from afdslib.errors import AFDSError
-from afdslib.plots.style import Look, percent, styled
+from afdslib.plots.style import Look, note, percent, styled
 
 if TYPE_CHECKING:
     from afdslib.maps import MapsView
@@ -117,29 +117,37 @@ def weights_tried(trials: pd.DataFrame, chosen: Mapping[str, float], *, xlabel: 
 
 
 @styled
-def student_curves(curves: Mapping[str, pd.DataFrame], *, target: float | None = None, title: str = "") -> Figure:
-    """Validation accuracy over the steps, one line per method, and the accuracy that is to be reached.
+def student_curves(
+    curves: Mapping[str, pd.DataFrame], *, column: str = "validation_accuracy", target: float | None = None,
+    title: str = "",
+) -> Figure:  # fmt: skip
+    """Accuracy over the steps, one line per method, and the accuracy that is to be reached.
 
     Args:
-        curves: logged rows with step and validation_accuracy, by method.
+        curves: logged rows with step and the column, by method; those without it are left out.
+        column: "validation_accuracy" or "train_accuracy".
         target: drawn as a line, such as 90 % of the plain student's final accuracy.
         title: above the panel.
     """
     fig = Figure(figsize=(6.6, 3.4), layout="constrained")
     ax = fig.subplots()
-    for method, curve in curves.items():
+    drawn = {method: curve for method, curve in curves.items() if column in curve}
+    if not drawn:
+        note(ax, "no curve is stored yet")
+        return fig
+    for method, curve in drawn.items():
         style = student_look(method)
-        ax.plot(curve.step, curve.validation_accuracy, color=style.colour, marker=style.marker, linestyle=style.line,
+        ax.plot(curve.step, curve[column], color=style.colour, marker=style.marker, linestyle=style.line,
                 label=style.label, markersize=4)  # fmt: skip
     if target is not None:
         ax.axhline(target, color="#555555", linewidth=0.9, linestyle=(0, (2, 2)))
         ax.annotate(
-            "90 % of the student alone", (0.995, target), xycoords=("axes fraction", "data"), xytext=(0, -10),
-            textcoords="offset points", ha="right", fontsize=8, color="#555555",
+            "90 % of the student alone", (0.005, target), xycoords=("axes fraction", "data"), xytext=(0, 3),
+            textcoords="offset points", ha="left", fontsize=8, color="#555555",
         )  # fmt: skip
     percent(ax.yaxis)
     ax.set_xlabel("optimiser step")
-    ax.set_ylabel("accuracy, validation images (%)")
+    ax.set_ylabel(f"accuracy, {'validation' if column.startswith('validation') else 'training'} images (%)")
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     if title:
         ax.set_title(title)
