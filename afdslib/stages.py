@@ -277,6 +277,8 @@ class TransferRun:
         seed: of the classifier's initialisation, data order and augmentation.
         use_test: whether the test set is read at the end; trials that choose something must not.
         settle: whether the budget is met once more after the last step, between 98 and 100 %; see `selection.settle`.
+        multiple: each layer keeps a multiple of channels, for kernels that like such shapes; see `afs.update_masks`.
+        stream: "free", or "coupled" for residual streams that narrow as a whole; see `afs.update_masks`.
     """
 
     source: AFSSourceRun
@@ -293,9 +295,15 @@ class TransferRun:
     seed: int = 0
     use_test: bool = True
     settle: bool = runs.added(False)
+    multiple: int = runs.added(1)
+    stream: str = runs.added("free")
 
     def __post_init__(self) -> None:
         check_budgets(self.budgets)
+        if not (isinstance(self.multiple, int) and not isinstance(self.multiple, bool) and self.multiple >= 1):
+            raise AFDSError(f"multiple must be a whole number of at least 1, got {self.multiple!r}")
+        if self.stream not in ("free", "coupled"):
+            raise AFDSError(f"stream must be 'free' or 'coupled', got {self.stream!r}")
         if not (_is_number(self.density_floor) and 0 < self.density_floor <= 1):
             raise AFDSError(f"density_floor must be in (0, 1], got {self.density_floor!r}")
         for name in ("density_exponent", "delta_s"):
@@ -360,8 +368,9 @@ class TransferRun:
             with training.autocast(where, settings.precision):
                 statistics = afs.collect_statistics(model, data.loader(splits.statistics, 128))
                 report = afs.update_masks(
-                    model, statistics, macs_budget=budget, loader=data.loader(subset, 128), delta_s=self.delta_s
-                )
+                    model, statistics, macs_budget=budget, loader=data.loader(subset, 128), delta_s=self.delta_s,
+                    multiple=self.multiple, stream=self.stream,
+                )  # fmt: skip
             objective.masks_changed(model)
             if settings.recalibrate:
                 batches = training.first_batches(splits.train, settings.batch_size, self.seed, settings.recalibrate)
@@ -385,7 +394,10 @@ class TransferRun:
 
             with training.autocast(next(model.parameters()).device, settings.precision):
                 statistics = afs.collect_statistics(model, data.loader(splits.statistics, 128))
-                settle(model, budget, data.loader(subset, 128), statistics, dense)
+                settle(
+                    model, budget, data.loader(subset, 128), statistics, dense,
+                    multiple=self.multiple, stream=self.stream,
+                )  # fmt: skip
             objective.masks_changed(model)
         metrics = self._measure(model, splits, settings, dense)
         metrics["training_macs"] = _training_macs(model, size, settings, 0 if objective.teacher is None else 1)

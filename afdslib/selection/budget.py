@@ -142,12 +142,15 @@ def settle(
     loader: Iterable[tuple[Tensor, Tensor]],
     statistics: dict[str, afs.LayerStatistics],
     dense: float,
+    *,
+    multiple: int = 1,
+    stream: str = "free",
 ) -> float:
     """Brings an AFS network back between `LEAST` and all of its budget after the last step of training.
 
     Gates move while they train. Above the budget a few more channels go; below it the density rises, as far as there
     is something to select. [ours] Removed channels never return. A thousandth is left for rounding, since gates in
-    half precision depend a little on the batch.
+    half precision depend a little on the batch. `multiple` and `stream` are those of `afs.update_masks`.
 
     Returns:
         The share of the dense MACs that is reached.
@@ -156,7 +159,9 @@ def settle(
     share = _share(model, loader, meter, dense)
     macs_budget *= ROOM
     if share > macs_budget:
-        afs.update_masks(model, statistics, macs_budget=macs_budget, loader=loader, delta_s=0.0)
+        afs.update_masks(
+            model, statistics, macs_budget=macs_budget, loader=loader, delta_s=0.0, multiple=multiple, stream=stream
+        )
         share = _share(model, loader, meter, dense)
     if share < LEAST * macs_budget:
         density = next(iter(afs.layers(model).values())).density
