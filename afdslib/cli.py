@@ -6,6 +6,7 @@ A mistake that a user can mend ends in one line on stderr and exit code 2; anyth
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -70,9 +71,16 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
 ) -> None:
-    pass
+    shared = ("distill", "evaluate")
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+        if context.invoked_subcommand not in shared:
+            raise AFDSError(
+                f"several processes share the commands {' and '.join(shared)} only; start afds "
+                f"{context.invoked_subcommand} without a launcher"
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------- the study
@@ -153,7 +161,7 @@ def report(profile: ProfileName) -> None:
 @app.command()
 def resume(id: Annotated[str, typer.Argument(help="The run, or the beginning of its id.")]) -> None:
     """Continue an interrupted training run from its last checkpoint."""
-    from . import runs, study  # noqa: F401  (study registers the kinds of runs)
+    from . import recipes, runs, study  # noqa: F401  (they register the kinds of runs)
 
     result = runs.resume(id)
     typer.echo(json.dumps(result.metrics, indent=2))

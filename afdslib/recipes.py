@@ -385,8 +385,9 @@ def prepare(
     if name not in RECIPES:
         raise AFDSError(f"there is no recipe {name!r}; take one of {', '.join(RECIPES)}")
     recipe = RECIPES[name]
-    if epochs is not None and epochs < 1:
-        raise AFDSError(f"epochs must be a whole number of at least 1, got {epochs!r}")
+    for what, value in (("epochs", epochs), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise AFDSError(f"{what} must be a whole number of at least 1, got {value!r}")
     changes = {"data": data_set, "epochs": epochs, "batch_size": batch_size, "lr": lr}
     recipe = replace(recipe, **{key: value for key, value in changes.items() if value is not None})  # type: ignore[arg-type]
     if teacher is not None and recipe.teacher is None:

@@ -98,7 +98,7 @@ def test_scenes_and_birds_fine_tune_the_teacher_first():
 @pytest.mark.parametrize(
     "name, options, words",
     [
-        ("resnet19-at", {}, "there is no recipe 'resnet19-at'; take one of resnet18, resnet18-at"),
+        ("resnet19-at", {}, "there is no recipe 'resnet19-at'; take one of wrn-40-1, "),
         ("resnet18", {"teacher": "resnet34"}, "'resnet18' has no teacher"),
         ("resnet18", {"weight": 1.0}, "'resnet18' has no transfer loss"),
         ("resnet18-at", {"teacher": "none.pth"}, "'none.pth' is neither a weight file nor a backbone"),
