@@ -145,6 +145,7 @@ class Protocol:
         rest: how many of these seeds the other methods get.
         rivals: how many competitors, best on validation, get all seeds.
         gates_alone: share of the unpruned stage's steps in which FBS tunes its gates alone.
+        steps: factor on the profile's steps on the target data.
         epoch_steps: steps per row of the learning curve, after which a killed worker can go on: about an epoch.
     """
 
@@ -158,6 +159,7 @@ class Protocol:
     rest: int = 3
     rivals: int = 3
     gates_alone: float = 0.2
+    steps: float = 1.0
     epoch_steps: int = 12
 
     def __post_init__(self) -> None:
@@ -183,10 +185,11 @@ def _pairs(regularisers: tuple[str, ...], selections: tuple[str, ...]) -> tuple[
 
 _CORE = ("l2", "l2sp", "delta", "afd")
 _PROTOCOLS: Mapping[tuple[str, str], Protocol] = {
-    # In miniature: every kind of selection and of regulariser once, two trials, two seeds.
+    # In miniature: several selections and regularisers once, two trials, two seeds, few steps.
     ("demo", "quick"): Protocol(
-        methods=tuple(map(Method.parse, ("afd+afs", "l2+taylor", "l2sp+slimming", "delta+l1", "l2+width"))),
-        trials=2, budgets=(1.0, 0.25, 0.1), multipliers=(1.0, 0.0), seeds=(0, 1), rest=1, rivals=1, epoch_steps=20,
+        methods=tuple(map(Method.parse, ("afd+afs", "l2+taylor", "l2sp+slimming", "l2+width"))),
+        trials=2, budgets=(1.0, 0.25, 0.1), multipliers=(1.0, 0.0), seeds=(0, 1), rest=1, rivals=1, steps=0.3,
+        epoch_steps=20,
     ),
     ("imagenet32", "quick"): Protocol(
         methods=(*_pairs(_CORE, ("afs", "slimming", "taylor")), *_pairs(("l2",), ("width", "width-kd"))),

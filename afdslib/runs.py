@@ -63,8 +63,10 @@ __all__ = [
     "Run",
     "Summary",
     "added",
+    "busy",
     "computed_steps",
     "environment",
+    "finished",
     "folder",
     "from_json",
     "get_or_run",
@@ -77,6 +79,7 @@ __all__ = [
     "require_training",
     "resume",
     "run_id",
+    "seconds",
     "show",
     "steps_by_kind",
     "to_json",
@@ -578,6 +581,21 @@ def lookup(config: Any, *, store: str | Path | None = None, needs: Sequence[str]
     return committed if committed and committed.has(needs) else None
 
 
+def busy(config: Any, *, store: str | Path | None = None) -> bool:
+    """Whether a process is computing this run now."""
+    return _is_locked(_store(store), run_id(config))
+
+
+def seconds(result: Result) -> float | None:
+    """Wall-clock time of a run, all its sessions together; None where it was not kept."""
+    file = result.path / (f"{result.id}.json" if result.committed else "times.json")
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        return float(record["times"]["seconds"] if result.committed else record["seconds"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def publish(result: Result, profile: str, *, store: str | Path | None = None) -> Path:
     """Copies a finished result to `data/results/<profile>/runs/<id>.json`, to be committed, its log beside it.
 
@@ -594,6 +612,8 @@ def publish(result: Result, profile: str, *, store: str | Path | None = None) ->
     config = load_config(result.id, store=store or result.path.parent)
     record["config"] = to_json(config, hashed_only=True)
     record["environment"] = _read_json(result.path / "environment.json", result.id)
+    if (taken := seconds(result)) is not None:
+        record["times"] = {"seconds": taken}
     log = result.path / "metrics.csv"
     if log.exists():
         write_text(target.with_suffix(".csv"), log.read_text(encoding="utf-8"))
@@ -621,6 +641,26 @@ def resume(id: str, *, store: str | Path | None = None) -> Result:
     The module that defines its configuration must have been imported.
     """
     return get_or_run(load_config(id, store=store), store=store)
+
+
+def finished(id: str, *, store: str | Path | None = None) -> tuple[Any, Result]:
+    """Configuration and result of a finished run, in the store or among the committed results.
+
+    Raises:
+        AFDSError: no such run, several, an unfinished or a corrupted one.
+    """
+    folder = _store(store)
+    known = folder.is_dir() and any(_ID.fullmatch(path.name) for path in folder.glob(f"{id}*"))
+    if not known and re.fullmatch(r"[0-9a-f]{1,12}", id):
+        files = sorted(paths.results("any").parent.glob(f"*/runs/{id}*.json"))
+        if len({file.stem for file in files}) == 1:
+            record = _read_result(files[0], files[0].stem, committed=True)
+            return from_json(record["config"]), Result(record["id"], record["metrics"], files[0].parent)
+    id = _find(id, store)
+    result = _stored(folder, id, ())
+    if result is None:
+        raise AFDSError(f"run {id} is not finished; finish it first with: afds resume {id}")
+    return load_config(id, store=store), result
 
 
 @dataclass(frozen=True)

@@ -179,6 +179,7 @@ def search(
     evaluate: Callable[[Mapping[str, Value]], Outcome],
     *,
     seed: int = 0,
+    wait: bool = True,
 ) -> list[Trial]:
     """Does its share of a method's trials, then waits for the others': all of them, in order.
 
@@ -189,6 +190,7 @@ def search(
         count: trials.
         evaluate: settings -> outcome; a run of the store, so that asking twice computes once.
         seed: of the points.
+        wait: False comes back when no trial waits any more, with none; so a worker can go on with another method.
 
     Raises:
         AFDSError: an empty space, a folder that cannot be used, or trials of another version or space.
@@ -201,6 +203,8 @@ def search(
     study = _open(folder, name, space, count, seed)
     while (claimed := _claim(folder, study)) is not None:
         _tell(study, claimed.number, evaluate(_settings(space, study, claimed.number)))
+    if not wait:
+        return []
     # Still running: another worker's, whose lock is waited for, or a killed one's, whose run is resumed.
     for frozen in study.get_trials(states=(TrialState.RUNNING,)):
         _tell(study, frozen.number, evaluate(_settings(space, study, frozen.number)))

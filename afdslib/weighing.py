@@ -23,7 +23,7 @@ from afdslib.losses.delta import channel_weights, fit_classifier
 from afdslib.objectives import Regulariser
 from afdslib.stages import MODEL, AFSSourceRun, DataSource
 
-__all__ = ["ChannelWeightsRun", "weights_for"]
+__all__ = ["ChannelWeightsRun", "weights_for", "weights_run"]
 
 WEIGHTS = "weights.safetensors"
 
@@ -102,11 +102,18 @@ def _counted(model: nn.Module, size: tuple[int, int, int]) -> Iterator[list[floa
             handle.remove()
 
 
+def weights_run(
+    regulariser: Regulariser, source: AFSSourceRun | ExtendedSourceRun, target: DataSource
+) -> ChannelWeightsRun | None:
+    """The stage that DELTA needs before its training; None for the other regularisers."""
+    return ChannelWeightsRun(source, target, regulariser.features) if regulariser.name == "delta" else None
+
+
 def weights_for(
     regulariser: Regulariser, source: AFSSourceRun | ExtendedSourceRun, target: DataSource, run: runs.Run
 ) -> dict[str, Tensor] | None:
     """DELTA's channel weights, computed now if they are not stored; None for the other regularisers."""
-    if regulariser.name != "delta":
+    config = weights_run(regulariser, source, target)
+    if config is None:
         return None
-    config = ChannelWeightsRun(source, target, regulariser.features)
     return load_file(runs.get_or_run(config, store=run.store, needs=(WEIGHTS,)).artifact(WEIGHTS))

@@ -1,0 +1,604 @@
+"""Every competitor on the same curve: the runs of the comparison, tuned alike, and their tidy tables.
+
+Regularisers are tuned on the dense network; selections at the trial budget, with L2 at its best; then each pair's
+strength once more at the primary budget. All of it on validation images. Then the sweep: the first seeds for every
+method, the rest of the seeds for AFDS and for the competitors that are best on validation.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from afdslib import paths, runs, statistics
+from afdslib._atomic import atomic_path, write_json
+from afdslib.errors import AFDSError
+from afdslib.extended import ExtendedSourceRun
+from afdslib.objectives import Regulariser
+from afdslib.profiles import Profile
+from afdslib.protocol import REGULARISER_SPACES, SELECTION_SPACES, Method, Protocol, Value, protocol
+from afdslib.rivals import DenseRun, FBSGatesRun, FBSRun, NarrowRun, PrunedRun, Selection
+from afdslib.selection import CRITERIA, fitting_width
+from afdslib.stages import AFSSourceRun, DataSource, SourceRun, TransferRun
+from afdslib.training import Optimisation
+from afdslib.tuning import Outcome, Trial, search
+from afdslib.weighing import weights_run
+from afdslib.workers import alongside, compute
+
+__all__ = ["COLUMNS", "Comparison", "Tuned", "run_comparison"]
+
+Point = DenseRun | PrunedRun | FBSRun | NarrowRun | TransferRun
+Settings = Mapping[str, Value]
+
+COLUMNS = [
+    "target", "method", "role", "regulariser", "selection", "strength", "seed", "budget", "density", "test_accuracy",
+    "test_mean_class_accuracy", "validation_accuracy", "train_accuracy", "macs", "macs_predictors", "train_macs",
+    "met", "dense_macs", "parameters", "removed", "static", "dynamic", "dead_gates", "gate_variance", "steps",
+    "training_macs", "source_macs", "seconds", "source_seconds", "settings", "run",
+]  # fmt: skip
+MISSING = ["target", "method", "role", "seed", "budget", "reason"]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A method with its settings.
+
+    Attributes:
+        method: the pair.
+        regulariser: settings by name: strength, lr.
+        selection: settings by name.
+    """
+
+    method: Method
+    regulariser: Settings
+    selection: Settings
+
+    @property
+    def strength(self) -> float:
+        return float(self.regulariser["strength"])  # type: ignore[arg-type]
+
+
+def _defaults(name: str, spaces: Mapping[str, Any]) -> dict[str, Value]:
+    return {axis.name: axis.default for axis in spaces[name]}
+
+
+class Comparison:
+    """All runs of a profile's comparison on one target.
+
+    Args:
+        profile: from `profiles.get`: data sets, network, steps.
+        rules: default: those of the profile.
+        target: default: the profile's first.
+    """
+
+    def __init__(self, profile: Profile, rules: Protocol | None = None, target: DataSource | None = None):
+        self.profile = profile
+        self.rules = rules or protocol(profile)
+        self.target = target or profile.targets[0]
+        if profile.trial_seed in self.rules.seeds:
+            raise AFDSError(f"the trials' seed {profile.trial_seed} is among those of the comparison; take another")
+
+    # ------------------------------------------------------------------------------------------------------ sources
+
+    @property
+    def source(self) -> SourceRun:
+        """The plain source network."""
+        p = self.profile
+        return SourceRun(p.source, p.network, p.source_training, p.source_weight_decay)
+
+    @property
+    def afs_source(self) -> AFSSourceRun:
+        """The converted source, fine-tuned so that its predictors learn."""
+        p = self.profile
+        return AFSSourceRun(self.source, p.source, p.afs_training, p.gates)
+
+    def extended(self, budget: float | None = None, *, steps: bool = True) -> ExtendedSourceRun:
+        """The competitors' start: as many more source steps as AFS got, at full width or at a budget's.
+
+        Args:
+            budget: share of MACs of a narrower network; None for the full one.
+            steps: False for the unextended start, an ablation.
+        """
+        p, source = self.profile, self.source
+        if budget is not None:
+            if p.network.weights is not None:
+                raise AFDSError(
+                    "published weights exist at one width only; give the profile a source training to pretrain "
+                    "narrower networks"
+                )
+            classes, size = self._shape
+            width = fitting_width(p.network.name, p.network.stem, p.network.width, classes, size, budget)
+            source = replace(source, network=replace(p.network, width=width))
+        training = p.afs_training if steps else replace(p.afs_training, steps=0)
+        return ExtendedSourceRun(source, p.source, training)
+
+    @functools.cached_property
+    def _shape(self) -> tuple[int, tuple[int, int, int]]:
+        splits = self.target.load()
+        return len(splits.classes), (3, splits.test.size, splits.test.size)
+
+    # ------------------------------------------------------------------------------------------------------- points
+
+    def regulariser(self, name: str, settings: Settings) -> Regulariser:
+        """With its strength."""
+        decay = self.profile.candidates[-1].regulariser.classifier_decay
+        base, _, variant = name.partition("-detached")
+        made = Regulariser(base if name.endswith("-detached") else name, float(settings["strength"]), decay)  # type: ignore[arg-type]
+        return replace(made, attention="detached") if name.endswith("-detached") else made
+
+    def _stage(self, settings: Optimisation, factor: Value, **changes: Any) -> Optimisation:
+        """A stage with its learning rate scaled, and a row, after which it can be resumed, about every epoch."""
+        steps = changes.get("steps", settings.steps)
+        rows = max(1, math.ceil(steps / self.rules.epoch_steps))
+        return replace(settings, lr=settings.lr * float(factor or 1.0), log_rows=rows, **changes)
+
+    def dense(
+        self, name: str, settings: Settings, seed: int, *, trial: bool = False, scale_l1: float = 0.0
+    ) -> DenseRun:
+        """The unpruned network with a regulariser."""
+        p = self.profile
+        first = p.trial if trial else p.transfer
+        return DenseRun(
+            source=self.extended(),
+            data=replace(self.target, seed=seed),
+            regulariser=self.regulariser(name, settings),
+            optimisation=self._stage(first, settings["lr"], steps=max(2, round(first.steps * self.rules.steps))),
+            scale_l1=scale_l1,
+            macs_images=p.macs_images,
+            seed=seed,
+            use_test=not trial,
+        )
+
+    def point(
+        self, tuned: Tuned, seed: int, budgets: Sequence[float], *, trial: bool = False, factor: float = 1.0
+    ) -> Point:
+        """The last point of a chain of budgets.
+
+        Args:
+            tuned: the method with its settings.
+            seed: of fitting images, initialisation and order.
+            budgets: from 1 down to the one wanted.
+            trial: with the trial's steps and without test images.
+            factor: on the target steps, for the row at equal wall-clock time.
+
+        Raises:
+            AFDSError: an unknown combination, or a budget that no width reaches.
+        """
+        p, budgets = self.profile, tuple(budgets)
+        selection, chosen = tuned.method.selection, tuned.selection
+        first, factor = p.trial if trial else p.transfer, factor * self.rules.steps
+        unpruned = self._stage(first, tuned.regulariser["lr"], steps=max(2, round(first.steps * factor)))
+        tuning = self._stage(p.tuning, chosen["lr"], steps=max(2, round(p.tuning.steps * factor)))
+        regulariser = self.regulariser(tuned.method.regulariser, tuned.regulariser)
+        data = replace(self.target, seed=seed)
+        if selection in ("afs", "fbs"):
+            rate = float(chosen["predictor_lr"])  # type: ignore[arg-type]
+            unpruned, tuning = replace(unpruned, predictor_lr=rate), replace(tuning, predictor_lr=rate)
+        if selection == "afs":
+            return TransferRun(
+                self.afs_source, data, regulariser, unpruned, tuning, budgets, float(chosen["delta_s"]),  # type: ignore[arg-type]
+                density_exponent=float(chosen["density_exponent"]), density_floor=p.density_floor,  # type: ignore[arg-type]
+                macs_images=p.macs_images, seed=seed, use_test=not trial, settle=True,
+            )  # fmt: skip
+        if selection == "fbs":
+            alone = round(self.rules.gates_alone * unpruned.steps)
+            gates = FBSGatesRun(
+                self.extended(), data, regulariser, self._stage(unpruned, 1.0, steps=alone),
+                chosen["gate_bias"], float(chosen["gate_l1"]), seed, not trial,  # type: ignore[arg-type]
+            )  # fmt: skip
+            rest = self._stage(unpruned, 1.0, steps=unpruned.steps - alone)
+            return FBSRun(gates, rest, tuning, budgets, macs_images=p.macs_images)
+        scale_l1 = float(chosen.get("scale_l1", 0.0))  # type: ignore[arg-type]
+        dense = replace(
+            self.dense(tuned.method.regulariser, tuned.regulariser, seed, trial=trial, scale_l1=scale_l1),
+            optimisation=unpruned,
+        )
+        if len(budgets) == 1:
+            return dense
+        if selection in CRITERIA:
+            criterion = Selection(selection, str(chosen.get("normalise", "none")))
+            return PrunedRun(dense, criterion, tuning, budgets[1:])
+        steps = unpruned.steps + (len(budgets) - 1) * tuning.steps
+        distil = selection == "width-kd"
+        return NarrowRun(
+            source=self.extended(budgets[-1]),
+            data=data,
+            regulariser=regulariser,
+            optimisation=self._stage(first, chosen["lr"], steps=steps),
+            full=p.network,
+            budget=budgets[-1],
+            teacher=dense if distil else None,
+            temperature=float(chosen.get("temperature", 4.0)),  # type: ignore[arg-type]
+            alpha=float(chosen.get("alpha", 0.9)),  # type: ignore[arg-type]
+            macs_images=p.macs_images,
+            seed=seed,
+            use_test=not trial,
+        )
+
+    # ------------------------------------------------------------------------------------------------------- trials
+
+    def _folder(self) -> Path:
+        """Of the trials' journal: in the run store, which the workers share."""
+        return paths.runs() / "trials" / f"{self.profile.name}-{self.profile.budget}-{self.target.title}"
+
+    def _outcome(self, config: Point) -> Outcome:
+        """A trial's result, computed if need be; a trial that read a test image is a fault of the program."""
+        if config.use_test:
+            raise RuntimeError("a trial must hold no test image")
+        (result,) = compute([config])
+        self._publish(result)
+        if any(key.startswith("test") or key == "confusion" for key in result.metrics):
+            raise RuntimeError(f"the trial {result.id} holds test results")
+        if "diverged" in result.metrics:
+            return Outcome(None, result.id, result.metrics["diverged"])
+        return Outcome(float(result.metrics["validation_accuracy"]), result.id)
+
+    def _try(self, make: Callable[[], Point]) -> Outcome:
+        """The outcome of a point that may be out of reach."""
+        try:
+            config = make()
+        except AFDSError as error:
+            return Outcome(None, "", str(error))
+        return self._outcome(config)
+
+    def regulariser_trials(self, name: str, *, wait: bool = True) -> list[Trial]:
+        """A regulariser on the dense network, at the quasi-random settings."""
+        seed, space = self.profile.trial_seed, REGULARISER_SPACES[_space(name)]
+
+        def evaluate(settings: Settings) -> Outcome:
+            return self._try(lambda: self.dense(name, settings, seed, trial=True))
+
+        return search(self._folder(), f"regulariser {name}", space, self.rules.trials, evaluate, seed=seed, wait=wait)
+
+    def selection_trials(self, name: str, *, wait: bool = True) -> list[Trial]:
+        """A selection at the trial budget, with L2 at its best."""
+        seed, space = self.profile.trial_seed, SELECTION_SPACES[name]
+        l2, chain = self.best_regulariser("l2"), (1.0, self.rules.trial_budget)
+
+        def evaluate(settings: Settings) -> Outcome:
+            return self._try(lambda: self.point(Tuned(Method("l2", name), l2, settings), seed, chain, trial=True))
+
+        return search(self._folder(), f"selection {name}", space, self.rules.trials, evaluate, seed=seed, wait=wait)
+
+    @functools.cache  # noqa: B019 (a comparison lives as long as its process)
+    def best_regulariser(self, name: str) -> Settings:
+        """Its settings of highest validation accuracy; the defaults first in a tie."""
+        return _best(f"regulariser {name}", self.regulariser_trials(name))
+
+    @functools.cache  # noqa: B019
+    def best_selection(self, name: str) -> Settings:
+        """Its settings of highest validation accuracy; the defaults first in a tie."""
+        return _best(f"selection {name}", self.selection_trials(name))
+
+    def strength_trials(self, method: Method) -> list[tuple[float, Outcome]]:
+        """A pair's strength once more, at the primary budget: (multiplier, outcome)."""
+        return [(multiplier, self._try(make)) for multiplier, make in self._strengths(method)]
+
+    def _strengths(self, method: Method) -> list[tuple[float, functools.partial[Point]]]:
+        tuned = Tuned(method, self.best_regulariser(method.regulariser), self.best_selection(method.selection))
+        chain, seed = self.rules.trial_chain, self.profile.trial_seed
+        made = []
+        for multiplier in self.rules.multipliers:
+            one = replace(tuned, regulariser={**tuned.regulariser, "strength": tuned.strength * multiplier})
+            made.append((multiplier, functools.partial(self.point, one, seed, chain, trial=True)))
+        return made
+
+    @functools.cache  # noqa: B019
+    def tuned(self, method: Method) -> Tuned:
+        """A method at the settings that its trials chose; the smallest change wins a tie of the strengths."""
+        outcomes = [(m, o.value) for m, o in self.strength_trials(method) if o.value is not None]
+        multiplier = max(outcomes, key=lambda pair: pair[1])[0] if outcomes else 1.0
+        regulariser = dict(self.best_regulariser(method.regulariser))
+        regulariser["strength"] = float(regulariser["strength"]) * multiplier  # type: ignore[arg-type]
+        return Tuned(method, regulariser, self.best_selection(method.selection))
+
+    def trials(self) -> pd.DataFrame:
+        """Every trial: what was tried, its validation accuracy or why it has none; also written to trials.csv."""
+        regularisers = dict.fromkeys(("l2", *(m.regulariser for m in self.rules.methods)))
+        selections = dict.fromkeys(m.selection for m in self.rules.methods)
+        # First whatever is free, of all methods, so that many workers find something to do; then the results.
+        for name in regularisers:
+            self.regulariser_trials(name, wait=False)
+        for name in selections:
+            self.selection_trials(name, wait=False)
+        rows: list[dict[str, Any]] = []
+        for name in regularisers:
+            found = self.regulariser_trials(name)
+            rows += [_trial_row("regulariser", name, t.number, t.settings, t.outcome) for t in found]
+        for name in selections:
+            found = self.selection_trials(name)
+            rows += [_trial_row("selection", name, t.number, t.settings, t.outcome) for t in found]
+        compute([c for m in self.rules.methods for _, make in self._strengths(m) if (c := _made(make)) is not None])
+        for method in self.rules.methods:
+            best = float(self.best_regulariser(method.regulariser)["strength"])  # type: ignore[arg-type]
+            for number, (multiplier, outcome) in enumerate(self.strength_trials(method)):
+                rows.append(_trial_row("strength", method.key, number, {"strength": best * multiplier}, outcome))
+        table = pd.DataFrame(
+            rows, columns=["stage", "name", "trial", "settings", "validation_accuracy", "reason", "run"]
+        )
+        self._write("trials", table)
+        return table
+
+    # -------------------------------------------------------------------------------------------------------- sweep
+
+    def sweep(self) -> pd.DataFrame:
+        """One row per method, seed and budget; written to comparison.csv, and what is missing to missing.csv.
+
+        The first seeds of all methods come first; validation then says who gets the rest.
+        """
+        rules = self.rules
+        first = {method: rules.seeds[: rules.rest] for method in rules.methods}
+        table = self._points(first)
+        top = {method.key for method in rules.methods if method.role == "afds"}
+        try:
+            ranked = statistics.rank_on_validation(table, budget=rules.primary_budget, seeds=rules.seeds[: rules.rest])
+        except AFDSError:  # nobody reached it
+            ranked = []
+        top |= set(ranked[: rules.rivals])
+        table = self._points({m: rules.seeds if m.key in top else rules.seeds[: rules.rest] for m in rules.methods})
+        self._write("comparison", table)
+        self._write("missing", pd.DataFrame(table.attrs["missing"], columns=MISSING))
+        return table
+
+    def _points(self, seeds: Mapping[Method, Sequence[int]]) -> pd.DataFrame:
+        budgets = self.rules.budgets
+        wanted = [
+            (self.tuned(method), seed, budgets[: i + 1])
+            for method, mine in seeds.items()
+            for seed in mine
+            for i in range(len(budgets))
+        ]
+        return self.table(wanted)
+
+    def table(self, wanted: Sequence[tuple[Tuned, int, tuple[float, ...]]], *, factor: float = 1.0) -> pd.DataFrame:
+        """Rows of some points, computed if need be; `attrs["missing"]` holds those that have none, with why."""
+        made: list[Point | str] = []
+        for tuned, seed, budgets in wanted:
+            try:
+                made.append(self.point(tuned, seed, budgets, factor=factor))
+            except AFDSError as error:
+                made.append(str(error))
+        results = iter(compute([config for config in made if not isinstance(config, str)]))
+        rows, missing = [], []
+        for (tuned, seed, budgets), config in zip(wanted, made, strict=True):
+            row = self._row(tuned, seed, budgets[-1])
+            if isinstance(config, str):
+                missing.append(row | {"reason": config})
+                continue
+            result = self._publish(next(results))
+            if "diverged" in result.metrics:
+                missing.append(row | {"reason": result.metrics["diverged"]})
+            else:
+                rows.append(result.metrics | row | self._costs(config, result))
+        table = pd.DataFrame(rows, columns=COLUMNS)
+        table.attrs["missing"] = missing
+        return table
+
+    def _row(self, tuned: Tuned, seed: int, budget: float) -> dict[str, Any]:
+        method = tuned.method
+        return {
+            "target": self.target.title,
+            "method": method.key,
+            "role": method.role,
+            "regulariser": method.regulariser,
+            "selection": method.selection,
+            "strength": tuned.strength,
+            "seed": seed,
+            "budget": budget,
+            "settings": json.dumps(
+                {**tuned.regulariser, **{f"{k} ({method.selection})": v for k, v in tuned.selection.items()}}
+            ),
+        }
+
+    def _costs(self, config: Point, result: runs.Result) -> dict[str, Any]:
+        """Of the whole chain on the target, and of its source network: training MACs and wall-clock seconds."""
+        chain, source = _chain(config), _chain(config.source)
+        if (weighing := weights_run(config.regulariser, config.source, config.data)) is not None:
+            chain.append(weighing)
+        share = result.metrics["train_macs"] / result.metrics["budget"]
+        return {
+            "run": result.id,
+            "training_macs": _total(chain, lambda r: r.metrics.get("training_macs")),
+            "seconds": _total(chain, runs.seconds),
+            "source_macs": _total(source, lambda r: r.metrics.get("training_macs", 0.0)),
+            "source_seconds": _total(source, runs.seconds),
+            # The unpruned network is at its true cost, predictors included.
+            "met": result.metrics["budget"] == 1 or 0.98 <= share <= 1 + 1e-6,
+        }
+
+    def equal_time(self, table: pd.DataFrame) -> pd.DataFrame:
+        """The rival once more with as much wall-clock time on the target as AFDS takes, at the primary budget.
+
+        Its steps are scaled by the ratio of the measured times, rounded to tenths; the ratio is kept in equal_time.json
+        so that an interrupted study goes on with the same one.
+        """
+        rules = self.rules
+        seeds = rules.seeds[: rules.rest]
+        rows = table[(table.budget == rules.primary_budget) & table.seed.isin(list(seeds))]
+        name = statistics.rival(table, budget=rules.primary_budget, seeds=seeds)
+        file = self.folder() / "equal_time.json"
+        if file.exists():
+            kept = json.loads(file.read_text(encoding="utf-8"))
+            name, ratio = kept["rival"], kept["ratio"]
+        else:
+            ours, theirs = (rows[rows.method == m].seconds.mean() for m in ("afd+afs", name))
+            if not (ours > 0 and theirs > 0):
+                raise AFDSError(
+                    "the wall-clock times of AFDS or of its rival are not known; recompute them on one machine"
+                )
+            ratio = max(0.1, round(ours / theirs, 1))
+            write_json(file, {"rival": name, "ratio": ratio, "seconds": {"afd+afs": ours, name: theirs}})
+        tuned = self.tuned(Method.parse(name))
+        chain = rules.budgets[: rules.budgets.index(rules.primary_budget) + 1]
+        again = self.table([(tuned, seed, chain) for seed in seeds], factor=ratio)
+        again["steps_factor"] = ratio
+        self._write("equal_time", again)
+        return again
+
+    def ablations(self) -> pd.DataFrame:
+        """AFDS with one part changed, at the primary budget, over the first seeds; written to ablations.csv."""
+        rules, tuned = self.rules, self.tuned(Method("afd", "afs"))
+        chain = rules.budgets[: rules.budgets.index(rules.primary_budget) + 1]
+        none = replace(self.profile.afs_training, steps=0)
+        changed = {
+            "AFS without AFD": lambda c: replace(c, regulariser=self.regulariser("l2", self.best_regulariser("l2"))),
+            "static only": lambda c: replace(c, delta_s=math.inf),
+            "dynamic only": lambda c: replace(c, delta_s=0.0),
+            "without the source stage": lambda c: replace(c, source=replace(c.source, optimisation=none)),
+            "random predictors": lambda c: replace(c, source=replace(c.source, predictors="random")),
+            "features of the last ConvBN": lambda c: replace(c, regulariser=replace(c.regulariser, features="convbn")),
+            "detached attention": lambda c: replace(c, regulariser=replace(c.regulariser, attention="detached")),
+            "both (AFDS)": lambda c: c,
+        }
+        rows, configs = [], []
+        for name, change in changed.items():
+            for seed in rules.seeds[: rules.rest]:
+                config = self.point(tuned, seed, chain)
+                assert isinstance(config, TransferRun)
+                configs.append(change(config))
+                rows.append({"variant": name, "seed": seed, "budget": chain[-1]})
+        results = [self._publish(result) for result in compute(configs)]
+        keys = ("test_accuracy", "validation_accuracy", "train_macs", "macs", "dead_gates", "diverged")
+        columns = ["variant", "seed", "budget", *keys, "run"]
+        table = pd.DataFrame(
+            [
+                r | {k: result.metrics.get(k) for k in keys} | {"run": result.id}
+                for r, result in zip(rows, results, strict=True)
+            ],
+            columns=columns,
+        )
+        self._write("ablations", table)
+        return table
+
+    # -------------------------------------------------------------------------------------------------------- files
+
+    def folder(self) -> Path:
+        """Of the tables: data/results/<profile>/<budget>/comparison-<target>, or with the demo's figures."""
+        p = self.profile
+        base = paths.results(p.name) / p.budget if p.committed else paths.figures(p.name)
+        return base / f"comparison-{self.target.title}"
+
+    def _publish(self, result: runs.Result) -> runs.Result:
+        if self.profile.committed and not result.committed:
+            runs.publish(result, self.profile.name)
+        return result
+
+    def _write(self, name: str, table: pd.DataFrame) -> None:
+        with atomic_path(self.folder() / f"{name}.csv") as part:
+            table.to_csv(part, index=False, float_format="%.6g", lineterminator="\n")
+
+    def write_statistics(self, table: pd.DataFrame) -> str:
+        """paired.csv, macs_within.csv and the report's sentence, which is returned."""
+        rules = self.rules
+        budget, seeds = rules.primary_budget, rules.seeds[: rules.rest]
+        self._write("paired", statistics.paired_table(table, budget=budget))
+        self._write("macs_within", macs_needed(table))
+        return statistics.sentence(table, budget=budget, seeds=seeds)
+
+
+def macs_needed(table: pd.DataFrame) -> pd.DataFrame:
+    """Per method the share of MACs to stay within one point of its own dense network, from the means over seeds."""
+    rows = []
+    for method, mine in table.groupby("method", sort=False):
+        means = mine.groupby("budget")[["macs", "test_accuracy"]].mean()
+        curve = {float(b): (float(r.macs), float(r.test_accuracy)) for b, r in means.iterrows()}
+        share = statistics.macs_within(curve) if 1.0 in curve else None
+        rows.append({"method": method, "macs": math.nan if share is None else share, "seeds": mine.seed.nunique()})
+    return pd.DataFrame(rows, columns=["method", "macs", "seeds"])
+
+
+def _made(make: Callable[[], Point]) -> Point | None:
+    """A point's configuration; None where it is out of reach."""
+    try:
+        return make()
+    except AFDSError:
+        return None
+
+
+def _space(name: str) -> str:
+    return name.removesuffix("-detached")
+
+
+def _best(what: str, trials: Sequence[Trial]) -> Settings:
+    finished = [t for t in trials if t.outcome.value is not None]
+    if not finished:
+        reason = next((t.outcome.reason for t in trials if t.outcome.reason), "no trial was made")
+        raise AFDSError(
+            f"every trial of {what} is missing ({reason}); widen its search space or raise the trial budget"
+        )
+    return max(finished, key=lambda t: (t.outcome.value, -t.number)).settings
+
+
+def _trial_row(stage: str, name: str, number: int, settings: Settings, outcome: Outcome) -> dict[str, Any]:
+    value = math.nan if outcome.value is None else outcome.value
+    return {
+        "stage": stage,
+        "name": name,
+        "trial": number,
+        "settings": json.dumps(dict(settings)),
+        "validation_accuracy": value,
+        "reason": outcome.reason,
+        "run": outcome.run,
+    }
+
+
+def _chain(config: Any) -> list[Any]:
+    """A run and those it started from, as far as they are of its own kind: points of one chain, or source networks."""
+    found = [config]
+    while True:
+        last = found[-1]
+        before = getattr(last, "parent", None) or (getattr(last, "source", None) if _is_source(last) else None)
+        if before is None:
+            return found
+        found.append(before)
+
+
+def _is_source(config: Any) -> bool:
+    return isinstance(config, (SourceRun, AFSSourceRun, ExtendedSourceRun))
+
+
+def _total(chain: Sequence[Any], of: Any) -> float:
+    """The sum over runs; NaN where one of them is not known."""
+    values = []
+    for config in chain:
+        result = runs.lookup(config)
+        values.append(None if result is None else of(result))
+    known = [float(value) for value in values if value is not None]
+    return float(sum(known)) if len(known) == len(values) else math.nan
+
+
+def _work(profile: Profile, rules: Protocol, target: DataSource, trials_only: bool) -> None:
+    comparison = Comparison(profile, rules, target)
+    comparison.trials()
+    if not trials_only:
+        table = comparison.sweep()
+        comparison.write_statistics(table)
+
+
+def run_comparison(
+    profile: Profile,
+    *,
+    rules: Protocol | None = None,
+    target: DataSource | None = None,
+    workers: int = 1,
+    trials_only: bool = False,
+) -> Comparison:
+    """Computes a comparison, or this worker's share of it, and writes its tables.
+
+    Args:
+        profile: from `profiles.get`.
+        rules: default: those of the profile.
+        target: default: the profile's first.
+        workers: processes here; other machines that share the run store join by the same call.
+        trials_only: stop after the choices on validation images.
+    """
+    comparison = Comparison(profile, rules, target)
+    alongside(_work, (profile, comparison.rules, comparison.target, trials_only), workers)
+    return comparison

@@ -1,0 +1,242 @@
+"""The comparison in miniature: tuned on validation, shared by workers, the same tables each time."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+
+from afdslib import comparison, data, paths, profiles, runs, statistics, tuning
+from afdslib.comparison import Comparison, Tuned
+from afdslib.errors import AFDSError
+from afdslib.protocol import REGULARISER_SPACES, SELECTION_SPACES, Axis, Method, Protocol, protocol
+from afdslib.rivals import DenseRun, FBSRun, NarrowRun, PrunedRun
+from afdslib.stages import DataSource, Network, TransferRun
+from afdslib.tuning import Outcome
+
+SPACE = (Axis("lr", 1.0, 0.1, 10.0), Axis("kind", "b", choices=("a", "b", None)))
+
+
+@pytest.fixture
+def profile(tmp_path, monkeypatch):
+    """A profile whose every stage takes two steps on 24 images in memory."""
+    monkeypatch.setenv("AFDS_HOME", str(tmp_path))
+    for name in ("AFDS_RUNS", "AFDS_FIGURES", "AFDS_FRESH"):
+        monkeypatch.delenv(name, raising=False)
+    sets = {"tiny-source": tiny.splits(0), "tiny-target": tiny.splits(10, shift=1)}
+    monkeypatch.setattr(data, "load", lambda name, *_, **__: sets[name])
+    step = replace(profiles.get("demo").transfer, steps=2, batch_size=8, log_rows=1)
+    return replace(
+        profiles.get("demo"),
+        source=DataSource("tiny-source"), targets=(DataSource("tiny-target"),),
+        network=Network("resnet14", width=tiny.WIDTH),
+        source_training=step, afs_training=step, trial=step, transfer=step, tuning=step, macs_images=12,
+    )  # fmt: skip
+
+
+def rules(*methods: str, **kwargs) -> Protocol:
+    small = {"trials": 1, "budgets": (1.0, 0.4), "trial_budget": 0.5, "primary_budget": 0.4, "multipliers": (1.0, 0.0)}
+    return Protocol(tuple(map(Method.parse, methods)), **(small | {"seeds": (0, 1), "rest": 1, "rivals": 1} | kwargs))
+
+
+# the whole
+
+
+def test_a_comparison_tunes_on_validation_gives_the_top_rival_all_seeds_and_the_same_tables_twice(profile):
+    few = rules("afd+afs", "l2+taylor", "l2+random")
+    compared = comparison.run_comparison(profile, rules=few)
+    table = pd.read_csv(compared.folder() / "comparison.csv")
+    best = statistics.rank_on_validation(table, budget=0.4, seeds=[0])[0]
+    other = ({"l2+taylor", "l2+random"} - {best}).pop()
+    assert {m: sorted(set(table.seed[table.method == m])) for m in set(table.method)} == {
+        "afd+afs": [0, 1], best: [0, 1], other: [0],
+    }  # fmt: skip
+    assert (table.seconds > 0).all() and (table.source_macs > 0).all() and (table.training_macs > 0).all()
+    static = table[(table.budget == 0.4) & (table.selection != "afs")]
+    assert static.met.all() and (static.train_macs <= 0.4).all()
+    # The competitors' unpruned point is one run, whatever the criterion.
+    dense = table[(table.budget == 1) & (table.regulariser == "l2") & (table.seed == 0)]
+    assert len(dense) == 2 and dense.run.nunique() == 1
+
+    trials = pd.read_csv(compared.folder() / "trials.csv")
+    assert list(trials.stage.value_counts()[["regulariser", "selection", "strength"]]) == [2, 3, 6]
+    for id in trials.run:
+        assert not any(key.startswith("test") for key in runs.show(id)["result"]["metrics"])
+    assert statistics.sentence(table, budget=0.4, seeds=[0]).startswith("AFDS is ")
+
+    ids = {run.id for run in runs.list_runs()}
+    written = (compared.folder() / "comparison.csv").read_bytes()
+    comparison.run_comparison(profile, rules=few)
+    assert {run.id for run in runs.list_runs()} == ids  # nothing computed again
+    assert (compared.folder() / "comparison.csv").read_bytes() == written
+
+
+def test_every_competitor_starts_from_the_plain_source_with_the_source_steps_that_afs_got(profile):
+    compared = Comparison(profile, rules("afd+afs", "l2+taylor"))
+    chain, kinds = (1.0, 0.5), {}
+    for name in SELECTION_SPACES:
+        tuned = Tuned(
+            Method("l2", name), comparison._defaults("l2", REGULARISER_SPACES),
+            comparison._defaults(name, SELECTION_SPACES),
+        )  # fmt: skip
+        point = compared.point(tuned, 0, chain, trial=True)
+        kinds[name] = type(point)
+        assert point.source.optimisation == profile.afs_training and not point.use_test
+        plain = point.source.source
+        assert plain == compared.source or plain == replace(compared.source, network=plain.network)
+        assert point.data == DataSource("tiny-target", seed=0) and runs.from_json(runs.to_json(point)) == point
+        total = sum(c.optimisation.steps for c in comparison._chain(point) if isinstance(c, (DenseRun, FBSRun)))
+        assert point.budgets[-1] == 0.5 and total <= 4
+    assert kinds == {
+        "afs": TransferRun, "fbs": FBSRun, "slimming": PrunedRun, "taylor": PrunedRun, "l1": PrunedRun,
+        "random": PrunedRun, "width": NarrowRun, "width-kd": NarrowRun,
+    }  # fmt: skip
+
+
+def test_a_budget_that_cannot_be_reached_is_missing_with_its_reason(profile):
+    compared = Comparison(profile, rules("afd+afs", "l2+taylor", "l2+width", budgets=(1.0, 1e-4)))
+    defaults = {m: comparison._defaults(m, SELECTION_SPACES) for m in ("taylor", "width")}
+    l2 = comparison._defaults("l2", REGULARISER_SPACES)
+    table = compared.table([(Tuned(Method("l2", m), l2, defaults[m]), 0, (1.0, 1e-4)) for m in defaults])
+    assert table.empty
+    assert all("cannot be reached" in m["reason"] and "cost" in m["reason"] for m in table.attrs["missing"])
+    ids = len(runs.list_runs())
+    assert len(compared.table([(Tuned(Method("l2", "taylor"), l2, defaults["taylor"]), 0, (1.0, 1e-4))])) == 0
+    assert len(runs.list_runs()) == ids
+
+
+def test_unknown_methods_and_combinations_are_one_sentence():
+    for text, words in {
+        "afd": "not of the form", "l3+afs": "unknown regulariser 'l3'", "l2+magic": "unknown selection 'magic'",
+    }.items():  # fmt: skip
+        with pytest.raises(AFDSError, match=words):
+            Method.parse(text)
+    with pytest.raises(AFDSError, match="no method"):
+        Protocol((), trials=1)
+    with pytest.raises(AFDSError, match="search space is empty"):
+        Protocol((Method("l2", "afs"),), trials=0)
+    assert [Method.parse(m).role for m in ("afd+afs", "l2+afs", "afd+taylor", "l2+taylor")] == [
+        "afds", "part", "part", "competitor",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", profiles.names())
+def test_every_profile_has_a_comparison_with_a_competitor_and_the_primary_budget(name):
+    for budget in ("quick", "standard"):
+        found = protocol(profiles.get(name, budget))
+        assert {m.role for m in found.methods} >= {"afds", "competitor"}
+        assert found.primary_budget in found.budgets and found.rest <= len(found.seeds)
+        assert len(set(found.methods)) == len(found.methods)
+
+
+# trials
+
+
+def test_points_are_the_defaults_and_then_spread_evenly_the_same_each_time():
+    drawn = tuning.points(SPACE, 17, seed=3)
+    assert drawn == tuning.points(SPACE, 17, seed=3) != tuning.points(SPACE, 17, seed=4)
+    assert drawn[0] == {"lr": 1.0, "kind": pytest.approx(0.5)}
+    logs = np.log10([p["lr"] for p in drawn[1:]])
+    # Of 16 points of a Sobol sequence each quarter of an axis holds about four; random ones would seldom do so.
+    assert all(3 <= n <= 5 for n in np.histogram(logs, bins=4, range=(-1, 1))[0])
+    assert [tuning._value(SPACE[1], u) for u in (0.0, 0.4, 1.0)] == ["a", "b", None]
+
+
+def test_an_empty_space_and_trials_of_another_version_or_space_are_one_sentence(tmp_path, monkeypatch):
+    def outcome(settings):
+        return Outcome(settings["lr"], "")
+
+    for space, count in (((), 3), (SPACE, 0)):
+        with pytest.raises(AFDSError, match="empty"):
+            tuning.search(tmp_path, "x", space, count, outcome)
+    found = tuning.search(tmp_path, "x", SPACE, 3, outcome)
+    assert [t.number for t in found] == [0, 1, 2] and found[1].outcome.value == found[1].settings["lr"]
+    with pytest.raises(AFDSError, match="another search space"):
+        tuning.search(tmp_path, "x", SPACE[:1], 3, outcome)
+    monkeypatch.setattr(runs, "RESULTS_VERSION", 99)
+    with pytest.raises(AFDSError, match="RESULTS_VERSION 1, and this is 99"):
+        tuning.search(tmp_path, "x", SPACE, 3, outcome)
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(AFDSError, match="shared folder.*cannot be used"):
+        tuning.search(blocked, "x", SPACE, 3, outcome)
+
+
+def test_a_trial_that_diverged_is_kept_and_never_chosen():
+    trials = [
+        tuning.Trial(0, {"a": 1.0}, Outcome(None, "r0", "the loss is nan")),
+        tuning.Trial(1, {"a": 2.0}, Outcome(0.5, "r1")),
+        tuning.Trial(2, {"a": 3.0}, Outcome(0.5, "r2")),
+    ]
+    assert comparison._best("x", trials) == {"a": 2.0}
+    with pytest.raises(AFDSError, match="every trial of x is missing .the loss is nan"):
+        comparison._best("x", trials[:1])
+
+
+WORKER = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import toy_runs
+from afdslib import runs, tuning
+from afdslib.protocol import Axis
+
+def evaluate(settings):
+    config = toy_runs.ToyTrain(name=f"{settings['lr']:.6f}", steps=8, every=1, folder=sys.argv[2], pause=0.05)
+    return tuning.Outcome(runs.get_or_run(config).metrics["weight"], "")
+
+found = tuning.search(Path(sys.argv[2]) / "trials", "toy", (Axis("lr", 1.0, 0.1, 10.0),), 5, evaluate)
+print(*[t.outcome.value for t in found])
+"""
+
+
+def test_workers_share_trials_and_one_that_is_killed_loses_no_result(tmp_path):
+    """Three workers, one killed in a trial: the others take it over from its checkpoint; no trial is computed twice."""
+    here = str(Path(__file__).parent)
+    env = {**os.environ, "AFDS_RUNS": str(tmp_path / "runs"), "AFDS_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", WORKER, here, str(tmp_path)]
+
+    def start():
+        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True, stderr=subprocess.PIPE)
+
+    killed = start()
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "runs").glob("*/checkpoint.pt")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    others = [start(), start()]
+    lines = [process.communicate(timeout=120) for process in others]
+    numbers = [[line for line in out.splitlines() if not line.startswith("step")][-1] for out, _ in lines]
+    assert numbers[0] == numbers[1] and len(numbers[0].split()) == 5, lines
+    started = (tmp_path / "executions.txt").read_text().count("started")
+    finished = sum(1 for run in runs.list_runs(tmp_path / "runs") if run.state == "finished")
+    assert finished == 5 and started == 6  # the killed one was begun twice, the second time from its checkpoint
+
+
+def test_a_worker_passes_over_what_another_one_computes(profile, monkeypatch):
+    from afdslib import workers
+
+    order, real = [], runs.get_or_run
+    a, b = tiny.SOURCE, replace(tiny.SOURCE, seed=1)
+    monkeypatch.setattr(runs, "busy", lambda config: config == a and len(order) == 0)
+    monkeypatch.setattr(workers.os, "getpid", lambda: 0)
+    monkeypatch.setattr(runs, "get_or_run", lambda c, **k: (order.append(c), real(c, **k))[1])
+    results = workers.compute([a, b])
+    assert order[:2] == [b, a] and [r.id for r in results] == [runs.run_id(a), runs.run_id(b)]
+
+
+def test_trials_lie_beside_the_runs_and_settings_are_recorded_as_json(profile):
+    compared = Comparison(profile, rules("afd+afs", "l2+taylor"))
+    assert compared._folder().parent.parent == paths.runs()
+    tuned = Tuned(Method("l2", "taylor"), {"strength": 1e-3, "lr": 2.0}, {"normalise": "mean", "lr": 1.0})
+    row = compared._row(tuned, 0, 0.5)
+    assert json.loads(row["settings"])["normalise (taylor)"] == "mean" and row["strength"] == 1e-3
