@@ -388,6 +388,46 @@ def _imagenet(root: str | None, labels: str | None, subset: bool) -> None:
 
 
 @app.command()
+def bench(
+    case: Annotated[
+        list[str] | None, typer.Option(help="networks, dynamic, gates, training, losses, loading, memory.")
+    ] = None,
+    network: Annotated[list[str] | None, typer.Option(help="Backbones; default: resnet50.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Batch sizes; default: 1.")] = None,
+    runtime: Annotated[list[str] | None, typer.Option(help="eager, compiled, onnxruntime; default: eager.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch and onnxruntime.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Measured rounds, each on another image.")] = 5,
+    size: Annotated[int, typer.Option(min=8, help="Side of the images in pixels.")] = 224,
+    keep: Annotated[float, typer.Option(help="Share of the inner channels of the compact network.")] = 0.2,
+    stream: Annotated[float, typer.Option(help="Share of the residual streams' channels.")] = 0.75,
+    multiple: Annotated[int, typer.Option(min=1, help="Kept channels are rounded to a multiple.")] = 16,
+    density: Annotated[float, typer.Option(help="Density d of the dynamic case.")] = 0.3,
+    weights: Annotated[str | None, typer.Option(help="A network of afs.save, with masks of its own.")] = None,
+    train_size: Annotated[int, typer.Option(min=8, help="Side of the images of training steps.")] = 64,
+    train_batch: Annotated[int, typer.Option(min=2, help="Images per training step.")] = 16,
+    width: Annotated[float, typer.Option(help="Factor on all channels, for quick looks.")] = 1.0,
+    full: Annotated[
+        bool, typer.Option("--full", help="ResNet-50 and ResNet-101, batch 1 and 16, all runtimes.")
+    ] = False,
+    out: Annotated[str | None, typer.Option(help="The CSV file to write.")] = None,
+) -> None:
+    """Measure networks, training steps, losses and data loading side by side: medians, quartiles, ratios."""
+    from . import bench as benchmarks
+
+    settings = benchmarks.Settings(
+        networks=tuple(network or (("resnet50", "resnet101") if full else ("resnet50",))),
+        batches=tuple(batch or ((1, 16) if full else (1,))),
+        runtimes=tuple(runtime or (benchmarks.RUNTIMES if full else ("eager",))),
+        size=size, threads=threads, repeats=repeats, keep=keep, stream=stream, multiple=multiple, density=density,
+        weights=weights, train_size=train_size, train_batch=train_batch, width=width,
+    )  # fmt: skip
+    typer.echo("  ".join(f"{key}: {value}" for key, value in benchmarks.environment(settings).items()))
+    found = benchmarks.run(case or list(benchmarks.CASES), settings, echo=typer.echo)
+    if out is not None:
+        typer.echo(f"written to {benchmarks.to_csv(found, settings, out)}")
+
+
+@app.command()
 def doctor(data_dir: DataDir = None) -> None:
     """Show versions, devices, folders and data sets of this machine."""
     from .doctor import examine
