@@ -31,8 +31,9 @@ from torch import Tensor, nn
 from afdslib import afs, backbones, dynamic, macs, runs
 from afdslib._atomic import write_text
 from afdslib.afs.graph import streams
-from afdslib.compact import compact
+from afdslib.compact import compact, set_masks
 from afdslib.errors import AFDSError
+from afdslib.speed import read_masks
 
 __all__ = [
     "CASES", "Row", "Settings", "cut", "environment", "interleave", "jaccard", "photographs", "random_gates", "run",
@@ -59,6 +60,7 @@ class Settings:
         multiple: kept channels are rounded up to a multiple.
         density: d of the dynamic case.
         weights: a file of `afs.save` whose own masks make the compact network, instead of random ones.
+        masks: the same from a file of `afds speed`, which holds masks only; the weights are then random.
         train_size: side of the images of training steps.
         train_batch: images per training step.
         width: factor on the channels, for quick looks.
@@ -77,6 +79,7 @@ class Settings:
     multiple: int = 16
     density: float = 0.3
     weights: str | None = None
+    masks: str | None = None
     train_size: int = 64
     train_batch: int = 16
     width: float = 1.0
@@ -453,13 +456,18 @@ def _dense(settings: Settings, name: str) -> tuple[nn.Module, nn.Module]:
 def _networks(settings: Settings) -> Iterator[Row]:
     """Dense, compact and torch-pruning's network at the same MACs."""
     size = (3, settings.size, settings.size)
-    for name in settings.networks:
+    given = settings.weights or settings.masks
+    for name in settings.networks if given is None else (Path(given).stem,):
         if settings.weights is not None:
             gated = afs.load(settings.weights)
-            architecture: Any = gated.architecture
-            name = str(architecture["name"])
-            plain = replace_architecture(architecture)
+            plain = _rebuilt(gated.architecture)  # type: ignore[arg-type]
             note = f"masks of {Path(settings.weights).name}"
+        elif settings.masks is not None:
+            found = read_masks(settings.masks)
+            plain = _rebuilt(found["architecture"])
+            gated = afs.convert(plain, gates=found["architecture"].get("gates", "all"))
+            set_masks(gated, found["masks"])
+            note = f"masks of {Path(settings.masks).name}"
         else:
             plain = _plain(settings, name)
             gated = afs.convert(plain)
@@ -487,7 +495,7 @@ def _networks(settings: Settings) -> Iterator[Row]:
                 yield from _compare(models, settings, Row("networks", name, runtime, batch, "", "dense"), extra, images)
 
 
-def replace_architecture(architecture: Mapping[str, Any]) -> nn.Module:
+def _rebuilt(architecture: Mapping[str, Any]) -> nn.Module:
     """The plain network of a saved one's architecture, with random weights."""
     known = ("name", "num_classes", "stem", "width")
     return backbones.build(**{key: value for key, value in architecture.items() if key in known}).eval()
@@ -553,7 +561,7 @@ def _step(model: nn.Module, source: nn.Module | None, size: int) -> Callable[[Te
     regulariser = None if source is None else Regulariser("afd", 0.01)
     objective = Objective(model, regulariser, source, (3, size, size))
     objective.place(torch.device("cpu"))
-    model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.train().to(memory_format=torch.channels_last)
     parameters = [*model.parameters(), *(p for p in objective.parameters() if p.requires_grad)]
     optimiser = torch.optim.SGD(parameters, lr=1e-4, momentum=0.9)
 
@@ -649,13 +657,17 @@ def _loss(name: str, naive: bool, shape: tuple[int, ...]) -> Callable[[], object
     return call
 
 
+def _ignoring(call: Callable[[], object], repeat: int) -> object:
+    return call()
+
+
 def _losses(settings: Settings) -> Iterator[Row]:
     """AFD, AT and NST against naive forms: time, and peak memory in processes of their own."""
     channels = max(8, round(256 * settings.width))
     shape = (min(8, settings.train_batch), channels, 14, 14)
     for name in ("AFD", "AT", "NST"):
         ours, naive = _loss(name, False, shape), _loss(name, True, shape)
-        seconds = interleave({"naive": lambda _, f=naive: f(), name: lambda _, f=ours: f()}, settings.repeats)
+        seconds = interleave({"naive": partial(_ignoring, naive), name: partial(_ignoring, ours)}, settings.repeats)
         extra = {variant: {"peak_mib": _peak(_loss, name, variant == "naive", shape)} for variant in ("naive", name)}
         shown = f"{name} on {'x'.join(map(str, shape))}"
         yield from _rows(seconds, Row("losses", shown, "eager", shape[0], "", "naive"), extra=extra)

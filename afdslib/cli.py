@@ -403,6 +403,7 @@ def bench(
     multiple: Annotated[int, typer.Option(min=1, help="Kept channels are rounded to a multiple.")] = 16,
     density: Annotated[float, typer.Option(help="Density d of the dynamic case.")] = 0.3,
     weights: Annotated[str | None, typer.Option(help="A network of afs.save, with masks of its own.")] = None,
+    masks: Annotated[str | None, typer.Option(help="Masks of afds speed; the weights are then random.")] = None,
     train_size: Annotated[int, typer.Option(min=8, help="Side of the images of training steps.")] = 64,
     train_batch: Annotated[int, typer.Option(min=2, help="Images per training step.")] = 16,
     width: Annotated[float, typer.Option(help="Factor on all channels, for quick looks.")] = 1.0,
@@ -419,12 +420,42 @@ def bench(
         batches=tuple(batch or ((1, 16) if full else (1,))),
         runtimes=tuple(runtime or (benchmarks.RUNTIMES if full else ("eager",))),
         size=size, threads=threads, repeats=repeats, keep=keep, stream=stream, multiple=multiple, density=density,
-        weights=weights, train_size=train_size, train_batch=train_batch, width=width,
+        weights=weights, masks=masks, train_size=train_size, train_batch=train_batch, width=width,
     )  # fmt: skip
     typer.echo("  ".join(f"{key}: {value}" for key, value in benchmarks.environment(settings).items()))
     found = benchmarks.run(case or list(benchmarks.CASES), settings, echo=typer.echo)
     if out is not None:
         typer.echo(f"written to {benchmarks.to_csv(found, settings, out)}")
+
+
+@app.command()
+def speed(
+    data_dir: DataDir = None,
+    source: Annotated[str, typer.Option(help="Source data set.")] = "tiny-imagenet-32",
+    target: Annotated[str, typer.Option(help="Target data set.")] = "cifar10",
+    per_class: Annotated[int | None, typer.Option(help="Fitting images per class; 0 for all.")] = 60,
+    network: Annotated[str, typer.Option(help="Backbone, with the stem for photographs.")] = "resnet101",
+    width: Annotated[float, typer.Option(help="Factor on all channels, for quick looks.")] = 1.0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of every stage, for quick looks.")] = None,
+    multiple: Annotated[int, typer.Option(min=1, help="Kept channels are rounded to a multiple.")] = 16,
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
+    out: Annotated[str | None, typer.Option(help="Folder for the masks; default: data/results/speed.")] = None,
+) -> None:
+    """Train ResNet-101 with AFDS at 64 px, prune it 2x and 10x by its own masks, and write the masks."""
+    from dataclasses import replace
+
+    from . import speed as speeds
+
+    settings = speeds.Speed(
+        source=source, target=target, per_class=per_class or None, network=network, width=width, multiple=multiple,
+        precision=precision,
+    )  # fmt: skip
+    if steps is not None:
+        settings = replace(
+            settings, source_steps=steps, afs_steps=steps, transfer_steps=steps, tuning_steps=steps, batch_size=8
+        )
+    for file in speeds.train(settings, _folder(data_dir), folder=None if out is None else Path(out)):
+        typer.echo(f"masks written to {file}; time them with: afds bench --case networks --masks {file}")
 
 
 @app.command()
