@@ -161,7 +161,7 @@ def report(profile: ProfileName) -> None:
 @app.command()
 def resume(id: Annotated[str, typer.Argument(help="The run, or the beginning of its id.")]) -> None:
     """Continue an interrupted training run from its last checkpoint."""
-    from . import recipes, runs, study  # noqa: F401  (they register the kinds of runs)
+    from . import distillation, recipes, runs, study  # noqa: F401  (they register the kinds of runs)
 
     result = runs.resume(id)
     typer.echo(json.dumps(result.metrics, indent=2))
@@ -274,9 +274,7 @@ def students(
     """Train the teachers and students of notebook 06 or 07 (what is not trained yet), and write their tables."""
     from . import distillation_study
 
-    if data_dir is not None and not Path(data_dir).expanduser().is_dir():
-        raise AFDSError(f"the data folder {data_dir} does not exist: create it, or give another")
-    chosen = distillation_study.get(study, profile, budget, data_dir)
+    chosen = distillation_study.get(study, profile, budget, _folder(data_dir))
     if show:
         typer.echo(distillation_study.show(chosen))
         return

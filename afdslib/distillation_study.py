@@ -221,7 +221,7 @@ def _selectivity_methods(weights: dict[str, tuple[float, ...]]) -> tuple[Method,
 
 def _selectivity_demo(budget: str) -> DistillationProfile:
     """Scikit-learn's digits 0 to 4 at 16 px, a wide ResNet as the teacher and a narrow Inception-BN."""
-    fit = Optimisation(steps=60, batch_size=16, lr=0.1, schedule="cosine", warmup=0.05, log_rows=4)
+    fit = Optimisation(steps=50, batch_size=16, lr=0.05, schedule="cosine", warmup=0.05, log_rows=5)
     methods = _selectivity_methods({"poly": (5.0,), "linear": (), "gaussian": ()})
     digits = DataSource("digits-0-4", size=16)
     return DistillationProfile(
