@@ -105,11 +105,12 @@ def train(settings: Speed, data_dir: str | None = None, *, folder: Path | None =
     folder = folder or paths.results("speed")
     files = []
     for config in settings.runs(data_dir):
-        result = runs.get_or_run(config, needs=(MODEL,))
+        result = runs.get_or_run(config)
         if "diverged" in result.metrics:
             raise AFDSError(f"the training diverged ({result.metrics['diverged']}); lower its learning rate")
         if config.parent is None:
             continue
+        result = runs.get_or_run(config, needs=(MODEL,))  # a published result may have come without its network
         model = afs.load(result.artifact(MODEL))
         known = ("test_accuracy", "validation_accuracy", "macs", "dense_macs", "steps", "removed", "static", "dynamic")
         written: dict[str, Any] = {
