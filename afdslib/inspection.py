@@ -12,53 +12,74 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from afdslib import afs, runs, training
-from afdslib.afs.graph import eval_mode
 from afdslib.features import Teacher, feature_names, feature_shapes
 from afdslib.losses.afd import AFDLoss
 from afdslib.objectives import Objective
-from afdslib.stages import MODEL, OBJECTIVE, TransferRun
+from afdslib.stages import MODEL, OBJECTIVE, PUBLISHED_CLASSES, DataSource
+from afdslib.summary import smallest
 
 if TYPE_CHECKING:
     from afdslib.study import Study
 
 __all__ = [
     "NOT_STORED",
+    "NOT_TUNED",
     "AttentionView",
+    "Confusion",
     "attention",
+    "attentions",
+    "confusions",
     "conversion_error",
     "entropy_bounds",
     "feature_sizes",
     "histories",
     "layers_by_budget",
     "network",
-    "skips_exactly",
-    "terms_add_up",
+    "source_architecture",
+    "source_gates",
 ]
 
 NOT_STORED = (
     "Not shown: only the results of this profile are stored here, not its networks. "
     "To train them, set AFDS_FRESH=1 and add --fresh to the same command."
 )
+NOT_TUNED = "The predictors were not trained on source images: every gate is still the scale of its batch norm."
 
 
 def network(study: Study, config: Any, *, needs: Sequence[str] = (MODEL,)) -> runs.Result | None:
     """The finished run of a configuration with its files.
 
     Returns:
-        None if only its committed result is here and the training would take more than minutes; the demo is computed.
+        None if only its committed result is here and the training would take more than minutes (the demo is computed),
+        or if it diverged.
     """
     found = runs.lookup(config, needs=needs)
-    if found is None and not study.profile.committed:
+    if found is None and not study.profile.committed and "diverged" not in runs.get_or_run(config).metrics:
         found = runs.get_or_run(config, needs=needs)
     return found
 
 
+def source_architecture(study: Study) -> tuple[nn.Module, tuple[int, int, int]]:
+    """The source network with fresh weights, and (3, H, W) of its images; of published weights, of the target's."""
+    splits = study.source_data
+    size = (splits or next(iter(study.target_data.values()))).test.size
+    plain = replace(study.profile.network, weights=None)
+    classes = PUBLISHED_CLASSES if splits is None or study.source_run.published else len(splits.classes)
+    return plain.build(classes, 0), (3, size, size)
+
+
+def source_gates(study: Study) -> dict[str, dict[str, Any]]:
+    """Per-layer gate summaries of the source network "before" and "after" its predictors were trained, or nothing."""
+    metrics = study.afs_source().metrics
+    return {when: metrics[f"gates_{when}"] for when in ("before", "after") if f"gates_{when}" in metrics}
+
+
 @torch.no_grad()
 def conversion_error(study: Study, images: int = 16) -> dict[str, float] | None:
-    """Largest relative error of the converted network's logits, max|a - b| / max|b|, on target images.
+    """Largest relative error of the converted network's logits, max|a - b| / max|b|, on images of the primary target.
 
     Returns:
         "float64 eval", "float64 train" and "float32 eval"; None if the source network is not stored.
@@ -67,7 +88,8 @@ def conversion_error(study: Study, images: int = 16) -> dict[str, float] | None:
     if result is None:
         return None
     plain = afs.load(result.artifact(MODEL))
-    batch, _ = study.profile.targets[0].load().statistics.__getitems__(list(range(images)))
+    statistics = next(iter(study.target_data.values())).statistics
+    batch, _ = statistics.__getitems__(list(range(min(images, len(statistics)))))
     errors = {}
     for name, dtype, train in (
         ("float64 eval", torch.float64, False),
@@ -82,65 +104,19 @@ def conversion_error(study: Study, images: int = 16) -> dict[str, float] | None:
 
 
 def histories(
-    study: Study, methods: Iterable[str] | None = None, *, budget: float = 1.0
+    study: Study, methods: Iterable[str] | None = None, *, budget: float = 1.0, target: DataSource | None = None
 ) -> dict[str, list[pd.DataFrame]]:
-    """Logged rows of every seed at one budget, by method."""
-    names = list(methods or study.regularisers)
-    return {name: [study.point(name, seed, budget).history() for seed in study.profile.seeds] for name in names}
+    """Logged rows of every seed on one target (default: the primary one) at one budget, by method."""
+    names, seeds = list(methods or study.regularisers), study.profile.seeds
+    return {name: [study.point(name, seed, budget, target).history() for seed in seeds] for name in names}
 
 
-def terms_add_up(study: Study, method: str, *, budget: float = 1.0, tolerance: float = 1e-3) -> bool:
-    """Whether the logged loss is the cross-entropy plus the strength times the regulariser, and the latter is at work.
-
-    Means over the same steps are compared, relative to the regulariser's share, so that a strength of 0 is noticed.
-    """
-    strength, column = study.regularisers[method].strength, method.replace("-", "_")
-    for history in histories(study, [method], budget=budget)[method]:
-        term = strength * history[column]
-        share = history.loss - history.cross_entropy
-        if not (strength > 0 and bool((term > 0).all()) and bool(((share - term).abs() <= tolerance * term).all())):
-            return False
-    return True
-
-
-def layers_by_budget(study: Study, method: str, seed: int, budgets: Sequence[float]) -> dict[float, dict[str, Any]]:
-    """Per-layer gate summaries of the points of one chain, by budget."""
-    return {budget: study.point(method, seed, budget).metrics["layers"] for budget in budgets}
-
-
-@torch.no_grad()
-def skips_exactly(study: Study, method: str, seed: int, budget: float, *, images: int = 32) -> bool | None:
-    """Whether, in every layer, what the gates leave out is exactly zero and no more than max(k, static) is computed.
-
-    Returns:
-        None if the network is not stored.
-    """
-    result = network(study, _point(study, method, seed, budget))
-    if result is None:
-        return None
-    model = afs.load(result.artifact(MODEL))
-    batch, _ = study.profile.targets[0].load().statistics.__getitems__(list(range(images)))
-    outcome, handles = [], []
-
-    def check(layer: afs.AFSConvBN, args: tuple[Tensor, ...], output: Tensor) -> None:
-        active = layer.gates(args[0]).active
-        most = max(layer.k, int((layer.m * (1 - layer.s)).sum()))
-        outcome.append(bool((output[active == 0] == 0).all()) and bool((active.sum(1) <= most).all()))
-        outcome.append(bool((active[:, layer.m == 0] == 0).all()))
-
-    try:
-        for layer in afs.layers(model).values():
-            handles.append(layer.register_forward_hook(check))
-        with eval_mode(model):
-            model(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return all(outcome)
-
-
-def _point(study: Study, method: str, seed: int, budget: float) -> TransferRun:
-    return study.transfer_run(study.regularisers[method], seed, budget=budget)
+def layers_by_budget(
+    study: Study, method: str, seed: int, budgets: Sequence[float], target: DataSource | None = None
+) -> dict[float, dict[str, Any]]:
+    """Per-layer gate summaries of the points of one chain, by budget, without those that diverged."""
+    metrics = {budget: study.point(method, seed, budget, target).metrics for budget in budgets}
+    return {budget: found["layers"] for budget, found in metrics.items() if "layers" in found}
 
 
 @dataclass(frozen=True)
@@ -164,9 +140,9 @@ class AttentionView:
     total: dict[str, float]
 
 
-def _attending(study: Study, seed: int, budget: float) -> tuple[Teacher, AFDLoss] | None:
+def _attending(study: Study, seed: int, budget: float, target: DataSource) -> tuple[Teacher, AFDLoss] | None:
     """The frozen source and the trained attention of an AFD run."""
-    config = _point(study, "afd", seed, budget)
+    config = study.point_run("afd", seed, budget=budget, target=target)
     result, source = network(study, config, needs=(MODEL, OBJECTIVE)), network(study, study.afs_source_run)
     if result is None or source is None:
         return None
@@ -180,7 +156,9 @@ def _attending(study: Study, seed: int, budget: float) -> tuple[Teacher, AFDLoss
 
 
 @torch.no_grad()
-def attention(study: Study, *, seed: int | None = None, index: int = 0, budget: float = 1.0) -> AttentionView | None:
+def attention(
+    study: Study, *, seed: int | None = None, index: int = 0, budget: float = 1.0, target: DataSource | None = None
+) -> AttentionView | None:
     """AFD's attention for one training image, in the deepest tapped layer whose map is at least 8 x 8.
 
     Args:
@@ -188,24 +166,26 @@ def attention(study: Study, *, seed: int | None = None, index: int = 0, budget: 
         seed: default: the first one.
         index: of the image among the fitting images.
         budget: of the sweep.
+        target: default: the primary one.
 
     Returns:
         None if the networks are not stored.
     """
     seed = study.profile.seeds[0] if seed is None else seed
-    found = _attending(study, seed, budget)
+    target = target or study.profile.targets[0]
+    found = _attending(study, seed, budget, target)
     if found is None:
         return None
     teacher, term = found
-    splits = replace(study.profile.targets[0], seed=seed).load()
-    images, target = splits.statistics[index]
+    splits = replace(target, seed=seed).load()
+    images, label = splits.statistics[index]
     _, features = teacher(images[None])
     rho = term.attention(features)
     large = [name for name in features if features[name].shape[2] >= 8]
     layer = large[-1] if large else max(features, key=lambda name: features[name].shape[2])
     return AttentionView(
         image=splits.statistics.raw(index),
-        caption=str(splits.captions[target]),
+        caption=str(splits.captions[label]),
         layer=layer,
         weights=rho[layer][0].double().numpy(),
         maps=features[layer][0].double().numpy(),
@@ -213,19 +193,62 @@ def attention(study: Study, *, seed: int | None = None, index: int = 0, budget: 
     )
 
 
-def entropy_bounds(study: Study) -> tuple[float, float, float]:
-    """Smallest and largest logged entropy of the unpruned AFD runs, and that of a uniform attention, nats."""
-    logged = [history.entropy for history in histories(study, ["afd"])["afd"]]
-    sizes = feature_sizes(study).values()
+def attentions(study: Study) -> dict[str, AttentionView]:
+    """`attention` of the first seed, by target; without the targets whose networks are not stored."""
+    views = {title: attention(study, target=target) for title, target in study.targets.items()}
+    return {title: view for title, view in views.items() if view is not None}
+
+
+def entropy_bounds(study: Study, target: DataSource | None = None) -> tuple[float, float, float]:
+    """Smallest and largest logged entropy of a target's unpruned AFD runs, and that of a uniform attention, nats."""
+    logged = [history.entropy for history in histories(study, ["afd"], target=target)["afd"]]
+    sizes = feature_sizes(study, target).values()
     uniform = sum(math.log(channels) for channels, _, _ in sizes) / len(sizes)
     return min(float(e.min()) for e in logged), max(float(e.max()) for e in logged), uniform
 
 
-def feature_sizes(study: Study) -> dict[str, tuple[int, int, int]]:
+def feature_sizes(study: Study, target: DataSource | None = None) -> dict[str, tuple[int, int, int]]:
     """(C, H, W) of the layers that AFD compares."""
     p = study.profile
-    splits = p.targets[0].load()
+    splits = study.target_data[(target or p.targets[0]).title]
     model: nn.Module = replace(p.network, weights=None).build(len(splits.classes), 0)
     features = next((c.regulariser.features for c in p.candidates if c.regulariser.name == "afd"), "block")
     with training.autocast(torch.device("cpu"), "fp32"):
         return feature_shapes(model, feature_names(model, features), (3, splits.test.size, splits.test.size))
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """The confusion matrix of one network on a target's test images.
+
+    Attributes:
+        matrix: images by (true class, predicted class).
+        captions: readable class names.
+        budget: of the network.
+        accuracy: as the sweep's table has it.
+        images: in the test set.
+    """
+
+    matrix: list[list[int]]
+    captions: tuple[str, ...]
+    budget: float
+    accuracy: float
+    images: int
+
+
+def confusions(study: Study, sweep: pd.DataFrame, method: str) -> dict[str, Confusion]:
+    """The confusion matrix of a method's smallest network, first seed, by target.
+
+    Args:
+        study: of the sweep.
+        sweep: from `Study.sweep`.
+        method: by name.
+    """
+    found = {}
+    for title, target in study.targets.items():
+        row, splits = smallest(sweep[sweep.target == title], method), study.target_data[title]
+        metrics = study.point(method, int(row.seed), float(row.budget), target).metrics
+        found[title] = Confusion(
+            metrics["confusion"], splits.captions, float(row.budget), float(row.test_accuracy), len(splits.test)
+        )
+    return found

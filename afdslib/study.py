@@ -173,9 +173,9 @@ class Study:
 
     @cached_property
     def _chosen(self) -> dict[str, dict[str, Regulariser]]:
-        trials, chosen = self.trials(), {}
+        trials = self.trials()
+        chosen: dict[str, dict[str, Regulariser]] = {title: {} for title in self.targets}
         for title in self.targets:
-            chosen[title] = {}
             for c in self.profile.candidates:
                 strength = c.strengths[0]
                 if len(c.strengths) > 1:

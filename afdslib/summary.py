@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from afdslib import data
 from afdslib.errors import AFDSError
 from afdslib.plots.style import look, times
 
@@ -16,8 +17,10 @@ if TYPE_CHECKING:
     from afdslib.study import Study
 
 __all__ = [
+    "PUBLISHED",
     "Table",
     "Text",
+    "about_data",
     "accuracy_table",
     "budgets_of",
     "channels_left",
@@ -35,6 +38,9 @@ __all__ = [
     "smallest",
     "strengths_text",
 ]
+
+
+PUBLISHED = "Published weights are taken as they are: this study reads no source image and trains no source network."
 
 
 class Text(str):
@@ -96,42 +102,51 @@ def budgets_of(table: pd.DataFrame) -> list[float]:
     return sorted((float(b) for b in table.budget.unique()), reverse=True)
 
 
+def _by_target(table: pd.DataFrame, header: Sequence[str], row: Callable[[pd.DataFrame, float], list[str]]) -> Table:
+    """One row per target and budget; the targets have a column if there are several."""
+    targets = list(dict.fromkeys(table.target))
+    named = len(targets) > 1
+    rows = []
+    for target in targets:
+        mine = table[table.target == target]
+        for budget in budgets_of(mine):
+            rows.append([*([target] if named else []), *row(_rows_at(mine, budget), budget)])
+    return Table([*(["target"] if named else []), *header], rows)
+
+
 def accuracy_table(table: pd.DataFrame, *, value: str = "test_accuracy", target: str | None = None) -> Table:
-    """Mean and standard deviation over seeds, in percent: one row per budget, one column per method.
+    """Mean and standard deviation over seeds, in percent: one row per target and budget, one column per method.
 
     Args:
         table: from `Study.sweep`.
         value: an accuracy.
-        target: of the table; default: the first.
+        target: of the table; default: all.
     """
-    mine = table[table.target == (target or table.target.iloc[0])]
+    mine = table if target is None else table[table.target == target]
     methods = list(dict.fromkeys(mine.method))
-    rows = []
-    for budget in budgets_of(mine):
-        here = _rows_at(mine, budget)
+
+    def row(here: pd.DataFrame, budget: float) -> list[str]:
         cells = [_mean_sd(here[here.method == method][value], 100) for method in methods]
-        rows.append([times(budget), f"{100 * here.macs.mean():.1f} %", *cells])
-    return Table(["reduction", "measured MACs", *(f"{look(m).label} (%)" for m in methods)], rows)
+        return [times(budget), f"{100 * here.macs.mean():.1f} %", *cells]
+
+    return _by_target(mine, ["reduction", "measured MACs", *(f"{look(m).label} (%)" for m in methods)], row)
 
 
 def network_table(table: pd.DataFrame, method: str) -> Table:
     """What the sweep made of the network, mean over seeds: MACs, predictors' share, parameters, channels."""
-    mine = table[(table.method == method) & (table.target == table.target.iloc[0])]
-    rows = []
-    for budget in budgets_of(mine):
-        here = _rows_at(mine, budget)
-        rows.append(
-            [
-                times(budget),
-                f"{here.density.mean():.2f}",
-                f"{100 * here.macs.mean():.1f} %",
-                f"{100 * here.macs_predictors.mean():.1f} %",
-                f"{here.parameters.mean() / 1000:.0f}",
-                *(f"{here[state].mean():.0f}" for state in ("dynamic", "static", "removed")),
-            ]
-        )
+
+    def row(here: pd.DataFrame, budget: float) -> list[str]:
+        return [
+            times(budget),
+            f"{here.density.mean():.2f}",
+            f"{100 * here.macs.mean():.1f} %",
+            f"{100 * here.macs_predictors.mean():.1f} %",
+            f"{here.parameters.mean() / 1000:.0f}",
+            *(f"{here[state].mean():.0f}" for state in ("dynamic", "static", "removed")),
+        ]
+
     header = ["reduction", "density d", "measured MACs", "of them predictors", "parameters (thousands)"]
-    return Table([*header, "dynamic", "static", "removed channels"], rows)
+    return _by_target(table[table.method == method], [*header, "dynamic", "static", "removed channels"], row)
 
 
 def differences(
@@ -209,10 +224,19 @@ def growing(table: pd.DataFrame, column: str) -> bool:
     return all(chain[column].is_monotonic_increasing for _, chain in chains)
 
 
-def strengths_text(regularisers: Mapping[str, Any], trials: pd.DataFrame) -> Text:
-    """The strengths that the trials chose, how far apart the trials were, and which choices lie at a grid's edge."""
+def strengths_text(study: Study) -> Text:
+    """The strengths that each target's trials chose, how far apart these were, and which lie at a grid's edge."""
+    trials = study.trials()
+    texts = [
+        _strengths(title, study.chosen(target), trials[trials.target == title])
+        for title, target in study.targets.items()
+    ]
+    return Text("\n\n".join(texts))
+
+
+def _strengths(target: str, regularisers: Mapping[str, Any], trials: pd.DataFrame) -> str:
     parts = [f"{look(name).label} {r.strength:g}" for name, r in regularisers.items()]
-    text = f"Chosen on validation images: {', '.join(parts)}."
+    text = f"Chosen on validation images of {target}: {', '.join(parts)}."
     grids = trials.groupby("method", sort=False)
     spread = 100 * (grids.validation_accuracy.max() - grids.validation_accuracy.min())
     edges = [
@@ -224,7 +248,7 @@ def strengths_text(regularisers: Mapping[str, Any], trials: pd.DataFrame) -> Tex
         text += f" Within one method the strengths tried differ by at most {spread.max():.1f} points."
     if edges:
         text += f" At the edge of the values tried, so perhaps not the best: {', '.join(edges)}."
-    return Text(text)
+    return text
 
 
 def run_text(metrics: Mapping[str, Any]) -> Text:
@@ -240,13 +264,36 @@ def run_text(metrics: Mapping[str, Any]) -> Text:
 
 
 def gates_text(table: pd.DataFrame) -> Text:
-    """Dead gates and the gates' variation of the unpruned networks, mean over seeds, by method."""
-    rows = _rows_at(table, max(budgets_of(table)))
-    parts = []
-    for method, found in rows.groupby("method", sort=False):
-        dead, variation = 100 * found.dead_gates.mean(), found.gate_variance.mean()
-        parts.append(f"{look(str(method)).label} {dead:.1f} % dead, variation {variation:.3f}")
-    return Text(f"Gates of the unpruned networks: {'; '.join(parts)}.")
+    """Dead gates and the gates' variation of the unpruned networks, mean over seeds, by target and method."""
+    texts = []
+    for target, rows in _rows_at(table, max(budgets_of(table))).groupby("target", sort=False):
+        parts = []
+        for method, found in rows.groupby("method", sort=False):
+            dead, variation = 100 * found.dead_gates.mean(), found.gate_variance.mean()
+            parts.append(f"{look(str(method)).label} {dead:.1f} % dead, variation {variation:.3f}")
+        texts.append(f"Gates of the unpruned networks on {target}: {'; '.join(parts)}.")
+    return Text("\n\n".join(texts))
+
+
+def about_data(splits: Splits | None, source: Splits | None = None) -> str:
+    """What a data set holds, line by line, to be printed.
+
+    Args:
+        splits: the data set; None for one that is not read.
+        source: for a target: the source, with which it may share classes.
+    """
+    if splits is None:
+        return PUBLISHED
+    lines = [
+        f"{splits.name}:",
+        data.describe(splits).to_string(index=False),
+        f"size of an image: {splits.train.size} x {splits.train.size} pixels",
+        f"note: {splits.note or 'none'}",
+        f"largest class / smallest class of the fitting images: {data.imbalance(splits.train)['ratio']:.2f}",
+    ]
+    if source is not None:
+        lines.append(f"classes shared with the source: {', '.join(share_classes(source, splits)) or 'none'}")
+    return "\n".join(lines)
 
 
 def share_classes(one: Splits, other: Splits) -> list[str]:
@@ -258,8 +305,8 @@ def share_classes(one: Splits, other: Splits) -> list[str]:
     return sorted(names(one) & names(other))
 
 
-def _target(data: Any) -> str:
-    return data.name if data.per_class is None else f"{data.name}, {data.per_class} images per class"
+def _target(source: Any) -> str:
+    return source.name if source.per_class is None else f"{source.name}, {source.per_class} images per class"
 
 
 def channels_left(layers: Mapping[str, Mapping[str, Any]]) -> float:
@@ -279,7 +326,7 @@ def channels_left(layers: Mapping[str, Mapping[str, Any]]) -> float:
 
 def schedule(study: Study) -> Table:
     """Budgets of the sweep and the density that is set at each."""
-    method = next(iter(study.regularisers.values()))
+    method = study.profile.candidates[0].regulariser  # all have the same
     points = [study.transfer_run(method, study.profile.seeds[0], budget=b) for b in study.profile.budgets]
     rows = [(times(p.budgets[-1]), f"{p.budgets[-1]:g}", f"{p.density:.2f}") for p in points]
     return Table(["reduction", "MACs budget", "density d"], rows)

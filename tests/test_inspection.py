@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from afdslib import afs, inspection, paths, plots, profiles, runs
+from afdslib import afs, checks, inspection, paths, plots, profiles, runs
 from afdslib.objectives import Objective, Regulariser
 from afdslib.profiles import Candidates
 from afdslib.stages import DataSource, Network
@@ -61,15 +61,15 @@ def test_conversion_with_random_predictors_is_noticed(study, monkeypatch):
     assert not inspection.conversion_error(study, images=6)["float64 eval"] <= 1e-3  # may overflow to NaN
 
 
-def test_skipped_channels_are_exactly_zero_unless_the_gates_are_ignored(study, monkeypatch):
-    assert inspection.skips_exactly(study, "afd", 0, 0.5, images=6)
+def test_gates_act_in_a_study_unless_they_are_ignored(study, monkeypatch):
+    assert checks.gates_act(study, "afd", 0, (1.0, 0.5), images=6)
     monkeypatch.setattr(afs.AFSConvBN, "forward", lambda self, x: self.norm(self.conv(x)) + self.beta[:, None, None])
-    assert not inspection.skips_exactly(study, "afd", 0, 0.5, images=6)
+    assert not checks.gates_act(study, "afd", 0, (1.0, 0.5), images=6)
 
 
-def test_terms_add_up_unless_the_strength_is_forced_to_zero(study, monkeypatch):
-    assert inspection.terms_add_up(study, "afd") and inspection.terms_add_up(study, "feature-map")
-    assert inspection.terms_add_up(study, "afd", budget=0.5)
+def test_a_regulariser_acts_in_a_study_unless_its_strength_is_forced_to_zero(study, monkeypatch):
+    assert checks.regulariser_acts(study, "afd") and checks.regulariser_acts(study, "feature-map")
+    assert checks.regulariser_acts(study, "afd", budget=0.5)
     forward = Objective.forward
 
     def without(self, *args):
@@ -78,12 +78,12 @@ def test_terms_add_up_unless_the_strength_is_forced_to_zero(study, monkeypatch):
 
     monkeypatch.setattr(Objective, "forward", without)
     other = Study(replace(study.profile, transfer=replace(study.profile.transfer, lr=0.0123)), workers=1)
-    assert not inspection.terms_add_up(other, "afd")
+    assert not checks.regulariser_acts(other, "afd")
 
 
 def test_strength_of_zero_does_not_pass(study):
     candidates = tuple(replace(c, strengths=(0.0,)) for c in study.profile.candidates)
-    assert not inspection.terms_add_up(Study(replace(study.profile, candidates=candidates), workers=1), "afd")
+    assert not checks.regulariser_acts(Study(replace(study.profile, candidates=candidates), workers=1), "afd")
 
 
 def test_attention_of_a_real_image_sums_to_one_in_each_layer(study):
@@ -119,6 +119,6 @@ def test_results_without_networks_are_shown_without_training(study, monkeypatch)
     monkeypatch.setenv("AFDS_RUNS", str(paths.root() / "empty"))
     assert inspection.attention(real) is None
     assert inspection.conversion_error(real) is None
-    assert inspection.skips_exactly(real, "afd", 0, 0.5) is None
+    assert inspection.attentions(real) == {} and checks.gates_act(real, "afd", 0, (0.5,)) is None
     assert len(inspection.histories(real)["afd"]) == 2  # what was logged is there
     assert not (paths.root() / "empty").exists()

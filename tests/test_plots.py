@@ -54,7 +54,7 @@ def axes_with_data(fig):
 
 
 def test_accuracy_has_one_line_with_error_bars_per_method_on_a_log_axis(sweep):
-    fig = plots.accuracy_macs(sweep, chance=0.2)
+    fig = plots.accuracy_macs(sweep, chance={"toy": 0.2})
     panels = [ax for ax in fig.get_axes() if ax.containers]
     assert len(panels) == 2
     for ax in panels:
@@ -85,8 +85,38 @@ def test_one_seed_says_that_it_has_no_error_bars(sweep):
 
 def test_each_target_has_its_own_row(sweep):
     both = pd.concat([sweep, sweep.assign(target="other")])
-    panels = [ax for ax in plots.accuracy_macs(both).get_axes() if ax.containers]
-    assert len(panels) == 4 and sum(ax.get_ylabel().startswith("other") for ax in panels) == 2
+    panels = [ax for ax in plots.accuracy_macs(both, chance={"toy": 0.1, "other": 0.5}).get_axes() if ax.containers]
+    assert [ax.get_title(loc="left") for ax in panels] == ["toy", "", "other", ""]
+    chance = [next(line for line in ax.lines if len(set(line.get_ydata())) == 1).get_ydata()[0] for ax in panels]
+    assert chance == [0.1, 0.1, 0.5, 0.5]
+
+
+def test_a_figure_of_one_target_says_which(sweep):
+    view = SimpleNamespace(
+        image=np.zeros((16, 16, 3), np.uint8), caption="cat", layer="a", weights=np.full(5, 0.2), maps=np.ones((5, 4, 4))
+    )
+    curve = history(entropy=[1.0, 0.5])
+    for fig in (
+        plots.density_and_masks(sweep, title="toy"), plots.parameters_budget(sweep, title="toy"),
+        plots.attention(view, title="toy"), plots.attention_entropy({"joint": [curve]}, {"a": (4, 2, 2)}, title="toy"),
+        plots.gates_heatmap({"10x": layers()}, title="toy"), plots.channel_states({1.0: layers()}, title="toy"),
+    ):  # fmt: skip
+        parts = [fig, *getattr(fig, "subfigs", [])]
+        titles = [part.get_suptitle() for part in parts] + [ax.get_title(loc="left") for ax in fig.get_axes()]
+        assert "toy" in titles
+
+
+def test_targets_have_files_of_their_own_and_are_shown_below_each_other(tmp_path, monkeypatch):
+    monkeypatch.setenv("AFDS_FIGURES", str(tmp_path))
+    figures = {"cifar10-60": plots.sentence("nothing to draw"), "a/b": plots.sentence("nothing either")}
+    gallery = plots.save(figures, "toy", "trials")
+    names = [picture.path.name for picture in gallery.pictures]
+    assert names == ["trials-cifar10-60.png", "trials-a-b.png"] and all(p.path.is_file() for p in gallery.pictures)
+    assert gallery._repr_html_().count("data:image/png;base64,") == 2 and "figure trials-a-b" in repr(gallery)
+    assert repr(plots.stored("toy", "trials", figures)) == repr(gallery)
+    assert repr(plots.stored("toy", "trials", ["a/b", "missing"])) == "figure trials-a-b"
+    assert "not drawn yet" in plots.stored("toy", "trials")
+    assert plots.sentence("nothing to draw").get_axes()[0].texts[0].get_text() == "nothing to draw"
 
 
 def test_parameters_and_density_share_the_macs_axis(sweep):

@@ -1,6 +1,7 @@
 """A whole study in miniature: trials choose on validation, chains share their stages, tables are the same each time."""
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -138,6 +139,38 @@ def test_the_plan_of_the_paper_profile_names_its_network_and_what_is_missing(hom
     assert "104 gated layers" in text and "7,801.4 M MACs" in text
     assert "stanford-dogs" in text.split("missing on this machine")[1]
     assert "resnet101-" in text and "has not been run" in text
+
+
+def test_a_plan_only_looks_and_writes_nothing(profile, home):
+    archive = home / "drop" / "hymenoptera-160.tar"
+    archive.parent.mkdir()
+    archive.write_bytes(b"half")
+    targets = (*profile.targets, DataSource("hymenoptera-160", root=str(archive.parent)), DataSource("cifar10"))
+    before = sorted((file, file.stat().st_mtime_ns) for file in home.rglob("*"))
+    text = planning.describe(Study(replace(profile, targets=targets)))
+    assert f"{archive} is truncated: it has 4 bytes instead of 5,560,320" in text
+    assert "the data set cifar10 is not on this machine" in text and text.count("\n  - ") == 2
+    assert sorted((file, file.stat().st_mtime_ns) for file in home.rglob("*")) == before
+
+
+def test_targets_are_tuned_apart_and_a_trial_that_diverged_is_never_chosen(profile, monkeypatch):
+    other = replace(profile.targets[0], per_class=7)
+    study = Study(replace(profile, targets=(*profile.targets, other)), workers=1)
+    assert list(study.targets) == ["tree-6", "tree-7"] and study.chance == {"tree-6": 1 / 3, "tree-7": 1 / 3}
+    rows = [
+        {"target": "tree-6", "method": "l2", "strength": 1e-4, "validation_accuracy": 0.5},
+        {"target": "tree-6", "method": "l2", "strength": 1e-3, "validation_accuracy": 0.5},
+        {"target": "tree-7", "method": "l2", "strength": 1e-4, "validation_accuracy": math.nan},
+        {"target": "tree-7", "method": "l2", "strength": 1e-3, "validation_accuracy": 0.1},
+    ]
+    monkeypatch.setattr(study, "trials", lambda: pd.DataFrame(rows))
+    assert study.regularisers["l2"].strength == 1e-4 and study.chosen(other)["l2"].strength == 1e-3
+    assert study.point_run("l2", 0, target=other).regulariser.strength == 1e-3
+    assert study.point_run("l2", 0, target=other).data == other
+    text = summary.strengths_text(study)
+    assert "images of tree-6: L2 0.0001" in text and "images of tree-7: L2 0.001" in text
+    with pytest.raises(AFDSError, match="same title"):
+        Study(replace(profile, targets=(other, replace(other, size=24))))
 
 
 def test_a_point_that_diverges_is_missing_with_its_reason_and_the_others_are_there(profile):

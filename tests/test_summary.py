@@ -93,7 +93,26 @@ def test_smallest_network_growing_and_budgets(sweep):
 
 def test_network_table_and_gates_sentence(sweep):
     assert summary.network_table(sweep, "afd").rows[1] == ["10x", "0.50", "10.0 %", "1.0 %", "0", "1", "1", "9"]
-    assert "AFD 10.0 % dead, variation 0.200" in summary.gates_text(sweep)
+    assert "on toy: L2 10.0 % dead, variation 0.200; AFD 10.0 % dead" in summary.gates_text(sweep)
+
+
+def test_several_targets_have_a_column_and_a_sentence_each(sweep):
+    both = pd.concat([sweep, sweep.assign(target="other", test_accuracy=0.25)])
+    table = summary.accuracy_table(both)
+    assert table.header[:2] == ["target", "reduction"] and [row[0] for row in table.rows] == ["toy"] * 2 + ["other"] * 2
+    assert table.rows[0][3] == "55.0 ± 7.1" and table.rows[2][3] == "25.0 ± 0.0"
+    assert summary.accuracy_table(both, target="other").rows[0] == table.rows[2][1:]
+    assert [row[:2] for row in summary.network_table(both, "afd").rows] == [row[:2] for row in table.rows]
+    assert summary.gates_text(both).count("Gates of the unpruned networks on") == 2
+    assert "1x**, other:" in summary.differences_text(both) and "1x**, toy:" in summary.differences_text(both)
+
+
+def test_a_data_set_is_described_and_one_that_is_not_read_says_so():
+    source, target = load("digits"), load("digits-5-9", per_class=12)
+    text = summary.about_data(target, source)
+    assert "size of an image: 32 x 32 pixels" in text and "shared with the source: 5, 6, 7, 8, 9" in text
+    assert "fitting images: 1.00" in text and "shared" not in summary.about_data(source)
+    assert summary.about_data(None) == summary.PUBLISHED
 
 
 def test_channels_left_checks_what_it_counts():

@@ -358,6 +358,18 @@ def test_batches_continue_where_an_interrupted_run_stopped():
     assert len({i for batch in seen for i in batch}) == 18 and seen != training._batches(split, 6, 5, 1)
 
 
+def test_the_first_batches_are_those_of_the_training_and_leave_its_epoch_alone():
+    split = tiny.images(20, augment=True)
+    stream = training.batches_from(tiny.images(20, augment=True), 6, 5, 0)
+    expected = [next(stream)[1] for _ in range(4)]  # the fourth is of the second epoch
+    split.set_epoch(7)
+    found = list(training.first_batches(split, 6, 5, 4))
+    assert split.epoch == 7 and len(found) == 4
+    for (images, labels), (wanted, targets) in zip(found, expected, strict=True):
+        assert torch.equal(images, wanted) and torch.equal(labels, targets)
+    assert list(training.first_batches(split, 6, 5, 0)) == []
+
+
 def test_a_data_set_smaller_than_a_batch_is_one_batch():
     assert [len(batch) for batch in training._batches(tiny.images(5), 8, 0, 0)] == [5]
 

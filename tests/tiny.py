@@ -13,6 +13,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from afdslib import afs, backbones, data, runs, training
@@ -33,6 +34,19 @@ def images(count: int, seed: int = 0, *, augment: bool = False, shift: int = 0) 
     pixels[np.arange(count), :, :, targets] += 100
     labels = (targets + shift) % 3
     return data.ArrayImages(pixels.astype(np.uint8), np.arange(count), labels, CLASSES, augment=augment, seed=seed)
+
+
+def tree(folder: Path, classes: tuple[str, ...] = CLASSES, *, train: int = 24, test: int = 8) -> Path:
+    """An ImageFolder tree of the same kind of images."""
+    random = np.random.RandomState(len(classes))
+    for split, count in (("train", train), ("test", test)):
+        for channel, name in enumerate(classes):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = random.randint(0, 120, (SIZE, SIZE, 3))
+                pixels[:, :, channel] += 100
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / split / name / f"{i}.png")
+    return folder
 
 
 def splits(seed: int = 0, *, shift: int = 0, count: int = 24) -> data.Splits:

@@ -5,12 +5,13 @@ from afdslib.plots.curves import learning_curves, trials
 from afdslib.plots.diagram import diagram
 from afdslib.plots.gates import channel_states, gates_heatmap, gates_histogram
 from afdslib.plots.samples import augmentations, samples
-from afdslib.plots.style import METHODS, STYLE, Look, Picture, look, save, stored
+from afdslib.plots.style import METHODS, STYLE, Gallery, Look, Picture, look, save, sentence, stored
 from afdslib.plots.sweep import accuracy_macs, confusion, density_and_masks, parameters_budget
 
 __all__ = [
     "METHODS",
     "STYLE",
+    "Gallery",
     "Look",
     "Picture",
     "accuracy_macs",
@@ -28,6 +29,7 @@ __all__ = [
     "parameters_budget",
     "samples",
     "save",
+    "sentence",
     "stored",
     "trials",
 ]

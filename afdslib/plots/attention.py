@@ -36,12 +36,13 @@ def _overlay(ax, image: np.ndarray, heat: np.ndarray, caption: str) -> None:
 
 
 @styled
-def attention(view: AttentionView, *, top: int = 4) -> Figure:
+def attention(view: AttentionView, *, top: int = 4, title: str = "") -> Figure:
     """The attention of one image: every channel's weight against uniform, and where the top channels respond.
 
     Args:
         view: from `inspection.attention`.
         top: channels shown as overlays.
+        title: above the panels.
     """
     living = int((view.weights > 0).sum())
     order = np.argsort(-view.weights, kind="stable")[:living]
@@ -62,16 +63,21 @@ def attention(view: AttentionView, *, top: int = 4) -> Figure:
     for ax, channel in zip(axes[1:-1], order[:top], strict=True):
         _overlay(ax, view.image, view.maps[channel], f"channel {channel}")
     _overlay(axes[-1], view.image, np.tensordot(view.weights, view.maps, 1), "all, weighted by ρ")
+    if title:
+        upper.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
     return fig
 
 
 @styled
-def attention_entropy(histories: Mapping[str, Sequence[pd.DataFrame]], shapes: Mapping[str, tuple]) -> Figure:
+def attention_entropy(
+    histories: Mapping[str, Sequence[pd.DataFrame]], shapes: Mapping[str, tuple], *, title: str = ""
+) -> Figure:
     """Entropy of the attention over the steps, as a share of the uniform attention's, with bands over seeds.
 
     Args:
         histories: logged rows of each seed, by variant ("joint", "detached").
         shapes: (C, H, W) of the tapped layers.
+        title: above the panel.
     """
     uniform = float(np.mean([math.log(shape[0]) for shape in shapes.values()]))
     fig = Figure(figsize=(5.2, 3.1), layout="constrained")
@@ -91,4 +97,6 @@ def attention_entropy(histories: Mapping[str, Sequence[pd.DataFrame]], shapes: M
     ax.set_ylabel("entropy of ρ (% of uniform)")
     if len(histories) > 1:
         ax.legend()
+    if title:
+        ax.set_title(title)
     return fig

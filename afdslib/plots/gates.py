@@ -60,12 +60,13 @@ def _sparse(ax_axis: Any, names: Sequence[str], most: int = 36) -> None:
 
 
 @styled
-def gates_heatmap(layers: Mapping[str, Layers], *, quantity: str = "gate_quantiles") -> Figure:
+def gates_heatmap(layers: Mapping[str, Layers], *, quantity: str = "gate_quantiles", title: str = "") -> Figure:
     """Per layer (rows, input first) the deciles over its living channels, one panel per state of the network.
 
     Args:
         layers: by caption, for instance {"before": ..., "after": ...}.
         quantity: "gate_quantiles", the mean gate, or "active_quantiles", the share of images a channel is computed for.
+        title: above the panels.
     """
     label = {"gate_quantiles": "mean gate of a channel, E[η]", "active_quantiles": "share of images computed (%)"}
     panels = {caption: np.array([layer[quantity] for layer in one.values()]) for caption, one in layers.items()}
@@ -88,6 +89,8 @@ def gates_heatmap(layers: Mapping[str, Layers], *, quantity: str = "gate_quantil
     bar.set_label(label[quantity])
     if quantity == "active_quantiles":
         percent(bar.ax.yaxis)
+    if title:
+        fig.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
     return fig
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import functools
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +19,21 @@ from afdslib import paths
 from afdslib._atomic import atomic_path
 from afdslib.errors import AFDSError
 
-__all__ = ["METHODS", "STATES", "STYLE", "Look", "Picture", "look", "percent", "save", "stored", "styled", "times"]
+__all__ = [
+    "METHODS",
+    "STATES",
+    "STYLE",
+    "Gallery",
+    "Look",
+    "Picture",
+    "look",
+    "percent",
+    "save",
+    "sentence",
+    "stored",
+    "styled",
+    "times",
+]
 
 DPI = 150
 
@@ -147,23 +163,71 @@ class Picture:
         return content, {"width": int.from_bytes(content[16:20], "big") * 100 // DPI}
 
 
-def save(fig: Figure, profile: str, name: str) -> Picture:
+class Gallery:
+    """Several saved figures, one per target; a notebook shows them below each other.
+
+    Attributes:
+        pictures: in the order of the targets.
+    """
+
+    def __init__(self, pictures: Sequence[Picture]):
+        self.pictures = list(pictures)
+
+    def __repr__(self) -> str:
+        return "\n".join(map(repr, self.pictures))
+
+    def _repr_html_(self) -> str:
+        lines = []
+        for picture in self.pictures:
+            content, size = picture._repr_png_()
+            data = base64.b64encode(content).decode("ascii")
+            lines.append(f'<p><img alt="{picture}" width="{size["width"]}" src="data:image/png;base64,{data}"></p>')
+        return "\n".join(lines)
+
+
+def _file(profile: str, name: str, target: str = "") -> Path:
+    suffix = re.sub(r"[^A-Za-z0-9.]+", "-", f"-{target}") if target else ""
+    return paths.figures(profile) / f"{name}{suffix}.png"
+
+
+def _shown(files: Sequence[Path]) -> Picture | Gallery:
+    pictures = [Picture(file) for file in files]
+    return pictures[0] if len(pictures) == 1 else Gallery(pictures)
+
+
+def save(figure: Figure | Mapping[str, Figure], profile: str, name: str) -> Picture | Gallery:
     """Writes a figure to the profile's folder of figures, atomically: the same figure gives the same bytes.
 
     Args:
-        fig: from one of this package's functions.
+        figure: from one of this package's functions; or one per target, by the target's title.
         profile: the profile's name.
-        name: of the file, without suffix.
+        name: of the file, without suffix; a target's title is added to it.
     """
-    file = paths.figures(profile) / f"{name}.png"
-    with atomic_path(file) as part, matplotlib.rc_context(STYLE):
-        fig.savefig(part, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.08, metadata={"Software": None})
-    return Picture(file)
+    figures = figure if isinstance(figure, Mapping) else {"": figure}
+    files = [_file(profile, name, target) for target in figures]
+    for file, fig in zip(files, figures.values(), strict=True):
+        with atomic_path(file) as part, matplotlib.rc_context(STYLE):
+            fig.savefig(part, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.08, metadata={"Software": None})
+    return _shown(files)
 
 
-def stored(profile: str, name: str) -> Picture | str:
-    """A figure that an earlier notebook saved, or a sentence that it is not there."""
-    file = paths.figures(profile) / f"{name}.png"
-    if not file.is_file():
+def stored(profile: str, name: str, targets: Iterable[str] = ("",)) -> Picture | Gallery | str:
+    """A figure that an earlier notebook saved, or a sentence that it is not there.
+
+    Args:
+        profile: the profile's name.
+        name: as it was saved.
+        targets: titles of the targets, for a figure of which each target has its own.
+    """
+    files = [file for target in targets if (file := _file(profile, name, target)).is_file()]
+    if not files:
         return f"Figure {name} is not drawn yet; draw it with: afds run --profile {profile}"
-    return Picture(file)
+    return _shown(files)
+
+
+@styled
+def sentence(text: str) -> Figure:
+    """A picture that says why there is nothing to draw."""
+    fig = Figure(figsize=(6.4, 0.9), layout="constrained")
+    note(fig.subplots(), text)
+    return fig

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -73,7 +73,7 @@ def accuracy_macs(
     table: pd.DataFrame,
     *,
     values: Sequence[str] = ("test_accuracy", "test_mean_class_accuracy"),
-    chance: float | None = None,
+    chance: Mapping[str, float] | None = None,
     title: str = "",
 ) -> Figure:
     """Accuracy against measured MACs, one line per method, error bars of one standard deviation over seeds.
@@ -81,10 +81,10 @@ def accuracy_macs(
     Args:
         table: from `Study.sweep`: target, method, seed, budget, macs and the columns of `values`.
         values: one panel each.
-        chance: accuracy of guessing, drawn as a line.
+        chance: accuracy of guessing by target, drawn as a line.
         title: above the panels.
 
-    Each target has a row of panels.
+    Each target has a row of panels, with its title above the first.
     """
     targets = list(dict.fromkeys(table.target))
     fig = Figure(figsize=(4.7 * len(values) + 0.4, 3.7 * len(targets) + 0.5), layout="constrained")
@@ -94,14 +94,15 @@ def accuracy_macs(
         for ax, value in zip(axes[row], values, strict=True):
             _lines(ax, mine, value)
             if chance:
-                ax.axhline(chance, color="#555555", linewidth=0.9, linestyle=(0, (2, 2)))
+                ax.axhline(chance[target], color="#555555", linewidth=0.9, linestyle=(0, (2, 2)))
                 ax.annotate(
-                    "chance", (0.995, chance), xycoords=("axes fraction", "data"), xytext=(0, 2),
+                    "chance", (0.995, chance[target]), xycoords=("axes fraction", "data"), xytext=(0, 2),
                     textcoords="offset points", ha="right", fontsize=8, color="#555555",
                 )  # fmt: skip
             percent(ax.yaxis)
-            ax.set_ylabel(QUANTITIES[value] if len(targets) == 1 else f"{target}: {QUANTITIES[value]}")
+            ax.set_ylabel(QUANTITIES[value])
             _macs_axis(ax, mine.budget.unique())
+        axes[row][0].set_title(target)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside lower center", ncols=len(labels), title=_seeds(table), title_fontsize=8.5)
     if title:
@@ -111,7 +112,7 @@ def accuracy_macs(
 
 @styled
 def parameters_budget(table: pd.DataFrame, *, title: str = "") -> Figure:
-    """Parameters that remain against measured MACs, one line per method, error bars over seeds."""
+    """Parameters that remain on one target against measured MACs, one line per method, error bars over seeds."""
     fig = Figure(figsize=(5.4, 3.5), layout="constrained")
     ax = fig.subplots()
     _lines(ax, table, "parameters", 1e-3)
@@ -125,11 +126,12 @@ def parameters_budget(table: pd.DataFrame, *, title: str = "") -> Figure:
 
 
 @styled
-def density_and_masks(table: pd.DataFrame) -> Figure:
+def density_and_masks(table: pd.DataFrame, *, title: str = "") -> Figure:
     """How each budget is met: the density d that is set, and the share of channels that the masks leave.
 
     Args:
-        table: from `Study.sweep`: method, budget, macs, density, removed, static, dynamic.
+        table: from `Study.sweep`, one target: method, budget, macs, density, removed, static, dynamic.
+        title: above the panel.
     """
     table = table.assign(living=(table.static + table.dynamic) / (table.removed + table.static + table.dynamic))
     fig = Figure(figsize=(5.8, 3.5), layout="constrained")
@@ -144,6 +146,8 @@ def density_and_masks(table: pd.DataFrame) -> Figure:
     handles, labels = ax.get_legend_handles_labels()
     labels = [label if label.startswith("density") else f"left by the masks: {label}" for label in labels]
     ax.legend(handles, labels, loc="lower right")
+    if title:
+        ax.set_title(title)
     return fig
 
 

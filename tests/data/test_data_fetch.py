@@ -74,6 +74,21 @@ def test_a_root_that_is_read_only_gets_nothing_written(home, archive, monkeypatc
         archive.parent.chmod(0o755)
 
 
+def test_a_look_finds_an_archive_by_name_and_size_and_writes_nothing(home, archive, monkeypatch):
+    _one(monkeypatch, Remote(archive.name, None, archive.stat().st_size, "sha256:" + 64 * "0", hint="ask"))
+    data.look("hymenoptera-160", archive.parent)  # the wrong checksum is for `load` to find
+    data.look("digits-0-4")
+    assert not list(home.iterdir())
+    archive.write_bytes(archive.read_bytes()[:5000])
+    with pytest.raises(AFDSError, match="truncated: it has 5,000 bytes"):
+        data.look("hymenoptera-160", archive.parent)
+    with pytest.raises(AFDSError, match="the data set hymenoptera-160 is not on this machine: put into the folder"):
+        data.look("hymenoptera-160")
+    with pytest.raises(AFDSError, match="there is no data set 'x'"):
+        data.look("x")
+    assert not list(home.iterdir())
+
+
 def test_a_truncated_archive_is_refused_even_after_a_good_one_was_extracted(home, archive, monkeypatch):
     _one(monkeypatch, Remote(archive.name, None, archive.stat().st_size, _sha(archive), hint="ask"))
     data.load("hymenoptera-160", archive.parent, size=32)
