@@ -270,8 +270,10 @@ def students(
     budget: Budget = None,
     data_dir: DataDir = None,
     show: Annotated[bool, typer.Option("--show", help="Show every setting and stop.")] = False,
+    finished: Annotated[bool, typer.Option("--finished", help="Train nothing: tables of what is finished.")] = False,
+    publish: Annotated[bool, typer.Option("--publish", help="Keep three networks in data/weights/, too.")] = False,
 ) -> None:
-    """Train the teachers and students of notebook 06 or 07 (what is not trained yet), and write their tables."""
+    """Train the teachers and students of notebook 06 or 07 (what is not trained yet); write tables, page, figures."""
     from . import distillation_study
 
     chosen = distillation_study.get(study, profile, budget, _folder(data_dir))
@@ -280,11 +282,15 @@ def students(
         return
     from . import students as tables
 
-    done = distillation_study.DistillationStudy(chosen)
+    done = distillation_study.DistillationStudy(chosen, complete=not finished)
     for line in done.compute():
         typer.echo(line)
     typer.echo(repr(tables.student_table(done)))
-    typer.echo(f"tables written to {done.folder()}")
+    typer.echo(f"page and tables written to {tables.write_page(done).parent}")
+    for picture in tables.draw(done):
+        typer.echo(f"figure written to {picture.path}")
+    if publish:
+        typer.echo(f"networks and model card written to {done.publish_networks()}")
 
 
 @app.command()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,12 +17,12 @@ from pathlib import Path
 import pandas as pd
 
 from afdslib import paths, runs
-from afdslib._atomic import atomic_path
+from afdslib._atomic import atomic_path, write_text
 from afdslib.distillation import Distillation, StudentRun
 from afdslib.errors import AFDSError
 from afdslib.losses import BetaSchedule
 from afdslib.profiles import names as profile_names
-from afdslib.stages import DataSource, Network
+from afdslib.stages import MODEL, DataSource, Network
 from afdslib.training import Optimisation
 
 __all__ = [
@@ -357,6 +358,20 @@ class Job:
     teacher: str = ""
 
 
+MODEL_CARD = """# Networks of the study of students: {study}, {profile}, budget {budget}
+
+Written by `afds students --study {study} --profile {profile} --budget {budget} --publish`. Load one with
+`afdslib.afs.load(path)`; look through one with `afds maps`.
+
+| file (.safetensors) | network | test accuracy |
+|---|---|---|
+{rows}
+
+- **Trained on** {data}, images of 32 px, normalised with ImageNet's mean and deviation.
+- **Settings**: the same command with `--show`. Device and versions: `data/results/{profile}/runs/<id>.json`.
+- **For** checking and extending this study. **Not for** any decision about people or safety.
+"""
+
 COLUMNS = [
     "teacher", "student", "method", "weight", "seed", "test_accuracy", "test_loss", "parameters", "macs", "steps",
     "training_macs", "run",
@@ -482,6 +497,9 @@ class DistillationStudy:
     def compute(self) -> Iterator[str]:
         """Trains what is not trained yet, and says of each run what it was and how right it is; writes all tables."""
         for job in self.jobs():
+            if not self.complete and runs.lookup(job.config) is None:
+                yield f"not finished: {job.kind} {job.method or job.config.network.name}, and what comes after it"
+                break
             metrics = self.result(job.config).metrics
             name = job.config.network.name if job.kind == "teacher" else f"{job.method} {job.weight:g}"
             accuracy = metrics.get("test_accuracy", metrics.get("validation_accuracy", math.nan))
@@ -563,6 +581,30 @@ class DistillationStudy:
         return table
 
     # files
+
+    def publish_networks(self, methods: Sequence[str] = ("alone", "at")) -> Path:
+        """Copies the first teacher and its first students to data/weights/<run id>.safetensors, with a model card.
+
+        Args:
+            methods: students to keep; those that the study does not have are left out.
+
+        Raises:
+            AFDSError: for the demo, whose networks are never committed, or one that is not in the store.
+        """
+        p = self.profile
+        if not p.committed:
+            raise AFDSError(f"networks of the profile {p.name} are never committed")
+        pair, rows = p.pairs[0], []
+        kept = [("teacher", self.teacher_run(pair.teacher))]
+        kept += [(m, self.student_run(pair, m, pair.seeds[0])) for m in methods if m in pair.methods]
+        for name, config in kept:
+            result = self.result(config)
+            with atomic_path(paths.weights() / f"{result.id}.safetensors") as part:
+                shutil.copyfile(result.artifact(MODEL), part)
+            rows.append(f"| `{result.id}` | {config.network.name}, {name} | {result.metrics['test_accuracy']:.4f} |")
+        card = MODEL_CARD.format(study=p.study, profile=p.name, budget=p.budget, data=p.data.name, rows="\n".join(rows))
+        write_text(paths.weights() / f"{p.name}-{p.budget}-{p.study}.md", card)
+        return paths.weights()
 
     def folder(self) -> Path:
         """Where the tables go: data/results/<profile> for real studies, the figures' folder for the demo."""

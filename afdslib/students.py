@@ -8,23 +8,29 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import pandas as pd
 import torch
 
 from afdslib import afs, inspection, maps, runs, training
+from afdslib._atomic import write_text
 from afdslib.distillation import StudentRun, tapped
 from afdslib.errors import AFDSError
 from afdslib.features import Teacher, taps
 from afdslib.inspection import NOT_STORED
 from afdslib.losses import attention_map
+from afdslib.plots import students as figures
 from afdslib.plots.students import student_look
+from afdslib.plots.style import Picture, save
 from afdslib.stages import MODEL, Network
 from afdslib.summary import Table, Text
 from afdslib.training import Optimisation
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from matplotlib.figure import Figure
     from torch import nn
 
     from afdslib.distillation_study import DistillationStudy
@@ -39,6 +45,7 @@ __all__ = [
     "command",
     "compared_sizes",
     "decays",
+    "draw",
     "falls",
     "first_pair",
     "gain",
@@ -55,6 +62,7 @@ __all__ = [
     "terms_add_up",
     "view",
     "weights_text",
+    "write_page",
 ]
 
 # (data set, teacher, student, method): accuracy in percent. Zagoruyko, Komodakis, ICLR 2017, 200 epochs. [paper]
@@ -192,6 +200,8 @@ def weights_text(study: DistillationStudy) -> Text:
     trials = study.trials()
     parts, edges = [], []
     for method, rows in trials.groupby("method", sort=False):
+        if len(rows) < len(study.methods[str(method)].weights):
+            continue  # not finished, so nothing is chosen
         label, chosen = student_look(str(method)).label, study.weight(str(method))
         between = 100 * (rows.validation_accuracy.max() - rows.validation_accuracy.min())
         parts.append(f"{label} {chosen:g} (of {len(rows)}, which differ by up to {between:.1f} points)")
@@ -415,3 +425,49 @@ def beta_table(study: DistillationStudy, *, images: int = 128) -> Table | None:
             ]
         )
     return Table(["maps", "loss, code", "loss, paper", "β, code", "β, paper, of the same size"], rows)
+
+
+# ---------------------------------------------------------------------------------------------------------- publishing
+
+
+def draw(study: DistillationStudy) -> list[Picture]:
+    """Saves the figures of a study, those that its finished runs allow, under the names that the notebooks use."""
+    p, table, kind = study.profile, study.table(), {"attention": "at", "selectivity": "nst"}[study.profile.study]
+    found: dict[str, Figure] = {}
+    if (table.method != "teacher").any():
+        found["accuracy"] = figures.student_accuracy(first_pair(table), title=f"{p.data.name}, {p.study} study")
+    trials, methods = study.trials(), list(study.methods)
+    tuned = [m for m in methods if (trials.method == m).sum() == len(study.methods[m].weights) > 1]
+    for method in tuned[:1]:
+        mine, label = trials[trials.method == method], f"weight of {student_look(method).label} (log scale)"
+        found["betas"] = figures.weights_tried(mine, {method: study.weight(method)}, xlabel=label)
+    if p.curves and study.curves():
+        reach = study.reach()
+        found["curves"] = figures.student_curves(study.curves(), target=float(reach.target.iloc[0]))
+    elif not p.curves and study.histories():
+        found["curves"] = figures.student_curves(study.histories(), column="train_accuracy")
+    if {"alone", "at"} <= set(table.method) and (seen := view(study, "alone", "at")):
+        found["maps"] = figures.attention_maps(seen)
+    return [cast("Picture", save(figure, p.name, f"{kind}_{name}")) for name, figure in found.items()]
+
+
+def write_page(study: DistillationStudy) -> Path:
+    """Writes <study>.md beside the study's tables: the command, the scale, and the results in words and rows."""
+    p = study.profile
+    parts = [
+        f"# Students of the study {p.study}: {p.name}, budget {p.budget}",
+        command(study),
+        scope(study),
+        settings(study)._repr_markdown_(),
+        "## Test accuracy, median over seeds",
+        student_table(study)._repr_markdown_(),
+        gains_text(study),
+        "## Weights",
+        weights_text(study),
+    ]
+    if p.curves:
+        parts += ["## Convergence", reach_text(study)]
+    parts.append(f"Every row is in `{p.study}.csv`, every trial in `{p.study}_trials.csv`; runs are in `../runs/`.")
+    page = study.folder() / f"{p.study}.md"
+    write_text(page, "\n\n".join(map(str, parts)) + "\n")
+    return page

@@ -272,3 +272,24 @@ def test_the_command_shows_a_study_and_refuses_an_unknown_one_in_one_line(capsys
     assert json.loads(capsys.readouterr().out)["study"] == "selectivity"
     assert cli.main(["students", "--profile", "demo", "--study", "relations"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_page_and_figures_of_a_finished_study(study, monkeypatch, tmp_path):
+    monkeypatch.setenv("AFDS_FIGURES", str(tmp_path))
+    names = [picture.path.name for picture in students.draw(study)]
+    assert names == ["at_accuracy.png", "at_betas.png", "at_curves.png", "at_maps.png"]
+    page = students.write_page(study).read_text()
+    assert "afds students --study attention --profile demo" in page and "| teacher wrn-10-2 |" in page
+    with pytest.raises(AFDSError, match="networks of the profile demo are never committed"):
+        study.publish_networks()
+
+
+def test_networks_of_a_real_study_are_kept_with_a_card(study, monkeypatch, tmp_path):
+    monkeypatch.setattr(study, "profile", replace(study.profile, committed=True, name="mini"))
+    monkeypatch.setenv("AFDS_HOME", str(tmp_path))
+    folder = study.publish_networks()
+    card = (folder / "mini-quick-attention.md").read_text()
+    ids = [runs.run_id(study.teacher_run(study.profile.pairs[0].teacher))]
+    ids += [runs.run_id(study.student_run(study.profile.pairs[0], m, 0)) for m in ("alone", "at")]
+    assert all(f"`{id}`" in card and (folder / f"{id}.safetensors").is_file() for id in ids)
+    assert len(list((tmp_path / "data" / "results" / "mini" / "runs").glob("*.json"))) == 3
