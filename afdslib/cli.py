@@ -441,6 +441,7 @@ def speed(
     network: Annotated[str, typer.Option(help="Backbone, with the stem for photographs.")] = "resnet101",
     width: Annotated[float, typer.Option(help="Factor on all channels, for quick looks.")] = 1.0,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of every stage, for quick looks.")] = None,
+    lr: Annotated[float, typer.Option(help="Learning rate at the start.")] = 0.01,
     multiple: Annotated[int, typer.Option(min=1, help="Kept channels are rounded to a multiple.")] = 16,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
     out: Annotated[str | None, typer.Option(help="Folder for the masks; default: data/results/speed.")] = None,
@@ -452,7 +453,7 @@ def speed(
 
     settings = speeds.Speed(
         source=source, target=target, per_class=per_class or None, network=network, width=width, multiple=multiple,
-        precision=precision,
+        precision=precision, lr=lr,
     )  # fmt: skip
     if steps is not None:
         settings = replace(

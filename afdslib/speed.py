@@ -40,6 +40,7 @@ class Speed:
         transfer_steps: with AFDS on the target data, unpruned.
         tuning_steps: with AFDS at each later budget.
         batch_size: images per step.
+        lr: learning rate at the start; five times that for the plain network.
         budgets: shares of the dense MACs.
         multiple: kept channels are rounded to a multiple.
         stream: "coupled", residual streams narrow as a whole, or "free".
@@ -58,6 +59,7 @@ class Speed:
     transfer_steps: int = 400
     tuning_steps: int = 300
     batch_size: int = 32
+    lr: float = 0.01
     budgets: tuple[float, ...] = (1.0, 0.5, 0.1)
     multiple: int = 16
     stream: str = "coupled"
@@ -69,12 +71,14 @@ class Speed:
         root = data_dir or ""
         source_data = DataSource(self.source, size=self.size, root=root)
         target_data = DataSource(self.target, per_class=self.per_class, seed=self.seed, size=self.size, root=root)
-        plain = SourceRun(source_data, Network(self.network, width=self.width), self._stage(self.source_steps, 0.05))
-        gated = AFSSourceRun(plain, source_data, self._stage(self.afs_steps, 0.01))
+        plain = SourceRun(
+            source_data, Network(self.network, width=self.width), self._stage(self.source_steps, 5 * self.lr)
+        )
+        gated = AFSSourceRun(plain, source_data, self._stage(self.afs_steps, self.lr))
         return [
             TransferRun(
-                gated, target_data, Regulariser("afd", 0.01), self._stage(self.transfer_steps, 0.01),
-                self._stage(self.tuning_steps, 0.01), self.budgets[: i + 1], delta_s=math.inf, density_floor=1.0,
+                gated, target_data, Regulariser("afd", 0.01), self._stage(self.transfer_steps, self.lr),
+                self._stage(self.tuning_steps, self.lr), self.budgets[: i + 1], delta_s=math.inf, density_floor=1.0,
                 macs_images=64, seed=self.seed, multiple=self.multiple, stream=self.stream,
             )
             for i in range(len(self.budgets))
