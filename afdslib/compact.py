@@ -20,7 +20,7 @@ from afdslib.afs.graph import is_add, keeps_channels, propagate, shapes, trace
 from afdslib.afs.layer import AFSConvBN
 from afdslib.errors import AFDSError
 
-__all__ = ["CompactNetwork", "compact", "masks", "set_masks"]
+__all__ = ["CompactNetwork", "compact", "fold_norm", "masks", "set_masks"]
 
 
 class CompactNetwork(fx.GraphModule):
@@ -429,14 +429,15 @@ def _fold(network: CompactNetwork) -> None:
         conv = modules.get(str(source.target)) if source.op == "call_module" else None
         if not isinstance(conv, (nn.Conv2d, GroupedConv2d)) or len(source.users) > 1 or calls[source.target] > 1:
             continue
-        _fold_pair(conv, norm)
+        fold_norm(conv, norm)
         node.replace_all_uses_with(source)
         network.graph.erase_node(node)
     network.delete_all_unused_submodules()
     network.recompile()
 
 
-def _fold_pair(conv: nn.Conv2d | GroupedConv2d, norm: nn.BatchNorm2d) -> None:
+def fold_norm(conv: nn.Conv2d | GroupedConv2d, norm: nn.BatchNorm2d) -> None:
+    """Gives a convolution, in place, the weights and the bias with which it also does the batch norm behind it."""
     assert norm.running_mean is not None and norm.running_var is not None
     scale = (norm.running_var + norm.eps).rsqrt()
     if norm.affine:
