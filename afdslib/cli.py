@@ -140,6 +140,39 @@ def sweep(profile: ProfileName, budget: Budget = None, data_dir: DataDir = None)
 
 
 @app.command()
+def compare(
+    profile: ProfileName,
+    budget: Budget = None,
+    data_dir: DataDir = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes here, one thread each if several.")] = 1,
+    target: Annotated[str | None, typer.Option(help="A target of the profile by title; default: the first.")] = None,
+    trials_only: Annotated[bool, typer.Option("--trials-only", help="Stop after the choices on validation.")] = False,
+    extras: Annotated[
+        bool, typer.Option("--extras", help="Also the ablations and the rival at equal wall-clock time.")
+    ] = False,
+    show: Annotated[bool, typer.Option("--show", help="Show the rules of the comparison and stop.")] = False,
+) -> None:
+    """Compare every competitor alike: trials, sweep, statistics (what is not computed yet).
+
+    Machines that share the run store (AFDS_RUNS) do one comparison between them by giving this same command.
+    """
+    chosen = _profile(profile, budget, data_dir)
+    from . import comparison, protocol, runs
+
+    rules = protocol.protocol(chosen)
+    if show:
+        typer.echo(json.dumps(runs.to_json(rules), indent=2))
+        return
+    targets = {t.title: t for t in chosen.targets}
+    if target is not None and target not in targets:
+        raise AFDSError(f"the profile {profile} has no target {target!r}; it has {', '.join(targets)}")
+    where = targets[target] if target is not None else None
+    done = comparison.run_comparison(chosen, target=where, workers=workers, trials_only=trials_only, extras=extras)
+    typer.echo(done.sentence() if not trials_only else f"trials written to {done.folder()}")
+    typer.echo(f"tables written to {done.folder()}")
+
+
+@app.command()
 def publish(profile: ProfileName, budget: Budget = None, data_dir: DataDir = None) -> None:
     """Write what is committed of a finished study: a results page, and networks with a model card in data/weights/."""
     chosen = _profile(profile, budget, data_dir)
@@ -161,7 +194,7 @@ def report(profile: ProfileName) -> None:
 @app.command()
 def resume(id: Annotated[str, typer.Argument(help="The run, or the beginning of its id.")]) -> None:
     """Continue an interrupted training run from its last checkpoint."""
-    from . import distillation, recipes, runs, study  # noqa: F401  (they register the kinds of runs)
+    from . import comparison, distillation, recipes, runs, study  # noqa: F401  (they register the kinds of runs)
 
     result = runs.resume(id)
     typer.echo(json.dumps(result.metrics, indent=2))

@@ -494,13 +494,28 @@ class Comparison:
         with atomic_path(self.folder() / f"{name}.csv") as part:
             table.to_csv(part, index=False, float_format="%.6g", lineterminator="\n")
 
+    def sentence(self) -> str:
+        """The report's sentence, from the written table."""
+        rules, table = self.rules, pd.read_csv(self.folder() / "comparison.csv")
+        try:
+            return statistics.sentence(table, budget=rules.primary_budget, seeds=rules.seeds[: rules.rest])
+        except AFDSError as error:
+            return f"There is no verdict: {error}."
+
     def write_statistics(self, table: pd.DataFrame) -> str:
-        """paired.csv, macs_within.csv and the report's sentence, which is returned."""
-        rules = self.rules
-        budget, seeds = rules.primary_budget, rules.seeds[: rules.rest]
-        self._write("paired", statistics.paired_table(table, budget=budget))
+        """paired.csv, costs.csv and macs_within.csv, and the report's sentence, which is returned."""
         self._write("macs_within", macs_needed(table))
-        return statistics.sentence(table, budget=budget, seeds=seeds)
+        self._write("costs", costs(table, self.rules.primary_budget))
+        if ((table.budget == self.rules.primary_budget) & (table.method == "afd+afs")).any():
+            self._write("paired", statistics.paired_table(table, budget=self.rules.primary_budget))
+        return self.sentence()
+
+
+def costs(table: pd.DataFrame, budget: float) -> pd.DataFrame:
+    """Per method what a point at a budget took, mean over seeds: training MACs and seconds, source and target."""
+    columns = ["source_macs", "training_macs", "source_seconds", "seconds"]
+    rows = table[(table.budget - budget).abs() < 1e-9]
+    return rows.groupby("method", sort=False)[columns].mean().reset_index()
 
 
 def macs_needed(table: pd.DataFrame) -> pd.DataFrame:
@@ -574,12 +589,16 @@ def _total(chain: Sequence[Any], of: Any) -> float:
     return float(sum(known)) if len(known) == len(values) else math.nan
 
 
-def _work(profile: Profile, rules: Protocol, target: DataSource, trials_only: bool) -> None:
+def _work(profile: Profile, rules: Protocol, target: DataSource, trials_only: bool, extras: bool) -> None:
     comparison = Comparison(profile, rules, target)
     comparison.trials()
-    if not trials_only:
-        table = comparison.sweep()
-        comparison.write_statistics(table)
+    if trials_only:
+        return
+    table = comparison.sweep()
+    comparison.write_statistics(table)
+    if extras:
+        comparison.ablations()
+        comparison.equal_time(table)
 
 
 def run_comparison(
@@ -589,6 +608,7 @@ def run_comparison(
     target: DataSource | None = None,
     workers: int = 1,
     trials_only: bool = False,
+    extras: bool = False,
 ) -> Comparison:
     """Computes a comparison, or this worker's share of it, and writes its tables.
 
@@ -598,7 +618,8 @@ def run_comparison(
         target: default: the profile's first.
         workers: processes here; other machines that share the run store join by the same call.
         trials_only: stop after the choices on validation images.
+        extras: also the ablations and the rival at equal wall-clock time.
     """
     comparison = Comparison(profile, rules, target)
-    alongside(_work, (profile, comparison.rules, comparison.target, trials_only), workers)
+    alongside(_work, (profile, comparison.rules, comparison.target, trials_only, extras), workers)
     return comparison

@@ -212,10 +212,16 @@ _PROTOCOLS: Mapping[tuple[str, str], Protocol] = {
 
 
 def protocol(profile: Profile) -> Protocol:
-    """The comparison of a profile; a budget that has none of its own takes the other one's."""
-    found = _PROTOCOLS.get((profile.name, profile.budget))
-    if found is None:
-        found = next((p for (name, _), p in _PROTOCOLS.items() if name == profile.name), None)
-    if found is None:
-        raise AFDSError(f"the profile {profile.name!r} has no comparison; demo, imagenet32 and paper have one")
-    return found
+    """The comparison of a profile.
+
+    A budget that has none of its own takes the other one's; a variant such as imagenet32-disjoint takes its profile's.
+
+    Raises:
+        AFDSError: for a profile without one.
+    """
+    family = profile.name.partition("-")[0]
+    mine = {budget: p for (name, budget), p in _PROTOCOLS.items() if name == family}
+    if not mine:
+        known = ", ".join(dict.fromkeys(name for name, _ in _PROTOCOLS))
+        raise AFDSError(f"the profile {profile.name!r} has no comparison; {known} have one")
+    return mine.get(profile.budget, next(iter(mine.values())))
