@@ -151,10 +151,10 @@ def _attention_demo(budget: str) -> DistillationProfile:
 
 
 def _attention_imagenet32(budget: str) -> DistillationProfile:
-    """Real CIFAR-10, all 50,000 training images, a few epochs: hours on one CPU core."""
-    standard, epoch = budget == "standard", 390  # steps of 128 images in 50,000
+    """Real CIFAR-10, all 50,000 training images, a few epochs: hours on one CPU core; the same for every budget."""
+    epoch = 390  # steps of 128 images in 50,000
     fit = Optimisation(
-        steps=(20 if standard else 4) * epoch, batch_size=128, lr=0.1, schedule="cosine", warmup=0.02,
+        steps=4 * epoch, batch_size=128, lr=0.1, schedule="cosine", warmup=0.02,
         precision="bf16", log_rows=16,
     )  # fmt: skip
     methods = _attention_methods(
@@ -170,8 +170,8 @@ def _attention_imagenet32(budget: str) -> DistillationProfile:
             Pair(Network("wrn-40-1"), student, ("at",), seeds[:1]),
             Pair(Network("wrn-16-2"), student, ("hint", "gradient-at"), seeds[:1]),
         ),
-        teacher_training=replace(fit, steps=(30 if standard else 6) * epoch), student_training=fit,
-        trial=replace(fit, steps=(4 if standard else 1) * epoch, log_rows=4),
+        teacher_training=replace(fit, steps=6 * epoch), student_training=fit,
+        trial=replace(fit, steps=epoch, log_rows=4),
         curves=("alone", "at", "kd", "at-kd", "nst"),
     )  # fmt: skip
 
@@ -193,7 +193,7 @@ def _attention_paper(budget: str) -> DistillationProfile:
         data=DataSource("cifar10", per_class=5000, padding="reflect"),
         trial_data=DataSource("cifar10", padding="reflect"), methods=methods,
         pairs=tuple(Pair(Network(t), Network(s), everything, seeds) for t, s in pairs),
-        teacher_training=fit, student_training=fit, trial=replace(fit, log_rows=4), curves=everything,
+        teacher_training=fit, student_training=fit, trial=replace(fit, steps=20 * epoch, log_rows=4), curves=everything,
         not_run="The paper profile (200 epochs with --budget standard) has not been run: it takes GPU days.",
     )  # fmt: skip
 
@@ -241,22 +241,18 @@ def _selectivity_demo(budget: str) -> DistillationProfile:
 
 def _selectivity_imagenet32(budget: str) -> DistillationProfile:
     """CIFAR-10: the WRN-16-2 of notebook 06 teaches an Inception-BN of an eighth of its width."""
-    attention = _attention_imagenet32(budget)
-    standard, epoch = budget == "standard", 390
-    fit = replace(attention.student_training, steps=(20 if standard else 2) * epoch, log_rows=4)
-    grid = (5.0, 50.0, 500.0)
-    methods = _selectivity_methods(
-        {"poly": grid, "linear": grid if standard else (), "gaussian": grid if standard else ()}
-    )
+    attention, epoch = _attention_imagenet32(budget), 390
+    fit = replace(attention.student_training, steps=2 * epoch, log_rows=4)
+    methods = _selectivity_methods({"poly": (5.0, 50.0, 500.0), "linear": (), "gaussian": ()})
     return replace(
         attention, study="selectivity", methods=methods,
         pairs=(
             Pair(
                 Network("wrn-16-2"), Network("inception_bn", stem="cifar", width=0.125),
-                tuple(m.name for m in methods), (0, 1, 2) if standard else (0, 1),
+                tuple(m.name for m in methods), (0, 1),
             ),
         ),
-        student_training=fit, trial=replace(fit, steps=(4 if standard else 1) * epoch, log_rows=2), curves=(),
+        student_training=fit, trial=replace(fit, steps=epoch, log_rows=2), curves=(),
     )  # fmt: skip
 
 
@@ -273,7 +269,7 @@ def _selectivity_paper(budget: str) -> DistillationProfile:
                 tuple(m.name for m in methods), (0, 1, 2, 3, 4),
             ),
         ),
-        student_training=fit, trial=replace(fit, log_rows=2), curves=(), weight_decay=1e-4,
+        student_training=fit, trial=replace(fit, steps=attention.trial.steps, log_rows=2), curves=(), weight_decay=1e-4,
         not_run="The paper profile has not been run: it takes GPU days; NST's ImageNet recipe is a command of its own.",
     )  # fmt: skip
 
