@@ -325,7 +325,7 @@ RECIPES: dict[str, Recipe] = {
 """The recipes by name; `inception-bn`, `resnet18`, `wrn-16-1`, ... without a suffix train the network alone."""
 
 
-# Official training images and classes, for plans where the data set is not at hand.
+# Official training images and classes, for plans, which open no archive.
 _SIZES = {
     "cifar10": (50_000, 10),
     "imagenet": (IMAGENET_COUNTS.train, IMAGENET_COUNTS.classes),
@@ -377,7 +377,7 @@ def prepare(
         precision: "fp32", "bf16" or "fp16".
         local_norm: batch norm by each process's own images, as the old multi-GPU codes do.
         seed: of everything random.
-        must_exist: False for a plan: without the data set its official counts are taken.
+        must_exist: False for a plan, which takes a data set's official counts and opens no archive.
 
     Raises:
         AFDSError: an unknown name, or a value that cannot be.
@@ -451,16 +451,10 @@ def _with_teacher() -> str:
 
 
 def _counted(source: Photographs, must_exist: bool) -> tuple[int, int, bool]:
-    """Training images and classes, and whether the data set is there to be counted."""
-    try:
-        splits = source.load("resnet18", download=False)
-    except AFDSError:
-        if must_exist:
-            splits = source.load("resnet18")
-        elif source.name in _SIZES:
-            return *_SIZES[source.name], False
-        else:
-            raise
+    """Training images and classes, and whether they were counted. A plan extracts and downloads nothing."""
+    if not must_exist and source.name in _SIZES:
+        return *_SIZES[source.name], False
+    splits = source.load("resnet18", download=must_exist)
     return len(splits.train), len(splits.classes), True
 
 
@@ -584,10 +578,7 @@ def _missing(chosen: _Chosen, processes: int, rest: int) -> Iterator[str]:
         yield f"a batch that {processes} processes can divide: {run.optimisation.batch_size} is no multiple of them"
     if not chosen.known:
         try:
-            if isinstance(run.data, DataSource):
-                data.load(run.data.name, run.data.root or None, download=False)
-            else:
-                run.data.load(run.network.name, download=False)
+            data.look(run.data.name, run.data.root or None)
         except AFDSError as error:
             yield str(error)
     names = [run.network.name] if run.network.weights else []
