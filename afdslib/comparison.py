@@ -477,6 +477,35 @@ class Comparison:
         self._write("ablations", table)
         return table
 
+    def plan(self) -> str:
+        """What the comparison would train, stage by stage: runs and steps. Nothing is trained or looked up."""
+        p, r = self.profile, self.rules
+        first, trial, later = (max(2, round(o.steps * r.steps)) for o in (p.transfer, p.trial, p.tuning))
+        regularisers = len(dict.fromkeys(("l2", *(m.regulariser for m in r.methods))))
+        selections = len({m.selection for m in r.methods})
+        top = sum(m.role == "afds" for m in r.methods) + min(r.rivals, sum(m.role == "competitor" for m in r.methods))
+        chains = len(r.methods) * r.rest + top * (len(r.seeds) - r.rest)
+        widths = (
+            {r.trial_budget, r.primary_budget, *r.budgets[1:]} if any("width" in m.selection for m in r.methods) else ()
+        )
+        source = p.source_training.steps + p.afs_training.steps
+        rows = [
+            ("source networks (plain, AFS, extended)", 3, p.source_training.steps + 2 * p.afs_training.steps),
+            ("narrower source networks", len(widths), len(widths) * source),
+            ("trials of regularisers", regularisers * r.trials, regularisers * r.trials * trial),
+            ("trials of selections", selections * r.trials, selections * r.trials * (trial + later)),
+            (
+                "strengths of pairs",
+                len(r.methods) * len(r.multipliers),
+                len(r.methods) * len(r.multipliers) * (trial + (len(r.trial_chain) - 1) * later),
+            ),
+            ("chains of the sweep", chains, chains * (first + (len(r.budgets) - 1) * later)),
+        ]
+        lines = [f"comparison of {p.name}, budget {p.budget}, on {self.target.title}: {len(r.methods)} methods"]
+        lines += [f"{name:40}{count:>6} runs{steps:>12,} steps" for name, count, steps in rows]
+        lines.append(f"{'at most (what is shared counts once)':40}{'':>11}{sum(row[2] for row in rows):>12,} steps")
+        return "\n".join(lines)
+
     # -------------------------------------------------------------------------------------------------------- files
 
     def folder(self) -> Path:
@@ -498,7 +527,9 @@ class Comparison:
         """The report's sentence, from the written table."""
         rules, table = self.rules, pd.read_csv(self.folder() / "comparison.csv")
         try:
-            return statistics.sentence(table, budget=rules.primary_budget, seeds=rules.seeds[: rules.rest])
+            names = {method.key: method.label for method in rules.methods}
+            first = rules.seeds[: rules.rest]
+            return statistics.sentence(table, budget=rules.primary_budget, seeds=first, names=names)
         except AFDSError as error:
             return f"There is no verdict: {error}."
 

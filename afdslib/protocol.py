@@ -19,7 +19,7 @@ from afdslib.errors import AFDSError
 from afdslib.objectives import REGULARISERS
 from afdslib.profiles import Profile
 
-__all__ = ["REGULARISER_SPACES", "SELECTIONS", "SELECTION_SPACES", "Axis", "Method", "Protocol", "protocol"]
+__all__ = ["LABELS", "REGULARISER_SPACES", "SELECTIONS", "SELECTION_SPACES", "Axis", "Method", "Protocol", "protocol"]
 
 Value = float | str | None
 
@@ -79,6 +79,13 @@ SELECTION_SPACES: dict[str, tuple[Axis, ...]] = {
 
 SELECTIONS = tuple(SELECTION_SPACES)
 
+LABELS = {
+    "l2": "L2", "l2sp": "L2-SP", "lwf": "LwF", "delta": "DELTA", "feature-map": "feature map", "at": "AT", "afd": "AFD",
+    "afd-detached": "AFD (detached)", "afs": "AFS", "fbs": "FBS", "slimming": "network slimming", "taylor": "Taylor",
+    "l1": "L1 norm", "random": "random channels", "width": "narrower network", "width-kd": "narrower network with KD",
+}  # fmt: skip
+"""Names for readers."""
+
 
 @dataclass(frozen=True)
 class Method:
@@ -109,6 +116,11 @@ class Method:
     def key(self) -> str:
         """ "afd+afs" and so on, in tables and on the command line."""
         return f"{self.regulariser}+{self.selection}"
+
+    @property
+    def label(self) -> str:
+        """For readers: "L2-SP + Taylor"."""
+        return f"{LABELS[self.regulariser]} + {LABELS[self.selection]}"
 
     @property
     def role(self) -> str:
