@@ -93,7 +93,11 @@ def test_each_target_has_its_own_row(sweep):
 
 def test_a_figure_of_one_target_says_which(sweep):
     view = SimpleNamespace(
-        image=np.zeros((16, 16, 3), np.uint8), caption="cat", layer="a", weights=np.full(5, 0.2), maps=np.ones((5, 4, 4))
+        image=np.zeros((16, 16, 3), np.uint8),
+        caption="cat",
+        layer="a",
+        weights=np.full(5, 0.2),
+        maps=np.ones((5, 4, 4)),
     )
     curve = history(entropy=[1.0, 0.5])
     for fig in (
