@@ -400,6 +400,7 @@ class TransferRun:
                 )  # fmt: skip
             objective.masks_changed(model)
         metrics = self._measure(model, splits, settings, dense)
+        metrics["density"] = next(iter(afs.layers(model).values())).density  # which settling may have raised
         metrics["training_macs"] = _training_macs(model, size, settings, 0 if objective.teacher is None else 1)
         metrics["steps"] = settings.steps + attention_steps
         state = {name: tensor.cpu() for name, tensor in objective.state_dict().items()}
