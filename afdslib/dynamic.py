@@ -197,6 +197,8 @@ class DynamicConvBN(nn.Module):
     phi: Tensor
     phi_bias: Tensor
     bag: Tensor
+    terms: Tensor
+    static_shift: Tensor
 
     def __init__(self, layer: AFSConvBN, way: str, *, compact_input: bool, ordered: bool = False):
         super().__init__()
@@ -229,6 +231,7 @@ class DynamicConvBN(nn.Module):
         self.register_buffer("rows", rows)
         self.register_buffer("weight", weight.detach().flatten(2))
         self.register_buffer("table", table.detach())
+        self.register_buffer("terms", table.detach().T.contiguous())
         self.register_buffer("is_dynamic", dynamic[rows].to(table.dtype))
         self.register_buffer("gamma", torch.where(dynamic, 0, layer.gamma)[rows].detach().clone())
         wide = torch.promote_types(torch.float32, phi.dtype)
@@ -238,6 +241,8 @@ class DynamicConvBN(nn.Module):
         self.register_buffer("phi_bias", phi_bias.detach()[chosen].to(wide))
         self.register_buffer("dynamic_rows", dynamic[rows].nonzero()[:, 0])
         self.register_buffer("every", torch.arange(len(rows), device=rows.device)[None])
+        constant = self.gamma[: self.static]
+        self.register_buffer("static_shift", table[: self.static, 1] + constant * table[: self.static, 0])
         self.register_buffer("bag", torch.zeros(1, dtype=torch.long, device=rows.device))
         self.register_buffer("static_rows", torch.arange(self.static, device=rows.device)[None])
 
@@ -265,6 +270,8 @@ class DynamicConvBN(nn.Module):
     def forward(self, values: Tensor, index: Tensor | None, pooled: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.kind == "mask":
             return self._mask(values, index, pooled)
+        if values.shape[0] == 1:
+            return self._single(values, index, pooled)
         local, eta, shift = self._kept(values, index, pooled)
         weights = self.weight.view(len(self.rows), self.in_channels, -1)
         if self.kind == "group" and values.shape[0] > 1:
@@ -277,6 +284,41 @@ class DynamicConvBN(nn.Module):
             out = parts[0] if len(parts) == 1 else torch.cat(parts)
         kept = self.rows[local.flatten()].view_as(local) if not self.whole else local
         return out, kept
+
+    def _single(self, values: Tensor, index: Tensor | None, pooled: Tensor | None) -> tuple[Tensor, Tensor]:
+        """A batch of one image, with as few calls as will do: at this size calling costs as much as computing."""
+        inputs = None if index is None else index[0]
+        if self.places:
+            assert pooled is not None
+            if inputs is None:
+                h = torch.addmv(self.phi_bias, self.phi, pooled[0])
+            elif torch.compiler.is_exporting():
+                h = torch.addmv(self.phi_bias, self.phi.index_select(0, inputs).T, pooled[0])
+            else:
+                # The rows of the channels that are there, weighted and added up, without a copy of them.
+                h = torch.embedding_bag(self.phi, inputs, self.bag, False, 0, False, pooled[0])[0][0].add_(
+                    self.phi_bias
+                )
+            local = self.every[0, self.static :]
+            if self.places < self.dynamic:
+                order = torch.sort(h, dim=0, descending=True, stable=True)[1][: self.places]
+                if self.ordered:
+                    order = order.sort()[0]
+                eta = h.index_select(0, order).relu_()
+                local = order + self.static if self.static else order
+            else:
+                eta = h.relu_()
+            eta = eta.to(values.dtype)
+            bias, beta = self.terms.index_select(1, local).unbind()
+            # A selected channel whose importance is 0 is not computed: neither scale nor shift.
+            shift = torch.addcmul(eta * bias, eta.sign(), beta)
+            if self.static:
+                local = torch.cat([self.static_rows[0], local])
+                eta, shift = torch.cat([self.gamma[: self.static], eta]), torch.cat([self.static_shift, shift])
+        else:
+            local, eta, shift = self.every[0, : self.static], self.gamma[: self.static], self.static_shift
+        y = self._one(values, self._gathered(self.weight, local, inputs), eta, shift)
+        return y, (local if self.whole else self.rows.index_select(0, local))[None]
 
     def _kept(self, values: Tensor, index: Tensor | None, pooled: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Positions of the kept among the living channels, their scales and shifts, each (B, n)."""
