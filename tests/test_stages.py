@@ -97,7 +97,7 @@ def test_a_killed_run_resumes_to_the_same_numbers_bit_by_bit(home, capsys, monke
     root = str(Path(__file__).parents[1])
     subprocess.run(
         [sys.executable, "-c", KILLER, json.dumps(runs.to_json(config)), whole.id, json.dumps(kills)],
-        env={**os.environ, "PYTHONPATH": root}, check=True, timeout=120, capture_output=True,
+        env={**os.environ, "PYTHONPATH": root}, check=True, timeout=900, capture_output=True,
     )  # fmt: skip
     for store, moment in kills.items():
         killed = Path(store) / whole.id
