@@ -98,6 +98,9 @@ def run(
         bool, typer.Option("--require-training", help="Fail if the run store holds no training step afterwards.")
     ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what the notebooks print.")] = False,
+    notebook: Annotated[
+        list[str] | None, typer.Option("--notebook", metavar="NN", help="Only the notebook of this number; repeatable.")
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Another notebook parameter.")
     ] = None,
@@ -122,7 +125,11 @@ def run(
         return
     from . import pipeline, runs
 
-    pipeline.execute(profile, parameters, fresh=fresh, verbose=verbose, echo=typer.echo)
+    only = set(notebook) if notebook else {path.name[:2] for path in pipeline.notebooks()} - set(chosen.left_out)
+    pipeline.execute(profile, parameters, only=only, fresh=fresh, verbose=verbose, echo=typer.echo)
+    if not notebook and chosen.left_out:
+        numbers = " ".join(f"--notebook {number}" for number in chosen.left_out)
+        typer.echo(f"left out of this budget, because it takes hours: {numbers}")
     if require_training:
         typer.echo(f"training steps: {_count(runs.require_training())}")
 
@@ -151,6 +158,7 @@ def compare(
         bool, typer.Option("--extras", help="Also the ablations and the rival at equal wall-clock time.")
     ] = False,
     show: Annotated[bool, typer.Option("--show", help="Show the rules of the comparison and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show runs and steps, and stop.")] = False,
 ) -> None:
     """Compare every competitor alike: trials, sweep, statistics (what is not computed yet).
 
@@ -167,6 +175,9 @@ def compare(
     if target is not None and target not in targets:
         raise AFDSError(f"the profile {profile} has no target {target!r}; it has {', '.join(targets)}")
     where = targets[target] if target is not None else None
+    if dry_run:
+        typer.echo(comparison.Comparison(chosen, target=where).plan())
+        return
     done = comparison.run_comparison(chosen, target=where, workers=workers, trials_only=trials_only, extras=extras)
     typer.echo(done.sentence() if not trials_only else f"trials written to {done.folder()}")
     typer.echo(f"tables written to {done.folder()}")
@@ -494,6 +505,34 @@ def speed(
         )
     for file in speeds.train(settings, _folder(data_dir), folder=None if out is None else Path(out)):
         typer.echo(f"masks written to {file}; time them with: afds bench --case networks --masks {file}")
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Option("--run", help="A finished run, or the beginning of its id.")],
+    format: Annotated[str, typer.Option("--format", help="onnx or torch (safetensors).")] = "onnx",
+    out: Annotated[str | None, typer.Option(help="The file; default: the run's id in the working folder.")] = None,
+) -> None:
+    """Write a run's network without its removed channels, with class names and preprocessing, to one file."""
+    from . import comparison, distillation, recipes, study  # noqa: F401  (they register the kinds of runs)
+    from . import export as exports
+
+    path, card = exports.export_run(run, format, out)
+    typer.echo(f"{path}: {card.network}, {len(card.classes)} classes, {card.size} px, {path.stat().st_size:,} bytes")
+
+
+@app.command()
+def predict(
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Image files.")],
+    model: Annotated[str, typer.Option("--model", help="A file of afds export.")],
+    top: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = 5,
+) -> None:
+    """Print the likeliest classes of images by an exported network."""
+    from .predict import predict as classify
+
+    found = classify(images, model, top=top)
+    rows = [(path, name, f"{share:.1%}") for path, classes in found for name, share in classes]
+    _table(("image", "class", "probability"), rows)
 
 
 @app.command()

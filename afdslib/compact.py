@@ -156,11 +156,13 @@ class _Surgeon:
         if isinstance(module, Join):
             self._cut_join(node, list(node.args), [module.left, module.right])  # type: ignore[arg-type]
         elif isinstance(module, Spread):
-            self._replace(node, source)  # a sum or a layer behind it widens again where it must
+            self._swap(node, nn.Identity())  # what reads it widens again where it must
         elif isinstance(module, Pick):
             # Of the channels it gives, those that are left, by their places in what now enters.
             wanted = module.index if leaves is None else module.index[leaves]
-            self._swap(node, Pick(_within(wanted, enters)))
+            places = _within(wanted, enters)
+            whole = len(places) == (self.shapes[source.name][1] if enters is None else len(enters))
+            self._swap(node, nn.Identity() if whole else Pick(places))
         elif self.calls[node.target] > 1 and not keeps_channels(module) and not isinstance(module, nn.Flatten):
             self._rigid(node)  # one layer for several inputs, which may be cut differently
         elif isinstance(module, AFSConvBN):

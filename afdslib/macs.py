@@ -140,6 +140,7 @@ class Meter:
         batch = args[0].shape[0]
         for node, entering, leaving in propagate(self._graph, self._modules, active, self._shapes):
             module = self._modules[node.target] if node.op == "call_module" else None
+            entering = None if entering is None else entering.expand(batch, -1)
             if isinstance(module, AFSConvBN):
                 inputs = batch * module.conv.in_channels if entering is None else float(entering.sum())
                 self._predictors += inputs * float((module.m * module.s).sum())

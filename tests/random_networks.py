@@ -8,21 +8,30 @@ from torch import Tensor, nn
 from afdslib import afs, backbones
 
 
-def converted(name: str, seed: int, *, gates: str = "all", width: float = 1 / 8, stem: str = "imagenet") -> nn.Module:
+def converted(
+    name: str, seed: int, *, gates: str = "all", width: float = 1 / 16, stem: str = "imagenet",
+    zeros: bool = True,
+) -> nn.Module:
     """In float64 and eval mode, with negative and zero scales among those converted and gates that read the input."""
     torch.manual_seed(seed)
-    arguments = {} if name.startswith(("vgg", "mobilenet")) else {"width": width, "stem": stem}
-    model = randomised(backbones.build(name, 5, **arguments))
-    return gated(afs.convert(model, gates=gates))
+    if name == "mobilenet_v2":
+        model = backbones.build(name, 5, width=0.25)
+    elif name.startswith("vgg"):
+        model = backbones.build(name, 5)
+        model.classifier = nn.Sequential(nn.Linear(512 * 49, 8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 5))
+    else:
+        model = backbones.build(name, 5, width=width, stem=stem)
+    return gated(afs.convert(randomised(model, zeros=zeros), gates=gates))
 
 
 @torch.no_grad()
-def randomised(model: nn.Module) -> nn.Module:
+def randomised(model: nn.Module, *, zeros: bool = True) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.weight.copy_(torch.rand_like(module.weight) + 0.3)
             module.weight[torch.rand(len(module.weight)) < 0.3] *= -1
-            module.weight[1:][torch.rand(len(module.weight) - 1) < 0.1] = 0
+            if zeros:
+                module.weight[1:][torch.rand(len(module.weight) - 1) < 0.1] = 0
             module.bias.normal_(0, 0.3)
             module.running_mean.normal_(0, 0.2)
             module.running_var.uniform_(0.5, 1.5)
@@ -30,10 +39,17 @@ def randomised(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def gated(model: nn.Module) -> nn.Module:
-    for layer in afs.layers(model).values():
-        nn.init.normal_(layer.predictor.weight, std=0.3 / layer.conv.in_channels**0.5)
-        layer.predictor.bias.add_(torch.randn_like(layer.predictor.bias) * 0.1)
+def gated(model: nn.Module, size: int = 32) -> nn.Module:
+    """Gates that vary with the image by about a half, measured layer by layer so that nothing grows without bound."""
+
+    def draw(layer: afs.AFSConvBN, args: tuple[Tensor, ...]) -> None:
+        scale = args[0].mean((2, 3)).norm(dim=1).mean().clamp_min(1e-3)
+        nn.init.normal_(layer.predictor.weight, std=0.5 / float(scale))
+
+    handles = [layer.register_forward_pre_hook(draw) for layer in afs.layers(model).values()]
+    model(images(size))
+    for handle in handles:
+        handle.remove()
     return model
 
 

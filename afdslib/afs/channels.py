@@ -36,8 +36,13 @@ def _places(index: Tensor | None, width: int) -> Tensor | None:
     return places
 
 
+def _with_zeros(x: Tensor) -> Tensor:
+    """One more channel, (B, C, H, W) -> (B, C + 1, H, W)."""
+    return nn.functional.pad(x, (0, 0) * (x.dim() - 2) + (0, 1))
+
+
 def _gathered(x: Tensor, places: Tensor | None) -> Tensor:
-    return x if places is None else torch.cat([x, torch.zeros_like(x[:, :1])], 1).index_select(1, places)
+    return x if places is None else _with_zeros(x).index_select(1, places)
 
 
 class Spread(ChannelOp):
@@ -177,7 +182,7 @@ class GroupedConv2d(ChannelOp):
 
     def forward(self, x: Tensor) -> Tensor:
         if self._pads:
-            x = torch.cat([x, torch.zeros_like(x[:, :1])], 1)
+            x = _with_zeros(x)
         if self._gathers:
             x = x.index_select(1, self.reads)
         y = self.conv(x)

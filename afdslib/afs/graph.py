@@ -151,8 +151,11 @@ def _concatenate(
     known = [found for p in parts if (found := sets[p]) is not None]
     if dim != 1 or not known:
         return None
-    full = known[0].new_ones(known[0].shape[0], 1)
-    widened = [full.expand(-1, shapes[p.name][1]) if (found := sets[p]) is None else found for p in parts]
+    batch = max(len(each) for each in known)  # what holds for every image has a batch of one
+    full = known[0].new_ones(batch, 1)
+    widened = [
+        full.expand(-1, shapes[p.name][1]) if (found := sets[p]) is None else found.expand(batch, -1) for p in parts
+    ]
     return torch.cat(widened, dim=1)
 
 

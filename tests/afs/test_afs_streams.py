@@ -52,7 +52,6 @@ def test_a_coupled_stream_narrows_as_a_whole_and_joins_become_plain_sums(loader)
     assert gone > 0
     cut = compact.compact(model, input_size=(3, 16, 16))
     assert not [m for m in cut.modules() if type(m).__name__ == "Join"]
-    assert [len(names) for names in afs.streams(cut)] == [3, 3, 3, 3] or not afs.layers(cut)
     free, _ = updated(loader)
     cut = compact.compact(free, input_size=(3, 16, 16))
     assert [m for m in cut.modules() if type(m).__name__ == "Join"] and afs.streams(cut) == []
