@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import tiny
 
-from afdslib import comparison, data, paths, profiles, runs, statistics, tuning
+from afdslib import cli, comparison, data, paths, profiles, runs, statistics, tuning
 from afdslib.comparison import Comparison, Tuned
 from afdslib.errors import AFDSError
 from afdslib.protocol import REGULARISER_SPACES, SELECTION_SPACES, Axis, Method, Protocol, protocol
@@ -240,3 +240,12 @@ def test_trials_lie_beside_the_runs_and_settings_are_recorded_as_json(profile):
     tuned = Tuned(Method("l2", "taylor"), {"strength": 1e-3, "lr": 2.0}, {"normalise": "mean", "lr": 1.0})
     row = compared._row(tuned, 0, 0.5)
     assert json.loads(row["settings"])["normalise (taylor)"] == "mean" and row["strength"] == 1e-3
+
+
+def test_the_command_shows_its_rules_and_its_plan_and_refuses_an_unknown_target(capsys):
+    assert cli.main(["compare", "--profile", "demo", "--show"]) == 0
+    assert json.loads(capsys.readouterr().out)["primary_budget"] == 0.1
+    assert cli.main(["compare", "--profile", "imagenet32", "--budget", "standard", "--dry-run"]) == 0
+    assert "128 runs" in capsys.readouterr().out
+    assert cli.main(["compare", "--profile", "demo", "--target", "x"]) == 2
+    assert "no target 'x'; it has digits-5-9-12" in capsys.readouterr().err
