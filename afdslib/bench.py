@@ -477,18 +477,20 @@ def _networks(settings: Settings) -> Iterator[Row]:
             )
         small = compact(gated.eval(), input_size=size, fold_bn=True)
         dense, reached = macs.count(plain, size).total, macs.count(small, size).total
-        peer = torch_pruned(plain, settings.size, reached, settings.multiple)
-        models = {
-            "dense": _folded(plain, settings.size),
-            "compact": small,
-            "torch-pruning": _folded(peer, settings.size),
+        models = {"dense": _folded(plain, settings.size), "compact": small}
+        extra: dict[str, dict[str, Any]] = {
+            "dense": {"macs": dense, "reduction": 1.0, "note": "batch norm folded"},
+            "compact": {"macs": reached, "reduction": dense / reached, "note": note},
         }
-        extra: dict[str, dict[str, Any]] = {"dense": {"macs": dense, "reduction": 1.0, "note": "batch norm folded"}}
-        for variant, value, text in (
-            ("compact", reached, note),
-            ("torch-pruning", macs.count(peer, size).total, f"L1, coupled widths, multiples of {settings.multiple}"),
-        ):
-            extra[variant] = {"macs": value, "reduction": dense / value, "note": text}
+        try:
+            peer = torch_pruned(plain, settings.size, reached, settings.multiple)
+        except AFDSError as error:
+            yield Row("networks", name, "", 0, "torch-pruning", "dense", note=str(error))
+        else:
+            value = macs.count(peer, size).total
+            text = f"L1, coupled widths, multiples of {settings.multiple}"
+            models["torch-pruning"] = _folded(peer, settings.size)
+            extra["torch-pruning"] = {"macs": value, "reduction": dense / value, "note": text}
         for batch in settings.batches:
             images = _images(settings, batch)
             for runtime in settings.runtimes:
