@@ -25,7 +25,7 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,16 +155,23 @@ def convert(name: str, default: Any, value: Any) -> Any:
     return parsed
 
 
-def plan(profile: str, parameters: Mapping[str, Any] | None = None, *, folder: str | Path | None = None) -> list[Stage]:
+def plan(
+    profile: str,
+    parameters: Mapping[str, Any] | None = None,
+    *,
+    only: Collection[str] | None = None,
+    folder: str | Path | None = None,
+) -> list[Stage]:
     """The stages of a profile, checked, in order. Starts nothing and writes nothing.
 
     Args:
         profile: Goes to every notebook as its parameter `profile` and names the output folder.
         parameters: More values by name, each for every notebook that has a parameter of that name.
+        only: The numbers of the notebooks to execute, such as "06"; by default all.
         folder: The folder of the notebooks.
 
     Raises:
-        AFDSError: A name that no notebook knows, a value of the wrong type, an unreadable notebook.
+        AFDSError: A name or number that no notebook has, a value of the wrong type, an unreadable notebook.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", profile):
         raise AFDSError(f"{profile!r} cannot name a profile; use letters, digits, '-', '_' and '.'")
@@ -173,12 +180,17 @@ def plan(profile: str, parameters: Mapping[str, Any] | None = None, *, folder: s
     stages: list[Stage] = []
     known: set[str] = set()
     key = _library_hash()
+    numbers = [notebook.name[:2] for notebook in notebooks(folder)]
+    if missing := sorted(set(only or ()) - set(numbers)):
+        raise AFDSError(f"there is no notebook {missing[0]!r}; there are: {', '.join(numbers)}")
     for notebook in notebooks(folder):
         node = _read(notebook)
         defaults = _parameters(notebook, node)
         if "profile" not in defaults:
             raise AFDSError(f"{notebook.name} has no parameter 'profile'; add it to the cell tagged 'parameters'")
         known.update(defaults)
+        if only is not None and notebook.name[:2] not in only:
+            continue
         values = {name: convert(name, defaults[name], value) for name, value in given.items() if name in defaults}
         cells = [(cell.cell_type, cell.source) for cell in node.cells]
         key = hashlib.sha256(json.dumps([key, notebook.name, cells, values], sort_keys=True).encode()).hexdigest()[:16]
@@ -216,29 +228,31 @@ def execute(
     profile: str,
     parameters: Mapping[str, Any] | None = None,
     *,
+    only: Collection[str] | None = None,
     fresh: bool = False,
     verbose: bool = False,
     folder: str | Path | None = None,
     echo: Callable[[str], object] = print,
-) -> Path:
+) -> Path | None:
     """Executes the stages that are not finished yet, then renders the report.
 
     Args:
         profile: See `plan`.
         parameters: See `plan`.
+        only: See `plan`. Without the last notebook there is no report.
         fresh: Execute every stage, finished or not.
         verbose: Pass the cells' text output to stdout while it is written, not only to the log.
         folder: The folder of the notebooks.
         echo: Takes one line at the start and the end of each stage.
 
     Returns:
-        The HTML report.
+        The HTML report, if the last notebook is among those executed.
 
     Raises:
         AFDSError: A bad parameter (before any kernel starts), a failed stage, another process at work on this profile,
             or a folder that cannot be written.
     """
-    stages = plan(profile, parameters, folder=folder)
+    stages = plan(profile, parameters, only=only, folder=folder)
     with _only_one(profile):
         again = fresh
         for number, stage in enumerate(stages, 1):
@@ -252,6 +266,8 @@ def execute(
             echo(f"{name}: log in {_short(stage.log)}")
             seconds = _execute_stage(stage, verbose)
             echo(f"{name}: done in {seconds:.0f} s")
+        if stages[-1].notebook != notebooks(folder)[-1]:
+            return None
         report = render(profile, folder=folder)
     echo(f"report: {_short(report)}")
     return report

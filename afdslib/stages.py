@@ -30,7 +30,7 @@ PUBLISHED_CLASSES = 1000  # ImageNet's
 
 @dataclass(frozen=True)
 class DataSource:
-    """A data set, how it is split and how its crops are padded; see `data.load`. The folder is not hashed."""
+    """A data set, how it is split and augmented; see `data.load`. The folder it lies in is recorded, not hashed."""
 
     name: str
     per_class: int | None = None
@@ -38,6 +38,7 @@ class DataSource:
     size: int | None = None
     root: str = runs.unhashed("")
     padding: str = runs.added("constant")
+    sharpness: float = runs.added(0.0)
 
     @property
     def title(self) -> str:
@@ -47,8 +48,9 @@ class DataSource:
 
     def load(self) -> Splits:
         return data.load(
-            self.name, self.root or None, per_class=self.per_class, seed=self.seed, size=self.size, padding=self.padding
-        )
+            self.name, self.root or None, per_class=self.per_class, seed=self.seed, size=self.size,
+            padding=self.padding, sharpness=self.sharpness,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import nbformat
@@ -14,8 +13,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 from toy_runs import ToySource, ToyTrain
 
-import afdslib
-from afdslib import cli, paths, pipeline, runs
+from afdslib import __version__, cli, paths, pipeline, profiles, runs, study
 from afdslib.errors import AFDSError
 
 
@@ -35,6 +33,10 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
+class Chosen(tuple):
+    left_out = ()
+
+
 @pytest.fixture(autouse=True)
 def calls(monkeypatch):
     """Stand-ins for the study, which record what the command line asks of it."""
@@ -43,15 +45,12 @@ def calls(monkeypatch):
     def get(name, *, budget="quick", data_dir=""):
         if name != "tiny":
             raise AFDSError(f"there is no profile {name!r}; take tiny")
-        return name, budget, data_dir
+        return Chosen((name, budget, data_dir))
 
-    profiles = types.SimpleNamespace(get=get, show=lambda profile: f"shown {profile}")
-    study = types.SimpleNamespace(
-        plan=lambda profile: f"planned {profile}", run_stage=lambda profile, stage: made.append((profile, stage))
-    )
-    for name, module in (("profiles", profiles), ("study", study)):
-        monkeypatch.setitem(sys.modules, f"afdslib.{name}", module)
-        monkeypatch.setattr(afdslib, name, module, raising=False)
+    monkeypatch.setattr(profiles, "get", get)
+    monkeypatch.setattr(profiles, "show", lambda profile: f"shown {profile}")
+    monkeypatch.setattr(study, "plan", lambda profile: f"planned {profile}")
+    monkeypatch.setattr(study, "run_stage", lambda profile, stage: made.append((profile, stage)))
     return made
 
 
@@ -76,6 +75,15 @@ def executed(monkeypatch):
     return seen
 
 
+def test_notebooks_that_a_budget_leaves_out_are_executed_by_their_number(afds, monkeypatch):
+    asked: list = []
+    monkeypatch.setattr(pipeline, "execute", lambda profile, parameters, *, only, **options: asked.append(only))
+    monkeypatch.setattr(Chosen, "left_out", ("01",))
+    assert "left out of this budget, because it takes hours: --notebook 01" in afds("run", "--profile", "tiny")[1]
+    assert "left out" not in afds("run", "--profile", "tiny", "--notebook", "01")[1]
+    assert asked == [{"02"}, {"01"}]
+
+
 @pytest.mark.parametrize(
     "arguments, told",
     [
@@ -91,6 +99,7 @@ def executed(monkeypatch):
         (["run", "--profile", "tiny", "--budget", "a", "--set", "budget=b"], "budget is given twice"),
         (["run", "--profile", "tiny", "--set", "seeds=many"], "parameter seeds = 'many' must be of type int"),
         (["run", "--profile", "tiny", "--set", "sseeds=2"], "no notebook has a parameter 'sseeds'"),
+        (["run", "--profile", "tiny", "--notebook", "77"], "there is no notebook '77'"),
         (["report", "--profile", "tiny"], "profile tiny has no finished report yet"),
         (["train", "--profile", "huge"], "there is no profile 'huge'"),
         (["resume", "abc"], "no run in"),
@@ -133,7 +142,7 @@ def test_help_and_version(afds):
     assert code == 0
     for command in ("run", "train", "sweep", "resume", "runs", "data", "report", "doctor"):
         assert f"\n  {command} " in output
-    assert afds("--version") == (0, f"afds {afdslib.__version__}\n", "")
+    assert afds("--version") == (0, f"afds {__version__}\n", "")
 
 
 # the study

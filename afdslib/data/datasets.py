@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from afdslib.data.images import MEAN, STD, centre_box, read_rgb, resize_shorter, resized_to
@@ -36,6 +36,16 @@ def _normalise(images: np.ndarray) -> Tensor:
     """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) with ImageNet's mean and deviation."""
     channels_first = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
     return channels_first.to(torch.float32).mul_(_SCALE).add_(_SHIFT)
+
+
+def _sharpened(images: Tensor, amounts: Tensor) -> Tensor:
+    """x + a (x - blur(x)) within the range of colours, a 3x3 binomial blur. images (B, 3, H, W), amounts a (B,)."""
+    binomial = torch.tensor([1.0, 2.0, 1.0]) / 4
+    kernel = torch.outer(binomial, binomial).expand(3, 1, 3, 3)
+    padded = nn.functional.pad(images, (1, 1, 1, 1), mode="reflect")
+    detail = images - nn.functional.conv2d(padded, kernel, groups=3)
+    sharp = torch.addcmul(images, amounts.view(-1, 1, 1, 1), detail)
+    return torch.maximum(torch.minimum(sharp, 255 * _SCALE + _SHIFT), _SHIFT)
 
 
 class ImageDataset(Dataset):
@@ -106,6 +116,8 @@ class ArrayImages(ImageDataset):
         rows: int64 (N,): which of the M images are in this split
         border: grey level 0..255 of the padding; None for the mean colour
         reflect: whether the padding mirrors the image instead, without repeating its edge
+        sharpness: a training image x becomes x + a (x - blur(x)), a uniform in [0, sharpness], so that a network does
+            not depend on the filter that scaled its training images down [ours]
     """
 
     def __init__(
@@ -120,8 +132,9 @@ class ArrayImages(ImageDataset):
         seed: int = 0,
         border: int | None = None,
         reflect: bool = False,
+        sharpness: float = 0.0,
     ) -> None:
-        self.border, self.reflect = border, reflect
+        self.border, self.reflect, self.sharpness = border, reflect, sharpness
         self._images = images
         self._rows = np.asarray(rows, dtype=np.int64)
         super().__init__(targets, classes, size=images.shape[1], augment=augment, flip=flip, seed=seed)
@@ -141,8 +154,16 @@ class ArrayImages(ImageDataset):
         index = self._check(indices)
         images = _normalise(self._images[self._rows[index]])
         if self._uniforms is not None:
+            if self.sharpness:
+                images = _sharpened(images, self._amounts[index])
             images = self._augmented(images, self._uniforms[index])
         return images, torch.from_numpy(self.targets[index])
+
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(epoch)
+        if self.augment and self.sharpness:
+            amounts = generator(self.seed, self.epoch, 0x5A4).random_sample(len(self))
+            self._amounts = torch.from_numpy(amounts * self.sharpness).float()
 
     def _augmented(self, images: Tensor, uniforms: np.ndarray) -> Tensor:
         side = self.size + 2 * PAD

@@ -247,6 +247,7 @@ def load(
     skip_corrupt: bool = False,
     holdout: bool = True,
     padding: str = "constant",
+    sharpness: float = 0.0,
 ) -> Splits:
     """Ready-made splits of a data set.
 
@@ -276,6 +277,7 @@ def load(
         holdout: False fits the images that would be held back for validation too, for a study whose schedule is fixed
             beforehand and that chooses nothing; validation is then None, or the set's own validation part
         padding: of training crops up to 64 px: "constant" as above, or "reflect" [code: attention transfer]
+        sharpness: training images up to 64 px are sharpened at random by up to this amount; see `ArrayImages`
 
     Returns:
         Splits(train, validation, test, statistics, classes).
@@ -288,6 +290,8 @@ def load(
     _whole("size", size, 8, none=True)
     if padding not in ("constant", "reflect"):
         raise AFDSError(f"padding must be 'constant' or 'reflect', not {padding!r}")
+    if not isinstance(sharpness, (int, float)) or isinstance(sharpness, bool) or not 0 <= sharpness <= 10:
+        raise AFDSError(f"sharpness must be a number from 0 to 10, not {sharpness!r}")
     name = os.fspath(name) if isinstance(name, os.PathLike) else str(name)
     known = SETS.get(name)
     if known is not None and known.base == "digits":
@@ -328,10 +332,12 @@ def load(
         if isinstance(images, np.ndarray):
             return ArrayImages(
                 images, rows[chosen], labels, names, augment=augment, flip=spec.flip, seed=int(seed),
-                border=spec.border, reflect=padding == "reflect",
+                border=spec.border, reflect=padding == "reflect", sharpness=float(sharpness),
             )  # fmt: skip
         if padding != "constant":
             raise AFDSError(f"padding={padding!r} is for images up to {SMALL} px; larger ones are cropped, not padded")
+        if sharpness:
+            raise AFDSError(f"sharpness={sharpness!r} is for images up to {SMALL} px; take 0 for larger ones")
         return FileImages(
             images, rows[chosen], labels, names, size=size, augment=augment, flip=spec.flip, seed=int(seed)
         )

@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from afdslib import data
-from afdslib.data.datasets import ArrayImages, Arrays, FileImages, _normalise
+from afdslib.data.datasets import ArrayImages, Arrays, FileImages, _normalise, _sharpened
 from afdslib.data.images import STD
 from afdslib.errors import AFDSError
 
@@ -62,6 +62,28 @@ def test_augmentation_is_a_pad_4_crop_and_flip_of_the_image():
         seen.add(matches[0])
     assert {flip for *_, flip in seen} == {False, True}
     assert {0, 8} <= {top for top, *_ in seen} and {0, 8} <= {left for _, left, _ in seen}
+
+
+def test_sharpness_adds_detail_by_an_amount_of_seed_epoch_and_index():
+    pixels, ds = _array(True, count=6, sharpness=1.5)
+    plain = _normalise(pixels)
+    amounts = torch.linspace(0, 1, 6)
+    sharp = _sharpened(plain, amounts)
+    kernel = torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]]) / 16
+    for i, channel in ((0, 0), (3, 1), (5, 2)):  # an inner pixel, by hand
+        x = plain[i, channel]
+        blurred = (x[2:5, 3:6] * kernel).sum()
+        low, high = (_normalise(np.full((1, 1, 1, 3), level, np.uint8))[0, channel, 0, 0] for level in (0, 255))
+        wanted = (x[3, 4] + amounts[i] * (x[3, 4] - blurred)).clamp(low, high)
+        assert torch.isclose(sharp[i, channel, 3, 4], wanted, atol=1e-5)
+    assert torch.allclose(sharp[0], plain[0], atol=1e-6) and not torch.allclose(sharp[5], plain[5])
+
+    first = torch.stack([ds[i][0] for i in range(6)])
+    assert torch.equal(first, torch.stack([ds[i][0] for i in (5, 4, 3, 2, 1, 0)]).flip(0))
+    ds.set_epoch(1)
+    assert not torch.equal(first, torch.stack([ds[i][0] for i in range(6)]))
+    assert torch.equal(_array(False, count=6, sharpness=1.5)[1][0][0], plain[0])
+    assert torch.equal(_array(True, count=6, sharpness=0.0)[1][2][0], _array(True, count=6)[1][2][0])
 
 
 def test_without_flip_no_image_is_mirrored():
