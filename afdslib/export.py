@@ -7,6 +7,7 @@ The gates of an exported network decide as they do in eval mode; channels are sc
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import logging
 import math
@@ -72,6 +73,8 @@ class Card:
             ValueError, KeyError, TypeError: for anything else.
         """
         values: Any = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError("it is no JSON object")
         values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
         card = cls(**values)
         sides = all(isinstance(side, int) and side >= 1 for side in (card.size, card.resize))
@@ -156,7 +159,7 @@ def inference(model: nn.Module) -> nn.Module:
 
 def _needs(name: str) -> Any:
     try:
-        return __import__(name)
+        return importlib.import_module(name)
     except ImportError:
         raise AFDSError(f"{name} is not installed; install it with: pip install 'afdslib[export]'") from None
 
@@ -175,6 +178,17 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def _stable_sort() -> Any:
+    """torch's stable sort in ONNX, for which the exporter has no translation: TopK gives ties in their order, too."""
+    op = importlib.import_module("onnxscript").opset18
+
+    def sort_stable(self: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
+        length = op.Gather(op.Shape(self), op.Constant(value_ints=[dim]), axis=0)
+        return op.TopK(self, length, axis=dim, largest=descending, sorted=True)
+
+    return sort_stable
 
 
 def save_onnx(
@@ -208,7 +222,8 @@ def save_onnx(
     _needs("onnx"), _needs("onnxscript"), _needs("onnxruntime")
     if model.training:
         raise AFDSError("the network is in train mode, where its batch norms change; call model.eval() before it")
-    frozen = inference(model).float().cpu()
+    reference = copy.deepcopy(model).float().cpu()
+    frozen = inference(reference)
     generator = torch.Generator().manual_seed(0)
 
     def images(count: int) -> Tensor:
@@ -221,6 +236,7 @@ def save_onnx(
             program = torch.onnx.export(
                 frozen, (example,), dynamo=True, opset_version=opset, input_names=["image"], output_names=["logits"],
                 dynamic_shapes=({0: torch.export.Dim("batch")},) if batch is None else None, verbose=False,
+                custom_translation_table={torch.ops.aten.sort.stable: _stable_sort()},
             )  # fmt: skip
         except Exception as error:  # the exporter raises many types; all mean the same to the caller
             reason = str(error).split("## Exception summary")[-1].strip().splitlines()
@@ -237,7 +253,7 @@ def save_onnx(
         with torch.no_grad():
             for count in (1, 3) if batch is None else (batch,):
                 x = images(count)
-                wanted, found = model_output(frozen, x), torch.from_numpy(runtime.run(None, {"image": x.numpy()})[0])
+                wanted, found = model_output(reference, x), torch.from_numpy(runtime.run(None, {"image": x.numpy()})[0])
                 worst = max(worst, float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)))
         if not worst <= TOLERANCE:
             raise AFDSError(

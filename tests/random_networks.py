@@ -43,7 +43,7 @@ def gated(model: nn.Module, size: int = 32) -> nn.Module:
     """Gates that vary with the image by about a half, measured layer by layer so that nothing grows without bound."""
 
     def draw(layer: afs.AFSConvBN, args: tuple[Tensor, ...]) -> None:
-        scale = args[0].mean((2, 3)).norm(dim=1).mean().clamp_min(1e-3)
+        scale = args[0].mean((2, 3)).norm(dim=1).mean().clamp_min(0.1)
         nn.init.normal_(layer.predictor.weight, std=0.5 / float(scale))
 
     handles = [layer.register_forward_pre_hook(draw) for layer in afs.layers(model).values()]
