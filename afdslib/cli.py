@@ -33,7 +33,9 @@ app.add_typer(runs_app, name="runs")
 # The base class of everything typer says about wrong usage; typer exports only this subclass of it.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
-ProfileName = Annotated[str, typer.Option("--profile", help="A study: demo, imagenet32, imagenet32-disjoint, paper.")]
+ProfileName = Annotated[
+    str, typer.Option("--profile", help="A study: demo, imagenet32, imagenet32-disjoint, paper; mine: your own images.")
+]
 Budget = Annotated[str | None, typer.Option(help="How much of the study, e.g. quick or standard.")]
 DataDir = Annotated[str | None, typer.Option(help="Folder with archives or image trees; it may be read-only.")]
 
@@ -104,15 +106,33 @@ def run(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Another notebook parameter.")
     ] = None,
+    source_weights: Annotated[
+        str | None, typer.Option(help="mine: imagenet (torchvision's), or a weight file.")
+    ] = None,
+    macs_budget: Annotated[float | None, typer.Option(help="mine: share of the MACs to keep, e.g. 0.2.")] = None,
+    network: Annotated[str | None, typer.Option(help="mine: backbone of the weights; default: resnet50.")] = None,
+    size: Annotated[int | None, typer.Option(min=8, help="mine: side of the images; default: 224 pixels.")] = None,
 ) -> None:
-    """Execute the notebooks of a study in order, from the last finished one, and write its report."""
+    """Execute the notebooks of a study in order, from the last finished one, and write its report.
+
+    With --profile mine: a smaller network for your own images (--data-dir, an ImageFolder tree), a report, and the
+    network as one file.
+    """
     parameters = _assignments(settings or [])
+    own = {"source_weights": source_weights, "macs_budget": macs_budget, "network": network, "size": size}
+    own = {name: value for name, value in own.items() if value is not None}
+    if own and profile != "mine":
+        raise AFDSError(f"--{next(iter(own)).replace('_', '-')} is for --profile mine only; leave it out")
     for name, value in (("budget", budget), ("data_dir", data_dir)):
         if value is not None:
             if name in parameters:
                 raise AFDSError(f"{name} is given twice, by --{name.replace('_', '-')} and by --set; give it once")
             parameters[name] = value
-    chosen = _profile(profile, parameters.get("budget"), parameters.get("data_dir"))
+    if profile == "mine":
+        chosen = _mine(parameters, own, write=not (show or dry_run))
+        profile, parameters = chosen.name, {k: v for k, v in parameters.items() if k not in ("budget", "data_dir")}
+    else:
+        chosen = _profile(profile, parameters.get("budget"), parameters.get("data_dir"))
     if show:
         from . import profiles
 
@@ -125,9 +145,13 @@ def run(
         return
     from . import pipeline, runs
 
-    only = set(notebook) if notebook else {path.name[:2] for path in pipeline.notebooks()} - set(chosen.left_out)
-    pipeline.execute(profile, parameters, only=only, fresh=fresh, verbose=verbose, echo=typer.echo)
-    if not notebook and chosen.left_out:
+    folder = _notebooks(profile)
+    only = set(notebook) if notebook else {path.name[:2] for path in pipeline.notebooks(folder)} - set(chosen.left_out)
+    given = {} if folder is None else {"folder": folder}
+    pipeline.execute(profile, parameters, only=only, fresh=fresh, verbose=verbose, echo=typer.echo, **given)
+    if folder is not None:
+        _export_mine(chosen)
+    elif not notebook and chosen.left_out:
         numbers = " ".join(f"--notebook {number}" for number in chosen.left_out)
         typer.echo(f"left out of this budget, because it takes hours: {numbers}")
     if require_training:
@@ -199,7 +223,7 @@ def report(profile: ProfileName) -> None:
     """Write the HTML report of an executed study again."""
     from . import pipeline
 
-    typer.echo(pipeline.render(profile))
+    typer.echo(pipeline.render(profile, folder=_notebooks(profile)))
 
 
 @app.command()
@@ -217,6 +241,39 @@ def _profile(name: str, budget: str | None, data_dir: str | None) -> Any:
 
     given = {"budget": budget, "data_dir": _folder(data_dir)}
     return profiles.get(name, **{key: value for key, value in given.items() if value is not None})
+
+
+def _mine(parameters: dict[str, str], own: dict[str, Any], *, write: bool) -> Any:
+    """The profile of one's own images, from the options of `afds run`."""
+    from . import own_data
+
+    weights, macs_budget = own.pop("source_weights", None), own.pop("macs_budget", None)
+    folder, budget = _folder(parameters.get("data_dir")), parameters.get("budget")
+    options = own_data.options(folder, weights, macs_budget, budget=budget, **own)
+    if write:
+        own_data.keep(options)
+        typer.echo(f"profile {options.name}")
+    return own_data.mine(options)
+
+
+def _notebooks(profile: str) -> Path | None:
+    """The folder of a profile's notebooks, if it has notebooks of its own."""
+    if profile != "mine" and not profile.startswith("mine-"):
+        return None
+    from . import own_data
+
+    return own_data.notebooks()
+
+
+def _export_mine(profile: Any) -> None:
+    from . import own_data, study
+
+    done = own_data.export(study.Study(profile))
+    typer.echo(
+        f"network: {done.path}, by {done.method}: {done.macs:.1%} of the dense MACs, test accuracy {done.accuracy:.1%} "
+        f"(unpruned {done.unpruned:.1%})"
+    )
+    typer.echo(f"use it: afds predict --model {done.path} IMAGE...")
 
 
 def _stage(stage: str, profile: str, budget: str | None, data_dir: str | None) -> None:

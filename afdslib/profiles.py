@@ -226,13 +226,20 @@ def get(name: str, budget: str | None = None, data_dir: str | None = None) -> Pr
     """A profile.
 
     Args:
-        name: one of `names()`.
+        name: one of `names()`, or a name that `afds run --profile mine` has printed; see `own_data`.
         budget: "quick" (the default) or "standard".
         data_dir: the folder in which the data sets' archives or trees lie; by default they are downloaded to data/raw.
 
     Raises:
         AFDSError: for an unknown profile or budget.
     """
+    if name == "mine" or name.startswith("mine-"):
+        from afdslib import own_data  # which needs the classes of this module
+
+        found = own_data.get(name)
+        if budget not in (None, found.budget) or data_dir:
+            raise AFDSError(f"the profile {name} has its own budget and images; leave out --budget and --data-dir")
+        return found
     if name not in _PROFILES:
         raise AFDSError(f"unknown profile {name!r}; known are {', '.join(_PROFILES)}")
     budget = budget or "quick"

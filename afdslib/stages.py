@@ -30,7 +30,10 @@ PUBLISHED_CLASSES = 1000  # ImageNet's
 
 @dataclass(frozen=True)
 class DataSource:
-    """A data set, how it is split and augmented; see `data.load`. The folder it lies in is recorded, not hashed."""
+    """A data set, how it is split and augmented; see `data.load`. The folder it lies in is recorded, not hashed.
+
+    `content` is a hash of a tree's images, so that a tree that was changed is another data set.
+    """
 
     name: str
     per_class: int | None = None
@@ -39,6 +42,7 @@ class DataSource:
     root: str = runs.unhashed("")
     padding: str = runs.added("constant")
     sharpness: float = runs.added(0.0)
+    content: str = runs.added("")
 
     @property
     def title(self) -> str:
