@@ -19,6 +19,9 @@ __all__ = ["Network", "load", "predict", "prepare"]
 Network = Callable[[np.ndarray], np.ndarray]
 """Images float32 (B, 3, size, size) to logits (B, classes)."""
 
+_LONGEST = 16
+"""Of images longer than this many times their shorter side only the middle is looked at; the crop takes no more."""
+
 
 def load(path: str | Path) -> tuple[Network, Card]:
     """The network in a file of `afds export`, .onnx or .safetensors.
@@ -71,6 +74,11 @@ def prepare(path: str | Path, card: Card) -> np.ndarray:
     except CorruptImageError as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise AFDSError(f"{path} is no image that can be read ({reason}); give a PNG, JPEG or the like") from None
+    longest = _LONGEST * min(image.size)
+    if max(image.size) > longest:  # enlarged as a whole, a line of one pixel would fill the memory
+        width, height = (min(side, longest) for side in image.size)
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        image = image.crop((left, top, left + width, top + height))
     pixels = resized_to(image, card.size, shorter=card.resize).astype(np.float32) / 255
     mean, std = (np.asarray(values, dtype=np.float32) for values in (card.mean, card.std))
     return np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1))
