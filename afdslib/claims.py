@@ -33,7 +33,7 @@ from afdslib.summary import Table, Text
 
 __all__ = [
     "INCONCLUSIVE", "NOT_REPLICATED", "REPLICATED", "UNTESTED", "VERDICTS", "Claim", "Found", "claims", "judge",
-    "matters", "of_interval", "of_times", "rules_table", "verdict_table", "verdicts_text",
+    "matters", "of_interval", "of_times", "rules_text", "verdict_table", "verdicts_text",
 ]  # fmt: skip
 
 REPLICATED, NOT_REPLICATED, INCONCLUSIVE, UNTESTED = "[Re]", "[¬Re]", "[inconclusive]", "[?]"
@@ -444,18 +444,23 @@ def weights_matter(files: Sequence[str], pair: tuple[str, str], *, method: str =
 # ---------------------------------------------------------------------------------------------------------- the claims
 
 
+RULES = """
+- **The sign of** a difference: [Re] if its 95 % interval lies above 0; [¬Re] if it lies below; [inconclusive] if it
+  holds 0, or with fewer seeds than the rule names.
+- **The size of** a difference: [Re] if its 95 % interval lies above 0 and reaches the claimed size; [¬Re] if it ends
+  below that size; [inconclusive] if it holds both 0 and the size, or with fewer seeds.
+- **Every rule**: [?] if no committed result file has the network and the data that the claim names. Differences are
+  paired by seed. The *rival* is the competitor that is best at 10x on validation images; pairs that hold a part of AFDS
+  are no competitors. Of two committed budgets the larger one that has the rows counts.
+"""
+
+
 def _sign(what: str, seeds: int) -> str:
-    return (
-        f"[Re] if the 95 % interval of {what} lies above 0, [¬Re] if it lies below; [inconclusive] if it holds 0 "
-        f"or there are fewer than {seeds} seeds."
-    )
+    return f"The sign of {what}; at least {seeds} seeds."
 
 
 def _size(what: str, margin: float, seeds: int) -> str:
-    return (
-        f"[Re] if the 95 % interval of {what} lies above 0 and reaches {margin:g} points; [¬Re] if it ends below "
-        f"{margin:g} points; [inconclusive] if it reaches them and holds 0, or with fewer than {seeds} seeds."
-    )
+    return f"The size of {what}, {margin:g} points; at least {seeds} seeds."
 
 
 def claims() -> list[Claim]:
@@ -532,7 +537,7 @@ def claims() -> list[Claim]:
         ),
         (
             "AT converges faster", "A student with AT converges faster.", "[AT's paper]; measure [ours]",
-            _sign("alone minus AT, steps until 90 % of the plain student's final accuracy on training images,",
+            _sign("alone minus AT, steps until 90 % of the plain student's final accuracy on training images",
                   STUDENT_SEEDS) + " Steps are linear between logged rows; who never gets there counts the last one.",
             partial(converges_faster, attention, wrn),
         ),
@@ -580,10 +585,10 @@ def judge(made: Sequence[Claim] | None = None) -> dict[int, Found]:
 # ----------------------------------------------------------------------------------------------------------- rendering
 
 
-def rules_table() -> Table:
-    """Claims, who makes them, and the rules: to be shown before any number."""
-    rows = [(c.number, f"**{c.title}**. {c.text}", c.source, c.rule) for c in claims()]
-    return Table(["no.", "claim", "source", "rule"], rows, numbers=False)
+def rules_text() -> Text:
+    """The rules, then the claims with who makes them and the rule of each: to be shown before any number."""
+    lines = [f"{c.number}. **{c.title}** {c.source}: {c.text} *Rule:* {c.rule}" for c in claims()]
+    return Text(f"{RULES.strip()}\n\n" + "\n".join(lines))
 
 
 def verdict_table() -> Table:

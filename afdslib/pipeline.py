@@ -34,6 +34,7 @@ from typing import Any, TextIO
 from . import paths
 from ._atomic import atomic_path, write_json, write_text
 from .errors import AFDSError
+from .stylesheet import styled
 
 __all__ = ["Stage", "convert", "execute", "notebooks", "parameters_of", "plan", "render"]
 
@@ -481,7 +482,7 @@ def render(profile: str, *, folder: str | Path | None = None) -> Path:
     html, _ = exporter.from_notebook_node(node, resources={"metadata": {"name": f"AFDS report: {profile}"}})
     report = paths.figures(profile) / "report.html"
     with atomic_path(report) as part:
-        part.write_text(html, encoding="utf-8")
+        part.write_text(styled(html), encoding="utf-8")
     return report
 
 
