@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help report test notebooks lab lint lock clean
+.PHONY: help report test notebooks lab lint api lock clean
 
 PYTHON ?= $(shell for p in python3.11 python3 python; do \
 	$$p -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -36,6 +36,9 @@ lab: $(STAMP)  ## open the notebooks in JupyterLab
 lint: $(STAMP)  ## ruff (also notebooks) and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+
+api: $(STAMP)  ## write docs/api.md from the docstrings
+	@$(BIN)/python .ci/api.py
 
 lock:  ## resolve requirements.lock and environment.yml anew from pyproject.toml
 	@rm -rf build/uv

@@ -135,7 +135,7 @@ def percent(axis: Any) -> None:
 
 def times(budget: float) -> str:
     """A budget as the reduction it stands for: 0.1 is "10x"."""
-    return f"{1 / budget:g}x"
+    return f"{1 / budget:.3g}x"
 
 
 def note(ax: Axes, text: str) -> None:
