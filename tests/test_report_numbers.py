@@ -26,7 +26,7 @@ RESULT = re.compile(rf"(?<![\w.])[-+−±]?\d+(?:[.,]\d+)?\s*{UNIT}|(?<![\w.])[-
 
 
 def results(text: str) -> list[str]:
-    """What looks like a result in Markdown: numbers with a unit, or with two and more decimals; not in code, formulas, links."""
+    """What looks like a result in Markdown: numbers with a unit or several decimals; not in code, formulas, links."""
     text = re.sub(r"arXiv[: ]\d{4}\.\d{5}", " ", text)
     text = re.sub(r"```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$]*\$|\]\([^)]*\)", " ", text, flags=re.S)
     return [" ".join(found.split()) for found in RESULT.findall(text)]
