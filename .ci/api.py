@@ -64,7 +64,7 @@ def signature(name: str, value: Any) -> str:
     result = inspect.Signature.empty if inspect.isclass(value) else _plain(found.return_annotation)
     text = f"{name}{found.replace(parameters=inputs, return_annotation=result)}"
     # Functions as defaults by their names, without addresses; lambdas and factories as dots.
-    text = re.sub(r"<(?:built-in )?function (\S+?)(?: at 0x[0-9a-f]+)?>", r"\1", text)
+    text = re.sub(r"<(?:built-in )?function (<lambda>|[\w.]+)(?: at 0x[0-9a-f]+)?>", r"\1", text)
     return text.replace("<lambda>", "...").replace("<factory>", "...")
 
 

@@ -1,0 +1,84 @@
+"""The example of the README runs as it is printed, with a small network, a small tree and few steps put in."""
+
+import ast
+import contextlib
+import re
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from afdslib import afs, macs, training
+from afdslib.predict import predict
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def example() -> str:
+    """The Python block of the section on the library."""
+    section = README.split("\n## The library\n")[1].split("\n## ")[0]
+    (block,) = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    return block
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """The names of the example after it has run, and its folder."""
+    folder = tmp_path_factory.mktemp("readme")
+    tiny.tree(folder / "tree")
+    torch.save(tiny.network(classes=7, stem="cifar").state_dict(), folder / "weights.pth")
+    stand_ins = {
+        '"path/to/imagefolder", size=224': f'"{folder / "tree"}", size={tiny.SIZE}',
+        '"resnet50"': '"resnet14"',
+        'weights="imagenet"': f'weights="{folder / "weights.pth"}", stem="cifar", width={tiny.WIDTH}',
+        "(3, 224, 224)": f"(3, {tiny.SIZE}, {tiny.SIZE})",
+        "count=3000": "count=6",
+        "step == 1500": "step == 3",
+    }
+    code = example()
+    for printed, stand_in in stand_ins.items():
+        assert code.count(printed) == 1, printed
+        code = code.replace(printed, stand_in)
+    names: dict = {}
+    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
+        patch.setenv("AFDS_HOME", str(folder))
+        exec(compile(code, "README.md", "exec"), names)
+    return names, folder
+
+
+def test_it_has_ten_lines_beside_the_imports():
+    lines = [line for line in example().splitlines() if line.strip() and not line.startswith(("import ", "from "))]
+    assert len(lines) == 10 and max(map(len, lines)) <= 120
+
+
+def test_every_import_is_used():
+    tree = ast.parse(example())
+    imported = {a.name for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom)) for a in node.names}
+    assert imported - {"afdslib"} <= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+
+
+def test_the_network_meets_the_budget_and_was_trained(ran):
+    names, _ = ran
+    assert names["step"] == 5
+    model, splits = names["model"], names["splits"]
+    measured = training.evaluate(model, splits.statistics, count_macs=True).macs.total
+    share = measured / macs.count(model, (3, tiny.SIZE, tiny.SIZE)).total
+    # It was met at the third step; the gates have moved since.
+    assert 0.05 < share < 0.25
+    assert any(bool((layer.m == 0).any()) for layer in afs.layers(model).values())
+    first = tiny.network(classes=7, stem="cifar").conv1.weight
+    assert not torch.equal(next(iter(afs.layers(model).values())).conv.weight.abs(), first.abs())
+
+
+def test_the_file_is_used_as_the_readme_says(ran):
+    _, folder = ran
+    assert "afds predict --model small.onnx " in README
+    ((_, classes),) = predict([folder / "tree" / "test" / "red" / "0.png"], folder / "small.onnx")
+    assert sorted(name for name, _ in classes) == sorted(tiny.CLASSES)
+
+
+def test_links_lead_to_files():
+    links = [link for link in re.findall(r"\]\(([^)#]+)", README) if "://" not in link]
+    assert len(links) >= 3
+    assert not [link for link in links if not (Path(__file__).parents[1] / link).exists()]
