@@ -477,6 +477,8 @@ def render(profile: str, *, folder: str | Path | None = None) -> Path:
     for cell in node.cells:
         if cell.cell_type == "markdown":
             cell.source = _embed_images(cell.source, last.parent)
+        elif cell.cell_type == "code":  # without the progress of a training, which is in the log
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     exporter = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True)
     exporter.mathjax_url = exporter.require_js_url = exporter.jquery_url = ""  # the page needs nothing from elsewhere
     html, _ = exporter.from_notebook_node(node, resources={"metadata": {"name": f"AFDS report: {profile}"}})
