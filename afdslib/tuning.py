@@ -218,9 +218,10 @@ def _settings(space: Sequence[Axis], study: Any, number: int) -> dict[str, Value
 
 
 def _tell(study: Any, number: int, outcome: Outcome) -> None:
-    from optuna.trial import TrialState
+    import optuna
 
-    if outcome.value is None:
-        study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
-    else:  # another worker may have been told the same
-        study.tell(number, outcome.value, skip_if_finished=True)
+    state = optuna.trial.TrialState.FAIL if outcome.value is None else None
+    try:
+        study.tell(number, outcome.value, state=state, skip_if_finished=True)
+    except optuna.exceptions.UpdateFinishedTrialError:
+        pass  # another worker was told the same between optuna's look and its writing

@@ -215,6 +215,7 @@ def test_workers_share_trials_and_one_that_is_killed_loses_no_result(tmp_path):
     killed.wait()
     others = [start(), start()]
     lines = [process.communicate(timeout=120) for process in others]
+    assert [process.returncode for process in others] == [0, 0], lines
     numbers = [[line for line in out.splitlines() if not line.startswith("step")][-1] for out, _ in lines]
     assert numbers[0] == numbers[1] and len(numbers[0].split()) == 5, lines
     started = (tmp_path / "executions.txt").read_text().count("started")

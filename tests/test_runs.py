@@ -467,7 +467,7 @@ def test_published_result_is_found_without_a_store(store, monkeypatch):
     file = runs.publish(first, "tiny")
     record = json.loads(file.read_text())
     assert file == paths.results("tiny") / "runs" / f"{first.id}.json"
-    assert set(record) == {"id", "kind", "version", "config", "metrics", "environment"}
+    assert set(record) == {"id", "kind", "version", "config", "metrics", "environment", "times"}
     assert "folder" not in record["config"] and str(store.parent) not in file.read_text()
     monkeypatch.setattr(ToyTrain, "execute", unexpected)
     found = runs.get_or_run(ToyTrain(), store=store / "empty")
