@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from afdslib import afs, backbones, data, macs, runs, training
@@ -35,7 +35,17 @@ from afdslib.selection.criteria import CRITERIA, NORMALISATIONS
 from afdslib.selection.fbs import gates_alone
 from afdslib.selection.narrow import network_macs
 from afdslib.selection.penalties import Distil, GateL1, ScaleL1
-from afdslib.stages import MODEL, OBJECTIVE, DataSource, Network, _cost, _gate_summary, _scores, _training_macs
+from afdslib.stages import (
+    MODEL,
+    OBJECTIVE,
+    DataSource,
+    Network,
+    _gate_metrics,
+    _input_size,
+    _measure,
+    _save,
+    _training_macs,
+)
 from afdslib.training import Optimisation
 from afdslib.weighing import weights_for
 
@@ -108,41 +118,9 @@ class _Point:
         if self.regulariser.name != "afd" or self.regulariser.attention != "detached":
             return 0
         if run.load_checkpoint() is None:
-            stream = training.batches_from(splits.train, settings.batch_size, self.seed, 0)
-            batches = (batch for _, (_, batch) in zip(range(settings.steps), stream, strict=False))
+            batches = training.first_batches(splits.train, settings.batch_size, self.seed, settings.steps)
             objective.prepare(batches, len(splits.classes))
         return settings.steps
-
-    def measure(
-        self, model: nn.Module, splits: Splits, settings: Optimisation, dense: float, budget: float, images: int
-    ) -> dict[str, Any]:
-        """Accuracies and MACs as `TransferRun` reports them."""
-        precision, size = settings.precision, _size(splits)
-        fitted = training.evaluate(
-            model, training.first(splits.statistics, images), precision=precision, count_macs=True
-        )
-        metrics: dict[str, Any] = {
-            "budget": budget,
-            "dense_macs": dense,
-            "train_macs": _cost(fitted).total / dense,
-            "parameters": macs.parameters(model, size),
-            **_scores("train", fitted),
-            **training.monitor_gates(model, splits.statistics),
-        }
-        if splits.validation is not None:
-            metrics |= _scores("validation", training.evaluate(model, splits.validation, precision=precision))
-        if self.use_test:
-            test = training.evaluate(model, splits.test, precision=precision, count_macs=True)
-            metrics |= _scores("test", test) | {
-                "macs": _cost(test).total / dense,
-                "macs_predictors": _cost(test).predictors / dense,
-                "confusion": test.confusion,
-            }
-        return metrics
-
-
-def _size(splits: Splits) -> tuple[int, int, int]:
-    return 3, splits.test.size, splits.test.size
 
 
 def _plain(config: ExtendedSourceRun, run: runs.Run) -> nn.Module:
@@ -151,12 +129,6 @@ def _plain(config: ExtendedSourceRun, run: runs.Run) -> nn.Module:
 
 def _architecture(model: nn.Module) -> dict[str, Any]:
     return getattr(model, "architecture")  # noqa: B009 (torch's annotation of attributes is tensor or module)
-
-
-def _save(run: runs.Run, model: nn.Module, objective: Objective) -> None:
-    state = {name: tensor.cpu().contiguous() for name, tensor in objective.state_dict().items()}
-    run.write_artifact(OBJECTIVE, lambda path: save_file(state, path))
-    run.write_artifact(MODEL, lambda path: afs.save(model, path))
 
 
 def _forwards(regulariser: Regulariser) -> float:
@@ -212,7 +184,7 @@ class DenseRun(_Point):
     @_diverges
     def execute(self, run: runs.Run) -> dict[str, Any]:
         splits, settings = self.splits(), self.optimisation
-        size, source = _size(splits), _plain(self.source, run)
+        size, source = _input_size(splits), _plain(self.source, run)
         model = _with_classifier(_plain(self.source, run), splits, self.seed)
         torch.manual_seed(self.seed)  # of the attention's weights
         objective = self.objective(run, model, source, settings, size, penalties=self.penalties)
@@ -224,7 +196,9 @@ class DenseRun(_Point):
             model, splits.train, objective, settings, run, seed=self.seed,
             label=f"{self.regulariser.name} seed {self.seed} dense",
         )  # fmt: skip
-        metrics = self.measure(model, splits, settings, dense, 1.0, self.macs_images)
+        metrics = _measure(
+            model, splits, settings, dense, 1.0, images=self.macs_images, use_test=self.use_test
+        )
         _save(run, model, objective)
         channels = sum(group.width for group in groups(model, size))
         return metrics | {
@@ -315,7 +289,7 @@ class PrunedRun(_Point):
     @_diverges
     def execute(self, run: runs.Run) -> dict[str, Any]:
         splits, settings, budget = self.splits(), self.tuning, self.budgets[-1]
-        size, source = _size(splits), _plain(self.source, run)
+        size, source = _input_size(splits), _plain(self.source, run)
         before = runs.get_or_run(self.parent, store=run.store, needs=(MODEL, OBJECTIVE))
         dense = float(before.metrics["dense_macs"])
         larger = afs.load(before.artifact(MODEL))
@@ -337,7 +311,9 @@ class PrunedRun(_Point):
             model, splits.train, objective, settings, run, seed=self.seed,
             label=f"{self.regulariser.name} {self.selection.name} seed {self.seed} at {self.times}",
         )  # fmt: skip
-        metrics = self.measure(model, splits, settings, dense, budget, self.dense.macs_images)
+        metrics = _measure(
+            model, splits, settings, dense, budget, images=self.dense.macs_images, use_test=self.use_test
+        )
         _save(run, model, objective)
         here = sum(len(positions) for positions in kept.values())
         widths = {group.name: group.width for group in groups(source, size)}
@@ -417,7 +393,7 @@ class FBSGatesRun(_Point):
     @_diverges
     def execute(self, run: runs.Run) -> dict[str, Any]:
         splits, settings = data.sealed(self.splits()), self.optimisation
-        size, source = _size(splits), _plain(self.source, run)
+        size, source = _input_size(splits), _plain(self.source, run)
         model = _with_classifier(boosted(source, bias=self.gate_bias), splits, self.seed)
         torch.manual_seed(self.seed)
         objective = self.objective(run, model, self._reference(source), settings, size, penalties=self.penalties)
@@ -504,7 +480,7 @@ class FBSRun(_Point):
     def execute(self, run: runs.Run) -> dict[str, Any]:
         splits, budget = self.splits(), self.budgets[-1]
         settings = self.optimisation if budget == 1 else self.tuning
-        size, source = _size(splits), _plain(self.source, run)
+        size, source = _input_size(splits), _plain(self.source, run)
         before = runs.get_or_run(self.parent, store=run.store, needs=(MODEL, OBJECTIVE))
         model = afs.load(before.artifact(MODEL))
         torch.manual_seed(self.seed)
@@ -538,12 +514,10 @@ class FBSRun(_Point):
         )  # fmt: skip
         if budget < 1:
             lower(ROOM * budget)()
-        metrics = self.measure(model, splits, settings, dense, budget, self.macs_images)
-        with training.autocast(next(model.parameters()).device, settings.precision):
-            statistics = afs.collect_statistics(model, data.loader(splits.statistics, 128))
-        metrics["layers"] = _gate_summary(model, statistics)
-        for kind in ("removed", "static", "dynamic"):
-            metrics[kind] = sum(layer[kind] for layer in metrics["layers"].values())
+        metrics = _measure(
+            model, splits, settings, dense, budget, images=self.macs_images, use_test=self.use_test
+        )
+        metrics |= _gate_metrics(model, splits, settings)
         _save(run, model, objective)
         return metrics | {
             "density": next(iter(afs.layers(model).values())).density,
@@ -614,7 +588,7 @@ class NarrowRun(_Point):
     @_diverges
     def execute(self, run: runs.Run) -> dict[str, Any]:
         splits, settings = self.splits(), self.optimisation
-        size, source = _size(splits), _plain(self.source, run)
+        size, source = _input_size(splits), _plain(self.source, run)
         model = _with_classifier(_plain(self.source, run), splits, self.seed)
         dense = network_macs(self.full.name, self.full.stem, self.full.width, len(splits.classes), size)
         penalties: list[Penalty] = []
@@ -630,7 +604,9 @@ class NarrowRun(_Point):
             model, splits.train, objective, settings, run, seed=self.seed,
             label=f"{self.regulariser.name} narrow seed {self.seed} at {self.times}",
         )  # fmt: skip
-        metrics = self.measure(model, splits, settings, dense, self.budget, self.macs_images)
+        metrics = _measure(
+            model, splits, settings, dense, self.budget, images=self.macs_images, use_test=self.use_test
+        )
         _save(run, model, objective)
         channels = sum(group.width for group in groups(model, size))
         own = macs.count(model, size).total

@@ -184,6 +184,56 @@ def _gate_summary(model: nn.Module, statistics: Mapping[str, afs.LayerStatistics
     return summary
 
 
+def _gate_metrics(model: nn.Module, splits: Splits, settings: Optimisation) -> dict[str, Any]:
+    """The gates of every layer over the training images, and the sums of their states."""
+    with training.autocast(next(model.parameters()).device, settings.precision):
+        statistics = afs.collect_statistics(model, data.loader(splits.statistics, 128))
+    layers = _gate_summary(model, statistics)
+    return {"layers": layers} | {
+        kind: sum(layer[kind] for layer in layers.values()) for kind in ("removed", "static", "dynamic")
+    }
+
+
+def _measure(
+    model: nn.Module,
+    splits: Splits,
+    settings: Optimisation,
+    dense: float,
+    budget: float,
+    *,
+    images: int,
+    use_test: bool,
+) -> dict[str, Any]:
+    """Accuracies and MACs of one point: the same for AFS and for every competitor."""
+    precision = settings.precision
+    fitted = training.evaluate(model, training.first(splits.statistics, images), precision=precision, count_macs=True)
+    metrics: dict[str, Any] = {
+        "budget": budget,
+        "dense_macs": dense,
+        "train_macs": _cost(fitted).total / dense,
+        "parameters": macs.parameters(model, _input_size(splits)),
+        **_scores("train", fitted),
+        **training.monitor_gates(model, splits.statistics),
+    }
+    if splits.validation is not None:
+        metrics |= _scores("validation", training.evaluate(model, splits.validation, precision=precision))
+    if use_test:
+        test = training.evaluate(model, splits.test, precision=precision, count_macs=True)
+        metrics |= _scores("test", test) | {
+            "macs": _cost(test).total / dense,
+            "macs_predictors": _cost(test).predictors / dense,
+            "confusion": test.confusion,
+        }
+    return metrics
+
+
+def _save(run: runs.Run, model: nn.Module, objective: Objective) -> None:
+    """The network and what its objective has learned."""
+    state = {name: tensor.cpu().contiguous() for name, tensor in objective.state_dict().items()}
+    run.write_artifact(OBJECTIVE, lambda path: save_file(state, path))
+    run.write_artifact(MODEL, lambda path: afs.save(model, path))
+
+
 @runs.register
 @dataclass(frozen=True)
 class AFSSourceRun:
@@ -405,13 +455,12 @@ class TransferRun:
                     multiple=self.multiple, stream=self.stream,
                 )  # fmt: skip
             objective.masks_changed(model)
-        metrics = self._measure(model, splits, settings, dense)
+        metrics = _measure(model, splits, settings, dense, budget, images=self.macs_images, use_test=self.use_test)
+        metrics |= _gate_metrics(model, splits, settings)
         metrics["density"] = next(iter(afs.layers(model).values())).density  # which settling may have raised
         metrics["training_macs"] = _training_macs(model, size, settings, 0 if objective.teacher is None else 1)
         metrics["steps"] = settings.steps + attention_steps
-        state = {name: tensor.cpu() for name, tensor in objective.state_dict().items()}
-        run.write_artifact(OBJECTIVE, lambda path: save_file(state, path))
-        run.write_artifact(MODEL, lambda path: afs.save(model, path))
+        _save(run, model, objective)
         return metrics
 
     def _objective(self, model: nn.Module, source: nn.Module, size: tuple[int, int, int], run: runs.Run) -> Objective:
@@ -425,33 +474,3 @@ class TransferRun:
         o = self.optimisation
         batches = training.first_batches(splits.train, o.batch_size, self.seed, o.steps)
         objective.prepare(batches, len(splits.classes))
-
-    def _measure(self, model: nn.Module, splits: Splits, settings: Optimisation, dense: float) -> dict[str, Any]:
-        where, precision = next(model.parameters()).device, settings.precision
-        with training.autocast(where, precision):
-            statistics = afs.collect_statistics(model, data.loader(splits.statistics, 128))
-        fitted = training.evaluate(
-            model, training.first(splits.statistics, self.macs_images), precision=precision, count_macs=True
-        )
-        metrics: dict[str, Any] = {
-            "budget": self.budgets[-1],
-            "density": self.density,
-            "dense_macs": dense,
-            "train_macs": _cost(fitted).total / dense,
-            "parameters": macs.parameters(model, _input_size(splits)),
-            **_scores("train", fitted),
-            **training.monitor_gates(model, splits.statistics),
-        }
-        if splits.validation is not None:
-            metrics |= _scores("validation", training.evaluate(model, splits.validation, precision=precision))
-        if self.use_test:
-            test = training.evaluate(model, splits.test, precision=precision, count_macs=True)
-            metrics |= _scores("test", test) | {
-                "macs": _cost(test).total / dense,
-                "macs_predictors": _cost(test).predictors / dense,
-                "confusion": test.confusion,
-            }
-        metrics["layers"] = _gate_summary(model, statistics)
-        for kind in ("removed", "static", "dynamic"):
-            metrics[kind] = sum(layer[kind] for layer in metrics["layers"].values())
-        return metrics

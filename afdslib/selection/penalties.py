@@ -11,19 +11,16 @@ from torch import Tensor, nn
 from afdslib.afs.layer import AFSConvBN
 from afdslib.features import Teacher
 from afdslib.losses.kd import soft_kl_loss
+from afdslib.objectives import Penalty
 
 __all__ = ["Distil", "GateL1", "ScaleL1"]
 
 
-class ScaleL1:
+class ScaleL1(Penalty):
     """Network slimming's term: strength times the sum of |gamma| over all batch norms. 1708.06519."""
 
     def __init__(self, strength: float):
         self.strength = strength
-
-    @contextmanager
-    def watch(self, model: nn.Module) -> Iterator[None]:
-        yield
 
     def add(
         self, loss: Tensor, model: nn.Module, images: Tensor, logits: Tensor, labels: Tensor
@@ -33,7 +30,7 @@ class ScaleL1:
         return loss + term, {"slimming": term}
 
 
-class GateL1:
+class GateL1(Penalty):
     """FBS's optional term: strength times the sum over layers and channels of h, mean over the batch. 1810.05331."""
 
     def __init__(self, strength: float):
@@ -65,15 +62,11 @@ class GateL1:
         return loss + term, {"gate_l1": term}
 
 
-class Distil:
+class Distil(Penalty):
     """Knowledge distillation: alpha T^2 KL + (1 - alpha) CE, beside whatever regulariser there is. 1503.02531."""
 
     def __init__(self, teacher: Teacher, *, T: float, alpha: float):
         self.teacher, self.T, self.alpha = teacher, T, alpha
-
-    @contextmanager
-    def watch(self, model: nn.Module) -> Iterator[None]:
-        yield
 
     def add(
         self, loss: Tensor, model: nn.Module, images: Tensor, logits: Tensor, labels: Tensor
