@@ -287,6 +287,7 @@ def about_data(splits: Splits | None, source: Splits | None = None) -> str:
     lines = [
         f"{splits.name}:",
         data.describe(splits).to_string(index=False),
+        "detail: mean difference of neighbouring pixels, grey levels; it shows splits scaled down by different filters",
         f"size of an image: {splits.train.size} x {splits.train.size} pixels",
         f"note: {splits.note or 'none'}",
         f"largest class / smallest class of the fitting images: {data.imbalance(splits.train)['ratio']:.2f}",

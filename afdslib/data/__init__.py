@@ -4,7 +4,7 @@ from afdslib.data.catalogue import NAMES, target_40
 from afdslib.data.datasets import ArrayImages, FileImages, ImageDataset, collate, loader
 from afdslib.data.images import MEAN, STD, CorruptImageError
 from afdslib.data.load import Splits, load, look
-from afdslib.data.report import describe, imbalance, prepare
+from afdslib.data.report import describe, detail, imbalance, prepare
 from afdslib.data.sealed import Sealed, sealed
 from afdslib.data.sources import FILES, Remote
 
@@ -22,6 +22,7 @@ __all__ = [
     "Splits",
     "collate",
     "describe",
+    "detail",
     "imbalance",
     "load",
     "loader",

@@ -224,6 +224,17 @@ def test_imbalance_is_reported(home, make):
     assert table["ratio"].tolist() == [3, 3, 2]
 
 
+def test_detail_tells_a_split_that_was_scaled_by_another_filter(home, make):
+    def split(pixels):
+        return data.ArrayImages(pixels, np.arange(len(pixels)), np.zeros(len(pixels)), ["a"], augment=False)
+
+    flat, stripes = np.zeros((2, 8, 8, 3), np.uint8), np.zeros((3, 8, 8, 3), np.uint8)
+    stripes[:, :, ::2] = 100  # every pair of neighbours along x differs by 100, none along y
+    assert data.detail(split(flat)) == 0 and data.detail(split(stripes)) == 50
+    table = data.describe(data.load("digits-5-9", per_class=12))
+    assert (table["detail"] > 1).all()
+
+
 def test_describe_shows_that_no_validation_image_is_left(home, make):
     splits = data.load(make.tree("t", {"train": {"a": 5, "b": 5}, "test": {"a": 1, "b": 1}}), size=16, per_class=5)
     assert splits.validation is None
