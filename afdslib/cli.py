@@ -208,12 +208,20 @@ def compare(
 
 
 @app.command()
-def publish(profile: ProfileName, budget: Budget = None, data_dir: DataDir = None) -> None:
+def publish(
+    profile: ProfileName,
+    budget: Budget = None,
+    data_dir: DataDir = None,
+    sources: Annotated[bool, typer.Option("--sources", help="Of an unfinished study: its source networks.")] = False,
+) -> None:
     """Write what is committed of a finished study: a results page, and networks with a model card in data/weights/."""
     chosen = _profile(profile, budget, data_dir)
     from . import study
 
     done = study.Study(chosen)
+    if sources:
+        typer.echo(f"source networks and model card written to {done.publish_networks(())}")
+        return
     typer.echo(f"networks and model card written to {done.publish_networks()}")
     typer.echo(f"results page written to {done.publish_page()}")
 

@@ -291,14 +291,19 @@ class Study:
         """Copies the sources and some points' networks to data/weights/<run id>.safetensors, with a model card.
 
         Args:
-            points: (method, seed, budget) of the networks to keep, of the primary target.
+            points: (method, seed, budget) of the networks to keep, of the primary target. With none, the card is of the
+                source networks alone, as far as they are trained.
 
         Raises:
             AFDSError: for the demo, whose networks are never committed, or one that is not in the store.
         """
         if not self.profile.committed:
             raise AFDSError(f"networks of the profile {self.profile.name} are never committed")
-        kept = [("source", self.source()), ("AFS source", self.afs_source())]
+        points = list(points)
+        sources = (("source", self.source_run), ("AFS source", self.afs_source_run))
+        kept = [(n, self._publish(runs.get_or_run(c))) for n, c in sources if points or runs.lookup(c)]
+        if not kept:
+            raise AFDSError("no source network of this study is trained yet; `afds train` does that")
         primary = next(iter(self.targets))
         kept += [(f"{primary}, {m}, seed {s}, {1 / b:g}x", self.point(m, s, b)) for m, s, b in points]
         folder = paths.weights()

@@ -97,9 +97,15 @@ def test_a_later_point_starts_from_the_point_before(profile):
 def test_results_and_networks_of_a_real_study_can_be_committed_and_are_found_again(profile, home):
     fixed = (Candidates(Regulariser("l2", 1e-4), (1e-4,)), profile.candidates[1])
     real = replace(profile, name="imagenet32", committed=True, seeds=(0,), candidates=fixed)
+    card = home / "data" / "weights" / "imagenet32-quick.md"
+    with pytest.raises(AFDSError, match="no source network of this study is trained yet"):
+        Study(real, workers=1).publish_networks(())
+    Study(real, workers=1).source()
+    Study(real, workers=1).publish_networks(())
+    assert card.read_text().count("| `") == 1 and len(list(card.parent.glob("*.safetensors"))) == 1
     table = Study(real, workers=1).sweep()
     Study(real, workers=1).publish_networks([("afd", 0, 0.5)])
-    assert (home / "data" / "weights" / "imagenet32-quick.md").read_text().count("| `") == 3
+    assert card.read_text().count("| `") == 3
     page = Study(real, workers=1).publish_page().read_text()
     assert f"{100 * table.test_accuracy[table.budget == 0.5].iloc[0]:.1f}" in page and "| 2x |" in page
     (home / "runs").rename(home / "elsewhere")  # another machine, with the committed files only
