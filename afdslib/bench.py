@@ -36,8 +36,8 @@ from afdslib.errors import AFDSError
 from afdslib.speed import read_masks
 
 __all__ = [
-    "CASES", "Row", "Settings", "cut", "environment", "interleave", "jaccard", "photographs", "random_gates", "run",
-    "table", "to_csv",
+    "CASES", "Row", "Settings", "compare", "cut", "environment", "interleave", "jaccard", "on_threads", "photographs",
+    "random_gates", "run", "table", "to_csv",
 ]  # fmt: skip
 
 RUNTIMES = ("eager", "compiled", "onnxruntime")
@@ -194,7 +194,8 @@ def _rows(
 
 
 @contextmanager
-def _threads(number: int) -> Iterator[None]:
+def on_threads(number: int) -> Iterator[None]:
+    """Sets torch's number of threads for a while."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -403,14 +404,22 @@ def _session(model: nn.Module, example: Tensor, threads: int, folder: str) -> Ca
     return lambda images: session.run(None, {name: images.numpy()})
 
 
-def _compare(
+def compare(
     models: Mapping[str, nn.Module | Callable[[str], nn.Module]],
     settings: Settings,
     row: Row,
     extra: Mapping[str, Mapping[str, Any]],
     images: Tensor,
 ) -> list[Row]:
-    """Times networks in one runtime, a different batch each repeat; those that it refuses become rows with a note."""
+    """Times networks in one runtime, a different batch each repeat; those that it refuses become rows with a note.
+
+    Args:
+        models: by variant, in eval mode.
+        settings: threads, repeats and warm-up.
+        row: what the rows share: case, network, runtime, batch and the baseline's name.
+        extra: further columns by variant.
+        images: (N, 3, H, W), N at least the batch.
+    """
     batch = row.batch
     calls: dict[str, Callable[[int], object]] = {}
     refused = []
@@ -494,7 +503,7 @@ def _networks(settings: Settings) -> Iterator[Row]:
         for batch in settings.batches:
             images = _images(settings, batch)
             for runtime in settings.runtimes:
-                yield from _compare(models, settings, Row("networks", name, runtime, batch, "", "dense"), extra, images)
+                yield from compare(models, settings, Row("networks", name, runtime, batch, "", "dense"), extra, images)
 
 
 def _rebuilt(architecture: Mapping[str, Any]) -> nn.Module:
@@ -535,7 +544,7 @@ def _dynamic(settings: Settings) -> Iterator[Row]:
                     "masked": {"macs": dense, "reduction": 1.0},
                     "dynamic": {"macs": count.total, "reduction": dense / count.total, "note": note},
                 }
-                yield from _compare(models, settings, Row("dynamic", name, runtime, batch, "", "dense"), extra, images)
+                yield from compare(models, settings, Row("dynamic", name, runtime, batch, "", "dense"), extra, images)
 
 
 def _gates(settings: Settings) -> Iterator[Row]:
@@ -553,7 +562,7 @@ def _gates(settings: Settings) -> Iterator[Row]:
             }
             for runtime in settings.runtimes:
                 row = Row("gates", name, runtime, batch, "", "plain")
-                yield from _compare(models, settings, row, extra, images)
+                yield from compare(models, settings, row, extra, images)
 
 
 def _step(model: nn.Module, source: nn.Module | None, size: int) -> Callable[[Tensor, Tensor], None]:
@@ -767,7 +776,7 @@ def run(cases: Sequence[str], settings: Settings, *, echo: Callable[[str], objec
         if name not in CASES:
             raise AFDSError(f"unknown case {name!r}; known are {', '.join(CASES)}")
     found = []
-    with _threads(settings.threads):
+    with on_threads(settings.threads):
         for name in cases:
             for row in CASES[name](settings):
                 found.append(row)

@@ -41,7 +41,7 @@ def test_each_repeat_sees_another_batch() -> None:
 
     images = bench.photographs(8, 8, 0)
     row = bench.Row("case", "net", "eager", 2, "", "look")
-    bench._compare({"look": Look()}, bench.Settings(repeats=3, warmup=0), row, {}, images)
+    bench.compare({"look": Look()}, bench.Settings(repeats=3, warmup=0), row, {}, images)
     assert len(set(seen[1:])) == 3
 
 
@@ -51,7 +51,7 @@ def test_what_a_runtime_refuses_is_a_row_with_the_reason() -> None:
             raise RuntimeError("no such kernel")
 
     row = bench.Row("case", "net", "eager", 1, "", "dense")
-    found = bench._compare({"dense": torch.nn.Identity(), "broken": Broken()}, QUICK, row, {}, torch.zeros(8, 3, 4, 4))
+    found = bench.compare({"dense": torch.nn.Identity(), "broken": Broken()}, QUICK, row, {}, torch.zeros(8, 3, 4, 4))
     assert [r.variant for r in found] == ["dense", "broken"]
     assert "no such kernel" in found[1].note and found[1].speedup is None
 

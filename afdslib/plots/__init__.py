@@ -4,6 +4,7 @@ from afdslib.plots.attention import attention, attention_entropy
 from afdslib.plots.curves import learning_curves, trials
 from afdslib.plots.diagram import diagram
 from afdslib.plots.gates import channel_states, gates_heatmap, gates_histogram
+from afdslib.plots.latency import latency
 from afdslib.plots.samples import augmentations, samples
 from afdslib.plots.style import METHODS, STYLE, Gallery, Look, Picture, look, save, sentence, stored
 from afdslib.plots.sweep import accuracy_macs, confusion, density_and_masks, parameters_budget
@@ -24,6 +25,7 @@ __all__ = [
     "diagram",
     "gates_heatmap",
     "gates_histogram",
+    "latency",
     "learning_curves",
     "look",
     "parameters_budget",
