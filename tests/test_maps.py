@@ -129,8 +129,9 @@ def test_the_published_exports_and_torchvisions_weights_are_looked_through(files
     from test_backbones_importers import _folded
 
     torch.save({name: value * 0.5 for name, value in _folded((3, 4, 6, 3)).items()}, files / "resnet-34-export.pth")
-    stand_in = backbones.build("resnet18", 1000)
-    monkeypatch.setattr(backbones.loading, "imagenet_state", lambda name: stand_in.state_dict())
+    state = {"resnet18": backbones.build("resnet18", 1000).state_dict()}
+    real = backbones.loading.imagenet_state
+    monkeypatch.setattr(backbones.loading, "imagenet_state", lambda name: state.get(name) or real(name))
     image, output = ["--image", str(files / "photo.jpg")], files / "maps.png"
     networks = [f"teacher={files / 'resnet-34-export.pth'}", "resnet18"]
     assert cli.main(["maps", *networks, *image, "--output", str(output)]) == 0

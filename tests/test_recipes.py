@@ -206,7 +206,7 @@ def test_a_teacher_is_fine_tuned_and_then_teaches_a_student_that_is(tree, recipe
     for found, name in ((result, "resnet18"), (teaching, "resnet34")):
         trained = afs.load(found.artifact("model.safetensors")).state_dict()
         moved = (trained["conv1.weight"] - states[name]["conv1.weight"]).abs().max()
-        assert 0 < moved < 0.01  # it began with those weights
+        assert 0 < moved < 0.05  # it began with those weights; others differ by 0.3
 
 
 def test_a_teacher_that_is_trained_first_is_a_run_of_its_own(tree):

@@ -61,7 +61,7 @@ def test_nst_is_the_formula_for_different_channels(arguments, shape):
 
 
 @pytest.mark.parametrize("arguments", KERNELS)
-@pytest.mark.parametrize("shape", [(2, 12, 2, 2), (3, 6, 6, 6)], ids=["few positions", "few channels"])
+@pytest.mark.parametrize("shape", [(2, 12, 3, 3), (3, 6, 6, 6)], ids=["few positions", "few channels"])
 def test_single_precision_agrees_with_brute_force_to_1e_5(arguments, shape):
     student, teacher = _maps(*shape), _maps(*shape, seed=1).relu()
     wanted = _slow_nst(student, teacher, **arguments)
@@ -169,9 +169,9 @@ def test_memory_of_a_large_layer_stays_under_the_bar():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("arguments", [dict(d=3), dict(kernel="gaussian")], ids=["cubic", "gaussian"])
 def test_memory_of_the_chunked_kernels_does_not_grow_with_the_batch(arguments):
-    """Batch 64 of 512x4x4: a (B, C, C) tensor is 67 MB. Of one kernel the product, its power and the float64 copy whose
-    mean is taken are alive at once, which in one piece would be 268 MB; in chunks of 8 MB all is about 130 MB."""
-    assert measured(64, 512, 4, arguments) < 0.2e9
+    """Batch 128 of 512x4x4: a (B, C, C) tensor is 134 MB. The product, what the kernel makes of it and the float64 copy
+    whose mean is taken are alive at once, in one piece 537 MB; chunks of 8 MB leave half of the bar."""
+    assert measured(128, 512, 4, arguments) < 0.4e9
 
 
 @pytest.mark.parametrize(
