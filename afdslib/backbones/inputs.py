@@ -61,7 +61,7 @@ def input_of(model: nn.Module) -> InputStatistics:
     if said is None:
         return IMAGENET
     try:
-        statistics = InputStatistics(*(tuple(map(float, said[key])) for key in ("mean", "deviation")))
+        statistics = InputStatistics(*(tuple(map(float, said[key])) for key in ("mean", "deviation")))  # type: ignore[arg-type]
         if len(statistics.mean) == len(statistics.deviation) == 3 and min(statistics.deviation) > 0:
             return statistics
     except (KeyError, TypeError, ValueError):
