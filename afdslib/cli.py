@@ -312,13 +312,13 @@ def distill(
     data_dir: DataDir = None,
     data: Annotated[str | None, typer.Option("--data", help="Another data set, or the path of a tree.")] = None,
     teacher: Annotated[
-        str | None, typer.Option(help="A weight file, or a backbone with torchvision's weights, as the teacher.")
+        str | None, typer.Option(help="A weight file, or a backbone with torchvision's weights; for CIFAR-10 wrn-d-k.")
     ] = None,
     epochs: Annotated[int | None, typer.Option(min=1)] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images per step of all processes together.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate at the start.")] = None,
     weight: Annotated[float | None, typer.Option(help="Of the transfer loss: AT's beta, NST's lambda.")] = None,
-    size: Annotated[int, typer.Option(min=8, help="Side of the crops in pixels.")] = 224,
+    size: Annotated[int | None, typer.Option(min=8, help="Side of the crops in pixels, 224 unless given.")] = None,
     width: Annotated[float, typer.Option(help="Factor on the student's channels, for trying things out.")] = 1.0,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
     local_norm: Annotated[
@@ -404,7 +404,9 @@ def students(
 
 @app.command()
 def maps(
-    networks: Annotated[list[str], typer.Argument(metavar="[NAME=]FILE...", help="Networks written by this program.")],
+    networks: Annotated[
+        list[str], typer.Argument(metavar="[NAME=]FILE...", help="Weight files, or backbones of torchvision.")
+    ],
     output: Annotated[str, typer.Option(help="The PNG to write.")],
     image: Annotated[str | None, typer.Option(help="An image file.")] = None,
     data: Annotated[str | None, typer.Option("--data", help="A data set, for a test image and the classes.")] = None,

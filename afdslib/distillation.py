@@ -27,7 +27,7 @@ from afdslib.objectives import Objective
 from afdslib.stages import MODEL, DataSource, Network
 from afdslib.training import Optimisation
 
-__all__ = ["TAPS", "TRANSFERS", "Distillation", "DistillationObjective", "StudentRun", "tapped"]
+__all__ = ["TAPS", "TRANSFERS", "Distillation", "DistillationObjective", "Pair", "StudentRun", "paired", "tapped"]
 
 TRANSFERS = ("none", "at", "gradient-at", "hint", "nst")
 TAPS = ("groups", "last", "before-relu", "after-relu")
@@ -104,9 +104,10 @@ def tapped(model: nn.Module, where: str) -> list[str]:
     Args:
         model: a residual network or Inception-BN.
         where: "groups", the last block of each stage; "last", that of the last stage; "before-relu" and "after-relu",
-            the last stage around its ReLU: the last batch norm and what the ReLU makes of it (of a ResNet with the ReLU
-            behind the residual sum: the last batch norm, and the block). NST's code takes the teacher's last batch norm
-            and the student's in5b before the ReLU. [code]
+            the last stage around its ReLU: the last batch norm and what the ReLU makes of it. In a ResNet with the ReLU
+            behind the residual sum "before-relu" is the last batch norm alone, not the sum that the ReLU takes, and
+            "after-relu" the block. NST's code takes the teacher's last batch norm and the student's in5b before the
+            ReLU. [code]
     """
     if where not in TAPS:
         raise AFDSError(f"taps {where!r} is unknown; use one of {', '.join(TAPS)}")
@@ -125,6 +126,56 @@ def tapped(model: nn.Module, where: str) -> list[str]:
     if not norms:
         raise AFDSError(f"{type(model).__name__} has no batch norm at the end of {last!r}; use taps 'last'")
     return [f"{last}.{norms[-1]}" if where == "before-relu" else last]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two layers that are compared.
+
+    Attributes:
+        student: layer of the student.
+        teacher: layer of the teacher.
+        channels: of the student's map and of the teacher's.
+        size: (H, W) at which they are compared: the smaller map's.
+    """
+
+    student: str
+    teacher: str
+    channels: tuple[int, int]
+    size: tuple[int, int]
+
+
+def paired(model: nn.Module, teacher: nn.Module, method: Distillation, input_size: tuple[int, int, int]) -> list[Pair]:
+    """The layers of a student and its teacher that a method compares, by one pass of an image through both.
+
+    Args:
+        model: the student.
+        teacher: the teacher.
+        method: what is minimised; without a transfer of maps there are no pairs.
+        input_size: (3, H, W).
+
+    Raises:
+        AFDSError: networks of unequally many stages, or maps of two sizes for "hint", which compares every position.
+    """
+    if method.transfer in ("none", "gradient-at"):
+        return []
+    mine, theirs = tapped(model, method.taps), tapped(teacher, method.taps)
+    if len(mine) != len(theirs):
+        raise AFDSError(
+            f"the student has {len(mine)} stages and the teacher {len(theirs)}; use taps 'last' for such a pair"
+        )
+    shapes = [feature_shapes(net, names, input_size) for net, names in ((model, mine), (teacher, theirs))]
+    pairs = []
+    for student, source in zip(mine, theirs, strict=True):
+        (channels, *size), (source_channels, *source_size) = shapes[0][student], shapes[1][source]
+        if method.transfer == "hint" and size != source_size:
+            raise AFDSError(
+                f"a hint compares maps of one size, but the student's {student!r} is {size[0]}x{size[1]} and the "
+                f"teacher's {source!r} {source_size[0]}x{source_size[1]}; take another teacher, or transfer 'at'"
+            )
+        smaller = (min(size[0], source_size[0]), min(size[1], source_size[1]))
+        pairs.append(Pair(student, source, (channels, source_channels), smaller))
+    return pairs
 
 
 class DistillationObjective(Objective):
@@ -166,22 +217,12 @@ class DistillationObjective(Objective):
             return
         if teacher is None:
             raise AFDSError(f"{method.transfer if method.soft == 0 else 'distillation'} needs a teacher; give one")
-        if method.transfer in ("none", "gradient-at"):
-            self.teacher = Teacher(teacher)
-            return
-        mine, theirs = tapped(model, method.taps), tapped(teacher, method.taps)
-        if len(mine) != len(theirs):
-            raise AFDSError(
-                f"the student has {len(mine)} stages and the teacher {len(theirs)}; use taps 'last' for such a pair"
-            )
-        self.pairs = list(zip(mine, theirs, strict=True))
-        self.teacher = Teacher(teacher, theirs)
-        shapes = [feature_shapes(net, names, input_size) for net, names in ((model, mine), (teacher, theirs))]
-        for student, source in self.pairs:
-            (channels, *size), (source_channels, *source_size) = shapes[0][student], shapes[1][source]
-            self.compared.append((min(size[0], source_size[0]), min(size[1], source_size[1])))
-            if method.transfer == "hint":
-                self.adapters.append(Hint(channels, source_channels))
+        pairs = paired(model, teacher, method, input_size)
+        self.pairs = [(pair.student, pair.teacher) for pair in pairs]
+        self.compared = [pair.size for pair in pairs]
+        self.teacher = Teacher(teacher, [pair.teacher for pair in pairs])
+        if method.transfer == "hint":
+            self.adapters.extend(Hint(*pair.channels) for pair in pairs)
 
     def get_extra_state(self) -> dict[str, int]:
         """The step, so that a resumed run goes on with the weight's schedule."""

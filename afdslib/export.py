@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from afdslib import afs, runs
 from afdslib._atomic import atomic_path
 from afdslib.afs.layer import AFSConvBN
+from afdslib.backbones.inputs import IMAGENET, input_of
 from afdslib.compact import compact, fold_norm
 from afdslib.data import ImageDataset
 from afdslib.data.images import MEAN, STD
@@ -297,6 +298,14 @@ def card_of(data: ImageDataset, classes: tuple[str, ...], **more: Any) -> Card:
     return Card(tuple(classes), data.size, getattr(data, "shorter", data.size), **more)
 
 
+def _normalisation(model: nn.Module) -> dict[str, tuple[float, ...]]:
+    """What a card says of a network that was trained on other images than torchvision's."""
+    images = input_of(model)
+    if images == IMAGENET:
+        return {}
+    return {"mean": tuple(m / 255 for m in images.mean), "std": tuple(d / 255 for d in images.deviation)}
+
+
 def export_run(
     id: str, format: str, out: str | Path | None = None, *, store: str | Path | None = None
 ) -> tuple[Path, Card]:
@@ -331,9 +340,8 @@ def export_run(
     model = afs.load(result.artifact(MODEL))
     splits = data.load()
     architecture: Any = model.architecture
-    card = card_of(
-        splits.test, tuple(splits.captions or splits.classes), network=architecture["name"], run=result.id
-    )
+    classes = tuple(splits.captions or splits.classes)
+    card = card_of(splits.test, classes, network=architecture["name"], run=result.id, **_normalisation(model))
     if len(card.classes) != architecture["num_classes"]:
         raise AFDSError(
             f"the network of run {result.id} has {architecture['num_classes']} outputs but its data set "

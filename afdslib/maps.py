@@ -10,14 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from afdslib import afs, data
+from afdslib import data
 from afdslib._atomic import atomic_path
 from afdslib.afs.graph import eval_mode
 from afdslib.backbones import classifier_name, stages
+from afdslib.backbones.inputs import IMAGENET, fed
 from afdslib.data.images import read_rgb, resized_to
 from afdslib.errors import AFDSError
 from afdslib.features import taps
 from afdslib.losses.at import attention_map, input_gradient
+from afdslib.recipes import Published
 
 __all__ = ["MapsView", "NetworkMaps", "activation_maps", "draw", "gradient_map", "look_at", "read_image"]
 
@@ -111,7 +113,9 @@ def read_image(path: str | Path, size: int) -> np.ndarray:
 def look_at(
     networks: Mapping[str, nn.Module], image: np.ndarray, classes: Sequence[str], *, label: int | None = None
 ) -> MapsView:
-    """Every network's activation maps and gradient map for one image.
+    """Every network's activation maps and gradient map for one image, normalised as each network was trained.
+
+    The gradients are taken with respect to pixels of one normalisation, torchvision's, so that they can be compared.
 
     Args:
         networks: by name, in the order of the rows.
@@ -134,10 +138,11 @@ def look_at(
     seen = {}
     for name, model in networks.items():
         x = batch.to(next(model.parameters()))
-        with torch.no_grad(), eval_mode(model):
-            answer = int(model(x).argmax(1))
-        maps = {layer: m[0].double().cpu().numpy() for layer, m in activation_maps(model, x).items()}
-        gradient = gradient_map(model, x, target)[0].double().cpu().numpy()
+        with fed(model, IMAGENET):
+            with torch.no_grad(), eval_mode(model):
+                answer = int(model(x).argmax(1))
+            maps = {layer: m[0].double().cpu().numpy() for layer, m in activation_maps(model, x).items()}
+            gradient = gradient_map(model, x, target)[0].double().cpu().numpy()
         seen[name] = NetworkMaps(maps, gradient, str(classes[answer]) if answer < len(classes) else str(answer))
     return MapsView(image, "unknown" if label is None else str(classes[label]), seen)
 
@@ -154,7 +159,8 @@ def draw(
     """Writes the maps of one image, a file or a test image of a data set, as a PNG.
 
     Args:
-        networks: files written by `afs.save`, each as "path" or "name=path".
+        networks: weight files or backbones with torchvision's weights (see `Published.of`), each as "which" or
+            "name=which".
         output: the PNG.
         image: an image file; without one a test image of the data set is taken.
         data_set: names the classes, and holds the test image.
@@ -171,8 +177,8 @@ def draw(
         raise AFDSError("there is no image to look at; give an image file or a data set")
     models = {}
     for text in networks:
-        name, equals, path = text.partition("=")
-        models[name if equals else Path(text).stem] = afs.load(path if equals else text)
+        name, equals, which = text.partition("=")
+        models[name if equals else Path(text).stem] = Published.of(which if equals else text).build()
     label = None
     if data_set is not None:
         splits = data.load(data_set, data_dir, size=size)

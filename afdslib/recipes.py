@@ -22,14 +22,14 @@ import torch
 from torch import nn
 
 from afdslib import afs, backbones, data, distributed, macs, runs, training
-from afdslib.backbones.inputs import expect, input_statistics
+from afdslib.backbones.inputs import IMAGENET, InputStatistics, expect, input_of, input_statistics, set_input
 from afdslib.backbones.loading import imagenet_file
 from afdslib.data import Splits
 from afdslib.data.archives import digest
 from afdslib.data.imagenet import IMAGENET as IMAGENET_COUNTS
 from afdslib.data.images import SMALL
 from afdslib.data.photographs import AUGMENTATIONS, photographs
-from afdslib.distillation import Distillation, DistillationObjective, StudentRun
+from afdslib.distillation import Distillation, DistillationObjective, Pair, StudentRun, paired
 from afdslib.errors import AFDSError, DivergedError
 from afdslib.losses import BetaSchedule
 from afdslib.stages import MODEL, DataSource, Network
@@ -64,13 +64,13 @@ class Photographs:
     augmentation: str = "inception"
     root: str = runs.unhashed("")
 
-    def load(self, backbone: str, *, seed: int = 0, download: bool = True) -> Splits:
-        """The splits, normalised as the backbone's recipe does."""
+    def load(self, statistics: InputStatistics = IMAGENET, *, seed: int = 0, download: bool = True) -> Splits:
+        """The splits, their images normalised by `statistics`."""
         # Above SMALL the images stay files; the crops may be smaller.
         splits = data.load(
             self.name, self.root or None, size=max(self.size, SMALL + 1), holdout=False, download=download
         )
-        return photographs(splits, self.size, self.augmentation, input_statistics(backbone), seed=seed)
+        return photographs(splits, self.size, self.augmentation, statistics, seed=seed)
 
 
 def load_network(path: str | Path) -> nn.Module:
@@ -152,7 +152,7 @@ class PhotoRun:
 
     def execute(self, run: runs.Run) -> dict[str, Any]:
         """Trains and measures; a run that diverges is a result with "diverged": why."""
-        splits = self.data.load(self.network.name, seed=self.seed)
+        splits = self.data.load(input_statistics(self.network.name), seed=self.seed)
         teacher = self._teacher(run)
         try:
             return self._train(run, splits, teacher)
@@ -168,8 +168,7 @@ class PhotoRun:
         else:
             found = distributed.get_or_run(self.teacher, store=run.store, needs=(MODEL,))
             model = afs.load(found.artifact(MODEL))
-        name = str(model.architecture["name"])  # type: ignore[index]
-        return expect(model.eval(), input_statistics(self.network.name), input_statistics(name))
+        return expect(model.eval(), input_statistics(self.network.name), input_of(model))
 
     def _train(self, run: runs.Run, splits: Splits, teacher: nn.Module | None) -> dict[str, Any]:
         settings, size = self.optimisation, (3, self.data.size, self.data.size)
@@ -178,6 +177,7 @@ class PhotoRun:
         if self.method.soft and taught != classes:
             raise AFDSError(f"the teacher knows {taught} classes and {splits.name} has {classes}; give another teacher")
         model = self.network.build(classes, self.seed)
+        set_input(model, input_statistics(self.network.name))
         torch.manual_seed(self.seed)  # of adapters
         objective = DistillationObjective(
             model, self.method, teacher, size, steps=settings.steps, weight_decay=self.weight_decay,
@@ -203,6 +203,7 @@ class PhotoRun:
             "parameters": sum(p.numel() for p in model.parameters()),
             "macs": mine,
             "training_macs": (3 * mine + theirs) * settings.steps * settings.batch_size,
+            "compared": [list(s) for s in objective.compared],
             **scores,
         }
 
@@ -353,7 +354,7 @@ def prepare(
     batch_size: int | None = None,
     lr: float | None = None,
     weight: float | None = None,
-    size: int = 224,
+    size: int | None = None,
     width: float = 1.0,
     precision: str = "fp32",
     local_norm: bool = False,
@@ -371,8 +372,9 @@ def prepare(
         epochs: another length; the milestones keep their shares.
         batch_size: images per step of all processes together.
         lr: at the start.
-        weight: of the transfer loss (AT's beta in the code's scale, NST's lambda).
-        size: side of the crops, pixels.
+        weight: of the transfer loss (AT's beta in the code's scale, NST's lambda) at the start; a recipe whose weight
+            decays keeps its schedule.
+        size: side of the crops, pixels; 224 unless given. CIFAR-10 has its own.
         width: factor on the student's channels, for trying things out.
         precision: "fp32", "bf16" or "fp16".
         local_norm: batch norm by each process's own images, as the old multi-GPU codes do.
@@ -396,9 +398,11 @@ def prepare(
     if weight is not None:
         if method.transfer == "none":
             raise AFDSError(f"the recipe {name!r} has no transfer loss to weigh; leave out --weight")
-        method = replace(method, weight=BetaSchedule(beta=weight))
-    cifar = recipe.data == "cifar10" and recipe.student.startswith("wrn-")
-    source = Photographs(recipe.data, size, recipe.augmentation, root=data_dir or "")
+        method = replace(method, weight=replace(method.weight, beta=weight))
+    cifar = recipe.student.startswith("wrn-")
+    if cifar:
+        _refuse_for_cifar(name, recipe, teacher, size)
+    source = Photographs(recipe.data, size or 224, recipe.augmentation, root=data_dir or "")
     images, classes, known = (*_SIZES["cifar10"], False) if cifar else _counted(source, must_exist)
     settings = _optimisation(recipe, images, precision, local_norm)
     run = (
@@ -407,6 +411,21 @@ def prepare(
         else _photo_run(recipe, method, settings, teacher, source, width, seed)
     )
     return _Chosen(recipe, run, images, classes, known)
+
+
+def _refuse_for_cifar(name: str, recipe: Recipe, teacher: str | None, size: int | None) -> None:
+    """What the other recipes take and those of wide ResNets do not."""
+    if recipe.data != "cifar10":
+        raise AFDSError(
+            f"the recipe {name!r} is for cifar10, not {recipe.data!r}; leave out --data, or take another recipe"
+        )
+    if size is not None:
+        raise AFDSError(f"the recipe {name!r} takes CIFAR-10's images as they are, 32 px; leave out --size")
+    if teacher is not None and not teacher.startswith("wrn-"):
+        raise AFDSError(
+            f"the recipe {name!r} trains its teacher first, so --teacher takes the name of a wide ResNet, such as "
+            f"wrn-40-2, not {teacher!r}"
+        )
 
 
 def _photo_run(
@@ -454,7 +473,7 @@ def _counted(source: Photographs, must_exist: bool) -> tuple[int, int, bool]:
     """Training images and classes, and whether they were counted. A plan extracts and downloads nothing."""
     if not must_exist and source.name in _SIZES:
         return *_SIZES[source.name], False
-    splits = source.load("resnet18", download=must_exist)
+    splits = source.load(download=must_exist)
     return len(splits.train), len(splits.classes), True
 
 
@@ -498,7 +517,8 @@ def plan(chosen: _Chosen, processes: int = 1) -> str:
     if method.soft:
         loss += f" + {method.soft:g} T^2 KL, T = {method.temperature:g}"
     if method.transfer != "none":
-        loss += f" + {method.weight.beta:g} {method.transfer}"
+        loss += f" + {method.weight.beta:g} {method.transfer} ({_schedule_text(method.weight)})"
+    pairs = [] if teacher is None else paired(student, teacher, method, size)
     momentum = f"momentum {settings.momentum:g}{' (Nesterov)' if settings.nesterov else ''}"
     drops = f"lr {settings.lr:g} times {settings.drop:g} after {', '.join(f'{m:.0%}' for m in settings.milestones)}"
     lines = [
@@ -507,6 +527,7 @@ def plan(chosen: _Chosen, processes: int = 1) -> str:
         f"input: mean {statistics.mean}, deviation {statistics.deviation} of RGB values from 0 to 255",
         "teacher: none" if teacher is None else f"teacher: {_teacher_text(run, recipe)}, {theirs / 1e9:.3g} G MACs",
         f"loss: {loss}",
+        f"compared: {_pairs_text(pairs)}",
         f"augmentation: {_augmentation_text(run.data)}",
         f"data: {run.data.name}, {chosen.images:,} training images, {chosen.classes:,} classes"
         + ("" if chosen.known else " (official; not counted here)"),
@@ -525,6 +546,23 @@ def plan(chosen: _Chosen, processes: int = 1) -> str:
     missing = list(_missing(chosen, processes, rest))
     lines += ["", "missing on this machine:" if missing else "nothing is missing on this machine"]
     return "\n".join([*lines, *(f"  - {item}" for item in missing)])
+
+
+def _schedule_text(weight: BetaSchedule) -> str:
+    if weight.kind == "constant":
+        return "constant"
+    if weight.kind == "step":
+        return f"step, times {weight.factor:g} at {', '.join(map(str, weight.milestones))}"
+    return f"{weight.kind}, to {weight.end:g} at the end" + (f" of {weight.length:,} steps" if weight.length else "")
+
+
+def _pairs_text(pairs: list[Pair]) -> str:
+    if not pairs:
+        return "no feature maps"
+    text = ", ".join(f"{p.student} with {p.teacher} at {p.size[0]}x{p.size[1]}" for p in pairs)
+    # Of a block with a residual sum the last batch norm; "bn" alone is all that a pre-activation ReLU takes.
+    inner = {name for p in pairs for name in (p.student, p.teacher) if ".bn" in name}
+    return text + "".join(f"; {n} is a batch norm before the residual sum, not the ReLU's input" for n in sorted(inner))
 
 
 def _activation_bytes(model: nn.Module, size: tuple[int, int, int], precision: str) -> int:
@@ -611,8 +649,7 @@ def evaluate(
     if not published.file:
         imagenet_file(published.network)  # refuses a backbone without ImageNet weights
     model = published.build().to(training.device()).eval()
-    name = str(model.architecture["name"])  # type: ignore[index]
-    splits = Photographs(data_set, size, root=data_dir or "").load(name)
+    splits = Photographs(data_set, size, root=data_dir or "").load(input_of(model))
     if _classes(model) != len(splits.classes):
         raise AFDSError(f"{weights} knows {_classes(model)} classes and {splits.name} has {len(splits.classes)}")
     return training.evaluate(model, splits.test, precision=precision)

@@ -13,7 +13,7 @@ from afdslib import backbones, data, runs, training
 from afdslib.distillation import Distillation, DistillationObjective, StudentRun, tapped
 from afdslib.errors import AFDSError, DivergedError
 from afdslib.features import Teacher
-from afdslib.losses import BetaSchedule, at_loss, kd_loss
+from afdslib.losses import BetaSchedule, _checks, at_loss, kd_loss
 from afdslib.stages import DataSource, Network
 
 SIZE = (3, tiny.SIZE, tiny.SIZE)
@@ -182,6 +182,12 @@ def test_stages_that_do_not_match_are_one_sentence():
         objective(METHODS["at"], network(), None)
 
 
+def test_a_hint_between_maps_of_two_sizes_is_refused_before_any_step():
+    student = backbones.build("inception_bn", 3, stem="cifar", width=1 / 16)
+    with pytest.raises(AFDSError, match="a hint compares maps of one size, but the student's 'in5b' is 2x2 and "):
+        objective(Distillation("hint", weighed(1.0), taps="last"), student, network("wrn-10-2"))
+
+
 def test_logits_of_other_classes_are_one_sentence():
     student = network()
     made = objective(METHODS["kd"], student, backbones.build("wrn-10-1", 5))
@@ -284,6 +290,19 @@ def test_nan_in_a_map_is_a_divergence():
         student.conv1.weight.fill_(float("nan"))
     with pytest.raises(DivergedError, match="^Student map holds .* NaN or infinite"):
         made(student, *batch())
+
+
+def test_the_training_loop_names_the_term_where_the_losses_do_not_look_for_nan(tmp_path, monkeypatch):
+    """As on an accelerator, where a loss that is not finite is returned."""
+    student, teacher = network(), network("wrn-10-2", 1)
+    made = objective(METHODS["at"], student, teacher)
+    with torch.no_grad():
+        made.teacher.model.get_submodule(made.pairs[2][1]).conv2.weight.fill_(float("nan"))
+    with pytest.raises(DivergedError, match="cannot be computed at step 1: Teacher map holds"):
+        tiny.fit(tmp_path / "cpu", student, made)
+    monkeypatch.setattr(_checks, "finite", lambda loss, **_: loss)
+    with pytest.raises(DivergedError, match="the loss term 'at_3' is nan at step 1 "):
+        tiny.fit(tmp_path / "accelerator", student, made)
 
 
 def test_runs_that_make_no_sense_are_one_sentence():

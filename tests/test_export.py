@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import nn
 
 from afdslib import afs, cli, export, predict, runs
+from afdslib.backbones.inputs import RAW, set_input
 from afdslib.compact import compact
 from afdslib.data.images import MEAN, STD
 from afdslib.errors import AFDSError
@@ -211,6 +212,18 @@ def test_a_run_is_exported_in_both_formats_and_both_predict_alike(trained, expor
     assert np.allclose(wanted.values.detach().numpy(), [p for _, p in found[0]], atol=1e-5)
     code, output, _ = afds("predict", image, image, "--model", str(exported), "--top", "2")
     assert code == 0 and output.count("red.png") == 4 and output.splitlines()[0].split()[-1] == "probability"
+
+
+def test_a_network_that_was_trained_on_raw_pixels_is_exported_so(trained, home):
+    file = home / "runs" / trained / MODEL
+    model = afs.load(file)
+    set_input(model, RAW)
+    afs.save(model, file)
+    with tiny.served():
+        _, card = export.export_run(trained, "torch", home / "raw.safetensors")
+    assert card.mean == (0, 0, 0) and card.std == (1 / 255,) * 3
+    Image.fromarray(np.full((16, 16, 3), 200, dtype=np.uint8)).save(home / "grey.png")
+    assert np.allclose(predict.prepare(str(home / "grey.png"), predict.load(home / "raw.safetensors")[1]), 200)
 
 
 def test_pictures_of_any_kind_are_classified(exported, home, afds):

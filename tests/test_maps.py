@@ -1,5 +1,7 @@
 """Attention maps of any backbone and any image."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tiny
@@ -7,6 +9,7 @@ import torch
 from PIL import Image
 
 from afdslib import afs, backbones, cli, maps
+from afdslib.backbones.inputs import RAW, set_input
 from afdslib.errors import AFDSError
 
 
@@ -40,6 +43,17 @@ def test_a_gated_network_is_looked_through_too():
     model = tiny.gated(stem="cifar")
     view = maps.look_at({"gated": model}, pixels(16), tiny.CLASSES)
     assert len(view.networks["gated"].stages) == 4 and view.caption == "unknown"
+
+
+def test_a_network_that_was_trained_on_raw_pixels_sees_raw_pixels():
+    torch.manual_seed(0)
+    image, model = pixels(), backbones.build("wrn-10-1", 4).eval()
+    set_input(model, RAW)
+    raw = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+    heat = maps.look_at({"one": model}, image, "abcd").networks["one"]
+    for layer, wanted in maps.activation_maps(model, raw).items():
+        assert np.allclose(heat.stages[layer], wanted[0].numpy(), atol=1e-5)
+    assert not model._forward_pre_hooks
 
 
 def test_a_map_is_the_mean_square_over_channels():
@@ -108,6 +122,29 @@ def test_the_command_draws_an_image_file_and_a_sample_of_a_data_set(files, capsy
     sample = ["maps", network, "--data", "digits", "--size", "16", "--index", "3", "--output", str(output)]
     assert cli.main(sample) == 0
     assert output.read_bytes().startswith(b"\x89PNG") and output.read_bytes() != first
+
+
+def test_the_published_exports_and_torchvisions_weights_are_looked_through(files, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "backbones"))
+    from test_backbones_importers import _folded
+
+    torch.save({name: value * 0.5 for name, value in _folded((3, 4, 6, 3)).items()}, files / "resnet-34-export.pth")
+    state = {"resnet18": backbones.build("resnet18", 1000).state_dict()}
+    real = backbones.loading.imagenet_state
+    monkeypatch.setattr(backbones.loading, "imagenet_state", lambda name: state.get(name) or real(name))
+    image, output = ["--image", str(files / "photo.jpg")], files / "maps.png"
+    networks = [f"teacher={files / 'resnet-34-export.pth'}", "resnet18"]
+    assert cli.main(["maps", *networks, *image, "--output", str(output)]) == 0
+    assert output.read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+    for which, sentence in (
+        ("none.pth", "'none.pth' is neither a weight file nor a backbone"),
+        (str(files / "photo.jpg"), "is not a weight file this project reads"),
+        ("inception_bn", "There are no ImageNet weights for 'inception_bn'"),
+    ):
+        assert cli.main(["maps", which, *image, "--output", str(output)]) == 2
+        err = capsys.readouterr().err
+        assert sentence in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,9 @@ import pytest
 import torch
 from test_distributed import make_teacher, make_tree
 
-from afdslib import backbones, cli, data, distillation_study, distributed, recipes, runs, training
+from afdslib import afs, backbones, cli, data, distillation_study, distributed, maps, recipes, runs, training
+from afdslib.backbones import registry
+from afdslib.backbones.inputs import RAW, input_of
 from afdslib.distillation import Distillation
 from afdslib.distillation_study import DistillationStudy
 from afdslib.errors import AFDSError
@@ -51,6 +53,7 @@ def test_every_recipe_has_a_plan_without_its_data(name):
     share = chosen.run.optimisation.batch_size // 8
     assert f"processes: 8, {share} images of each batch" in text and "training MACs" in text
     assert "missing on this machine:" in text and f"data: {chosen.recipe.data}" in text
+    assert ("compared: no feature maps" in text) == (chosen.recipe.method.transfer == "none")
     assert runs.from_json(runs.to_json(chosen.run)) == chosen.run
 
 
@@ -87,6 +90,25 @@ def test_the_cifar_recipes_are_the_runs_of_the_notebooks_paper_profile():
     assert other.teacher.network == Network("wrn-40-1")
 
 
+def test_another_weight_keeps_the_recipes_schedule_which_the_plan_shows():
+    for name, kind, words in (
+        ("wrn-16-1-at", "constant", "+ 500 at (constant)"),
+        ("wrn-16-1-at-kd", "cosine", "+ 500 at (cosine, to 0 at the end)"),
+    ):
+        chosen = recipes.prepare(name, weight=500.0, must_exist=False)
+        assert chosen.run.method.weight == BetaSchedule(kind, beta=500.0) and words in recipes.plan(chosen)
+    chosen = recipes.prepare("wrn-16-1-at-kd", weight=1000.0, must_exist=False)
+    assert chosen.run == recipes.prepare("wrn-16-1-at-kd", must_exist=False).run
+
+
+def test_a_plan_names_the_layers_and_the_size_at_which_they_are_compared():
+    text = recipes.plan(recipes.prepare("resnet18-at", size=64, must_exist=False))
+    assert "compared: layer1.1 with layer1.2 at 16x16, " in text and "ReLU's input" not in text
+    text = recipes.plan(recipes.prepare("inception-bn-nst", size=64, must_exist=False))
+    words = "in5b.before_relu with layer4.2.bn3 at 2x2; layer4.2.bn3 is a batch norm before the residual sum, not the"
+    assert words in text
+
+
 def test_scenes_and_birds_fine_tune_the_teacher_first():
     for name, data_set in (("scenes-at", "mit-indoors"), ("cub-at", "cub-200-2011")):
         run = recipes.prepare(name, must_exist=False).run
@@ -108,6 +130,10 @@ def test_scenes_and_birds_fine_tune_the_teacher_first():
         ("resnet18-at", {"batch_size": 0}, "batch_size must be .* got 0"),
         ("resnet18-at", {"precision": "fp8"}, "precision must be one of"),
         ("resnet18-at", {"data_set": "no/tree"}, "the data set path no/tree does not exist"),
+        ("wrn-16-1", {"data_set": "mit-indoors"}, "'wrn-16-1' is for cifar10, not 'mit-indoors'; leave out --data"),
+        ("wrn-16-1-at", {"size": 64}, "'wrn-16-1-at' takes CIFAR-10's images as they are, 32 px; leave out --size"),
+        ("wrn-16-1-at", {"teacher": "model.safetensors"}, "the name of a wide ResNet, .* not 'model.safetensors'"),
+        ("wrn-16-1-at", {"teacher": "resnet34"}, "the name of a wide ResNet, .* not 'resnet34'"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(name, options, words):
@@ -125,8 +151,8 @@ def test_a_student_trains_with_a_teacher_that_expects_other_images(tree, teacher
         tree, network=Network("inception_bn", width=1 / 16), teacher=Published.of(str(teacher)),
         method=Distillation("nst", BetaSchedule(beta=5.0), soft=1.0, taps="before-relu"),
     )  # fmt: skip
-    student_view = run.data.load("inception_bn").test
-    teacher_view = run.data.load("resnet18").test
+    student_view = run.data.load(RAW).test
+    teacher_view = run.data.load().test
     mine = run._teacher(None)(student_view[0][0][None])
     torch.testing.assert_close(mine, Published.of(str(teacher)).build().eval()(teacher_view[0][0][None]))
     result = runs.get_or_run(run)
@@ -136,6 +162,51 @@ def test_a_student_trains_with_a_teacher_that_expects_other_images(tree, teacher
     total = history["cross_entropy"] + history["soft"] + 5 * history["nst_1"]
     assert history["loss"].to_numpy() == pytest.approx(total.to_numpy(), rel=1e-5)
     assert result.metrics["test_top5_accuracy"] == 1  # of three classes
+    assert result.metrics["compared"] == [[1, 1]]
+    # The file says that it takes raw pixels, and is evaluated, taught by and looked through so.
+    file = result.artifact("model.safetensors")
+    model = afs.load(file)
+    assert input_of(model) == RAW
+    found = recipes.evaluate(str(file), data_set=str(tree), size=32)
+    assert found.loss == pytest.approx(result.metrics["test_loss"], rel=1e-5)
+    pupil = small(tree, teacher=Published.of(str(file)), method=Distillation(soft=1.0))
+    torch.testing.assert_close(pupil._teacher(None)(teacher_view[0][0][None]), model(student_view[0][0][None]))
+    view = maps.look_at({"one": model}, student_view.raw(0), student_view.classes)
+    assert view.networks["one"].prediction in student_view.classes
+
+
+def test_the_modified_resnet50_is_trained_by_nst_and_kd(tree, teacher):
+    run = recipes.prepare(
+        "resnet50-senet-nst-kd", data_set=str(tree), teacher=str(teacher), size=64, width=1 / 16, epochs=1,
+        batch_size=10,
+    ).run  # fmt: skip
+    result = runs.get_or_run(run)
+    assert result.metrics["steps"] == 2 and result.metrics["compared"] == [[2, 2]]
+    row = result.history().iloc[-1]
+    assert row["loss"] == pytest.approx(row["cross_entropy"] + row["soft"] + 50 * row["nst_1"], rel=1e-5)
+    before = run.network.build(3, run.seed).state_dict()
+    after = afs.load(result.artifact("model.safetensors"))
+    assert after.architecture["input"]["mean"] == [123.68, 116.28, 103.53]
+    assert not torch.equal(after.state_dict()["conv1.0.weight"], before["conv1.0.weight"])
+
+
+@pytest.mark.parametrize("recipe", ["scenes-at", "cub-at"])
+def test_a_teacher_is_fine_tuned_and_then_teaches_a_student_that_is(tree, recipe, monkeypatch):
+    """The whole chain of the recipes, with narrow networks and weights that stand in for torchvision's."""
+    bare = registry._bare
+    monkeypatch.setattr(registry, "_bare", lambda *a, **k: bare(*a, **{**k, "width": 1 / 16}))
+    states = {name: backbones.build(name, 1000).state_dict() for name in ("resnet18", "resnet34")}
+    monkeypatch.setattr(backbones.loading, "imagenet_state", lambda name: states[name])
+    run = recipes.prepare(recipe, data_set=str(tree), size=64, epochs=1, batch_size=10, lr=1e-4).run
+    result = runs.get_or_run(run)
+    teaching = runs.lookup(run.teacher)
+    assert result.metrics["steps"] == teaching.metrics["steps"] == 2
+    assert result.metrics["compared"] == [[16, 16], [8, 8], [4, 4], [2, 2]]
+    assert {"at_1", "at_4", "beta"} <= set(result.history().columns) and "at_1" not in teaching.history()
+    for found, name in ((result, "resnet18"), (teaching, "resnet34")):
+        trained = afs.load(found.artifact("model.safetensors")).state_dict()
+        moved = (trained["conv1.weight"] - states[name]["conv1.weight"]).abs().max()
+        assert 0 < moved < 0.05  # it began with those weights; others differ by 0.3
 
 
 def test_a_teacher_that_is_trained_first_is_a_run_of_its_own(tree):

@@ -13,6 +13,7 @@ from torch import nn
 
 from afdslib import backbones
 from afdslib.afs.convert import convert
+from afdslib.backbones.inputs import input_of
 from afdslib.errors import AFDSError
 
 __all__ = ["load", "save"]
@@ -78,8 +79,11 @@ def load(path: str | Path) -> nn.Module:
 def _rebuild(architecture: Any) -> nn.Module:
     """A network with the layers, not the values, of the one that was saved."""
     plain = dict(architecture)
-    gates, kept, cuts = (plain.pop(name, None) for name in ("gates", "kept", "compact"))
+    gates, kept, cuts, images = (plain.pop(name, None) for name in ("gates", "kept", "compact", "input"))
     model = backbones.build(**plain)
+    if images is not None:  # written by a network trained on other images than torchvision's
+        model.architecture = {**plain, "input": images}  # type: ignore[assignment]
+        input_of(model)  # refuses nonsense
     if kept is not None:  # a network that static pruning has made narrower
         from afdslib.selection.groups import shrink
 

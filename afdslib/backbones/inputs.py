@@ -1,17 +1,22 @@
 """What each backbone expects its images to be: the mean and deviation they are normalised by, or none.
 
 Two networks that see one batch, a student and its teacher, may expect two things; `expect` puts the conversion into the
-second network, so that one batch, augmented once, serves both.
+second network, so that one batch, augmented once, serves both. A network that was trained on other images than
+torchvision's says so in its `architecture`, and with it in its file.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["IMAGENET", "RAW", "InputStatistics", "expect", "input_statistics"]
+from ..errors import AFDSError
+
+__all__ = ["IMAGENET", "RAW", "InputStatistics", "expect", "fed", "input_of", "input_statistics", "set_input"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,33 @@ _OTHERS = {"inception_bn": RAW, "resnet50_senet": SENET}
 def input_statistics(name: str) -> InputStatistics:
     """What the recipe of the backbone of that name feeds it; torchvision's statistics for all but two."""
     return _OTHERS.get(name, IMAGENET)
+
+
+def set_input(model: nn.Module, statistics: InputStatistics) -> None:
+    """Writes into a network's `architecture` what it is trained on; nothing for torchvision's, which is the default."""
+    architecture = {k: v for k, v in model.architecture.items() if k != "input"}  # type: ignore[operator, union-attr]
+    if statistics != IMAGENET:
+        architecture["input"] = {k: list(v) for k, v in asdict(statistics).items()}
+    model.architecture = architecture  # type: ignore[assignment]
+
+
+def input_of(model: nn.Module) -> InputStatistics:
+    """What a network was trained on, as its `architecture` says.
+
+    Raises:
+        AFDSError: it says something that makes no sense.
+    """
+    architecture = getattr(model, "architecture", None)
+    said = architecture.get("input") if isinstance(architecture, dict) else None
+    if said is None:
+        return IMAGENET
+    try:
+        statistics = InputStatistics(*(tuple(map(float, said[key])) for key in ("mean", "deviation")))  # type: ignore[arg-type]
+        if len(statistics.mean) == len(statistics.deviation) == 3 and min(statistics.deviation) > 0:
+            return statistics
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise AFDSError(f"the network's input is {said!r}; it must hold the mean and deviation of three colours")
 
 
 class _Conversion:
@@ -65,3 +97,15 @@ def expect(model: nn.Module, given: InputStatistics, wanted: InputStatistics) ->
     if given != wanted:
         model.register_forward_pre_hook(_Conversion(given, wanted))
     return model
+
+
+@contextmanager
+def fed(model: nn.Module, given: InputStatistics) -> Iterator[None]:
+    """Inside the block a network takes images normalised by `given`, whatever its `input_of` is."""
+    wanted = input_of(model)
+    handle = None if given == wanted else model.register_forward_pre_hook(_Conversion(given, wanted))
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()

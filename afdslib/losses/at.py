@@ -68,8 +68,8 @@ def at_loss(student: Tensor, teacher: Tensor, *, p: float = 2, mode: str = "code
         (B, C, H, W) and (B, C', H', W'); the result is a scalar, 0 for maps that are equal up to a positive factor.
 
     Raises:
-        AFDSError: other shapes, an empty map, a teacher with gradient, an unknown mode, p not above 0, NaN (on the
-            CPU).
+        AFDSError: other shapes, whole numbers, an empty map, a teacher with gradient, an unknown mode, p not above 0;
+            a loss that is not finite, on the CPU (on an accelerator it is returned, and the training loop names it).
     """
     if mode not in ("code", "paper"):
         raise AFDSError(f"The mode {mode!r} of attention transfer is unknown; use 'code' or 'paper'.")
@@ -165,8 +165,13 @@ def gradient_at_loss(student_grad: Tensor, teacher_grad: Tensor) -> Tensor:
 
     Shape:
         two (B, 3, H, W); the result is a scalar.
+
+    Raises:
+        AFDSError: other shapes, an empty gradient, a teacher's that has a graph; a loss that is not finite, on the CPU
+            (on an accelerator it is returned, and the training loop names it).
     """
-    _checks.pair(student_grad, teacher_grad, "input gradient")
+    frozen = "take it with create_graph=False, or detach() it"
+    _checks.pair(student_grad, teacher_grad, "input gradient", frozen=frozen)
     _checks.same_shape(student_grad, teacher_grad, "input gradient")
     difference = (full_precision(student_grad) - full_precision(teacher_grad)).flatten(1)
     loss = torch.linalg.vector_norm(difference, dim=1).mean()

@@ -21,6 +21,10 @@ def hint_loss(student: Tensor, source: Tensor) -> Tensor:
 
     Shape:
         two (B, C, H, W); the result is a scalar.
+
+    Raises:
+        AFDSError: other shapes, an empty map, a teacher with gradient; a loss that is not finite, on the CPU (on an
+            accelerator it is returned, and the training loop names it).
     """
     _checks.pair(student, source, "feature map")
     _checks.same_shape(student, source, "feature map")

@@ -32,7 +32,8 @@ def kd_loss(
         logits (B, classes), target (B,); the result is a scalar.
 
     Raises:
-        AFDSError: other shapes, T not above 0, alpha outside 0 to 1, NaN (on the CPU).
+        AFDSError: other shapes, T not above 0, alpha outside 0 to 1; a loss that is not finite, on the CPU (on an
+            accelerator it is returned, and the training loop names it).
     """
     if not 0 <= alpha <= 1:
         raise AFDSError(f"alpha is {alpha!r}; give the soft term's share, 0 to 1.")

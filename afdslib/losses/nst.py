@@ -44,19 +44,21 @@ def nst_loss(student: Tensor, teacher: Tensor, *, kernel: str = "poly", d: int =
             |s-t|^2 over the sample's student-teacher pairs (the paper's "mean of squared distance of the pairs"
             [recall]; which pairs, and that sigma is differentiated, is [ours]).
         d: Degree of the polynomial, a whole number of at least 1.
-        c: Offset of the polynomial.
+        c: Offset of the polynomial, at least 0.
 
     Shape:
         (B, C, H, W) and (B, C', H', W'); the result is a scalar.
 
     Raises:
-        AFDSError: other shapes, an empty map, a teacher with gradient, an unknown kernel, a bad degree, NaN (on the
-            CPU).
+        AFDSError: other shapes, an empty map, a teacher with gradient, an unknown kernel, a bad degree or offset; a
+            loss that is not finite, from NaN or from a map too large for its norm, on the CPU (on an accelerator it is
+            returned, and the training loop names it).
     """
     if kernel not in ("poly", "linear", "gaussian"):
         raise AFDSError(f"The kernel {kernel!r} is unknown; use 'poly', 'linear' or 'gaussian'.")
     if kernel == "poly":
         _checks.whole(d, "The degree d of the polynomial kernel", 1)
+        _checks.at_least(c, "The offset c of the polynomial kernel", 0)
     _checks.pair(student, teacher, "feature map")
     # Autocast would run the products below in half precision; the terms nearly cancel.
     with torch.autocast(student.device.type, enabled=False):
@@ -77,12 +79,13 @@ def _discrepancy(s: Tensor, t: Tensor, kernel: str, d: int, c: float) -> Tensor:
 
 
 def _points(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, C, H*W), each row of norm 1 or all zero."""
+    """(B, C, H, W) -> (B, C, H*W), each row of norm 1 or all zero; NaN where the norm overflows."""
     x = x.flatten(2)
     norm = torch.linalg.vector_norm(x, dim=2, keepdim=True)
     # Not max(norm, eps): its slope of 1/eps would blow up the gradient of channels that are off.
     on = norm > 1e-10
-    return x * (on / torch.where(on, norm, 1.0))
+    # An infinite norm would make the point 0, as if the channel were off.
+    return x * (on / torch.where(on, norm, 1.0)).masked_fill(norm.isinf(), torch.nan)
 
 
 def _mean_gap(s: Tensor, t: Tensor) -> Tensor:

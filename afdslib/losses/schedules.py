@@ -9,6 +9,7 @@ import dataclasses
 import math
 
 from ..errors import AFDSError
+from . import _checks
 
 __all__ = ["BetaSchedule"]
 
@@ -42,13 +43,15 @@ class BetaSchedule:
         if self.kind not in KINDS:
             raise AFDSError(f"The beta schedule {self.kind!r} is unknown; use {', '.join(KINDS)}.")
         for name in ("beta", "end", "factor"):
-            value = getattr(self, name)
-            if not 0 <= value < math.inf:
-                raise AFDSError(f"{name} of the beta schedule is {value!r}; give a finite number of at least 0.")
-        if self.length is not None and self.length < 1:
-            raise AFDSError(f"The length of the beta schedule is {self.length!r}; give at least 1, or None.")
+            _checks.at_least(getattr(self, name), f"{name} of the beta schedule", 0)
+        if self.length is not None:
+            _checks.at_least(self.length, "The length of the beta schedule", 1)
         times = self.milestones
-        if any(b <= a for a, b in zip(times, times[1:], strict=False)) or any(t < 0 for t in times):
+        if not isinstance(times, (tuple, list)):
+            raise AFDSError(f"The milestones of the beta schedule are {times!r}; give a tuple of increasing times.")
+        for time in times:
+            _checks.at_least(time, "A milestone of the beta schedule", 0)
+        if any(b <= a for a, b in zip(times, times[1:], strict=False)):
             raise AFDSError(f"The milestones of the beta schedule are {times}; give increasing times from 0 on.")
         if self.kind == "step" and not times:
             raise AFDSError("The step beta schedule has no milestones; give at least one, or use 'constant'.")
@@ -59,10 +62,14 @@ class BetaSchedule:
         Raises:
             AFDSError: the decay would not end, or a milestone not be reached, within the run.
         """
-        last = max(self.milestones, default=0) if self.kind == "step" else (self.length or 0)
-        if self.kind != "constant" and last > total:
+        if self.kind == "step" and self.milestones[-1] >= total:
             raise AFDSError(
-                f"The {self.kind} beta schedule takes {last} and the run only {total}; shorten the schedule or "
+                f"The step beta schedule has a milestone at {self.milestones[-1]} and the run ends at {total}, before "
+                f"it counts; take the milestone out or lengthen the run."
+            )
+        if self.kind in ("linear", "cosine") and (self.length or 0) > total:
+            raise AFDSError(
+                f"The {self.kind} beta schedule takes {self.length} and the run only {total}; shorten the schedule or "
                 f"lengthen the run."
             )
 

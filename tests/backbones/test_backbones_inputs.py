@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 
-from afdslib import backbones
-from afdslib.backbones.inputs import IMAGENET, RAW, expect, input_statistics
+from afdslib import afs, backbones
+from afdslib.backbones.inputs import IMAGENET, RAW, expect, fed, input_of, input_statistics, set_input
+from afdslib.errors import AFDSError
 
 
 def test_the_statistics_are_those_of_the_recipes():
@@ -34,3 +35,34 @@ def test_a_converted_network_sees_what_it_expects(given, wanted):
     torch.testing.assert_close(converted(normalised(given)), expected)
     torch.testing.assert_close(copy.deepcopy(converted)(normalised(given)), expected)
     assert set(converted.state_dict()) == names
+
+
+def test_a_file_says_what_its_network_was_trained_on_only_if_that_is_unusual(tmp_path):
+    model = backbones.build("resnet18", 3, width=1 / 16)
+    usual = dict(model.architecture)
+    set_input(model, IMAGENET)
+    assert model.architecture == usual and input_of(model) == IMAGENET
+    set_input(model, RAW)
+    afs.save(afs.convert(model), tmp_path / "raw.safetensors")
+    loaded = afs.load(tmp_path / "raw.safetensors")
+    assert input_of(loaded) == RAW
+    assert loaded.architecture == {**usual, "gates": "all", "input": {"mean": [0.0] * 3, "deviation": [1.0] * 3}}
+    set_input(loaded, IMAGENET)
+    assert "input" not in loaded.architecture
+    model.architecture["input"] = {"mean": [0, 0, 0], "deviation": [1, 1, 0]}
+    afs.save(model, tmp_path / "odd.safetensors")
+    with pytest.raises(AFDSError, match="the network's input is .* mean and deviation of three colours"):
+        afs.load(tmp_path / "odd.safetensors")
+
+
+def test_a_network_is_fed_what_it_expects_inside_the_block_only():
+    torch.manual_seed(0)
+    model = backbones.build("resnet18", 3, width=1 / 16).double().eval()
+    set_input(model, RAW)
+    pixels = torch.rand(2, 3, 32, 32, dtype=torch.float64) * 255
+    mean, deviation = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in vars(IMAGENET).values())
+    usual = (pixels - mean) / deviation
+    with fed(model, IMAGENET):
+        inside = model(usual)
+    torch.testing.assert_close(inside, model(pixels))
+    assert not torch.allclose(model(usual), inside)

@@ -70,11 +70,14 @@ def test_identical_maps_give_zero_and_a_finite_gradient(mode):
     assert loss.item() == 0 and torch.equal(student.grad, torch.zeros_like(teacher))
 
 
+@pytest.mark.parametrize("mode", ["code", "paper"])
 @pytest.mark.parametrize("scale", [1e-4, 3.0, 1e4])
-def test_at_ignores_a_positive_rescaling_of_each_sample(scale):
+def test_at_ignores_a_positive_rescaling_of_each_sample_of_either_network(scale, mode):
     student, teacher = _maps(2, 3, 4, 4, dtype=torch.float32), _maps(2, 3, 4, 4, seed=1, dtype=torch.float32)
     scales = torch.tensor([scale, 2 * scale])[:, None, None, None]
-    assert at_loss(student * scales, teacher).item() == pytest.approx(at_loss(student, teacher).item(), rel=1e-5)
+    wanted = at_loss(student, teacher, mode=mode).item()
+    assert at_loss(student * scales, teacher, mode=mode).item() == pytest.approx(wanted, rel=1e-5)
+    assert at_loss(student, teacher * scales, mode=mode).item() == pytest.approx(wanted, rel=1e-5)
 
 
 def test_a_map_that_is_off_has_no_gradient_and_no_nan():
@@ -108,6 +111,28 @@ def test_area_averaging_of_sizes_that_do_not_divide():
         assert torch.autograd.gradcheck(lambda s: at_loss(s, _maps(1, 2, 3, 4, seed=1)), grad_ready)
 
 
+@pytest.mark.filterwarnings("ignore:.*area averaging")
+def test_the_resize_is_the_same_in_every_run():
+    """Bit-equal gradients on the device at hand, by products alone: torch names pooling and interpolation as operations
+    without a deterministic gradient on a GPU."""
+    place = "cuda" if torch.cuda.is_available() else "cpu"
+    student, teacher = (_maps(4, 3, size, size, seed=size, dtype=torch.float32).to(place) for size in (9, 7))
+    gradients = []
+    for _ in range(2):
+        leaf = student.clone().requires_grad_()
+        loss = at_loss(leaf, teacher)
+        loss.backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients) and float(gradients[0].abs().sum()) > 0
+    nodes, seen = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        seen.add(node.name())
+        nodes += [after for after, _ in node.next_functions if after is not None]
+    assert any("Bmm" in name or "Mm" in name for name in seen)
+    assert not [name for name in seen if "Pool" in name or "Upsample" in name or "Interpol" in name]
+
+
 @pytest.mark.parametrize(
     "student, teacher, arguments, words",
     [
@@ -118,6 +143,9 @@ def test_area_averaging_of_sizes_that_do_not_divide():
         (_maps(2, 3, 4, 4), _maps(2, 3, 4, 4).requires_grad_(), {}, "under torch.no_grad()"),
         (_maps(2, 3, 4, 4), _maps(2, 3, 4, 4), dict(mode="both"), "mode 'both'"),
         (_maps(2, 3, 4, 4), _maps(2, 3, 4, 4), dict(p=0), "exponent p is 0"),
+        (_maps(2, 3, 4, 4).int(), _maps(2, 3, 4, 4), {}, "map is of torch.int32; give floating-point"),
+        (_maps(2, 3, 4, 4), _maps(2, 3, 4, 4).long(), {}, "teacher's feature map is of torch.int64"),
+        (_maps(2, 3, 4, 4).float() * 1e25, _maps(2, 3, 4, 4).float(), {}, "its inputs are finite, the largest"),
     ],
 )
 def test_bad_input_is_one_sentence(student, teacher, arguments, words):
@@ -135,6 +163,36 @@ def test_gradient_at_is_the_formula():
     assert gradient_at_loss(student, teacher).item() == pytest.approx(wanted, rel=1e-12)
     assert torch.autograd.gradcheck(lambda s: gradient_at_loss(s, teacher), student.requires_grad_())
     assert gradient_at_loss(teacher.clone(), teacher).item() == 0
+
+
+@pytest.mark.parametrize(
+    "student, teacher, words",
+    [
+        (_maps(2, 3, 4, 4), _maps(3, 3, 4, 4), "holds 2 samples and the teacher's 3"),
+        (_maps(2, 3, 4, 4), _maps(2, 3, 2, 2), "needs equal shapes"),
+        (_maps(2, 3, 4), _maps(2, 3, 4, 4), "The student's input gradient is (2, 3, 4)"),
+        (_maps(0, 3, 4, 4), _maps(0, 3, 4, 4), "is empty"),
+        (_maps(2, 3, 4, 4) * math.nan, _maps(2, 3, 4, 4), "Student gradient holds 96 values"),
+        (_maps(2, 3, 4, 4), _maps(2, 3, 4, 4) * math.inf, "Teacher gradient holds 96 values"),
+        (
+            _maps(2, 3, 4, 4), _maps(2, 3, 4, 4).requires_grad_() * 2,
+            "The teacher's input gradient carries gradients; take it with create_graph=False, or detach() it.",
+        ),
+    ],
+)  # fmt: skip
+def test_bad_gradients_are_one_sentence(student, teacher, words):
+    with pytest.raises(AFDSError) as caught:
+        gradient_at_loss(student, teacher)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_teachers_gradient_without_a_graph_is_taken():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    images, target = _maps(2, 3, 2, 2, dtype=torch.float32).requires_grad_(), torch.tensor([0, 1])
+    graph, plain = (input_gradient(model(images), target, images, create_graph=kept) for kept in (True, False))
+    with pytest.raises(AFDSError, match="create_graph=False"):
+        gradient_at_loss(plain, graph)
+    assert gradient_at_loss(graph, plain).item() == gradient_at_loss(graph, graph.detach()).item() == 0
 
 
 def test_input_gradient_is_per_sample_in_eval_mode():

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -35,3 +37,20 @@ def test_bad_input_is_one_sentence(student, words):
     with pytest.raises(AFDSError) as caught:
         Hint(2, 5)(student, torch.zeros(2, 5, 4, 4))
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "student, source, words",
+    [
+        (torch.zeros(2, 3, 4, 4), torch.zeros(3, 3, 4, 4), "holds 2 samples and the teacher's 3"),
+        (torch.zeros(2, 3, 0, 4), torch.zeros(2, 3, 0, 4), "is empty"),
+        (torch.full((2, 3, 4, 4), math.nan), torch.zeros(2, 3, 4, 4), "Student map holds 96 values"),
+        (torch.zeros(2, 3, 4, 4), torch.full((2, 3, 4, 4), math.inf), "Teacher map holds 96 values"),
+        (torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4).requires_grad_(), "feature map carries gradients"),
+        (torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4).int(), "is of torch.int32"),
+    ],
+)
+def test_bad_maps_are_one_sentence(student, source, words):
+    with pytest.raises(AFDSError) as caught:
+        hint_loss(student, source)
+    assert words in str(caught.value) and "\n" not in str(caught.value)

@@ -77,3 +77,19 @@ def test_bad_input_is_one_sentence(arguments, words):
     with pytest.raises(AFDSError) as caught:
         kd_loss(student, teacher, target, **arguments)
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "logits, old, words",
+    [
+        (STUDENT, TEACHER[:1], "holds 2 samples and the teacher's 1"),
+        (STUDENT, TEACHER[:, :2], "equal shapes"),
+        (STUDENT[:0], TEACHER[:0], "is empty"),
+        (STUDENT * math.nan, TEACHER, "Student logits holds 6 values"),
+        (STUDENT, TEACHER.clone().requires_grad_(), "The teacher's logits carries gradients"),
+    ],
+)
+def test_bad_old_logits_are_one_sentence(logits, old, words):
+    with pytest.raises(AFDSError) as caught:
+        lwf_loss(logits, old)
+    assert words in str(caught.value) and "\n" not in str(caught.value)

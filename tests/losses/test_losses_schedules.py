@@ -24,7 +24,13 @@ def test_shapes_of_the_four_schedules():
     [
         (lambda: BetaSchedule("exponential"), "'exponential' is unknown"),
         (lambda: BetaSchedule("linear", length=11)(0, 10), "takes 11 and the run only 10"),
-        (lambda: BetaSchedule("step", milestones=(5, 12)).check(10), "takes 12 and the run only 10"),
+        (lambda: BetaSchedule("step", milestones=(5, 12)).check(10), "a milestone at 12 and the run ends at 10"),
+        (lambda: BetaSchedule("step", milestones=(10,)).check(10), "a milestone at 10 and the run ends at 10"),
+        (lambda: BetaSchedule(beta="1000"), "beta of the beta schedule is '1000'"),
+        (lambda: BetaSchedule(beta=None), "beta of the beta schedule is None"),
+        (lambda: BetaSchedule("linear", length="3"), "length of the beta schedule is '3'"),
+        (lambda: BetaSchedule("step", milestones=("3",)), "milestone of the beta schedule is '3'"),
+        (lambda: BetaSchedule("step", milestones=5), "milestones of the beta schedule are 5"),
         (lambda: BetaSchedule("step"), "no milestones"),
         (lambda: BetaSchedule("step", milestones=(5, 5)), "increasing"),
         (lambda: BetaSchedule(beta=-1), "beta of the beta schedule is -1"),
@@ -35,3 +41,9 @@ def test_bad_schedules_are_one_sentence(call, words):
     with pytest.raises(AFDSError) as caught:
         call()
     assert words in str(caught.value)
+
+
+def test_the_last_milestone_of_a_run_counts_for_its_last_step():
+    schedule = BetaSchedule("step", 8.0, milestones=(9,))
+    schedule.check(10)
+    assert [schedule(now, 10) for now in (8, 9)] == pytest.approx([8.0, 0.8])
