@@ -469,7 +469,7 @@ def settings(study: DistillationStudy) -> Table:
         ("teacher training", stage(p.teacher_training)),
         ("student training", stage(p.student_training)),
         ("trial of one weight, nine tenths of the data", stage(p.trial)),
-        ("weights tried", "; ".join(grids)),
+        ("weights tried; a single one is taken as given", "; ".join(grids)),
         ("seeds", ", ".join(map(str, p.pairs[0].seeds)) + f"; trials: {p.trial_seed}"),
         ("weight decay", f"{p.weight_decay:g}"),
     ]

@@ -26,7 +26,9 @@ RECIPES = {
 }  # fmt: skip
 ALLOWED = {
     "0.0025": "an example of the two scales, computed in the same sentence",
+    "6.25": "an example of the two scales, computed in the same sentence",
     "90 %": "the share of the plain student's accuracy, a setting",
+    "16 x": "the weight of NST's soft term [code], a setting",
 }
 NOTEBOOKS = [file for file in pipeline.notebooks(paths.root() / "notebooks") if file.name[:2] in ("06", "07")]
 
