@@ -272,7 +272,8 @@ def gains_text(study: DistillationStudy) -> Text:
 def weights_text(study: DistillationStudy) -> Text:
     """Where each method's weight comes from: chosen among those tried, given, or taken from another method."""
     trials = study.trials()
-    tried, given, edges, borrowed = [], [], [], {}
+    tried, given, edges = [], [], []
+    borrowed: dict[str, list[str]] = {}
     used = {name for pair in study.profile.pairs for name in pair.methods}
     for name, method in study.methods.items():
         if name not in used or method.distillation.transfer == "none":
