@@ -36,8 +36,8 @@ from afdslib.errors import AFDSError
 from afdslib.speed import read_masks
 
 __all__ = [
-    "CASES", "Row", "Settings", "compare", "cut", "environment", "interleave", "jaccard", "on_threads", "photographs",
-    "random_gates", "run", "table", "to_csv",
+    "CASES", "Row", "Settings", "compare", "cut", "environment", "interleave", "jaccard", "nst_peak", "on_threads",
+    "photographs", "random_gates", "run", "table", "to_csv",
 ]  # fmt: skip
 
 RUNTIMES = ("eager", "compiled", "onnxruntime")
@@ -666,6 +666,28 @@ def _loss(name: str, naive: bool, shape: tuple[int, ...]) -> Callable[[], object
         loss(student, source).backward()
 
     return call
+
+
+def _nst(kernel: str, shape: tuple[int, ...]) -> Callable[[], object]:
+    """Forward and backward pass of NST with one kernel on random maps."""
+    from afdslib.losses import nst_loss
+
+    torch.manual_seed(0)
+    student, teacher = torch.rand(shape, requires_grad=True), torch.rand(shape)
+    nst_loss(student[:1, :8], teacher[:1, :8], kernel=kernel).backward()  # what the first call of all allocates
+    student.grad = None
+    return lambda: nst_loss(student, teacher, kernel=kernel).backward()
+
+
+def nst_peak(kernel: str, shape: tuple[int, ...]) -> float | None:
+    """GB that NST adds to two maps at its peak, forward and backward, in a process of its own; None off Linux.
+
+    Args:
+        kernel: "poly" (d = 2, c = 0), "linear" or "gaussian".
+        shape: (B, C, H, W) of both maps.
+    """
+    mebibytes = _peak(_nst, kernel, shape)
+    return None if mebibytes is None else mebibytes * 2**20 / 1e9
 
 
 def _ignoring(call: Callable[[], object], repeat: int) -> object:

@@ -28,7 +28,7 @@ from afdslib.cited import Number
 from afdslib.errors import AFDSError
 from afdslib.plots.students import student_look
 from afdslib.protocol import LABELS, Method, protocol
-from afdslib.students import REPORTED
+from afdslib.students import REPORTED, steps_saved
 from afdslib.summary import Table, Text
 
 __all__ = [
@@ -161,24 +161,6 @@ def _costs(tried: Mapping[float, float]) -> tuple[float, float]:
     best = values.index(max(values))
     beside = values[max(0, best - 1) : best + 2]
     return max(values) - min(beside), max(values) - min(values)
-
-
-def steps_until(curve: pd.DataFrame, target: float) -> float:
-    """Optimiser steps until a learning curve reaches an accuracy, linear between its rows; its last step if never.
-
-    Args:
-        curve: columns step and train_accuracy.
-        target: the accuracy.
-    """
-    before: tuple[float, float] | None = None
-    for step, accuracy in zip(curve.step, curve.train_accuracy, strict=True):
-        if accuracy >= target:
-            if before is None:
-                return float(step)
-            share = (target - before[1]) / (accuracy - before[1])
-            return float(before[0] + share * (step - before[0]))
-        before = float(step), float(accuracy)
-    return float(curve.step.iloc[-1])
 
 
 # ------------------------------------------------------------------------------------------------------- result files
@@ -396,22 +378,15 @@ def converges_faster(files: Sequence[str], pair: tuple[str, str], *, method: str
     teacher, student = pair
     for file in _existing(files):
         profile = file.split("/")[0]
-        steps: dict[str, dict[int, float]] = {"alone": {}, method: {}}
-        read = []
+        curves: dict[str, dict[int, pd.DataFrame]] = {"alone": {}, method: {}}
         for seed in sorted(_shared(file, pair, ("alone", method))):
-            target = math.nan
             for name in ("alone", method):
                 from_teacher = "" if name == "alone" else teacher
                 row = cited.rows(file, "run", method=name, student=student, teacher=from_teacher, seed=seed)
-                curve_file = f"{profile}/runs/{row.run.iloc[0]}.csv"
-                curve = cited.rows(curve_file, "train_accuracy").dropna(subset=["train_accuracy"])
-                target = share * float(curve.train_accuracy.iloc[-1]) if name == "alone" else target
-                steps[name][int(seed)] = steps_until(curve, target)
-                read.append(curve_file)
-        if not steps["alone"]:
+                curves[name][int(seed)] = cited.rows(f"{profile}/runs/{row.run.iloc[0]}.csv", "train_accuracy")
+        if not curves["alone"]:
             continue
-        gain = statistics.paired(steps["alone"], steps[method]).difference
-        found = Number(gain.mean, "steps", gain.low, gain.high, gain.n, file, 0, True)
+        found = steps_saved(curves["alone"], curves[method], share=share)
         why = f"{_way('alone').capitalize()} minus {_way(method)}, {teacher} to {student}: {_signed(found)}."
         return Found(of_interval(found, seeds=STUDENT_SEEDS), why, (file,))
     return _untested(f"students {student} of a teacher {teacher}, {_way(method)} and alone")

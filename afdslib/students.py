@@ -1,20 +1,22 @@
 """Tables and sentences about students and teachers, computed from a study's results: no number is typed.
 
-The numbers in `REPORTED` are the original paper's, at 200 epochs; every one is a quotation with its source.
+The numbers in `REPORTED` are the original paper's, at 200 epochs, those in `QUOTED` other people's; every one is a
+quotation with its source.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 import pandas as pd
 import torch
 
-from afdslib import afs, inspection, maps, runs, training
+from afdslib import afs, inspection, maps, runs, statistics, training
 from afdslib._atomic import write_text
+from afdslib.cited import Number
 from afdslib.distillation import StudentRun, tapped
 from afdslib.errors import AFDSError
 from afdslib.features import Teacher, taps
@@ -33,12 +35,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import nn
 
+    from afdslib.data import ImageDataset
     from afdslib.distillation_study import DistillationStudy
 
 __all__ = [
     "NOT_STORED",
+    "QUOTED",
     "REPORTED",
     "Gain",
+    "Quotation",
     "beta_in_paper_scale",
     "beta_table",
     "better_than_guessing",
@@ -50,15 +55,22 @@ __all__ = [
     "first_pair",
     "gain",
     "gains_text",
-    "largest_reported_gain",
     "networks",
     "no_test_in_trials",
+    "nst_memory",
+    "pull_text",
+    "quoted_gains_text",
+    "quoted_table",
     "reach_text",
+    "saved_text",
     "scope",
+    "seen_text",
     "settings",
+    "steps_saved",
+    "steps_until",
     "stored_like_table",
-    "taps_of",
     "student_table",
+    "taps_of",
     "terms_add_up",
     "view",
     "weights_text",
@@ -71,6 +83,65 @@ REPORTED = {
     ("cifar10", "", "wrn-16-1", "alone"): 91.23,
     ("cifar10", "wrn-16-2", "wrn-16-1", "at"): 92.07,
 }
+
+
+@dataclass(frozen=True)
+class Quotation:
+    """Numbers of others about one teacher and student, quoted and not reproduced.
+
+    Attributes:
+        data: the data set.
+        networks: teacher and student.
+        measure: "accuracy" or "error"; in percent.
+        numbers: by method, as in `STUDENTS`; of an error top-1 and top-5.
+        source: who reports them.
+        digits: after the point, as they are reported.
+    """
+
+    data: str
+    networks: str
+    measure: str
+    numbers: Mapping[str, tuple[float, ...]]
+    source: str
+    digits: int = 2
+
+    @property
+    def gains(self) -> dict[str, float]:
+        """What each method gains over the student alone, percentage points of (top-1) accuracy."""
+        sign = 1 if self.measure == "accuracy" else -1
+        others = {m: n[0] for m, n in self.numbers.items() if m not in ("teacher", "alone")}
+        alone = self.numbers.get("alone")
+        return {} if alone is None else {m: round(sign * (n - alone[0]), 2) for m, n in others.items()}
+
+
+_ZOO = (
+    'README of AberHu/Knowledge-Distillation-Zoo, which warns: "hyper-parameters not chosen carefully ... do not '
+    'reflect which method is better"'
+)
+QUOTED = (
+    Quotation(
+        "CIFAR-10", "WRN-16-2 to WRN-16-1", "accuracy", {"teacher": (93.69,), "alone": (91.23,), "at": (92.07,)},
+        "AT's paper, 200 epochs",
+    ),
+    Quotation(
+        "CIFAR-100", "WRN-40-2 to WRN-16-2", "accuracy",
+        {"alone": (73.26,), "kd": (74.92,), "at": (74.08,), "nst": (73.68,)}, "README of HobbitLong/RepDistiller",
+    ),
+    Quotation(
+        "CIFAR-10", "ResNet-110 to ResNet-20", "accuracy",
+        {"alone": (92.37,), "kd": (92.82,), "at": (93.21,), "nst": (92.83,)}, _ZOO,
+    ),
+    Quotation(
+        "ImageNet", "ResNet-34 to ResNet-18", "error", {"alone": (30.4, 10.8), "at": (29.3, 10.0)}, "AT's paper", 1,
+    ),
+    Quotation(
+        "ImageNet", "ResNet-101 to Inception-BN", "error",
+        {"alone": (25.74, 8.07), "nst": (24.81, 7.55), "nst-poly+kd": (24.34, 7.11)}, "NST's paper",
+    ),
+    Quotation(
+        "ImageNet", "ResNet-101 to the modified ResNet-50", "error", {"nst-poly+kd": (21.05, 5.56)}, "NST's paper",
+    ),
+)  # fmt: skip
 
 
 def beta_in_paper_scale(beta: float, norm: float, positions: int) -> float:
@@ -141,7 +212,8 @@ def _spread(values: pd.Series) -> str:
 
 
 def student_table(study: DistillationStudy) -> Table:
-    """Teachers and students: median over seeds, spread (largest minus smallest), gain, and the reported number."""
+    """Teachers and students: median over seeds, spread (largest minus smallest), gain; and, where there is one, the
+    number that the original paper reports."""
     table, name = study.table(), study.profile.data.name
     rows = []
     for row in table[table.method == "teacher"].itertuples():
@@ -164,6 +236,8 @@ def student_table(study: DistillationStudy) -> Table:
             cells = [f"{100 * values.median():.1f}", _spread(values), str(len(values)), better, _reported(reported)]
             rows.append([label, weight, *cells])
     header = ["network, method (teacher)", "weight", "median (%)", "spread", "seeds", "gain over alone"]
+    if not any(row[-1] for row in rows):
+        return Table(header, [row[:-1] for row in rows])
     return Table([*header, "reported at 200 epochs (%)"], rows)
 
 
@@ -184,7 +258,7 @@ def gains_text(study: DistillationStudy) -> Text:
             g = gain(found.test_accuracy, alone)
             verdict = {
                 None: "with one seed, so nothing can be said",
-                True: f"larger than the spread between seeds ({g.spread:.1f})",
+                True: f"a {'gain' if g.gain > 0 else 'loss'} larger than the spread between seeds ({g.spread:.1f})",
                 False: f"not larger than the spread between seeds ({g.spread:.1f})",
             }[g.exceeds]
             lines.append(
@@ -196,21 +270,33 @@ def gains_text(study: DistillationStudy) -> Text:
 
 
 def weights_text(study: DistillationStudy) -> Text:
-    """The weights that the trials chose, their effect, and which lie at the edge of what was tried."""
+    """Where each method's weight comes from: chosen among those tried, given, or taken from another method."""
     trials = study.trials()
-    parts, edges = [], []
-    for method, rows in trials.groupby("method", sort=False):
-        if len(rows) < len(study.methods[str(method)].weights):
-            continue  # not finished, so nothing is chosen
-        label, chosen = student_look(str(method)).label, study.weight(str(method))
-        between = 100 * (rows.validation_accuracy.max() - rows.validation_accuracy.min())
-        parts.append(f"{label} {chosen:g} (of {len(rows)}, which differ by up to {between:.1f} points)")
-        if chosen in (rows.strength.min(), rows.strength.max()):
-            edges.append(label)
-    text = f"Chosen on validation images: {'; '.join(parts)}." if parts else "No weight was tried."
+    tried, given, edges = [], [], []
+    borrowed: dict[str, list[str]] = {}
+    used = {name for pair in study.profile.pairs for name in pair.methods}
+    for name, method in study.methods.items():
+        if name not in used or method.distillation.transfer == "none":
+            continue
+        label, rows = student_look(name).label, trials[trials.method == name]
+        if method.like:
+            borrowed.setdefault(method.like, []).append(label)
+        elif len(method.weights) == 1:
+            given.append(f"{label} {method.weights[0]:g}")
+        elif len(rows) == len(method.weights):  # else not finished, so nothing is chosen
+            chosen = study.weight(name)
+            between = 100 * (rows.validation_accuracy.max() - rows.validation_accuracy.min())
+            tried.append(f"{label} {chosen:g} (of {len(rows)}, which differ by up to {between:.1f} points)")
+            if chosen in (rows.strength.min(), rows.strength.max()):
+                edges.append(label)
+    parts = [f"Chosen on validation images: {'; '.join(tried)}."] if tried else []
     if edges:
-        text += f" At the edge of the values tried, so perhaps not the best: {', '.join(edges)}."
-    return Text(text)
+        parts.append(f"At the edge of the values tried, so perhaps not the best: {', '.join(edges)}.")
+    if given:
+        parts.append(f"Taken as given, with no other value tried: {'; '.join(given)}.")
+    for name, labels in borrowed.items():
+        parts.append(f"The weight of {student_look(name).label} is taken, untuned, by {'; '.join(labels)}.")
+    return Text(" ".join(parts) or "No weight is chosen yet.")
 
 
 def reach_text(study: DistillationStudy, share: float = 0.9) -> Text:
@@ -235,6 +321,137 @@ def reach_text(study: DistillationStudy, share: float = 0.9) -> Text:
     return Text("\n".join(lines) + "\n\nOne seed; the curve is looked at as often as its figure has signs.")
 
 
+def steps_until(curve: pd.DataFrame, target: float) -> float:
+    """Optimiser steps until a learning curve reaches an accuracy, linear between its rows; its last step if never.
+
+    Args:
+        curve: columns step and train_accuracy.
+        target: the accuracy.
+    """
+    before: tuple[float, float] | None = None
+    for step, accuracy in zip(curve.step, curve.train_accuracy, strict=True):
+        if accuracy >= target:
+            if before is None:
+                return float(step)
+            share = (target - before[1]) / (accuracy - before[1])
+            return float(before[0] + share * (step - before[0]))
+        before = float(step), float(accuracy)
+    return float(curve.step.iloc[-1])
+
+
+def steps_saved(
+    alone: Mapping[int, pd.DataFrame], method: Mapping[int, pd.DataFrame], *, share: float = 0.9
+) -> Number:
+    """Steps until a share of the plain student's final accuracy on training images: alone minus the method, by seed.
+
+    This is the measure by which the report judges whether a student converges faster. [ours]
+
+    Args:
+        alone: learning curve of the plain student by seed: columns step and train_accuracy.
+        method: that of the student with a teacher.
+        share: of the final accuracy of the plain student of the same seed.
+
+    Returns:
+        Mean of the paired differences with Student's 95 % interval, in steps; above 0 where the method is faster.
+
+    Raises:
+        AFDSError: the two share no seed.
+    """
+    steps: tuple[dict[int, float], dict[int, float]] = ({}, {})
+    for seed in sorted(set(alone) & set(method)):
+        curves = [curve[seed].dropna(subset=["train_accuracy"]) for curve in (alone, method)]
+        target = share * float(curves[0].train_accuracy.iloc[-1])
+        for found, curve in zip(steps, curves, strict=True):
+            found[seed] = steps_until(curve, target)
+    gain = statistics.paired(*steps).difference
+    return Number(gain.mean, "steps", gain.low, gain.high, gain.n, digits=0, signed=True)
+
+
+def saved_text(study: DistillationStudy, share: float = 0.9) -> Text:
+    """The report's measure of convergence, on training images over the table's seeds: one line per method."""
+    pair = study.profile.pairs[0]
+    curves: dict[str, dict[int, pd.DataFrame]] = {}
+    for job, result in study.results():
+        taught = job.config.network == pair.student and job.teacher in ("", pair.teacher.name)
+        if job.kind == "student" and taught and "diverged" not in result.metrics:
+            curves.setdefault(job.method, {})[job.config.seed] = result.history()
+    lines = []
+    for method, mine in curves.items():
+        if method != "alone" and set(mine) & set(curves.get("alone", {})):
+            found = steps_saved(curves["alone"], mine, share=share)
+            seeds = f"{found.n} paired seed{'s' if found.n > 1 else ''}"
+            lines.append(f"- {student_look('alone').label} minus {student_look(method).label}: {found}, {seeds}.")
+    if not lines:
+        return Text("No student with a teacher is finished yet.")
+    head = (
+        f"Steps until {100 * share:.0f} % of the plain student's final accuracy on training images, of "
+        f"{study.profile.student_training.steps}: mean difference with its 95 % interval, above 0 where the method is "
+        "faster."
+    )
+    return Text(f"{head}\n\n" + "\n".join(lines))
+
+
+def _pixels(images: ImageDataset) -> list[int]:
+    return [hash(images.raw(i).tobytes()) for i in range(len(images))]
+
+
+def seen_text(study: DistillationStudy) -> Text:
+    """How many validation images of trials and curves the teacher was fitted on, and how right it is on them."""
+    p = study.profile
+    config = study.teacher_run(p.pairs[0].teacher)
+    if not study.complete and runs.lookup(config) is None:
+        return Text("The teacher is not finished yet.")
+    used = {}
+    if any(len(m.weights) > 1 for m in p.methods):
+        used["trials"] = replace(p.trial_data, seed=p.trial_seed)
+    if p.curves:
+        own = p.data == p.trial_data  # then the curves are those of the first reported runs
+        used["learning curves"] = replace(p.trial_data, seed=p.pairs[0].seeds[0] if own else p.trial_seed)
+    if len({*used.values()}) == 1:
+        used = {" and ".join(used): next(iter(used.values()))}
+    if not used:
+        return Text("Nothing is chosen or drawn on validation images in this study.")
+    model, fitted, said = _network(study, config), set(_pixels(config.data.load().train)), []
+    test = study.result(config).metrics.get("test_accuracy", math.nan)
+    for name, source in used.items():
+        validation = source.load().validation
+        if validation is None:
+            continue
+        seen = sum(one in fitted for one in _pixels(validation))
+        text = f"Of the {len(validation):,} validation images of the {name} the teacher was fitted on {seen:,}."
+        if model is None:
+            said.append(f"{text} How right it is on them is not shown: its weights are not stored here.")
+            continue
+        right = training.evaluate(model, validation, precision=p.teacher_training.precision).accuracy
+        said.append(
+            f"{text} It is right on {100 * right:.1f} % of these {len(validation):,} and on {100 * test:.1f} % of the "
+            f"test images: a difference of {100 * (right - test):+.1f} points."
+        )
+    return Text(" ".join(said))
+
+
+def pull_text(study: DistillationStudy, method: str = "at", *, hardly: float = 0.05) -> Text:
+    """How much of a student's loss its layer-wise terms are, so that a reader knows whether they can show.
+
+    Args:
+        study: the study.
+        method: of the first pair.
+        hardly: below this share of the loss the sentence warns. [ours]
+    """
+    log = study.histories().get(method)
+    if log is None:
+        return Text(f"No student with {student_look(method).label} is finished yet.")
+    stem = study.methods[method].distillation.transfer.replace("-", "_")
+    terms = log[[c for c in log if c.startswith(f"{stem}_")]].sum(axis=1)
+    share = float((log.beta * terms / log.loss).mean())
+    label = student_look(method).label
+    text = f"The weight of {label} here is {study.weight(method):g}: its terms are {100 * share:.2g} % of this "
+    text += "student's loss (mean over the logged rows)"
+    if share < hardly:
+        text += f", so they hardly pull, and the row of {label} may look like that of the student alone"
+    return Text(f"{text}.")
+
+
 def settings(study: DistillationStudy) -> Table:
     """The settings that a reader needs to judge the numbers; `afds students --show` prints them all."""
     p = study.profile
@@ -253,7 +470,7 @@ def settings(study: DistillationStudy) -> Table:
         ("teacher training", stage(p.teacher_training)),
         ("student training", stage(p.student_training)),
         ("trial of one weight, nine tenths of the data", stage(p.trial)),
-        ("weights tried", "; ".join(grids)),
+        ("weights tried; a single one is taken as given", "; ".join(grids)),
         ("seeds", ", ".join(map(str, p.pairs[0].seeds)) + f"; trials: {p.trial_seed}"),
         ("weight decay", f"{p.weight_decay:g}"),
     ]
@@ -351,14 +568,67 @@ def compared_sizes(study: DistillationStudy) -> str:
     return "nothing yet"
 
 
-def largest_reported_gain() -> float:
-    """Of the quoted numbers: the largest gain of a method over the student alone, percentage points."""
-    gains = [
-        value - REPORTED[data, "", student, "alone"]
-        for (data, teacher, student, method), value in REPORTED.items()
-        if teacher
-    ]
-    return round(max(gains), 2)
+def nst_memory(shape: Sequence[int] = (64, 1024, 14, 14), kernels: Iterable[str] = ("poly", "gaussian")) -> Table:
+    """Measured memory of NST on a layer, beside what a (B, C, C, HW) tensor of its maps would take by itself.
+
+    Args:
+        shape: (B, C, H, W) of the student's and the teacher's maps; by default ResNet-101's third stage at 224 px.
+        kernels: each is measured, forward and backward, in a process of its own.
+    """
+    from afdslib import bench
+
+    batch, channels, height, width = shape
+    rows = []
+    for kernel in kernels:
+        peak = bench.nst_peak(kernel, tuple(shape))
+        label = student_look(f"nst-{kernel}").label
+        rows.append([f"{label}: forward and backward pass", "not measured" if peak is None else f"{peak:.2f}"])
+    avoided = batch * channels * channels * height * width * 4 / 1e9
+    rows.append(["one (B, C, C, HW) tensor, never built", f"{avoided:.1f}"])
+    return Table([f"B x C x H x W = {' x '.join(map(str, shape))}, float32", "GB beyond the maps"], rows)
+
+
+# ---------------------------------------------------------------------------------------------------------- quotations
+
+
+def _quotations(study: DistillationStudy) -> list[Quotation]:
+    """Those that belong to a study's notebook."""
+    if study.profile.study == "attention":
+        return [q for q in QUOTED if "at" in q.numbers]
+    return [q for q in QUOTED if {"nst", "nst-poly+kd"} & set(q.numbers)]
+
+
+def quoted_table(study: DistillationStudy) -> Table:
+    """What others report, one row per teacher and student, with the source."""
+    rows = []
+    for q in _quotations(study):
+        numbers = [
+            f"{student_look(m).label} {'/'.join(f'{n:.{q.digits}f}' for n in found)}" for m, found in q.numbers.items()
+        ]
+        measure = "accuracy (%)" if q.measure == "accuracy" else "top-1/top-5 error (%)"
+        rows.append([f"{q.data}, {q.networks}", measure, ", ".join(numbers), q.source])
+    return Table(["data, teacher to student", "measure", "numbers", "source"], rows, numbers=False)
+
+
+def quoted_gains_text(study: DistillationStudy) -> Text:
+    """From where to where the quoted gains run, and how many exceed the spread between the seeds of this study."""
+    gains = [(gain, m, q) for q in _quotations(study) for m, gain in q.gains.items()]
+
+    def told(entry: tuple[float, str, Quotation]) -> str:
+        gain, method, q = entry
+        return f"{gain:+.2f} points ({student_look(method).label}, {q.data}, {q.networks})"
+
+    least, most = (pick(gains, key=lambda entry: entry[0]) for pick in (min, max))
+    text = f"The {len(gains)} gains over the student alone quoted above run from {told(least)} to {told(most)}."
+    students = study.table()
+    students = students[students.method != "teacher"]
+    seeds = students.groupby(["teacher", "student", "method"]).test_accuracy
+    spreads = (100 * (seeds.max() - seeds.min()))[seeds.size() > 1]
+    if spreads.empty:
+        return Text(f"{text} No student of this study has two seeds, so they cannot be held against a spread.")
+    clear = sum(gain > spreads.max() for gain, _, _ in gains)
+    text += f" In this study seeds of one method differ by up to {spreads.max():.1f} points (median over methods: "
+    return Text(f"{text}{spreads.median():.1f}); {clear} of the quoted gains are larger than that.")
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
@@ -464,9 +734,13 @@ def write_page(study: DistillationStudy) -> Path:
         gains_text(study),
         "## Weights",
         weights_text(study),
+        seen_text(study),
     ]
+    if "at" in set(study.table().method):
+        scales = beta_table(study)
+        parts += ["## β in two scales", NOT_STORED if scales is None else scales._repr_markdown_()]
     if p.curves:
-        parts += ["## Convergence", reach_text(study)]
+        parts += ["## Convergence", reach_text(study), saved_text(study)]
     parts.append(f"Every row is in `{p.study}.csv`, every trial in `{p.study}_trials.csv`; runs are in `../runs/`.")
     page = study.folder() / f"{p.study}.md"
     write_text(page, "\n\n".join(map(str, parts)) + "\n")

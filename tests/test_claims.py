@@ -142,13 +142,6 @@ def test_a_step_beside_the_best_weight_is_held_against_the_seeds():
     assert claims.matters(tried | {100: math.nan}, 0.25, seeds=3) == REPLICATED  # it diverged
 
 
-def test_steps_are_linear_between_rows_and_the_last_one_if_never():
-    curve = pd.DataFrame({"step": [10, 20, 30], "train_accuracy": [0.2, 0.4, 0.3]})
-    assert claims.steps_until(curve, 0.3) == pytest.approx(15)
-    assert claims.steps_until(curve, 0.1) == 10 and claims.steps_until(curve, 0.4) == 20
-    assert claims.steps_until(curve, 0.5) == 30
-
-
 # each rule reaches each verdict
 
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +11,7 @@ import pandas as pd
 import pytest
 import tiny
 
-from afdslib import cli, distillation_study, runs, students
+from afdslib import bench, claims, cli, distillation_study, runs, students
 from afdslib.distillation import Distillation
 from afdslib.distillation_study import DistillationProfile, DistillationStudy, Method, Pair, steps_to_reach
 from afdslib.errors import AFDSError
@@ -152,7 +154,7 @@ def test_the_tables_say_median_spread_gain_and_only_quoted_numbers(study, monkey
     )  # fmt: skip
     monkeypatch.setattr(study, "table", lambda: table)
     plain = repr(students.student_table(study))
-    assert "92.07" not in plain  # another data set
+    assert "92.07" not in plain and "reported" not in plain  # another data set: no empty column
     monkeypatch.setattr(study, "profile", replace(study.profile, data=DataSource("cifar10")))
     rows = {row[0]: row for row in students.student_table(study).rows}
     assert rows["teacher wrn-16-2"][-1] == "93.69" and rows["wrn-16-1, student alone"][-1] == "91.23"
@@ -160,8 +162,108 @@ def test_the_tables_say_median_spread_gain_and_only_quoted_numbers(study, monkey
     assert at == ["wrn-16-1, AT (wrn-16-2)", "100", "83.5", "1.0", "2", "+3.0", "92.07"]
     assert rows["wrn-16-1, AT (wrn-40-1)"][-1] == "" and len(rows) == 4
     text = students.gains_text(study)
-    assert "AT** from wrn-16-2 to wrn-16-1: +3.0 points, larger than the spread between seeds (1.0)" in text
+    assert "AT** from wrn-16-2 to wrn-16-1: +3.0 points, a gain larger than the spread between seeds (1.0)" in text
     assert "AT** from wrn-40-1 to wrn-16-1: -1.5 points, with one seed, so nothing can be said" in text
+    table.loc[table.method == "at", "test_accuracy"] -= 0.2
+    assert "-17.0 points, a loss larger than the spread between seeds (1.0)" in students.gains_text(study)
+    monkeypatch.setattr(study, "profile", replace(study.profile, study="selectivity"))
+    words = students.quoted_gains_text(study)
+    assert "from +0.42 points (NST, CIFAR-100, WRN-40-2 to WRN-16-2) to +1.66 points (KD, CIFAR-100" in words
+    assert "differ by up to 1.0 points (median over methods: 1.0); 2 of the quoted gains are larger" in words
+
+
+def test_steps_are_linear_between_rows_and_the_last_one_if_never():
+    curve = pd.DataFrame({"step": [10, 20, 30], "train_accuracy": [0.2, 0.4, 0.3]})
+    assert students.steps_until(curve, 0.3) == pytest.approx(15)
+    assert students.steps_until(curve, 0.1) == 10 and students.steps_until(curve, 0.4) == 20
+    assert students.steps_until(curve, 0.5) == 30
+
+
+def test_steps_saved_are_paired_by_seed_and_measured_on_each_seeds_own_plain_student():
+    def curve(*accuracy):
+        return pd.DataFrame({"step": [10, 20, 30, 40], "train_accuracy": [*accuracy, math.nan]})
+
+    alone = {0: curve(0.2, 0.6, 0.8), 1: curve(0.2, 0.3, 0.4), 2: curve(0.1, 0.1, 0.1)}
+    taught = {0: curve(0.5, 0.5, 0.9), 1: curve(0.1, 0.3, 0.3), 7: curve(0.9, 0.9, 0.9)}
+    found = students.steps_saved(alone, taught, share=0.5)  # to 0.4 and 0.2: 15 - 10 and 10 - 15
+    assert found.n == 2 and found.value == pytest.approx(0) and found.low == pytest.approx(-found.high)
+    assert str(students.steps_saved({0: alone[0]}, taught, share=0.5)) == "+5 steps"
+
+
+def test_the_notebook_measures_convergence_as_the_claim_does(study, monkeypatch, tmp_path):
+    monkeypatch.setenv("AFDS_HOME", str(tmp_path))
+    study.table().to_csv(_made(tmp_path / "data/results/mini/quick/attention.csv"), index=False)
+    for job, result in study.results():
+        if job.kind == "student":
+            result.history().to_csv(_made(tmp_path / f"data/results/mini/runs/{result.id}.csv"), index=False)
+    told = claims.converges_faster(["mini/quick/attention.csv"], ("wrn-10-2", "wrn-10-1")).why
+    number = re.search(r": (.*)\.$", told)[1]
+    assert f"- student alone minus AT: {number}." in students.saved_text(study)
+    assert students.saved_text(study).count("\n- ") == 3  # AT, KD, AT + KD; of the first teacher alone
+
+
+def _made(file):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return file
+
+
+def test_how_much_of_the_judging_images_the_teacher_has_seen_is_counted(study, monkeypatch):
+    text = students.seen_text(study)
+    assert "Of the 12 validation images of the trials the teacher was fitted on 0. It is right on " in text
+    assert text.count("Of the 12") == 2  # the curves are those of the reported runs: other images
+    load = DataSource.load
+
+    def whole(source):
+        """The teacher's data without a part held back, as in the real study."""
+        found = load(source)
+        return replace(found, train=found.validation) if source.seed == 0 else found
+
+    monkeypatch.setattr(DataSource, "load", whole)
+    assert "the teacher was fitted on 12. It is right on" in students.seen_text(study)
+    monkeypatch.setattr(students, "_network", lambda *_: None)
+    text = students.seen_text(study)
+    assert "How right it is on them is not shown: its weights are not stored here." in text and "%" not in text
+
+
+def test_trials_and_curves_on_the_same_images_are_one_sentence(study, monkeypatch):
+    monkeypatch.setattr(study, "profile", replace(study.profile, data=DataSource("tiny-source", per_class=8)))
+    monkeypatch.setattr(study, "result", lambda config: runs.Result("0" * 12, {"test_accuracy": 0.5}, study.folder()))
+    monkeypatch.setattr(students, "_network", lambda *_: None)
+    text = students.seen_text(study)
+    assert text.startswith("Of the 12 validation images of the trials and learning curves the teacher") and (
+        text.count("Of the") == 1
+    )
+
+
+def test_it_is_said_where_every_weight_comes_from(study, monkeypatch):
+    text = students.weights_text(study)
+    assert f"Chosen on validation images: AT {study.weight('at'):g} (of 2, which differ by up to " in text
+    assert "The weight of AT is taken, untuned, by AT + KD, β decays." in text and "as given" not in text
+    single = DistillationStudy(distillation_study.get("selectivity", "demo"))
+    monkeypatch.setattr(single, "results", lambda: [])
+    text = students.weights_text(single)
+    assert text.startswith("Taken as given, with no other value tried: NST, polynomial 5.")
+    assert "The weight of NST, polynomial is taken, untuned, by NST, linear; NST, Gaussian; NST + KD; " in text
+
+
+def test_a_weight_that_hardly_pulls_is_said(study, monkeypatch):
+    log = study.histories()["at"]
+    terms = log.filter(like="at_").sum(axis=1)
+    share = float((log.beta * terms / log.loss).mean())
+    assert f"its terms are {100 * share:.2g} % of this student's loss" in students.pull_text(study)
+    assert "hardly pull" in students.pull_text(study, hardly=1.0)
+    assert "hardly" not in students.pull_text(study, hardly=0.0)
+
+
+def test_the_memory_of_nst_is_measured_beside_the_tensor_that_is_not_built(monkeypatch):
+    table = students.nst_memory((64, 1024, 14, 14), ())
+    assert table.rows == [["one (B, C, C, HW) tensor, never built", "52.6"]]
+    small, avoided = students.nst_memory((16, 256, 14, 14), ("poly",)).rows
+    assert small[0] == "NST, polynomial: forward and backward pass" and avoided[1] == "0.8"
+    if sys.platform.startswith("linux"):
+        assert 0 < float(small[1]) < 0.2
+    monkeypatch.setattr(bench, "_peak", lambda *_: None)
+    assert students.nst_memory((2, 4, 2, 2), ("gaussian",)).rows[0][1] == "not measured"
 
 
 def test_loss_terms_are_put_together_again_and_a_wrong_weight_shows(study, monkeypatch):
@@ -280,6 +382,8 @@ def test_page_and_figures_of_a_finished_study(study, monkeypatch, tmp_path):
     assert names == ["at_accuracy.png", "at_betas.png", "at_curves.png", "at_maps.png"]
     page = students.write_page(study).read_text()
     assert "afds students --study attention --profile demo" in page and "| teacher wrn-10-2 |" in page
+    assert "## β in two scales\n\n| maps |" in page and "student alone minus AT: " in page
+    assert "the teacher was fitted on" in page
     with pytest.raises(AFDSError, match="networks of the profile demo are never committed"):
         study.publish_networks()
 
