@@ -43,7 +43,8 @@ def view(study: Study, sweep: pd.DataFrame, method: str, budget: float) -> tuple
     text = (
         f"<b>{plots.look(method).label}, {times(budget)}</b> on {target}: "
         f"test accuracy {accuracy.mean():.1f} %{spread}, "
-        f"measured MACs {100 * rows.macs.mean():.1f} % of the dense network's, {rows.parameters.mean() / 1000:.0f} thousand parameters"
+        f"measured MACs {100 * rows.macs.mean():.1f} % of the dense network's, "
+        f"{rows.parameters.mean() / 1000:.0f} thousand parameters"
     )
     layers = inspection.layers_by_budget(study, method, seed, [budget], study.targets[target])
     image = io.BytesIO()
