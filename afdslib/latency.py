@@ -15,6 +15,7 @@ import torch
 from afdslib import afs, bench, macs, runs
 from afdslib._atomic import atomic_path
 from afdslib.compact import compact
+from afdslib.export import inference
 from afdslib.stages import MODEL
 from afdslib.summary import Text
 
@@ -59,9 +60,19 @@ def times(study: Study, sweep: pd.DataFrame, *, method: str = "afd") -> pd.DataF
 def measure(
     study: Study, sweep: pd.DataFrame, *, method: str = "afd", settings: bench.Settings | None = None
 ) -> pd.DataFrame:
-    """Times the networks of a method's first seed; see `times`. The runtime is onnxruntime, or torch without it."""
-    settings = settings or SETTINGS
-    runtime = "onnxruntime" if importlib.util.find_spec("onnxruntime") else "eager"
+    """Times the networks of a method's first seed as they are exported; see `times`.
+
+    Args:
+        study: of the sweep.
+        sweep: from `Study.sweep`.
+        method: whose networks.
+        settings: batches, threads, repeats and the runtime. Default: onnxruntime, or torch itself without it and in the
+            demo, whose times mean nothing and should be short.
+    """
+    if settings is None:
+        real = study.profile.committed and importlib.util.find_spec("onnxruntime")
+        settings = replace(SETTINGS, runtimes=("onnxruntime" if real else "eager",))
+    runtime = settings.runtimes[0]
     found = []
     with bench.on_threads(settings.threads):
         device = bench.environment(settings)["device"]
@@ -79,7 +90,7 @@ def measure(
                 if result is None:
                     continue
                 small = compact(afs.load(result.artifact(MODEL)).eval(), input_size=shape, fold_bn=True)
-                models[f"{row.budget:g}"] = small
+                models[f"{row.budget:g}"] = inference(small)
                 rows[f"{row.budget:g}"] = row._asdict() | {"computed": macs.count(small, shape).total / whole}
             some = min(max(settings.batches) + settings.repeats, len(splits.test))
             images = splits.test.__getitems__(range(some))[0]
@@ -106,8 +117,7 @@ def sentence(table: pd.DataFrame, sweep: pd.DataFrame) -> Text:
             lines.append(
                 f"- {title}, batch {batch}: at {1 / last.budget:g}x fewer MACs the network is {last.speedup:.2f}x as "
                 f"fast as the dense one (quartiles {last.speedup_q1:.2f} to {last.speedup_q3:.2f}); it computes "
-                f"{100 * last.computed:.0f} % of the dense MACs, because its dynamic channels are computed and then "
-                "masked."
+                f"{100 * last.computed:.0f} % of the dense MACs: dynamic channels are computed, then masked."
             )
     one = table.iloc[0]
     lines.append(
