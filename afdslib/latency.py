@@ -22,7 +22,7 @@ from afdslib.summary import Text
 if TYPE_CHECKING:
     from afdslib.study import Study
 
-__all__ = ["COLUMNS", "measure", "sentence", "times"]
+__all__ = ["COLUMNS", "measure", "sentence", "stored", "times"]
 
 COLUMNS = [
     "target", "method", "seed", "budget", "test_accuracy", "macs", "macs_predictors", "computed", "runtime", "batch",
@@ -46,15 +46,21 @@ def times(study: Study, sweep: pd.DataFrame, *, method: str = "afd") -> pd.DataF
         milliseconds per call, medians with quartiles; `speedup` the dense network's time over this one's, within each
         repeat. A network whose weights are not at hand has no row.
     """
-    file = study.folder() / "times.csv"
-    if study.profile.committed and file.exists():
-        kept = pd.read_csv(file)
-        if list(kept) == COLUMNS and set(kept.run) <= set(sweep.run):
-            return kept
+    kept = stored(study, sweep)
+    if study.profile.committed and not kept.empty:
+        return kept
     found = measure(study, sweep, method=method)
-    with atomic_path(file) as part:
+    with atomic_path(study.folder() / "times.csv") as part:
         found.to_csv(part, index=False, float_format="%.6g", lineterminator="\n")
     return found
+
+
+def stored(study: Study, sweep: pd.DataFrame) -> pd.DataFrame:
+    """The times kept with a study; empty if there are none, or if they are of other networks than the sweep's."""
+    file = study.folder() / "times.csv"
+    kept = pd.read_csv(file) if file.exists() else pd.DataFrame(columns=COLUMNS)
+    same = list(kept) == COLUMNS and set(kept.run) <= set(sweep.run)
+    return kept if same else pd.DataFrame(columns=COLUMNS)
 
 
 def measure(

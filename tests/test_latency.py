@@ -46,7 +46,9 @@ def test_kept_times_are_read_and_those_of_other_networks_are_not(study, monkeypa
     sweep = study.sweep()
     monkeypatch.setattr(latency, "SETTINGS", SETTINGS)
     monkeypatch.setattr(latency.importlib.util, "find_spec", lambda name: None)
+    assert latency.stored(study, sweep).empty
     first = latency.times(study, sweep, method="l2")
+    assert len(latency.stored(study, sweep)) == len(first) == 4
     pd.testing.assert_frame_equal(latency.times(study, sweep, method="l2"), first, check_exact=False, rtol=1e-5)
     file = study.folder() / "times.csv"
     pd.read_csv(file).assign(run="000000000000", median_ms=1e9).to_csv(file, index=False)

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import json
 import re
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import tiny
 import torch
 
-from afdslib import afs, macs, training
+from afdslib import afs, cited, macs, paths, training
 from afdslib.predict import predict
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -82,3 +83,15 @@ def test_links_lead_to_files():
     links = [link for link in re.findall(r"\]\(([^)#]+)", README) if "://" not in link]
     assert len(links) >= 3
     assert not [link for link in links if not (Path(__file__).parents[1] / link).exists()]
+
+
+def test_the_results_table_is_that_of_the_committed_files():
+    sweep = cited.read("imagenet32/quick/sweep.csv")
+    for budget in (0.1, 1.0):
+        cells = []
+        for method in ("l2", "afd"):
+            values = 100 * sweep[(sweep.method == method) & (sweep.budget == budget)].test_accuracy
+            cells.append(f"{values.mean():.1f} ± {values.std():.1f} %")
+        assert f"| {' / '.join(cells)} |" in README
+    source = json.loads((paths.results("imagenet32") / "runs" / "49ed7a9d7b82.json").read_text())
+    assert f"| {100 * source['metrics']['test_accuracy']:.1f} % |" in README
