@@ -19,7 +19,7 @@ from afdslib.features import Teacher, feature_names, feature_shapes
 from afdslib.losses.afd import AFDLoss
 from afdslib.objectives import Objective
 from afdslib.stages import MODEL, OBJECTIVE, PUBLISHED_CLASSES, DataSource
-from afdslib.summary import smallest
+from afdslib.summary import Text, smallest
 
 if TYPE_CHECKING:
     from afdslib.study import Study
@@ -34,6 +34,7 @@ __all__ = [
     "confusions",
     "conversion_error",
     "entropy_bounds",
+    "entropy_text",
     "feature_sizes",
     "histories",
     "layers_by_budget",
@@ -205,6 +206,18 @@ def entropy_bounds(study: Study, target: DataSource | None = None) -> tuple[floa
     sizes = feature_sizes(study, target).values()
     uniform = sum(math.log(channels) for channels, _, _ in sizes) / len(sizes)
     return min(float(e.min()) for e in logged), max(float(e.max()) for e in logged), uniform
+
+
+def entropy_text(study: Study) -> Text:
+    """How far AFD's attention went from a uniform one while the unpruned networks were trained, by target."""
+    lines = []
+    for title, target in study.targets.items():
+        lowest, highest, uniform = entropy_bounds(study, target)
+        lines.append(
+            f"On {title} the entropy stays between {100 * lowest / uniform:.2f} and {100 * highest / uniform:.2f} % "
+            "of a uniform attention's."
+        )
+    return Text(" ".join(lines))
 
 
 def feature_sizes(study: Study, target: DataSource | None = None) -> dict[str, tuple[int, int, int]]:
