@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from afdslib import paths, pipeline
+from afdslib import paths
 from afdslib.plots.style import look, times
 from afdslib.summary import Table, Text, accuracy_table
 
@@ -141,7 +141,7 @@ def figures_table(profile: str, budget: str) -> Table:
     """Each figure of a profile: the notebook that draws it, the command, and how long that notebook took here."""
     rows = []
     executed = paths.figures(profile) / "executed"
-    for notebook in pipeline.notebooks(paths.notebooks()):
+    for notebook in sorted(paths.notebooks().glob("[0-9][0-9]_*.ipynb")):
         cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
         source = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
         names = re.findall(r"plots\.save\(.*?profile,\s*\"(\w+)\"\)", source, flags=re.S)

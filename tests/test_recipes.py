@@ -216,7 +216,7 @@ def test_a_teacher_that_is_trained_first_is_a_run_of_its_own(tree):
     assert {r.kind for r in runs.list_runs()} == {"PhotoRun"} and len(runs.list_runs()) == 2
     assert runs.lookup(teaching).metrics["steps"] == 4
     loaded = recipes.load_network(result.artifact("model.safetensors"))
-    found = training.evaluate(loaded, run.data.load("resnet18").test)
+    found = training.evaluate(loaded, run.data.load().test)
     assert found.accuracy == pytest.approx(result.metrics["test_accuracy"])
 
 

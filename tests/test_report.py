@@ -24,6 +24,7 @@ from afdslib.stages import DataSource, Network
 NUMBERS = ("01", "02", "03", "04", "05", "08")
 FILES = [file for file in pipeline.notebooks(Path(__file__).parents[1] / "notebooks") if file.name[:2] in NUMBERS]
 PER_TARGET = (
+    "latency",
     "samples_target", "augmentation", "trials", "transfer_curves", "attention", "attention_entropy",
     "density_and_masks", "channel_states", "active_heatmap", "parameters", "confusion",
 )  # fmt: skip
