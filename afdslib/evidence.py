@@ -15,7 +15,8 @@ from typing import Any
 import pandas as pd
 
 from afdslib import paths
-from afdslib.plots.style import look, times
+from afdslib.plots.students import student_look
+from afdslib.plots.style import times
 from afdslib.summary import Table, Text, accuracy_table
 
 __all__ = ["FAULTS", "committed_text", "cost_table", "faults_table", "figures_table"]
@@ -60,13 +61,6 @@ def _studies(pattern: str) -> list[tuple[str, str, Path]]:
     return sorted((file.parent.parent.name, file.parent.name, file) for file in found)
 
 
-def _label(method: str) -> str:
-    try:
-        return look(method).label
-    except ValueError:
-        return method
-
-
 def committed_text() -> Text:
     """Every committed sweep, comparison and study of students, each under its profile and budget with its command."""
     parts = []
@@ -109,7 +103,8 @@ def _students(table: pd.DataFrame) -> Table:
     rows = []
     keys = ["student", "teacher", "method"]
     for (student, teacher, method), mine in table.fillna({"teacher": ""}).groupby(keys, sort=False):
-        name = f"{student}, {_label(str(method))}" + (f" from {teacher}" if teacher else "")
+        label = "teacher" if method == "teacher" else student_look(str(method)).label
+        name = f"{student}, {label}" + (f" from {teacher}" if teacher else "")
         values = 100 * mine.test_accuracy
         rows.append([name, f"{values.median():.1f}", f"{values.min():.1f} to {values.max():.1f}", str(len(values))])
     return Table(["network, method", "median", "range", "seeds"], rows)
