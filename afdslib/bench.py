@@ -13,12 +13,12 @@ import csv
 import io
 import logging
 import multiprocessing
+import os
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from afdslib._atomic import write_text
 from afdslib.afs.graph import streams
 from afdslib.compact import compact, set_masks
 from afdslib.errors import AFDSError
+from afdslib.export import need, save_onnx, session
 from afdslib.speed import read_masks
 
 __all__ = [
@@ -386,22 +387,13 @@ def _in_runtime(model: nn.Module, example: Tensor, runtime: str, threads: int, f
 
 
 def _session(model: nn.Module, example: Tensor, threads: int, folder: str) -> Callable[[Tensor], Any]:
-    try:
-        import onnxruntime
-    except ImportError:
-        raise AFDSError("onnxruntime is not installed; install afdslib[export], or leave this runtime out") from None
-    handle = tempfile.NamedTemporaryFile(suffix=".onnx", dir=folder, delete=False)
-    handle.close()
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), torch.no_grad():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            model.eval(), (example,), handle.name, dynamo=True, external_data=False, verbose=False, optimize=True
-        )
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    session = onnxruntime.InferenceSession(handle.name, options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return lambda images: session.run(None, {name: images.numpy()})
+    """The network as `afds export` writes it, for this batch size."""
+    handle, file = tempfile.mkstemp(suffix=".onnx", dir=folder)
+    os.close(handle)
+    batch, *size = example.shape
+    save_onnx(model, file, (size[0], size[1], size[2]), batch=batch)
+    runtime = session(file, threads=threads)
+    return lambda images: runtime.run(None, {"image": images.numpy()})
 
 
 def compare(
@@ -423,13 +415,13 @@ def compare(
     batch = row.batch
     calls: dict[str, Callable[[int], object]] = {}
     refused = []
+    if row.runtime == "onnxruntime":
+        need("onnxruntime")
     with tempfile.TemporaryDirectory() as folder:
         for name, model in models.items():
             try:
                 call = _in_runtime(model, images[:batch], row.runtime, settings.threads, folder)  # type: ignore[arg-type]
                 call(images[:batch])
-            except AFDSError:
-                raise
             except Exception as error:  # what an exporter or a compiler cannot do is a result of the comparison
                 logging.getLogger(__name__).debug("%s in %s", name, row.runtime, exc_info=True)
                 why = f"not in this runtime: {type(error).__name__} {str(error).strip().splitlines()[0][:120]}"

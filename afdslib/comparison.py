@@ -7,6 +7,7 @@ method, the rest of the seeds for AFDS and for the competitors that are best on 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -43,6 +44,10 @@ COLUMNS = [
     "met", "dense_macs", "parameters", "removed", "static", "dynamic", "dead_gates", "gate_variance", "steps",
     "training_macs", "source_macs", "seconds", "source_seconds", "settings", "run",
 ]  # fmt: skip
+TIMES = ["seconds", "source_seconds"]
+"""Of wall-clock: kept beside the table, which is the same at each run."""
+WHOLE = "both (AFDS)"
+"""The name of AFDS itself among the ablations."""
 MISSING = ["target", "method", "role", "seed", "budget", "reason"]
 
 
@@ -343,7 +348,8 @@ class Comparison:
             ranked = []
         top |= set(ranked[: rules.rivals])
         table = self._points({m: rules.seeds if m.key in top else rules.seeds[: rules.rest] for m in rules.methods})
-        self._write("comparison", table)
+        self._write("comparison", table.drop(columns=TIMES))
+        self._write("times", table[["method", "seed", "budget", *TIMES, "run"]])
         self._write("missing", pd.DataFrame(table.attrs["missing"], columns=MISSING))
         return table
 
@@ -439,13 +445,19 @@ class Comparison:
         chain = rules.budgets[: rules.budgets.index(rules.primary_budget) + 1]
         again = self.table([(tuned, seed, chain) for seed in seeds], factor=ratio)
         again["steps_factor"] = ratio
-        self._write("equal_time", again)
+        self._write("equal_time", again.drop(columns=TIMES))
         return again
 
-    def ablations(self) -> pd.DataFrame:
-        """AFDS with one part changed, at the primary budget, over the first seeds; written to ablations.csv."""
+    def ablations(self, table: pd.DataFrame) -> pd.DataFrame:
+        """AFDS with one part changed, and its rival from the unextended source, at the primary budget; AFD without AFS
+        is unpruned. Over the first seeds; written to ablations.csv.
+
+        Args:
+            table: of `sweep`, from which the rival is known.
+        """
         rules, tuned = self.rules, self.tuned(Method("afd", "afs"))
-        chain = rules.budgets[: rules.budgets.index(rules.primary_budget) + 1]
+        seeds, chain = rules.seeds[: rules.rest], rules.budgets[: rules.budgets.index(rules.primary_budget) + 1]
+        rival = self.tuned(Method.parse(statistics.rival(table, budget=rules.primary_budget, seeds=seeds)))
         none = replace(self.profile.afs_training, steps=0)
         changed = {
             "AFS without AFD": lambda c: replace(c, regulariser=self.regulariser("l2", self.best_regulariser("l2"))),
@@ -455,27 +467,26 @@ class Comparison:
             "random predictors": lambda c: replace(c, source=replace(c.source, predictors="random")),
             "features of the last ConvBN": lambda c: replace(c, regulariser=replace(c.regulariser, features="convbn")),
             "detached attention": lambda c: replace(c, regulariser=replace(c.regulariser, attention="detached")),
-            "both (AFDS)": lambda c: c,
+            WHOLE: lambda c: c,
         }
-        rows, configs = [], []
-        for name, change in changed.items():
-            for seed in rules.seeds[: rules.rest]:
-                config = self.point(tuned, seed, chain)
-                assert isinstance(config, TransferRun)
-                configs.append(change(config))
-                rows.append({"variant": name, "seed": seed, "budget": chain[-1]})
-        results = [self._publish(result) for result in compute(configs)]
+        planned: list[tuple[str, float, int, Any]] = [
+            (name, chain[-1], seed, change(self.point(tuned, seed, chain)))
+            for name, change in changed.items()
+            for seed in seeds
+        ]
+        for seed in seeds:
+            planned.append(("AFD without AFS", 1.0, seed, self.dense("afd", tuned.regulariser, seed)))
+            unextended = _unextended(self.point(rival, seed, chain))
+            planned.append((f"{rival.method.label}, unextended start", chain[-1], seed, unextended))
+        results = compute([config for *_, config in planned])
         keys = ("test_accuracy", "validation_accuracy", "train_macs", "macs", "dead_gates", "diverged")
-        columns = ["variant", "seed", "budget", *keys, "run"]
-        table = pd.DataFrame(
-            [
-                r | {k: result.metrics.get(k) for k in keys} | {"run": result.id}
-                for r, result in zip(rows, results, strict=True)
-            ],
-            columns=columns,
-        )
-        self._write("ablations", table)
-        return table
+        rows = []
+        for (name, budget, seed, _), result in zip(planned, map(self._publish, results), strict=True):
+            found = {key: result.metrics.get(key) for key in keys}
+            rows.append({"variant": name, "seed": seed, "budget": budget} | found | {"run": result.id})
+        found = pd.DataFrame(rows, columns=["variant", "seed", "budget", *keys, "run"])
+        self._write("ablations", found)
+        return found
 
     def plan(self) -> str:
         """What the comparison would train, stage by stage: runs and steps. Nothing is trained or looked up."""
@@ -534,7 +545,7 @@ class Comparison:
             return f"There is no verdict: {error}."
 
     def write_statistics(self, table: pd.DataFrame) -> str:
-        """paired.csv, costs.csv and macs_within.csv, and the report's sentence, which is returned."""
+        """costs.csv, macs_within.csv and paired.csv, and the report's sentence, which is returned."""
         self._write("macs_within", macs_needed(table))
         self._write("costs", costs(table, self.rules.primary_budget))
         if ((table.budget == self.rules.primary_budget) & (table.method == "afd+afs")).any():
@@ -543,8 +554,8 @@ class Comparison:
 
 
 def costs(table: pd.DataFrame, budget: float) -> pd.DataFrame:
-    """Per method what a point at a budget took, mean over seeds: training MACs and seconds, source and target."""
-    columns = ["source_macs", "training_macs", "source_seconds", "seconds"]
+    """Per method what a point at a budget took, mean over seeds: training MACs on the source and on the target."""
+    columns = ["source_macs", "training_macs"]
     rows = table[(table.budget - budget).abs() < 1e-9]
     return rows.groupby("method", sort=False)[columns].mean().reset_index()
 
@@ -566,6 +577,16 @@ def _made(make: Callable[[], Point]) -> Point | None:
         return make()
     except AFDSError:
         return None
+
+
+def _unextended(config: Any) -> Any:
+    """A run whose source networks are as they were before the additional source steps."""
+    if isinstance(config, ExtendedSourceRun):
+        return replace(config, optimisation=replace(config.optimisation, steps=0))
+    if not dataclasses.is_dataclass(config) or isinstance(config, type):
+        return config
+    inner = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return replace(config, **{k: v for k, value in inner.items() if (v := _unextended(value)) != value})
 
 
 def _space(name: str) -> str:
@@ -628,7 +649,7 @@ def _work(profile: Profile, rules: Protocol, target: DataSource, trials_only: bo
     table = comparison.sweep()
     comparison.write_statistics(table)
     if extras:
-        comparison.ablations()
+        comparison.ablations(table)
         comparison.equal_time(table)
 
 

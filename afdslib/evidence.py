@@ -14,9 +14,8 @@ from typing import Any
 
 import pandas as pd
 
-from afdslib import paths
+from afdslib import competitors, paths
 from afdslib.plots.students import student_look
-from afdslib.plots.style import times
 from afdslib.summary import Table, Text, accuracy_table
 
 __all__ = ["FAULTS", "committed_text", "cost_table", "faults_table", "figures_table"]
@@ -57,8 +56,15 @@ def faults_table() -> Table:
 
 def _studies(pattern: str) -> list[tuple[str, str, Path]]:
     """(profile, budget, file) of the committed tables of one name."""
-    found = paths.results("any").parent.glob(f"*/*/{pattern}")
-    return sorted((file.parent.parent.name, file.parent.name, file) for file in found)
+    base = paths.results("any").parent
+    files = [(file.relative_to(base).parts, file) for file in base.glob(f"*/*/{pattern}")]
+    return sorted((parts[0], parts[1], file) for parts, file in files)
+
+
+def _seeds_of(table: pd.DataFrame) -> str:
+    """How many seeds the methods of a table have: "3" or "3 to 10"."""
+    seeds = table.groupby("method").seed.nunique()
+    return f"{seeds.min()} to {seeds.max()}" if seeds.min() < seeds.max() else f"{seeds.max()}"
 
 
 def committed_text() -> Text:
@@ -66,18 +72,17 @@ def committed_text() -> Text:
     parts = []
     for profile, budget, file in _studies("sweep.csv"):
         table = pd.read_csv(file)
-        seeds = table.groupby("method").seed.nunique()
-        many = f"{seeds.min()} to {seeds.max()}" if seeds.min() < seeds.max() else f"{seeds.max()}"
         parts += [
-            f"**{profile}, {budget}**: test accuracy, mean ± standard deviation over {many} seeds. "
+            f"**{profile}, {budget}**: test accuracy, mean ± standard deviation over {_seeds_of(table)} seeds. "
             f"`afds run --profile {profile} --budget {budget} --data-dir DIR`",
             accuracy_table(table)._repr_markdown_(),
         ]
-    for profile, budget, file in _studies("comparison.csv"):
+    for profile, budget, file in _studies("comparison-*/comparison.csv"):
+        table, target = pd.read_csv(file), file.parent.name.removeprefix("comparison-")
         parts += [
-            f"**{profile}, {budget}**, the comparison: test accuracy in %, mean over seeds. "
-            f"`afds compare --profile {profile} --budget {budget} --data-dir DIR`",
-            _comparison(pd.read_csv(file))._repr_markdown_(),
+            f"**{profile}, {budget}**, the comparison on {target}: test accuracy in %, mean ± standard deviation over "
+            f"{_seeds_of(table)} seeds. `afds compare --profile {profile} --budget {budget} --data-dir DIR`",
+            competitors.accuracy_table(table)._repr_markdown_(),
         ]
     for study in ("attention", "selectivity"):
         for profile, budget, file in _studies(f"{study}.csv"):
@@ -87,16 +92,6 @@ def committed_text() -> Text:
                 _students(pd.read_csv(file))._repr_markdown_(),
             ]
     return Text("\n\n".join(parts) or "No result is committed.")
-
-
-def _comparison(table: pd.DataFrame) -> Table:
-    means = table.pivot_table(index=["target", "method"], columns="budget", values="test_accuracy", aggfunc="mean")
-    budgets = sorted(means.columns, reverse=True)
-    rows = [
-        [f"{method} ({target})", *("–" if pd.isna(row[b]) else f"{100 * row[b]:.1f}" for b in budgets)]
-        for (target, method), row in means.iterrows()
-    ]
-    return Table(["method (target)", *map(times, budgets)], rows)
 
 
 def _students(table: pd.DataFrame) -> Table:

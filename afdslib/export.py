@@ -158,7 +158,12 @@ def inference(model: nn.Module) -> nn.Module:
 # --------------------------------------------------------------------------------------------------------------- ONNX
 
 
-def _needs(name: str) -> Any:
+def need(name: str) -> Any:
+    """A package of the export extra.
+
+    Raises:
+        AFDSError: if it is not installed.
+    """
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -220,7 +225,7 @@ def save_onnx(
         AFDSError: in train mode, without the ONNX packages, for a network that cannot be exported, or if onnxruntime's
             outputs differ by more than `TOLERANCE`; no file is left then.
     """
-    _needs("onnx"), _needs("onnxscript"), _needs("onnxruntime")
+    need("onnx"), need("onnxscript"), need("onnxruntime")
     if model.training:
         raise AFDSError("the network is in train mode, where its batch norms change; call model.eval() before it")
     reference = copy.deepcopy(model).float().cpu()
@@ -276,7 +281,7 @@ def session(path: str | Path, *, threads: int | None = None) -> Any:
     Raises:
         AFDSError: without onnxruntime, or for a damaged file.
     """
-    ort = _needs("onnxruntime")
+    ort = need("onnxruntime")
     options = ort.SessionOptions()
     options.log_severity_level = 3
     if threads is not None:

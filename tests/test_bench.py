@@ -1,6 +1,7 @@
 """The bench measures what it says: no assertion here is about how long anything took."""
 
 import csv
+import sys
 from pathlib import Path
 
 import pytest
@@ -166,3 +167,20 @@ def test_refusals(tmp_path: Path, capsys) -> None:
     for name in ("foreign.json", "missing.json"):
         assert cli.main(["bench", "--case", "networks", "--masks", str(tmp_path / name)]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_onnxruntime_runs_networks_whose_gates_select() -> None:
+    model = afs.convert(tiny.network(stem="cifar"))
+    afs.set_density(model, 0.5)
+    images = bench.photographs(16, 32, 0)
+    bench.random_gates(model, images)
+    row = bench.Row("gates", "tiny", "onnxruntime", 2, "", "gated")
+    (found,) = bench.compare({"gated": model.eval()}, QUICK, row, {}, images)
+    assert found.note == "" and found.median_ms is not None
+
+
+def test_without_onnxruntime_the_bench_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    row = bench.Row("case", "net", "onnxruntime", 1, "", "dense")
+    with pytest.raises(AFDSError, match=r"onnxruntime is not installed; install it with"):
+        bench.compare({"dense": torch.nn.Identity()}, QUICK, row, {}, torch.zeros(8, 3, 4, 4))

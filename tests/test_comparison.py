@@ -59,7 +59,9 @@ def test_a_comparison_tunes_on_validation_gives_the_top_rival_all_seeds_and_the_
     assert {m: sorted(set(table.seed[table.method == m])) for m in set(table.method)} == {
         "afd+afs": [0, 1], best: [0, 1], other: [0],
     }  # fmt: skip
-    assert (table.seconds > 0).all() and (table.source_macs > 0).all() and (table.training_macs > 0).all()
+    times = pd.read_csv(compared.folder() / "times.csv")
+    assert list(times.run) == list(table.run) and (times.seconds > 0).all() and (times.source_seconds > 0).all()
+    assert (table.source_macs > 0).all() and (table.training_macs > 0).all()
     static = table[(table.budget == 0.4) & (table.selection != "afs")]
     assert static.met.all() and (static.train_macs <= 0.4).all()
     # The competitors' unpruned point is one run, whatever the criterion.
@@ -250,3 +252,56 @@ def test_the_command_shows_its_rules_and_its_plan_and_refuses_an_unknown_target(
     assert "128 runs" in capsys.readouterr().out
     assert cli.main(["compare", "--profile", "demo", "--target", "x"]) == 2
     assert "no target 'x'; it has digits-5-9-12" in capsys.readouterr().err
+
+
+def test_ablations_change_one_part_of_afds_each_and_equal_time_gives_the_rival_as_long(profile):
+    few = rules("afd+afs", "l2+taylor")
+    compared = comparison.run_comparison(profile, rules=few, extras=True)
+    table = pd.read_csv(compared.folder() / "ablations.csv")
+    changed = {
+        "AFS without AFD": {"regulariser.name"},
+        "static only": {"delta_s"},
+        "dynamic only": {"delta_s"},
+        "without the source stage": {"source.optimisation.steps"},
+        "random predictors": {"source.predictors"},
+        "features of the last ConvBN": {"regulariser.features"},
+        "detached attention": {"regulariser.attention"},
+        "both (AFDS)": set(),
+    }
+    beside = ("AFD without AFS", "L2 + Taylor, unextended start")
+    assert dict(table.groupby("variant").size()) == dict.fromkeys((*changed, *beside), 1)
+
+    assert table.run.nunique() == len(table)
+    stored = {r.variant: runs.show(r.run) for r in table.itertuples()}
+    whole = _flat(stored["both (AFDS)"]["config"])
+    for variant, paths_ in changed.items():
+        mine = _flat(stored[variant]["config"])
+        differ = {key.removesuffix(".float") for key in whole.keys() | mine.keys() if whole.get(key) != mine.get(key)}
+        # L2 has a strength of its own.
+        assert {key for key in differ if not key.endswith("strength")} == paths_, variant
+    # After two steps the constants of "static only" may be huge, and that run has diverged; else no gate is dynamic.
+    assert stored["static only"]["result"]["metrics"].get("dynamic", 0) == 0
+    assert stored["dynamic only"]["result"]["metrics"]["static"] == 0
+    dense = stored[beside[0]]["config"]
+    assert dense["class"] == "DenseRun" and dense["regulariser"]["name"] == "afd"
+    start = stored[beside[1]]["config"]["dense"]["source"]
+    assert start["optimisation"]["steps"] == 0 and start["source"]["optimisation"]["steps"] > 0
+    main = pd.read_csv(compared.folder() / "comparison.csv")
+    ours = main[(main.method == "afd+afs") & (main.seed == 0)].set_index("budget").test_accuracy
+    assert table.set_index("variant").test_accuracy["both (AFDS)"] == ours[0.4]
+
+    again = pd.read_csv(compared.folder() / "equal_time.csv")
+    kept = json.loads((compared.folder() / "equal_time.json").read_text())
+    assert kept["rival"] == "l2+taylor" and set(again.method) == {"l2+taylor"}
+    ratio = kept["seconds"]["afd+afs"] / kept["seconds"]["l2+taylor"]
+    assert kept["ratio"] == max(0.1, round(ratio, 1)) == again.steps_factor[0]
+    steps = runs.show(again.run[0])["config"]["dense"]["optimisation"]["steps"]
+    assert steps == max(2, round(kept["ratio"] * profile.transfer.steps))
+
+
+def _flat(tree, prefix=""):
+    found = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        found |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: json.dumps(value)}
+    return found

@@ -1,6 +1,7 @@
 """The report's figures: one style, one look per method, tables and results in, a Figure out; no training."""
 
 from afdslib.plots.attention import attention, attention_entropy
+from afdslib.plots.competitors import competitor_trials, competitors, paired
 from afdslib.plots.curves import learning_curves, trials
 from afdslib.plots.diagram import diagram
 from afdslib.plots.gates import channel_states, gates_heatmap, gates_histogram
@@ -20,6 +21,8 @@ __all__ = [
     "attention_entropy",
     "augmentations",
     "channel_states",
+    "competitor_trials",
+    "competitors",
     "confusion",
     "density_and_masks",
     "diagram",
@@ -28,6 +31,7 @@ __all__ = [
     "latency",
     "learning_curves",
     "look",
+    "paired",
     "parameters_budget",
     "samples",
     "save",

@@ -97,6 +97,7 @@ METHODS = {
     "l1": Look("L1 norm", _GREY, "d", _DASHDOT),
     "random": Look("random", _GREY, "x", _DOT),
     "width": Look("narrower network", _BLUE, "8", _DOT),
+    "width-kd": Look("narrower network with KD", _ORANGE, "H", _DASH),
 }
 
 # Channel states: colour and hatch.

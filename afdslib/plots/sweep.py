@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
-from afdslib.plots.style import look, percent, styled, times
+from afdslib.plots.style import Look, look, percent, styled, times
 
 __all__ = ["accuracy_macs", "confusion", "density_and_masks", "parameters_budget"]
 
@@ -22,7 +23,7 @@ QUANTITIES = {
 }
 
 
-def _macs_axis(ax: Axes, budgets: Sequence[float]) -> None:
+def macs_axis(ax: Axes, budgets: Sequence[float]) -> None:
     """Share of the dense MACs on a log scale, with the reductions 1x, 2x, ... along the top."""
     ax.set_xscale("log")
     ticks = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
@@ -48,19 +49,28 @@ def _by_budget(rows: pd.DataFrame, value: str) -> pd.DataFrame:
     return found.sort_index()
 
 
+def draw_line(
+    ax: Axes, rows: pd.DataFrame, value: str, style: Look, *, scale: float = 1.0, shift: float = 1.0,
+    errors: bool = True, **kwargs: Any,
+) -> None:  # fmt: skip
+    """One method's line: the mean over seeds at each budget, with bars of one standard deviation."""
+    found = _by_budget(rows, value)
+    ax.errorbar(
+        found.x * shift, found.y * scale, yerr=found.sd.fillna(0) * scale if errors else None, color=style.colour,
+        marker=style.marker, linestyle=style.line, label=style.label, elinewidth=1.0, **kwargs,
+    )  # fmt: skip
+
+
 def _lines(ax: Axes, table: pd.DataFrame, value: str, scale: float = 1.0) -> None:
     methods = list(dict.fromkeys(table.method))
     for index, method in enumerate(methods):
-        style, found = look(method), _by_budget(table[table.method == method], value)
         # A small shift sideways, the same factor everywhere, keeps error bars of equal budgets apart.
         shift = 1.012 ** (index - (len(methods) - 1) / 2)
-        ax.errorbar(
-            found.x * shift, found.y * scale, yerr=found.sd.fillna(0) * scale, color=style.colour, marker=style.marker,
-            linestyle=style.line, label=style.label, elinewidth=1.0,
-        )  # fmt: skip
+        draw_line(ax, table[table.method == method], value, look(method), scale=scale, shift=shift)
 
 
-def _seeds(table: pd.DataFrame) -> str:
+def seeds_text(table: pd.DataFrame) -> str:
+    """What the error bars stand for."""
     seeds = table.groupby(["target", "method", "budget"]).size().unique()
     if len(seeds) == 1 and seeds[0] == 1:
         return "one seed, no error bars"
@@ -101,10 +111,12 @@ def accuracy_macs(
                 )  # fmt: skip
             percent(ax.yaxis)
             ax.set_ylabel(QUANTITIES[value])
-            _macs_axis(ax, mine.budget.unique())
+            macs_axis(ax, mine.budget.unique())
         axes[row][0].set_title(target)
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside lower center", ncols=len(labels), title=_seeds(table), title_fontsize=8.5)
+    fig.legend(
+        handles, labels, loc="outside lower center", ncols=len(labels), title=seeds_text(table), title_fontsize=8.5
+    )
     if title:
         fig.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
     return fig
@@ -118,8 +130,8 @@ def parameters_budget(table: pd.DataFrame, *, title: str = "") -> Figure:
     _lines(ax, table, "parameters", 1e-3)
     ax.set_ylabel(QUANTITIES["parameters"])
     ax.set_ylim(bottom=0)
-    _macs_axis(ax, table.budget.unique())
-    ax.legend(title=_seeds(table), title_fontsize=8, alignment="left")
+    macs_axis(ax, table.budget.unique())
+    ax.legend(title=seeds_text(table), title_fontsize=8, alignment="left")
     if title:
         fig.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
     return fig
@@ -142,7 +154,7 @@ def density_and_masks(table: pd.DataFrame, *, title: str = "") -> Figure:
     ax.set_ylim(0, 1.05)
     percent(ax.yaxis)
     ax.set_ylabel("share of channels (%)")
-    _macs_axis(ax, table.budget.unique())
+    macs_axis(ax, table.budget.unique())
     handles, labels = ax.get_legend_handles_labels()
     labels = [label if label.startswith("density") else f"left by the masks: {label}" for label in labels]
     ax.legend(handles, labels, loc="lower right")

@@ -1,0 +1,306 @@
+"""What notebook 4 and the report show of a comparison: its rules, its tables, its figures' data and its sentence."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+from afdslib import paths, plots, runs, statistics, training
+from afdslib.comparison import WHOLE, Comparison, run_comparison
+from afdslib.plots.style import times
+from afdslib.profiles import Profile
+from afdslib.protocol import LABELS, REGULARISER_SPACES, SELECTION_SPACES, Axis, Method, protocol
+from afdslib.selection import CRITERIA
+from afdslib.summary import Table, Text
+
+__all__ = [
+    "Compared",
+    "Competitors",
+    "ablation_table",
+    "accuracy_table",
+    "costs_table",
+    "missing_text",
+    "paired_table",
+    "rules_table",
+    "spaces_table",
+]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The written tables of one finished comparison.
+
+    Attributes:
+        comparison: what was compared.
+    """
+
+    comparison: Comparison
+
+    def read(self, name: str) -> pd.DataFrame:
+        """A table of the comparison's folder, by its name without suffix."""
+        return pd.read_csv(self.comparison.folder() / f"{name}.csv")
+
+    def has(self, name: str) -> bool:
+        """Whether a table has been written."""
+        return (self.comparison.folder() / f"{name}.csv").is_file()
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """One row per method, seed and budget."""
+        return self.read("comparison")
+
+    @cached_property
+    def trials(self) -> pd.DataFrame:
+        """Every trial."""
+        return self.read("trials")
+
+    @property
+    def paired(self) -> pd.DataFrame:
+        """AFDS minus every other method at the endpoint's budget."""
+        return statistics.paired_table(self.table, budget=self.comparison.rules.primary_budget)
+
+    def trials_read_no_test_image(self) -> bool:
+        """Whether no trial's stored result holds a test metric."""
+        return not any(key.startswith("test") for id in self.trials.run.dropna() for key in self._metrics(id))
+
+    def _metrics(self, id: str) -> dict[str, Any]:
+        """Of a run of the store, or of a committed one where the store has none."""
+        committed = paths.results(self.comparison.profile.name) / "runs" / f"{id}.json"
+        if committed.is_file():
+            return json.loads(committed.read_text(encoding="utf-8"))["metrics"]
+        return runs.show(id)["result"]["metrics"]
+
+    def budgets_met(self) -> bool:
+        """Whether every statically pruned network costs 98 to 100 % of its budget on training images."""
+        rows = self.table[(self.table.budget < 1) & self.table.selection.isin(list(CRITERIA))]
+        return bool(rows.met.all())
+
+
+class Competitors:
+    """The finished comparisons of a profile, by target.
+
+    One whose results are not committed, such as the demo's, is computed if need be. Any other takes hours and is only
+    read: `afds compare` computes it, and until then every table and figure says so.
+
+    Args:
+        profile: from `profiles.get`.
+    """
+
+    def __init__(self, profile: Profile):
+        self.profile = profile
+        if profile.committed:
+            every = [Comparison(profile, target=target) for target in profile.targets]
+            every = [c for c in every if (c.folder() / "comparison.csv").is_file()]
+        else:
+            every = [run_comparison(profile, workers=1 if torch.cuda.is_available() else training.cores())]
+        self.by_target = {c.target.title: Compared(c) for c in every}
+
+    def __iter__(self) -> Iterator[Compared]:
+        return iter(self.by_target.values())
+
+    @property
+    def not_run(self) -> str:
+        """What to do where there is no comparison."""
+        p = self.profile
+        return (
+            f"The comparison of {p.name}, {p.budget}, has not been run to its end; "
+            f"it takes hours: afds compare --profile {p.name} --budget {p.budget} --workers 2"
+        )
+
+    def _each(self, make: Callable[[Compared], Table | str]) -> Text:
+        parts = []
+        for target, compared in self.by_target.items():
+            made = make(compared)
+            parts += [f"**{target}**"] if len(self.by_target) > 1 else []
+            parts.append(made if isinstance(made, str) else made._repr_markdown_())
+        return Text("\n\n".join(parts) or self.not_run)
+
+    def figures(self, draw: Callable[[Compared, str], Figure]) -> dict[str, Figure]:
+        """A figure per target, drawn from its comparison and title; a picture that says why where there is none."""
+        return {t: draw(c, t) for t, c in self.by_target.items()} or {"": plots.sentence(self.not_run)}
+
+    def sentence(self) -> Text:
+        """The report's sentence: AFDS against its rival."""
+        return self._each(lambda c: c.comparison.sentence())
+
+    def accuracy(self) -> Text:
+        """Test accuracy: a row per method, a column per budget."""
+        return self._each(lambda c: accuracy_table(c.table))
+
+    def paired(self) -> Text:
+        """AFDS minus every other method at the endpoint's budget."""
+        return self._each(lambda c: paired_table(c.paired))
+
+    def costs(self) -> Text:
+        """What the networks took."""
+        return self._each(
+            lambda c: costs_table(
+                c.read("costs"), c.read("times"), c.read("macs_within"), c.comparison.rules.primary_budget
+            )
+        )
+
+    def ablations(self) -> Text:
+        """AFDS with one part changed, and the rival at equal wall-clock time."""
+        p = self.profile
+        command = f"Not computed: `afds compare --profile {p.name} --budget {p.budget} --extras` does."
+        return self._each(
+            lambda c: f"{ablation_table(c.read('ablations'))._repr_markdown_()}\n\n{_equal_time(c)}"
+            if c.has("ablations") and c.has("equal_time")
+            else command
+        )
+
+    def missing(self) -> Text:
+        """Points without a network, by reason."""
+        return self._each(lambda c: missing_text(c.read("missing")))
+
+
+# ---------------------------------------------------------------------------------------------------------------- rules
+
+
+def _one(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
+def rules_table(profile: Profile) -> Table:
+    """How much of the comparison a profile runs."""
+    r = protocol(profile)
+    by_selection: dict[str, list[str]] = {}
+    for method in r.methods:
+        by_selection.setdefault(method.selection, []).append(LABELS[method.regulariser])
+    rows = [
+        *((f"with {LABELS[selection]}", ", ".join(names)) for selection, names in by_selection.items()),
+        ("trials of each regulariser and selection", str(r.trials)),
+        ("selections are tuned at", times(r.trial_budget)),
+        ("strength once more, times", f"{_one(sorted(r.multipliers))} at {times(r.primary_budget)}"),
+        ("budgets", ", ".join(map(times, r.budgets))),
+        ("seeds of AFDS and the top rivals", f"{len(r.seeds)} (rivals: the best {r.rivals} on validation)"),
+        ("seeds of the rest", str(r.rest)),
+        ("steps on the target, unpruned", str(max(2, round(profile.transfer.steps * r.steps)))),
+        ("steps per later budget", str(max(2, round(profile.tuning.steps * r.steps)))),
+    ]
+    return Table(["rule", "here"], rows, numbers=False)
+
+
+def _space(axes: Sequence[Axis]) -> str:
+    parts = []
+    for axis in axes:
+        values = "{" + ", ".join(map(str, axis.choices)) + "}" if axis.choices else f"{axis.low:g} to {axis.high:g}"
+        parts.append(f"{axis.name} {values}")
+    return "; ".join(parts)
+
+
+def spaces_table(profile: Profile) -> Table:
+    """The search spaces of the methods that a profile compares; lr is a factor on the stage's learning rate."""
+    r = protocol(profile)
+    spaces = [REGULARISER_SPACES[m.base] for m in r.methods], [SELECTION_SPACES[m.selection] for m in r.methods]
+    named = dict(zip((LABELS[m.base] for m in r.methods), spaces[0], strict=True))
+    named |= dict(zip((LABELS[m.selection] for m in r.methods), spaces[1], strict=True))
+    return Table(["method", "searched"], [(name, _space(axes)) for name, axes in named.items()], numbers=False)
+
+
+# -------------------------------------------------------------------------------------------------------------- results
+
+
+def _mean_sd(values: pd.Series) -> str:
+    if values.empty:
+        return "–"
+    text = f"{100 * values.mean():.1f}"
+    return text if len(values) < 2 else f"{text} ± {100 * values.std(ddof=1):.1f}"
+
+
+def accuracy_table(table: pd.DataFrame) -> Table:
+    """Test accuracy in percent, mean and standard deviation over seeds: a row per method, a column per budget."""
+    budgets = sorted(table.budget.unique(), reverse=True)
+    rows = []
+    for method, mine in table.groupby("method", sort=False):
+        cells = [_mean_sd(v) if len(v := mine[mine.budget == b].test_accuracy) else "–" for b in budgets]
+        rows.append([Method.parse(str(method)).label, *cells])
+    return Table(["method", *map(times, budgets)], rows)
+
+
+def paired_table(table: pd.DataFrame) -> Table:
+    """AFDS minus each method in points: paired, 95 % interval, and the Holm-corrected p value.
+
+    Args:
+        table: of `statistics.paired_table`.
+    """
+    rows = [
+        [
+            Method.parse(r.method).label, f"{r.mean:.1f}", f"{r.difference:+.1f}",
+            "–" if pd.isna(r.low) else f"{r.low:+.1f} to {r.high:+.1f}",
+            "–" if pd.isna(r.p_holm) else f"{r.p_holm:.2g}", str(r.seeds),
+        ]
+        for r in table.itertuples()
+    ]  # fmt: skip
+    return Table(["method", "its mean (%)", "AFDS minus it", "95 % interval", "p (Holm)", "seeds"], rows)
+
+
+def costs_table(costs: pd.DataFrame, times: pd.DataFrame, needed: pd.DataFrame, budget: float) -> Table:
+    """What a network at the endpoint's budget took: 10^12 training MACs and minutes, on the source and on the target.
+
+    One row per method, mean over seeds; the source's work is shared by all that start from the same network. The last
+    column is the share of MACs that a method needs to stay within one point of its own unpruned network.
+    """
+    minutes = times[(times.budget - budget).abs() < 1e-9].groupby("method")[["source_seconds", "seconds"]].mean() / 60
+    shares = dict(zip(needed.method, needed.macs, strict=True))
+    rows = [
+        [
+            Method.parse(r.method).label, f"{r.source_macs / 1e12:.3g}", f"{r.training_macs / 1e12:.3g}",
+            *(f"{value:.1f}" for value in minutes.loc[r.method]),
+            "–" if math.isnan(share := float(shares.get(r.method, math.nan))) else f"{100 * share:.0f} %",
+        ]
+        for r in costs.itertuples()
+    ]  # fmt: skip
+    return Table(
+        ["method", "source TMACs", "target TMACs", "source minutes", "target minutes", "MACs within 1 point"], rows
+    )
+
+
+def ablation_table(table: pd.DataFrame) -> Table:
+    """Test accuracy of each variant, and its difference from AFDS seed by seed, in points."""
+    whole = table[table.variant == WHOLE].set_index("seed").test_accuracy
+    rows = []
+    for variant, mine in table.groupby("variant", sort=False):
+        at, mine = times(mine.budget.iloc[0]), mine.set_index("seed").test_accuracy
+        both = pd.DataFrame({"mine": mine, "whole": whole}).dropna()
+        cell = "–"
+        if variant != WHOLE and len(both):
+            d = statistics.paired(both.mine.to_dict(), both.whole.to_dict()).difference
+            cell = f"{100 * d.mean:+.1f}"
+            cell += "" if math.isnan(d.low) else f" ({100 * d.low:+.1f} to {100 * d.high:+.1f})"
+        rows.append([variant, at, _mean_sd(mine.dropna()), cell, f"{mine.notna().sum()} of {len(mine)}"])
+    return Table(["variant", "at", "test accuracy (%)", "minus AFDS (95 % interval)", "seeds"], rows)
+
+
+def _equal_time(compared: Compared) -> str:
+    """The rival once more with as much time on the target as AFDS took."""
+    again = compared.read("equal_time")
+    if again.empty:
+        return "The rival at equal wall-clock time has no network."
+    rival, factor = again.method.iloc[0], float(again.steps_factor.iloc[0])
+    budget = compared.comparison.rules.primary_budget
+    here = compared.table[((compared.table.budget - budget).abs() < 1e-9) & compared.table.seed.isin(set(again.seed))]
+    ours, before = (_mean_sd(here[here.method == m].test_accuracy) for m in ("afd+afs", rival))
+    return (
+        f"At equal wall-clock time on the target, {factor:g} times its steps, the rival {Method.parse(rival).label} "
+        f"reaches {_mean_sd(again.test_accuracy)} % ({before} % before; AFDS {ours} %; {again.seed.nunique()} seeds)."
+    )
+
+
+def missing_text(missing: pd.DataFrame) -> str:
+    """How many points have no network, and why."""
+    if missing.empty:
+        return "Every planned point has a network."
+    lines = [
+        f"- {Method.parse(str(method)).label}: {len(mine)} point{'s' if len(mine) > 1 else ''}: {reason}"
+        for (method, reason), mine in missing.groupby(["method", "reason"], sort=False)
+    ]
+    return "Points without a network:\n\n" + "\n".join(lines)
