@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 from collections.abc import Iterable, Sequence
@@ -93,7 +94,15 @@ class Study:
     @property
     def chance(self) -> dict[str, float]:
         """The accuracy of guessing, by target."""
-        return {title: 1 / len(splits.classes) for title, splits in self.target_data.items()}
+        return {title: 1 / self._classes(title, target) for title, target in self.targets.items()}
+
+    def _classes(self, title: str, target: DataSource) -> int:
+        """As a finished point knows them, so that a report of committed results needs no image; else as the data do."""
+        for name, seed in itertools.product(self.chosen(target), self.profile.seeds):
+            result = runs.lookup(self.point_run(name, seed, target=target))
+            if result is not None and "confusion" in result.metrics:
+                return len(result.metrics["confusion"])
+        return len(self.target_data[title].classes)
 
     # configurations
 
