@@ -203,7 +203,7 @@ def attentions(study: Study) -> dict[str, AttentionView]:
 def entropy_bounds(study: Study, target: DataSource | None = None) -> tuple[float, float, float]:
     """Smallest and largest logged entropy of a target's unpruned AFD runs, and that of a uniform attention, nats."""
     logged = [history.entropy for history in histories(study, ["afd"], target=target)["afd"]]
-    sizes = feature_sizes(study, target).values()
+    sizes = _feature_shapes(study, 64).values()  # channels do not depend on the size of the images
     uniform = sum(math.log(channels) for channels, _, _ in sizes) / len(sizes)
     return min(float(e.min()) for e in logged), max(float(e.max()) for e in logged), uniform
 
@@ -222,12 +222,16 @@ def entropy_text(study: Study) -> Text:
 
 def feature_sizes(study: Study, target: DataSource | None = None) -> dict[str, tuple[int, int, int]]:
     """(C, H, W) of the layers that AFD compares."""
+    return _feature_shapes(study, study.target_data[(target or study.profile.targets[0]).title].test.size)
+
+
+def _feature_shapes(study: Study, side: int) -> dict[str, tuple[int, int, int]]:
+    """`feature_sizes` for square images of a side, in pixels."""
     p = study.profile
-    splits = study.target_data[(target or p.targets[0]).title]
-    model: nn.Module = replace(p.network, weights=None).build(len(splits.classes), 0)
+    model: nn.Module = replace(p.network, weights=None).build(2, 0)
     features = next((c.regulariser.features for c in p.candidates if c.regulariser.name == "afd"), "block")
     with training.autocast(torch.device("cpu"), "fp32"):
-        return feature_shapes(model, feature_names(model, features), (3, splits.test.size, splits.test.size))
+        return feature_shapes(model, feature_names(model, features), (3, side, side))
 
 
 @dataclass(frozen=True)
