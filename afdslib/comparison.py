@@ -24,7 +24,7 @@ from afdslib.errors import AFDSError
 from afdslib.extended import ExtendedSourceRun
 from afdslib.objectives import Regulariser
 from afdslib.profiles import Profile
-from afdslib.protocol import REGULARISER_SPACES, SELECTION_SPACES, Method, Protocol, Value, protocol
+from afdslib.protocol import REGULARISER_SPACES, Method, Protocol, Value, protocol, selection_space
 from afdslib.rivals import DenseRun, FBSGatesRun, FBSRun, NarrowRun, PrunedRun, Selection
 from afdslib.selection import CRITERIA, fitting_width
 from afdslib.stages import AFSSourceRun, DataSource, SourceRun, TransferRun
@@ -68,10 +68,6 @@ class Tuned:
     @property
     def strength(self) -> float:
         return float(self.regulariser["strength"])  # type: ignore[arg-type]
-
-
-def _defaults(name: str, spaces: Mapping[str, Any]) -> dict[str, Value]:
-    return {axis.name: axis.default for axis in spaces[name]}
 
 
 class Comparison:
@@ -184,8 +180,8 @@ class Comparison:
         regulariser = self.regulariser(tuned.method.regulariser, tuned.regulariser)
         data = replace(self.target, seed=seed)
         if selection in ("afs", "fbs"):
-            rate = float(chosen["predictor_lr"])  # type: ignore[arg-type]
-            unpruned, tuning = replace(unpruned, predictor_lr=rate), replace(tuning, predictor_lr=rate)
+            faster = float(chosen["predictor_lr"])  # type: ignore[arg-type]
+            unpruned, tuning = (replace(o, predictor_lr=o.predictor_lr * faster) for o in (unpruned, tuning))
         if selection == "afs":
             return TransferRun(
                 self.afs_source, data, regulariser, unpruned, tuning, budgets, float(chosen["delta_s"]),  # type: ignore[arg-type]
@@ -264,7 +260,7 @@ class Comparison:
 
     def selection_trials(self, name: str, *, wait: bool = True) -> list[Trial]:
         """A selection at the trial budget, with L2 at its best."""
-        seed, space = self.profile.trial_seed, SELECTION_SPACES[name]
+        seed, space = self.profile.trial_seed, selection_space(name, self.profile)
         l2, chain = self.best_regulariser("l2"), (1.0, self.rules.trial_budget)
 
         def evaluate(settings: Settings) -> Outcome:

@@ -17,7 +17,7 @@ from afdslib import paths, plots, runs, statistics, training
 from afdslib.comparison import WHOLE, Comparison, run_comparison
 from afdslib.plots.style import times
 from afdslib.profiles import Profile
-from afdslib.protocol import LABELS, REGULARISER_SPACES, SELECTION_SPACES, Axis, Method, protocol
+from afdslib.protocol import LABELS, REGULARISER_SPACES, Axis, Method, protocol, selection_space
 from afdslib.selection import CRITERIA
 from afdslib.summary import Table, Text
 
@@ -198,9 +198,9 @@ def _space(axes: Sequence[Axis]) -> str:
 
 
 def spaces_table(profile: Profile) -> Table:
-    """The search spaces of the methods that a profile compares; lr is a factor on the stage's learning rate."""
+    """The search spaces of the methods that a profile compares; lr and predictor_lr are factors on each stage's own."""
     r = protocol(profile)
-    spaces = [REGULARISER_SPACES[m.base] for m in r.methods], [SELECTION_SPACES[m.selection] for m in r.methods]
+    spaces = [REGULARISER_SPACES[m.base] for m in r.methods], [selection_space(m.selection, profile) for m in r.methods]
     named = dict(zip((LABELS[m.base] for m in r.methods), spaces[0], strict=True))
     named |= dict(zip((LABELS[m.selection] for m in r.methods), spaces[1], strict=True))
     return Table(["method", "searched"], [(name, _space(axes)) for name, axes in named.items()], numbers=False)

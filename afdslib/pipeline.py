@@ -19,6 +19,7 @@ from __future__ import annotations
 import ast
 import base64
 import hashlib
+import html
 import json
 import mimetypes
 import re
@@ -478,14 +479,26 @@ def render(profile: str, *, folder: str | Path | None = None) -> Path:
         if cell.cell_type == "markdown":
             cell.source = _embed_images(cell.source, last.parent)
         elif cell.cell_type == "code":  # without the progress of a training, which is in the log
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            cell.outputs = [_with_alternative(output) for output in cell.outputs if output.get("name") != "stderr"]
     exporter = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True)
     exporter.mathjax_url = exporter.require_js_url = exporter.jquery_url = ""  # the page needs nothing from elsewhere
-    html, _ = exporter.from_notebook_node(node, resources={"metadata": {"name": f"AFDS report: {profile}"}})
+    page, _ = exporter.from_notebook_node(node, resources={"metadata": {"name": f"AFDS report: {profile}"}})
     report = paths.figures(profile) / "report.html"
     with atomic_path(report) as part:
-        part.write_text(styled(html), encoding="utf-8")
+        part.write_text(styled(page), encoding="utf-8")
     return report
+
+
+def _with_alternative(output: Any) -> Any:
+    """An output whose picture has its name as the alternative text, for readers who do not see it."""
+    data = output.get("data", {})
+    if "image/png" not in data:
+        return output
+    name, content = html.escape(data.get("text/plain", "figure")), "".join(data.pop("image/png").split())
+    width = output.get("metadata", {}).get("image/png", {}).get("width")
+    size = f' width="{width}"' if width else ""
+    data["text/html"] = f'<p><img alt="{name}"{size} src="data:image/png;base64,{content}"></p>'
+    return output
 
 
 _IMAGES: Sequence[re.Pattern[str]] = (

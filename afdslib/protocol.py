@@ -6,20 +6,30 @@ Nothing here depends on a result. The endpoint and the tests are in `statistics`
 - the same fitting images, augmentation, steps and rounds for all; a static network is pruned at a stage's start, a
   gated one during it;
 - a trial holds no test image, and choices look at validation accuracy alone;
-- every method gets the same number of trials: the first at the profile's settings, the others quasi-random;
+- every method gets the same number of trials: the first at the usual settings, the others quasi-random;
 - budgets are met on training images after the last step; test MACs and accuracy are reported as they fall.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from afdslib.errors import AFDSError
 from afdslib.objectives import REGULARISERS
 from afdslib.profiles import Profile
 
-__all__ = ["LABELS", "REGULARISER_SPACES", "SELECTIONS", "SELECTION_SPACES", "Axis", "Method", "Protocol", "protocol"]
+__all__ = [
+    "LABELS",
+    "REGULARISER_SPACES",
+    "SELECTIONS",
+    "SELECTION_SPACES",
+    "Axis",
+    "Method",
+    "Protocol",
+    "protocol",
+    "selection_space",
+]
 
 Value = float | str | None
 
@@ -48,7 +58,8 @@ LR = Axis("lr", 1.0, 0.3, 3.0)
 """A factor on the learning rate: of the unpruned stage for regularisers, of the later stages for selections."""
 
 NORMALISE = Axis("normalise", "none", choices=("none", "mean"))
-PREDICTOR_LR = Axis("predictor_lr", 3.0, 0.1, 30.0)
+PREDICTOR_LR = Axis("predictor_lr", 1.0, 0.1, 10.0)
+"""A factor on the predictors' learning rate of each stage."""
 
 REGULARISER_SPACES: dict[str, tuple[Axis, ...]] = {
     "l2": (Axis("strength", 1e-3, 1e-5, 1e-1), LR),
@@ -78,6 +89,13 @@ SELECTION_SPACES: dict[str, tuple[Axis, ...]] = {
 }
 
 SELECTIONS = tuple(SELECTION_SPACES)
+
+
+def selection_space(name: str, profile: Profile) -> tuple[Axis, ...]:
+    """A selection's search space, with the profile's own delta_s in the first trial."""
+    space = SELECTION_SPACES[name]
+    return tuple(replace(axis, default=profile.delta_s) if axis.name == "delta_s" else axis for axis in space)
+
 
 LABELS = {
     "l2": "L2", "l2sp": "L2-SP", "lwf": "LwF", "delta": "DELTA", "feature-map": "feature map", "at": "AT", "afd": "AFD",
@@ -200,7 +218,7 @@ _PROTOCOLS: Mapping[tuple[str, str], Protocol] = {
     # In miniature: several selections and regularisers once, two trials, two seeds, few steps.
     ("demo", "quick"): Protocol(
         methods=tuple(map(Method.parse, ("afd+afs", "l2+taylor", "l2sp+slimming", "l2+width"))),
-        trials=2, budgets=(1.0, 0.25, 0.1), multipliers=(1.0, 0.0), seeds=(0, 1), rest=1, rivals=1, steps=0.3,
+        trials=2, budgets=(1.0, 0.25, 0.1), multipliers=(1.0, 0.0), seeds=(0, 1), rest=1, rivals=1, steps=0.6,
         epoch_steps=20,
     ),
     # The grid that the primary endpoint needs, all budgets and seeds, at the profile's few steps.

@@ -15,6 +15,7 @@ import pytest
 import tiny
 
 from afdslib import cli, comparison, data, paths, profiles, runs, statistics, tuning
+from afdslib import protocol as protocol_module
 from afdslib.comparison import Comparison, Tuned
 from afdslib.errors import AFDSError
 from afdslib.protocol import REGULARISER_SPACES, SELECTION_SPACES, Axis, Method, Protocol, protocol
@@ -45,6 +46,10 @@ def profile(tmp_path, monkeypatch):
 def rules(*methods: str, **kwargs) -> Protocol:
     small = {"trials": 1, "budgets": (1.0, 0.4), "trial_budget": 0.5, "primary_budget": 0.4, "multipliers": (1.0,)}
     return Protocol(tuple(map(Method.parse, methods)), **(small | {"seeds": (0, 1), "rest": 1, "rivals": 1} | kwargs))
+
+
+def defaults(name, spaces):
+    return {axis.name: axis.default for axis in spaces[name]}
 
 
 # the whole
@@ -86,8 +91,8 @@ def test_every_competitor_starts_from_the_plain_source_with_the_source_steps_tha
     chain, kinds = (1.0, 0.5), {}
     for name in SELECTION_SPACES:
         tuned = Tuned(
-            Method("l2", name), comparison._defaults("l2", REGULARISER_SPACES),
-            comparison._defaults(name, SELECTION_SPACES),
+            Method("l2", name), defaults("l2", REGULARISER_SPACES),
+            defaults(name, SELECTION_SPACES),
         )  # fmt: skip
         point = compared.point(tuned, 0, chain, trial=True)
         kinds[name] = type(point)
@@ -105,13 +110,13 @@ def test_every_competitor_starts_from_the_plain_source_with_the_source_steps_tha
 
 def test_a_budget_that_cannot_be_reached_is_missing_with_its_reason(profile):
     compared = Comparison(profile, rules("afd+afs", "l2+taylor", "l2+width", budgets=(1.0, 1e-4)))
-    defaults = {m: comparison._defaults(m, SELECTION_SPACES) for m in ("taylor", "width")}
-    l2 = comparison._defaults("l2", REGULARISER_SPACES)
-    table = compared.table([(Tuned(Method("l2", m), l2, defaults[m]), 0, (1.0, 1e-4)) for m in defaults])
+    usual = {m: defaults(m, SELECTION_SPACES) for m in ("taylor", "width")}
+    l2 = defaults("l2", REGULARISER_SPACES)
+    table = compared.table([(Tuned(Method("l2", m), l2, usual[m]), 0, (1.0, 1e-4)) for m in usual])
     assert table.empty
     assert all("cannot be reached" in m["reason"] and "cost" in m["reason"] for m in table.attrs["missing"])
     ids = len(runs.list_runs())
-    assert len(compared.table([(Tuned(Method("l2", "taylor"), l2, defaults["taylor"]), 0, (1.0, 1e-4))])) == 0
+    assert len(compared.table([(Tuned(Method("l2", "taylor"), l2, usual["taylor"]), 0, (1.0, 1e-4))])) == 0
     assert len(runs.list_runs()) == ids
 
 
@@ -305,3 +310,15 @@ def _flat(tree, prefix=""):
         name = f"{prefix}{key}"
         found |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: json.dumps(value)}
     return found
+
+
+def test_the_first_trial_of_afs_is_at_the_profiles_own_settings(profile):
+    compared = Comparison(profile, rules("afd+afs", "l2+taylor"))
+    space = protocol_module.selection_space("afs", profile)
+    l2, usual = defaults("l2", REGULARISER_SPACES), {axis.name: axis.default for axis in space}
+    point = compared.point(Tuned(Method("l2", "afs"), l2, usual), 0, (1.0, 0.5))
+    assert (point.delta_s, point.density_exponent) == (profile.delta_s, 0.5) and profile.delta_s != 0.01
+    for mine, theirs in ((point.optimisation, profile.transfer), (point.tuning, profile.tuning)):
+        assert (mine.lr, mine.predictor_lr) == (theirs.lr, theirs.predictor_lr)
+    faster = compared.point(Tuned(Method("l2", "afs"), l2, usual | {"predictor_lr": 2.0, "lr": 0.5}), 0, (1.0, 0.5))
+    assert faster.tuning.predictor_lr == 2 * profile.tuning.predictor_lr and faster.tuning.lr == 0.5 * profile.tuning.lr
