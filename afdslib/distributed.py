@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import runs
+from ._malloc import keep_freed_memory
 from .errors import AFDSError
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ def fabric(precision: str = "32-true") -> Fabric:
     """
     from lightning.fabric import Fabric  # seconds to import, and only training needs it
 
+    keep_freed_memory()
     for name in ("lightning.fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)
     if launched() == 1:

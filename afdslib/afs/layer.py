@@ -54,6 +54,11 @@ def select(h: Tensor, m: Tensor, s: Tensor, k: int) -> Tensor:
     return h * torch.zeros_like(h).scatter_(1, order, keep.expand_as(h))
 
 
+def _average(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Global average, (B, C), in a precision of its own; of bf16 maps the sum is up to twice as fast as the mean."""
+    return x.sum(dim=(2, 3), dtype=dtype) / (x.shape[2] * x.shape[3])
+
+
 class _ScaleShift(torch.autograd.Function):
     """scale * y + shift with one scale and shift per sample and channel, in float32, kept in y's own precision.
 
@@ -86,7 +91,7 @@ class _PoolThrough(torch.autograd.Function):
     def forward(ctx, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.shape = x.shape
-        return x.view_as(x), x.mean(dim=(2, 3), dtype=dtype)
+        return x.view_as(x), _average(x, dtype)
 
     @staticmethod
     @once_differentiable
@@ -167,7 +172,7 @@ class AFSConvBN(nn.Module):
             pi, eta and active, each (B, C).
         """
         with torch.autocast(x.device.type, enabled=False):
-            return self._gates(x.mean(dim=(2, 3), dtype=self._dtype))
+            return self._gates(_average(x, self._dtype))
 
     @property
     def _dtype(self) -> torch.dtype:
