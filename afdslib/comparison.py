@@ -278,6 +278,14 @@ class Comparison:
         """Its settings of highest validation accuracy; the defaults first in a tie."""
         return _best(f"selection {name}", self.selection_trials(name))
 
+    def why_not(self, method: Method) -> str:
+        """Why a method cannot be tuned, because none of its trials has a value; empty where it can."""
+        try:
+            self.best_regulariser(method.regulariser), self.best_selection(method.selection)
+        except AFDSError as error:
+            return str(error)
+        return ""
+
     def strength_trials(self, method: Method) -> list[tuple[float, Outcome]]:
         """A pair's strength once more, at the primary budget: (multiplier, outcome)."""
         return [(multiplier, self._try(make)) for multiplier, make in self._strengths(method)]
@@ -316,8 +324,9 @@ class Comparison:
         for name in selections:
             found = self.selection_trials(name)
             rows += [_trial_row("selection", name, t.number, t.settings, t.outcome) for t in found]
-        compute([c for m in self.rules.methods for _, make in self._strengths(m) if (c := _made(make)) is not None])
-        for method in self.rules.methods:
+        methods = [method for method in self.rules.methods if not self.why_not(method)]
+        compute([c for m in methods for _, make in self._strengths(m) if (c := _made(make)) is not None])
+        for method in methods:
             best = float(self.best_regulariser(method.regulariser)["strength"])  # type: ignore[arg-type]
             for number, (multiplier, outcome) in enumerate(self.strength_trials(method)):
                 rows.append(_trial_row("strength", method.key, number, {"strength": best * multiplier}, outcome))
@@ -335,15 +344,23 @@ class Comparison:
         The first seeds of all methods come first; validation then says who gets the rest.
         """
         rules = self.rules
-        first = {method: rules.seeds[: rules.rest] for method in rules.methods}
-        table = self._points(first)
-        top = {method.key for method in rules.methods if method.role == "afds"}
+        reasons = {method: self.why_not(method) for method in rules.methods}
+        methods = [method for method, reason in reasons.items() if not reason]
+        table = self._points({method: rules.seeds[: rules.rest] for method in methods})
+        top = {method.key for method in methods if method.role == "afds"}
         try:
             ranked = statistics.rank_on_validation(table, budget=rules.primary_budget, seeds=rules.seeds[: rules.rest])
         except AFDSError:  # nobody reached it
             ranked = []
         top |= set(ranked[: rules.rivals])
-        table = self._points({m: rules.seeds if m.key in top else rules.seeds[: rules.rest] for m in rules.methods})
+        table = self._points({m: rules.seeds if m.key in top else rules.seeds[: rules.rest] for m in methods})
+        table.attrs["missing"] += [
+            {"target": self.target.title, "method": m.key, "role": m.role, "seed": seed, "budget": b, "reason": reason}
+            for m, reason in reasons.items()
+            if reason
+            for seed in rules.seeds[: rules.rest]
+            for b in rules.budgets
+        ]
         self._write("comparison", table.drop(columns=TIMES))
         self._write("times", table[["method", "seed", "budget", *TIMES, "run"]])
         self._write("missing", pd.DataFrame(table.attrs["missing"], columns=MISSING))

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny
+import torch
 
 from afdslib import cli, comparison, data, paths, profiles, runs, statistics, tuning
 from afdslib import protocol as protocol_module
@@ -322,3 +323,18 @@ def test_the_first_trial_of_afs_is_at_the_profiles_own_settings(profile):
         assert (mine.lr, mine.predictor_lr) == (theirs.lr, theirs.predictor_lr)
     faster = compared.point(Tuned(Method("l2", "afs"), l2, usual | {"predictor_lr": 2.0, "lr": 0.5}), 0, (1.0, 0.5))
     assert faster.tuning.predictor_lr == 2 * profile.tuning.predictor_lr and faster.tuning.lr == 0.5 * profile.tuning.lr
+
+
+def test_a_method_none_of_whose_trials_has_a_value_is_missing_with_the_reason(profile, tmp_path):
+    torch.save(tiny.network(classes=7, stem="cifar").state_dict(), tmp_path / "weights.pth")
+    none = replace(profile.source_training, steps=0)
+    network = Network("resnet14", stem="cifar", width=tiny.WIDTH, weights=str(tmp_path / "weights.pth"))
+    published = replace(profile, network=network, source_training=none, afs_training=none)
+    few = rules("afd+afs", "l2+random", "l2+width")
+    compared = comparison.run_comparison(published, rules=few)
+    missing = pd.read_csv(compared.folder() / "missing.csv")
+    assert dict(missing.groupby("method").size()) == {"l2+width": 2}
+    assert missing.reason.str.contains("published weights exist at one width only").all()
+    table = pd.read_csv(compared.folder() / "comparison.csv")
+    assert set(table.method) == {"afd+afs", "l2+random"}
+    assert compared.sentence().startswith("AFDS is ")
