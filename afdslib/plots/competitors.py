@@ -58,6 +58,9 @@ def competitors(table: pd.DataFrame, *, chance: float | None = None, title: str 
         macs_axis(ax, table.budget.unique())
         percent(ax.yaxis)
         ax.set_title(panel)
+    limits = [ax.get_xlim() for ax in axes.flat[: len(panels)]]
+    for ax in axes.flat[: len(panels)]:
+        ax.set_xlim(min(low for low, _ in limits), max(high for _, high in limits))
     for ax in axes[:, 0]:
         ax.set_ylabel(QUANTITIES["test_accuracy"])
     for ax in list(axes.flat)[len(panels) :]:
@@ -82,7 +85,7 @@ def paired(table: pd.DataFrame, *, title: str = "") -> Figure:
         table: of `statistics.paired_table`: method, role, seeds, difference, low, high, in points.
         title: above the panel.
     """
-    fig = Figure(figsize=(6.4, 0.8 + 0.28 * max(2, len(table))), layout="constrained")
+    fig = Figure(figsize=(6.4, 0.95 + 0.28 * max(2, len(table))), layout="constrained")
     ax = fig.subplots()
     ax.axvline(0, color="#555555", linewidth=0.9)
     for role, (label, colour, marker) in ROLES.items():
@@ -94,7 +97,7 @@ def paired(table: pd.DataFrame, *, title: str = "") -> Figure:
     labels = [f"{Method.parse(r.method).label} ({r.seeds})" for r in table.itertuples()]
     ax.set_yticks(range(len(table)), labels)
     ax.set_ylim(len(table) - 0.5, -0.5)
-    ax.set_xlabel("AFDS minus the method (paired seeds), points of test accuracy, 95 % interval")
+    ax.set_xlabel("AFDS minus the method, points of test accuracy\n(95 % interval; in brackets: paired seeds)")
     if table.role.nunique() > 1:
         fig.legend(loc="outside lower center", ncols=2)
     if title:
