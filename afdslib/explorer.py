@@ -10,7 +10,7 @@ import pandas as pd
 
 from afdslib import inspection, plots
 from afdslib.errors import AFDSError
-from afdslib.plots.style import STYLE, times
+from afdslib.plots.style import DPI, STYLE, shown_width, times
 from afdslib.summary import budgets_of
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def view(study: Study, sweep: pd.DataFrame, method: str, budget: float) -> tuple
     layers = inspection.layers_by_budget(study, method, seed, [budget], study.targets[target])
     image = io.BytesIO()
     with matplotlib.rc_context(STYLE):
-        plots.channel_states(layers).savefig(image, format="png", dpi=100, bbox_inches="tight")
+        plots.channel_states(layers).savefig(image, format="png", dpi=DPI, bbox_inches="tight")
     return text, image.getvalue()
 
 
@@ -75,6 +75,7 @@ def explore(study: Study, sweep: pd.DataFrame) -> Any:
     def update(change: object = None) -> None:
         try:
             line.value, picture.value = view(study, sweep, method.value, budget.value)
+            picture.width = str(shown_width(picture.value))
         except AFDSError as error:  # a network that diverged
             line.value, picture.value = str(error), b""
 

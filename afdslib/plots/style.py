@@ -145,6 +145,11 @@ def note(ax: Axes, text: str) -> None:
     ax.text(0.5, 0.5, text, ha="center", va="center", transform=ax.transAxes, wrap=True)
 
 
+def shown_width(png: bytes) -> int:
+    """The width at which a figure's PNG is shown, in pixels: at 100 per inch, so that it is sharp on a fine screen."""
+    return int.from_bytes(png[16:20], "big") * 100 // DPI
+
+
 class Picture:
     """A saved figure; a notebook shows it as an image.
 
@@ -160,8 +165,7 @@ class Picture:
 
     def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
         content = self.path.read_bytes()
-        # Shown at 100 pixels per inch, so that it is sharp on a fine screen.
-        return content, {"width": int.from_bytes(content[16:20], "big") * 100 // DPI}
+        return content, {"width": shown_width(content)}
 
 
 class Gallery:
