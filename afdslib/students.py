@@ -52,6 +52,7 @@ __all__ = [
     "decays",
     "draw",
     "falls",
+    "finished_gains",
     "first_pair",
     "gain",
     "gains_text",
@@ -267,6 +268,13 @@ def gains_text(study: DistillationStudy) -> Text:
     for gap in table.attrs.get("missing", ()):
         lines.append(f"- Missing: {gap['student']}, {gap['method']}, seed {gap['seed']}, because {gap['reason']}.")
     return Text("\n".join(lines) if lines else "No student with a teacher is finished yet.")
+
+
+def finished_gains(profile: str, budget: str) -> Text:
+    """`gains_text` of what is finished of a profile's study of attention transfer; nothing is trained."""
+    from afdslib.distillation_study import DistillationStudy, get
+
+    return gains_text(DistillationStudy(get("attention", profile, budget), complete=False))
 
 
 def weights_text(study: DistillationStudy) -> Text:
