@@ -30,6 +30,7 @@ __all__ = [
     "missing_text",
     "paired_table",
     "rules_table",
+    "size_table",
     "spaces_table",
 ]
 
@@ -139,6 +140,10 @@ class Competitors:
         """AFDS minus every other method at the endpoint's budget."""
         return self._each(lambda c: paired_table(c.paired))
 
+    def sizes(self) -> Text:
+        """MACs, with and without predictors, and parameters at the endpoint's budget."""
+        return self._each(lambda c: size_table(c.table, c.comparison.rules.primary_budget))
+
     def costs(self) -> Text:
         """What the networks took."""
         return self._each(
@@ -241,6 +246,20 @@ def paired_table(table: pd.DataFrame) -> Table:
         for r in table.itertuples()
     ]  # fmt: skip
     return Table(["method", "its mean (%)", "AFDS minus it", "95 % interval", "p (Holm)", "seeds"], rows)
+
+
+def size_table(table: pd.DataFrame, budget: float) -> Table:
+    """What is left at one budget, mean over seeds: shares of the dense MACs on test images, parameters, channels."""
+    rows = []
+    for method, mine in table[(table.budget - budget).abs() < 1e-9].groupby("method", sort=False):
+        mean = mine[["macs", "macs_predictors", "train_macs", "parameters"]].mean()
+        living = mine[["dynamic", "static"]].mean().fillna(0)
+        rows.append([
+            Method.parse(str(method)).label, f"{100 * mean.macs:.2f} %", f"{100 * mean.macs_predictors:.2f} %",
+            f"{100 * mean.train_macs:.2f} %", f"{mean.parameters / 1000:.0f}", f"{living.dynamic:.0f}",
+        ])  # fmt: skip
+    header = ["method", "MACs, test", "of them predictors", "MACs, training images", "parameters (thousands)"]
+    return Table([*header, "dynamic channels"], rows)
 
 
 def costs_table(costs: pd.DataFrame, times: pd.DataFrame, needed: pd.DataFrame, budget: float) -> Table:

@@ -41,6 +41,12 @@ def test_tables_name_methods_and_give_mean_spread_and_paired_difference(compared
     assert "-12.0" in next(line for line in paired if "with KD" in line)
 
 
+def test_sizes_are_those_at_the_endpoint(compared):
+    known = {"macs_predictors": 0.004, "train_macs": 0.099, "parameters": 12_345, "dynamic": 7, "static": 3}
+    shown = competitors.size_table(compared.assign(**known), 0.1)
+    assert shown.rows[0] == ["AFD + AFS", "10.00 %", "0.40 %", "9.90 %", "12", "7"] and len(shown.rows) == 4
+
+
 def test_a_panel_per_selection_with_afds_in_every_other(compared):
     figure = plots.competitors(compared, chance=0.1, title="t")
     axes = [ax for ax in figure.axes if ax.axison]
