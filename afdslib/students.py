@@ -468,8 +468,11 @@ def settings(study: DistillationStudy) -> Table:
         drops = f" (x{o.drop:g} at {', '.join(f'{m:.0%}' for m in o.milestones)})" if o.milestones else ""
         return f"{o.steps} steps of {o.batch_size}, learning rate {o.lr:g}, {o.schedule}{drops}, {o.precision}"
 
+    used = {name for pair in p.pairs for name in pair.methods}
     grids = [
-        f"{student_look(m.name).label} {{{', '.join(f'{w:g}' for w in m.weights)}}}" for m in p.methods if m.weights
+        f"{student_look(m.name).label} {{{', '.join(f'{w:g}' for w in m.weights)}}}"
+        for m in p.methods
+        if m.weights and m.name in used
     ]
     held = "a tenth held back for validation" if p.data == p.trial_data else "all training images"
     rows = [
@@ -716,7 +719,7 @@ def draw(study: DistillationStudy) -> list[Picture]:
         found["accuracy"] = figures.student_accuracy(first_pair(table), title=f"{p.data.name}, {p.study} study")
     trials, methods = study.trials(), list(study.methods)
     tuned = [m for m in methods if (trials.method == m).sum() == len(study.methods[m].weights) > 1]
-    for method in tuned[:1]:
+    for method in sorted(tuned, key=lambda m: -len(study.methods[m].weights))[:1]:
         mine, label = trials[trials.method == method], f"weight of {student_look(method).label} (log scale)"
         found["betas"] = figures.weights_tried(mine, {method: study.weight(method)}, xlabel=label)
     if p.curves and study.curves():

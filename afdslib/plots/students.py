@@ -142,8 +142,8 @@ def student_curves(
     if target is not None:
         ax.axhline(target, color="#555555", linewidth=0.9, linestyle=(0, (2, 2)))
         ax.annotate(
-            "90 % of the student alone", (0.005, target), xycoords=("axes fraction", "data"), xytext=(0, 3),
-            textcoords="offset points", ha="left", fontsize=8, color="#555555",
+            "90 % of the student alone", (0.995, target), xycoords=("axes fraction", "data"), xytext=(0, -3),
+            textcoords="offset points", ha="right", va="top", fontsize=8, color="#555555",
         )  # fmt: skip
     percent(ax.yaxis)
     ax.set_xlabel("optimiser step")
