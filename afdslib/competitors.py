@@ -122,15 +122,15 @@ class Competitors:
             made = make(compared)
             parts += [f"**{target}**"] if len(self.by_target) > 1 else []
             parts.append(made if isinstance(made, str) else made._repr_markdown_())
-        return Text("\n\n".join(parts) or self.not_run)
+        return Text("\n\n".join(parts))
 
     def figures(self, draw: Callable[[Compared, str], Figure]) -> dict[str, Figure]:
         """A figure per target, drawn from its comparison and title; a picture that says why where there is none."""
         return {t: draw(c, t) for t, c in self.by_target.items()} or {"": plots.sentence(self.not_run)}
 
     def sentence(self) -> Text:
-        """The report's sentence: AFDS against its rival."""
-        return self._each(lambda c: c.comparison.sentence())
+        """The report's sentence, AFDS against its rival; or how to run the comparison. Other tables are empty then."""
+        return self._each(lambda c: c.comparison.sentence()) or Text(self.not_run)
 
     def accuracy(self) -> Text:
         """Test accuracy: a row per method, a column per budget."""

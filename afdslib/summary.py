@@ -10,6 +10,7 @@ import pandas as pd
 from afdslib import data
 from afdslib.errors import AFDSError
 from afdslib.plots.style import look, times
+from afdslib.text import Text
 
 if TYPE_CHECKING:
     from afdslib.data import Splits
@@ -41,16 +42,6 @@ __all__ = [
 
 
 PUBLISHED = "Published weights are taken as they are: this study reads no source image and trains no source network."
-
-
-class Text(str):
-    """Markdown that a notebook renders."""
-
-    def _repr_markdown_(self) -> str:
-        return str(self)
-
-    def __repr__(self) -> str:
-        return str(self)
 
 
 class Table:

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from afdslib import paths
 from afdslib._atomic import atomic_path
 from afdslib.errors import AFDSError
+from afdslib.text import Text
 
 __all__ = [
     "METHODS",
@@ -216,7 +217,7 @@ def save(figure: Figure | Mapping[str, Figure], profile: str, name: str) -> Pict
     return _shown(files)
 
 
-def stored(profile: str, name: str, targets: Iterable[str] = ("",)) -> Picture | Gallery | str:
+def stored(profile: str, name: str, targets: Iterable[str] = ("",)) -> Picture | Gallery | Text:
     """A figure that an earlier notebook saved, or a sentence that it is not there.
 
     Args:
@@ -226,7 +227,7 @@ def stored(profile: str, name: str, targets: Iterable[str] = ("",)) -> Picture |
     """
     files = [file for target in targets if (file := _file(profile, name, target)).is_file()]
     if not files:
-        return f"Figure {name} is not drawn yet; draw it with: afds run --profile {profile}"
+        return Text(f"Figure {name} is not drawn yet; draw it with: afds run --profile {profile}")
     return _shown(files)
 
 
