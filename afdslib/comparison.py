@@ -225,8 +225,8 @@ class Comparison:
 
     # ------------------------------------------------------------------------------------------------------- trials
 
-    def _folder(self) -> Path:
-        """Of the trials' journal: in the run store, which the workers share."""
+    def journal(self) -> Path:
+        """The folder of the trials' journal: in the run store, which the workers share."""
         return paths.runs() / "trials" / f"{self.profile.name}-{self.profile.budget}-{self.target.title}"
 
     def _outcome(self, config: Point) -> Outcome:
@@ -256,7 +256,7 @@ class Comparison:
         def evaluate(settings: Settings) -> Outcome:
             return self._try(lambda: self.dense(name, settings, seed, trial=True))
 
-        return search(self._folder(), f"regulariser {name}", space, self.rules.trials, evaluate, seed=seed, wait=wait)
+        return search(self.journal(), f"regulariser {name}", space, self.rules.trials, evaluate, seed=seed, wait=wait)
 
     def selection_trials(self, name: str, *, wait: bool = True) -> list[Trial]:
         """A selection at the trial budget, with L2 at its best."""
@@ -266,7 +266,7 @@ class Comparison:
         def evaluate(settings: Settings) -> Outcome:
             return self._try(lambda: self.point(Tuned(Method("l2", name), l2, settings), seed, chain, trial=True))
 
-        return search(self._folder(), f"selection {name}", space, self.rules.trials, evaluate, seed=seed, wait=wait)
+        return search(self.journal(), f"selection {name}", space, self.rules.trials, evaluate, seed=seed, wait=wait)
 
     @functools.cache  # noqa: B019 (a comparison lives as long as its process)
     def best_regulariser(self, name: str) -> Settings:

@@ -101,7 +101,9 @@ class Competitors:
             every = [Comparison(profile, target=target) for target in profile.targets]
             every = [c for c in every if (c.folder() / "comparison.csv").is_file()]
         else:
-            every = [run_comparison(profile, workers=1 if torch.cuda.is_available() else training.cores())]
+            # What is begun is mostly looked up, for which other processes are not worth their start.
+            alone = torch.cuda.is_available() or Comparison(profile).journal().is_dir()
+            every = [run_comparison(profile, workers=1 if alone else training.cores())]
         self.by_target = {c.target.title: Compared(c) for c in every}
 
     def __iter__(self) -> Iterator[Compared]:

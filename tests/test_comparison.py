@@ -245,7 +245,7 @@ def test_a_worker_passes_over_what_another_one_computes(profile, monkeypatch):
 
 def test_trials_lie_beside_the_runs_and_settings_are_recorded_as_json(profile):
     compared = Comparison(profile, rules("afd+afs", "l2+taylor"))
-    assert compared._folder().parent.parent == paths.runs()
+    assert compared.journal().parent.parent == paths.runs()
     tuned = Tuned(Method("l2", "taylor"), {"strength": 1e-3, "lr": 2.0}, {"normalise": "mean", "lr": 1.0})
     row = compared._row(tuned, 0, 0.5)
     assert json.loads(row["settings"])["normalise (taylor)"] == "mean" and row["strength"] == 1e-3
