@@ -323,7 +323,9 @@ def faster(times: int = 10) -> Found:
     table = pd.concat(parts) if parts else pd.DataFrame()
     pairs = [] if table.empty else _best_times(table)
     if not pairs:
-        return _untested(f"times of a network that AFDS pruned {times}x by its own masks")
+        return _untested(
+            f"times of a ResNet-101 that AFDS pruned {times}x by its own masks (smaller networks: Measured time)"
+        )
     said = [
         f"batch {dense.batch} on {dense.device}: {Number(dense.median_ms / small.median_ms)}x as fast, "
         f"{Number(small.median_ms)} ms in {small.runtime} against {Number(dense.median_ms)} ms in {dense.runtime}"
@@ -517,7 +519,8 @@ def claims() -> list[Claim]:
             partial(converges_faster, attention, wrn),
         ),
         (
-            "AT's weight matters", "Small changes of a hyper-parameter matter. Here: a factor of ten in the weight.",
+            "AT's weight matters",
+            "Small changes of a hyper-parameter matter. Tested here: a factor of ten in the weight.",
             "[AT's paper]; measure [ours]",
             "[Re] if the worse neighbour of the best weight costs more validation accuracy than the seeds differ at "
             "one weight; [¬Re] if all weights tried lie within that; else, or with fewer than "
@@ -578,10 +581,18 @@ def verdict_table() -> Table:
 
 
 def verdicts_text() -> Text:
-    """How many claims got which verdict, in one sentence."""
-    found = [f.verdict for f in judge().values()]
+    """Which claims got which verdict, and which of them are about AFDS."""
+    found = judge()
     names = {
         REPLICATED: "replicated", NOT_REPLICATED: "not replicated", INCONCLUSIVE: "inconclusive", UNTESTED: "not tested"
     }  # fmt: skip
-    parts = [f"{found.count(v)} {names[v]} {v}" for v in VERDICTS]
-    return Text(f"Of {len(found)} claims: {', '.join(parts)}.")
+    parts = []
+    for verdict in VERDICTS:
+        mine = [str(number) for number, f in found.items() if f.verdict == verdict]
+        parts.append(f"{len(mine)} {names[verdict]} {verdict}" + (f" (no. {', '.join(mine)})" if mine else ""))
+    around = next(c.number for c in claims() if c.title.startswith("AT"))
+    return Text(
+        f"Of {len(found)} claims: {', '.join(parts)}. The first {around - 1} are about AFDS, the first "
+        f"{sum(c.source.startswith('[paper]') for c in claims())} of them the paper's own; the others are about the "
+        "systems around it."
+    )

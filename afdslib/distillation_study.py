@@ -609,5 +609,7 @@ class DistillationStudy:
         return paths.results(p.name) / p.budget if p.committed else paths.figures(p.name)
 
     def _write(self, suffix: str, table: pd.DataFrame) -> None:
+        if table.empty and not self.complete:  # nothing of it is finished
+            return
         with atomic_path(self.folder() / f"{self.profile.study}{suffix}.csv") as part:
             table.to_csv(part, index=False, float_format="%.6g", lineterminator="\n")

@@ -18,7 +18,7 @@ from afdslib import competitors, paths
 from afdslib.plots.students import student_look
 from afdslib.summary import Table, Text, accuracy_table
 
-__all__ = ["FAULTS", "committed_text", "cost_table", "faults_table", "figures_table"]
+__all__ = ["FAULTS", "committed_text", "cost_table", "faults_table", "figures_table", "references"]
 
 # (what the public reproduction does [code], the mutants of tests/mutants that do the same)
 FAULTS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -144,3 +144,24 @@ def figures_table(profile: str, budget: str) -> Table:
         if names:
             rows.append([", ".join(dict.fromkeys(names)), command, time])
     return Table(["figures", "command", "time of the notebook here"], rows, numbers=False)
+
+
+# ---------------------------------------------------------------------------------------------------- references
+
+CITED = (
+    "wang2020afds", "gao2019fbs", "li2018l2sp", "li2019delta", "li2016lwf", "zagoruyko2017at", "huang2017nst",
+    "hinton2015kd", "romero2015fitnets", "liu2017slimming", "molchanov2019taylor", "fang2023depgraph",
+)  # fmt: skip
+
+
+def references() -> Text:
+    """The papers behind the methods of the report, from references.bib."""
+    entries = dict(re.findall(r"@\w+\{(\w+),\n(.*?)\n\}", (paths.root() / "references.bib").read_text("utf-8"), re.S))
+    lines = []
+    for key in CITED:
+        field = dict(re.findall(r"(\w+)\s*=\s*\{(.*?)\}(?:,?\n|$)", entries[key] + "\n", re.S))
+        first, *more = [name.split(",")[0] for name in field["author"].split(" and ")]
+        who = first + (" et al." if len(more) > 1 else f" and {more[0]}" if more else "")
+        text = f"{who}: *{field['title']}*, {field['year']}. {field.get('url') or field.get('note', '')}"
+        lines.append("- " + re.sub(r"\s+", " ", re.sub(r"\\L|[{}]", "", text)).strip())
+    return Text("\n".join(lines))

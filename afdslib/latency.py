@@ -123,7 +123,8 @@ def sentence(table: pd.DataFrame, sweep: pd.DataFrame) -> Text:
             lines.append(
                 f"- {title}, batch {batch}: at {1 / last.budget:g}x fewer MACs the network is {last.speedup:.2f}x as "
                 f"fast as the dense one (quartiles {last.speedup_q1:.2f} to {last.speedup_q3:.2f}); it computes "
-                f"{100 * last.computed:.0f} % of the dense MACs: dynamic channels are computed, then masked."
+                f"{100 * last.computed:.1f} % of the dense MACs, because dynamic channels are computed, then masked; "
+                f"skipped, they would leave {100 * (last.macs - last.macs_predictors):.1f} %."
             )
     one = table.iloc[0]
     lines.append(

@@ -271,10 +271,15 @@ def gains_text(study: DistillationStudy) -> Text:
 
 
 def finished_gains(profile: str, budget: str) -> Text:
-    """`gains_text` of what is finished of a profile's study of attention transfer; nothing is trained."""
+    """Scale and `gains_text` of what is finished of a profile's study of attention transfer; nothing is trained."""
     from afdslib.distillation_study import DistillationStudy, get
 
-    return gains_text(DistillationStudy(get("attention", profile, budget), complete=False))
+    study = DistillationStudy(get("attention", profile, budget), complete=False)
+    p = study.profile
+    return Text(
+        f"On {p.data.name}, {p.teacher_training.steps} steps for a teacher and {p.student_training.steps} for a "
+        f"student, batches of {p.student_training.batch_size}.\n\n{gains_text(study)}"
+    )
 
 
 def weights_text(study: DistillationStudy) -> Text:

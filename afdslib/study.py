@@ -98,10 +98,12 @@ class Study:
 
     def _classes(self, title: str, target: DataSource) -> int:
         """As a finished point knows them, so that a report of committed results needs no image; else as the data do."""
-        for name, seed in itertools.product(self.chosen(target), self.profile.seeds):
-            result = runs.lookup(self.point_run(name, seed, target=target))
-            if result is not None and "confusion" in result.metrics:
-                return len(result.metrics["confusion"])
+        for c, seed in itertools.product(self.profile.candidates, self.profile.seeds):
+            for strength in c.strengths:  # whichever was chosen: nothing is trained for this
+                config = self.transfer_run(replace(c.regulariser, strength=strength), seed, target=target)
+                result = runs.lookup(config)
+                if result is not None and "confusion" in result.metrics:
+                    return len(result.metrics["confusion"])
         return len(self.target_data[title].classes)
 
     # configurations

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from afdslib import data
+from afdslib import data, statistics
 from afdslib.errors import AFDSError
 from afdslib.plots.style import look, times
 from afdslib.text import Text
@@ -146,17 +146,20 @@ def differences(
     """Paired differences of two methods: the same seed means the same images, initial classifier and order.
 
     Returns:
-        A table with target, budget, difference (mean over seeds, percentage points), sd (of the paired differences; NaN
-        for one seed) and seeds.
+        A table with target, budget, difference (mean over seeds, percentage points), sd (of the paired differences),
+        low and high (Student's 95 % interval; like sd NaN for one seed) and seeds.
     """
     index = ["target", "budget", "seed"]
     one, two = (table[table.method == name].set_index(index)[value] for name in (method, other))
     paired = (one - two).dropna() * 100
     if paired.empty:
         raise AFDSError(f"the sweep has no seed with both {method} and {other}; compute both")
-    grouped = paired.groupby(["target", "budget"], sort=False)
-    found = pd.DataFrame({"difference": grouped.mean(), "sd": grouped.std(ddof=1), "seeds": grouped.size()})
-    return found.reset_index().sort_values(["target", "budget"], ascending=[True, False], ignore_index=True)
+    rows = []
+    for (target, budget), values in paired.groupby(["target", "budget"], sort=False):
+        d = statistics.interval(values.to_list())
+        rows.append((target, budget, d.mean, d.sd, d.low, d.high, d.n))
+    found = pd.DataFrame(rows, columns=["target", "budget", "difference", "sd", "low", "high", "seeds"])
+    return found.sort_values(["target", "budget"], ascending=[True, False], ignore_index=True)
 
 
 def _signed(points: float) -> str:
@@ -164,27 +167,20 @@ def _signed(points: float) -> str:
 
 
 def _difference(row: Any, names: tuple[str, str]) -> str:
-    seeds = f"{row.seeds} seed{'s' if row.seeds > 1 else ''}"
+    size = f"{names[0]} minus {names[1]} is {_signed(row.difference)} points"
     if row.seeds < 2:
-        return (
-            f"{names[0]} minus {names[1]} is {_signed(row.difference)} points with {seeds}, so the spread is not known"
-        )
-    side = "within" if abs(row.difference) <= row.sd else "above" if row.difference > 0 else "below"
-    meaning = {
-        "within": "no larger than one standard deviation between seeds",
-        "above": f"{names[0]} is ahead by more than one standard deviation between seeds",
-        "below": f"{names[0]} is behind by more than one standard deviation between seeds",
-    }[side]
-    if row.seeds < 5:
-        meaning += ", and there are too few seeds to conclude"
-    size = f"{_signed(row.difference)} points (standard deviation {row.sd:.1f}, {seeds})"
-    return f"{names[0]} minus {names[1]} is {size}: {meaning}"
+        return f"{size} with one seed, so the interval is not known"
+    size += f" [{_signed(row.low)}, {_signed(row.high)}], {row.seeds} seeds"
+    if row.low <= 0 <= row.high:
+        return f"{size}: the seeds do not tell the two apart"
+    few = ", of too few seeds to conclude" if row.seeds < 5 else ""
+    return f"{size}: {names[0]} is {'ahead' if row.difference > 0 else 'behind'}{few}"
 
 
 def differences_text(
     table: pd.DataFrame, method: str = "afd", other: str = "l2", *, budgets: Sequence[float] = (1.0, 0.5, 0.2, 0.1)
 ) -> Text:
-    """One sentence per target and budget: the paired difference, its spread over seeds, and how the two compare."""
+    """One sentence per target and budget: the paired difference with its 95 % interval, and what it says."""
     names = look(method).label, look(other).label
     found = differences(table, method, other)
     lines = []
@@ -361,7 +357,7 @@ def settings(profile: Profile) -> Table:
         *((name, _stage(stage)) for name, stage in stages),
         ("regularisers", "; ".join(_grid(c) for c in p.candidates)),
         ("budgets", ", ".join(times(b) for b in p.budgets)),
-        ("density", f"d = max({p.density_floor:g}, √budget); the masks do the rest"),
+        ("density", f"d = max({p.density_floor:g}, √b) at the share b of the dense MACs; the masks do the rest"),
         ("threshold of static gates, δ_s", f"{p.delta_s:g}"),
         ("training images on which a budget is met", f"at most {p.macs_images}"),
         ("seeds", f"{len(p.seeds)} ({', '.join(map(str, p.seeds))}); trials: {p.trial_seed}"),

@@ -1,6 +1,7 @@
 """What stands behind the report is read from files, and the faults it names are those that the tests catch."""
 
 import json
+import re
 
 import pandas as pd
 import pytest
@@ -33,13 +34,15 @@ def test_every_committed_table_is_shown_under_its_own_profile(home):
     folder.mkdir(parents=True)
     sweep = {"target": "t", "method": "l2", "seed": [0, 1], "budget": 0.1, "test_accuracy": [0.5, 0.6], "macs": 0.1}
     pd.DataFrame(sweep).to_csv(folder / "sweep.csv")
-    pd.DataFrame(sweep | {"method": "afd+afs"}).to_csv(folder / "comparison.csv")
+    (folder / "comparison-t").mkdir()
+    pd.DataFrame(sweep | {"method": "afd+afs"}).to_csv(folder / "comparison-t" / "comparison.csv")
     students = {"student": "s", "teacher": ["", "t"], "method": ["alone", "at"], "test_accuracy": [0.7123, 0.75]}
     pd.DataFrame(students).to_csv(folder / "attention.csv")
     text = evidence.committed_text()
-    assert "| 10x | 10.0 % | 55.0 ± 7.1 |" in text and "| afd+afs (t) | 55.0 |" in text
+    assert "| 10x | 10.0 % | 55.0 ± 7.1 |" in text and "| AFD + AFS | 55.0 ± 7.1 |" in text
     assert "| s, AT from t | 75.0 | 75.0 to 75.0 | 1 |" in text and "71.2" in text
-    assert text.count("**imagenet32, quick**") == 3 and "afds students --study attention" in text
+    assert "the comparison on t:" in text and text.count("**imagenet32, quick**") == 3
+    assert "afds students --study attention" in text
 
 
 def test_the_cost_is_the_sum_of_what_the_runs_took(home):
@@ -58,3 +61,11 @@ def test_every_figure_that_a_notebook_saves_has_its_command(monkeypatch, tmp_pat
     saved = sum(path.read_text().count("plots.save(") for path in pipeline.notebooks())
     assert sum(len(row[0].split(", ")) for row in rows) == saved
     assert all("--profile demo --budget quick --notebook" in row[1] and row[2] == "not kept" for row in rows)
+
+
+def test_every_reference_names_its_authors_title_year_and_where_it_is():
+    lines = evidence.references().splitlines()
+    assert len(lines) == len(evidence.CITED) and "{" not in evidence.references()
+    form = re.compile(r"- .+: \*.+\*, (19|20)\d\d\. (arXiv \d{4}\.\d{4,5}|https://\S+)")
+    assert not [line for line in lines if not form.fullmatch(line)]
+    assert lines[0].startswith("- Wang et al.: *Pay Attention to Features, Transfer Learn Faster CNNs*, 2020.")

@@ -30,7 +30,8 @@ def sayings(html: str) -> list[str]:
 def rebuilt(tmp_path_factory):
     """The report of a checkout with an empty run store and without any image."""
     folder = tmp_path_factory.mktemp("rebuilt")
-    shutil.copytree(COMMITTED.parent, folder / "figures" / PROFILE, ignore=shutil.ignore_patterns("report.html"))
+    ignored = shutil.ignore_patterns("report.html", "executed")
+    shutil.copytree(COMMITTED.parent, folder / "figures" / PROFILE, ignore=ignored)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AFDS_FIGURES", str(folder / "figures"))
         patch.setenv("AFDS_RUNS", str(folder / "runs"))
