@@ -148,6 +148,7 @@ def figures_table(profile: str, budget: str) -> Table:
 
 # ---------------------------------------------------------------------------------------------------- references
 
+BIBLIOGRAPHY = Path(__file__).resolve().parents[1] / "references.bib"
 CITED = (
     "wang2020afds", "gao2019fbs", "li2018l2sp", "li2019delta", "li2016lwf", "zagoruyko2017at", "huang2017nst",
     "hinton2015kd", "romero2015fitnets", "liu2017slimming", "molchanov2019taylor", "fang2023depgraph",
@@ -156,7 +157,7 @@ CITED = (
 
 def references() -> Text:
     """The papers behind the methods of the report, from references.bib."""
-    entries = dict(re.findall(r"@\w+\{(\w+),\n(.*?)\n\}", (paths.root() / "references.bib").read_text("utf-8"), re.S))
+    entries = dict(re.findall(r"@\w+\{(\w+),\n(.*?)\n\}", BIBLIOGRAPHY.read_text("utf-8"), re.S))
     lines = []
     for key in CITED:
         field = dict(re.findall(r"(\w+)\s*=\s*\{(.*?)\}(?:,?\n|$)", entries[key] + "\n", re.S))
