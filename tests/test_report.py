@@ -6,6 +6,7 @@ The `paper` profile is such a study; here it has a network of 50,000 parameters 
 import ast
 import contextlib
 import io
+import re
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -116,7 +117,8 @@ def test_every_figure_of_a_target_is_there_for_each_target_and_in_the_report(sho
     for name in ("samples_target", "channel_states", "attention", "transfer_curves", "confusion"):
         for target in ("colours", "pair"):
             assert f'alt="figure {name}-{target}-6"' in shown["08"], name
-    assert "not drawn yet" not in shown["08"]
+    # Notebook 06 is not among those executed here.
+    assert set(re.findall(r"Figure (\w+) is not drawn yet", shown["08"])) == {"at_accuracy", "at_curves"}
 
 
 def test_strengths_are_tuned_on_each_target_and_tables_name_them(shown):
