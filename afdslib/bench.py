@@ -13,7 +13,6 @@ import csv
 import io
 import logging
 import multiprocessing
-import os
 import statistics
 import tempfile
 import time
@@ -388,8 +387,7 @@ def _in_runtime(model: nn.Module, example: Tensor, runtime: str, threads: int, f
 
 def _session(model: nn.Module, example: Tensor, threads: int, folder: str) -> Callable[[Tensor], Any]:
     """The network as `afds export` writes it, for this batch size."""
-    handle, file = tempfile.mkstemp(suffix=".onnx", dir=folder)
-    os.close(handle)
+    file = Path(folder) / "network.onnx"  # which the session reads at once
     batch, *size = example.shape
     save_onnx(model, file, (size[0], size[1], size[2]), batch=batch)
     runtime = session(file, threads=threads)

@@ -19,7 +19,7 @@ from afdslib.plots.style import times
 from afdslib.profiles import Profile
 from afdslib.protocol import LABELS, REGULARISER_SPACES, Axis, Method, protocol, selection_space
 from afdslib.selection import CRITERIA
-from afdslib.summary import Table, Text
+from afdslib.summary import Table, Text, mean_sd
 
 __all__ = [
     "Compared",
@@ -216,19 +216,12 @@ def spaces_table(profile: Profile) -> Table:
 # -------------------------------------------------------------------------------------------------------------- results
 
 
-def _mean_sd(values: pd.Series) -> str:
-    if values.empty:
-        return "–"
-    text = f"{100 * values.mean():.1f}"
-    return text if len(values) < 2 else f"{text} ± {100 * values.std(ddof=1):.1f}"
-
-
 def accuracy_table(table: pd.DataFrame) -> Table:
     """Test accuracy in percent, mean and standard deviation over seeds: a row per method, a column per budget."""
     budgets = sorted(table.budget.unique(), reverse=True)
     rows = []
     for method, mine in table.groupby("method", sort=False):
-        cells = [_mean_sd(v) if len(v := mine[mine.budget == b].test_accuracy) else "–" for b in budgets]
+        cells = [mean_sd(mine[mine.budget == b].test_accuracy, 100) for b in budgets]
         rows.append([Method.parse(str(method)).label, *cells])
     return Table(["method", *map(times, budgets)], rows)
 
@@ -297,7 +290,7 @@ def ablation_table(table: pd.DataFrame) -> Table:
             d = statistics.paired(both.mine.to_dict(), both.whole.to_dict()).difference
             cell = f"{100 * d.mean:+.1f}"
             cell += "" if math.isnan(d.low) else f" ({100 * d.low:+.1f} to {100 * d.high:+.1f})"
-        rows.append([variant, at, _mean_sd(mine.dropna()), cell, f"{mine.notna().sum()} of {len(mine)}"])
+        rows.append([variant, at, mean_sd(mine, 100), cell, f"{mine.notna().sum()} of {len(mine)}"])
     return Table(["variant", "at", "test accuracy (%)", "minus AFDS (95 % interval)", "seeds"], rows)
 
 
@@ -309,10 +302,11 @@ def _equal_time(compared: Compared) -> str:
     rival, factor = again.method.iloc[0], float(again.steps_factor.iloc[0])
     budget = compared.comparison.rules.primary_budget
     here = compared.table[((compared.table.budget - budget).abs() < 1e-9) & compared.table.seed.isin(set(again.seed))]
-    ours, before = (_mean_sd(here[here.method == m].test_accuracy) for m in ("afd+afs", rival))
+    ours, before = (mean_sd(here[here.method == m].test_accuracy, 100) for m in ("afd+afs", rival))
     return (
         f"At equal wall-clock time on the target, {factor:g} times its steps, the rival {Method.parse(rival).label} "
-        f"reaches {_mean_sd(again.test_accuracy)} % ({before} % before; AFDS {ours} %; {again.seed.nunique()} seeds)."
+        f"reaches {mean_sd(again.test_accuracy, 100)} % ({before} % before; AFDS {ours} %; "
+        f"{again.seed.nunique()} seeds)."
     )
 
 

@@ -91,7 +91,7 @@ class Study:
         """Whether any stage reads the source's images."""
         return not self.source_run.published or self.profile.afs_training.steps > 0
 
-    @property
+    @cached_property
     def chance(self) -> dict[str, float]:
         """The accuracy of guessing, by target."""
         return {title: 1 / self._classes(title, target) for title, target in self.targets.items()}

@@ -73,7 +73,8 @@ class Table:
         return "\n".join(lines)
 
 
-def _mean_sd(values: pd.Series, scale: float = 1.0, digits: int = 1) -> str:
+def mean_sd(values: pd.Series, scale: float = 1.0, digits: int = 1) -> str:
+    """Mean and standard deviation (n - 1) of what is not missing, as text; "–" of nothing."""
     values = values.dropna() * scale
     if values.empty:
         return "–"
@@ -117,7 +118,7 @@ def accuracy_table(table: pd.DataFrame, *, value: str = "test_accuracy", target:
     methods = list(dict.fromkeys(mine.method))
 
     def row(here: pd.DataFrame, budget: float) -> list[str]:
-        cells = [_mean_sd(here[here.method == method][value], 100) for method in methods]
+        cells = [mean_sd(here[here.method == method][value], 100) for method in methods]
         return [times(budget), f"{100 * here.macs.mean():.1f} %", *cells]
 
     return _by_target(mine, ["reduction", "measured MACs", *(f"{look(m).label} (%)" for m in methods)], row)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from afdslib.plots.style import Look, look, percent, styled
-from afdslib.plots.sweep import QUANTITIES, draw_line, macs_axis, seeds_text
+from afdslib.plots.sweep import QUANTITIES, draw_line, macs_axis, seeds_text, shifts
 from afdslib.protocol import LABELS, Method
 
 __all__ = ["competitor_trials", "competitors", "paired"]
@@ -48,10 +48,8 @@ def competitors(table: pd.DataFrame, *, chance: float | None = None, title: str 
         if AFDS not in set(here.method):
             draw_line(ax, ours, "test_accuracy", Look("AFDS", "#EBA985", "", "-"), errors=False, linewidth=4, zorder=1)
         pairs = list(dict.fromkeys(zip(here.regulariser, here.selection, strict=True)))
-        for i, (regulariser, selection) in enumerate(pairs):
+        for (regulariser, selection), shift in zip(pairs, shifts(len(pairs)), strict=True):
             mine = here[(here.regulariser == regulariser) & (here.selection == selection)]
-            # A small shift sideways, the same factor everywhere, keeps error bars of equal budgets apart.
-            shift = 1.012 ** (i - (len(pairs) - 1) / 2)
             draw_line(ax, mine, "test_accuracy", _look(regulariser, selection), shift=shift)
         if chance is not None:
             ax.axhline(chance, color="#555555", linewidth=0.9, linestyle=(0, (2, 2)))

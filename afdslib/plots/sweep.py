@@ -61,11 +61,14 @@ def draw_line(
     )  # fmt: skip
 
 
+def shifts(lines: int) -> list[float]:
+    """A factor per line by which it is moved sideways, a little, so that error bars of equal budgets stay apart."""
+    return [1.012 ** (index - (lines - 1) / 2) for index in range(lines)]
+
+
 def _lines(ax: Axes, table: pd.DataFrame, value: str, scale: float = 1.0) -> None:
     methods = list(dict.fromkeys(table.method))
-    for index, method in enumerate(methods):
-        # A small shift sideways, the same factor everywhere, keeps error bars of equal budgets apart.
-        shift = 1.012 ** (index - (len(methods) - 1) / 2)
+    for method, shift in zip(methods, shifts(len(methods)), strict=True):
         draw_line(ax, table[table.method == method], value, look(method), scale=scale, shift=shift)
 
 
