@@ -428,7 +428,7 @@ RULES = """
   below that size; [inconclusive] if it holds both 0 and the size, or with fewer seeds.
 - **Every rule**: [?] if no committed result file has the network and the data that the claim names. Differences are
   paired by seed. The *rival* is the competitor that is best at 10x on validation images; pairs that hold a part of AFDS
-  are no competitors. Of two committed budgets the larger one that has the rows counts.
+  are no competitors. Of a study's committed sizes (quick, standard) the larger one that has the rows counts.
 """
 
 
@@ -449,7 +449,7 @@ def claims() -> list[Claim]:
     nst_margin, kd_margin = (round(NST_IMAGENET[i] - NST_IMAGENET[i + 1], 2) for i in (0, 1))
     rival, resnet = "AFDS minus its rival at 10x", "ResNet-101, ImageNet to Stanford Dogs"
     saved = "the MACs that AFDS needs less than its rival for the rival's unpruned accuracy less one point"
-    known = "(The two seeds of the quick budget were known when the rule was written; they are too few for it.)"
+    known = "(The two seeds of the quick study were known when the rule was written; they are too few for it.)"
     made: list[tuple[str, str, str, str, Callable[[], Found]]] = [
         (
             "10x fewer MACs", f"{resnet}: a network with a tenth of the MACs.", "[paper]",

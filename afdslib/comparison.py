@@ -7,6 +7,7 @@ method, the rest of the seeds for AFDS and for the competitors that are best on 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -19,15 +20,16 @@ from typing import Any
 import pandas as pd
 
 from afdslib import paths, runs, statistics
-from afdslib._atomic import atomic_path, write_json
+from afdslib._atomic import write_json
 from afdslib.errors import AFDSError
 from afdslib.extended import ExtendedSourceRun
+from afdslib.kept import Keeper, keep_networks
 from afdslib.objectives import Regulariser
 from afdslib.profiles import Profile
 from afdslib.protocol import REGULARISER_SPACES, Method, Protocol, Value, protocol, selection_space
 from afdslib.rivals import DenseRun, FBSGatesRun, FBSRun, NarrowRun, PrunedRun, Selection
 from afdslib.selection import CRITERIA, fitting_width
-from afdslib.stages import AFSSourceRun, DataSource, SourceRun, TransferRun
+from afdslib.stages import MODEL, AFSSourceRun, DataSource, SourceRun, TransferRun
 from afdslib.training import Optimisation
 from afdslib.tuning import Outcome, Trial, search
 from afdslib.weighing import weights_run
@@ -70,7 +72,7 @@ class Tuned:
         return float(self.regulariser["strength"])  # type: ignore[arg-type]
 
 
-class Comparison:
+class Comparison(Keeper[Profile]):
     """All runs of a profile's comparison on one target.
 
     Args:
@@ -223,6 +225,27 @@ class Comparison:
             use_test=not trial,
         )
 
+    def networks(self) -> None:
+        """The source networks that the points start from, trained before the trials so that workers share them.
+
+        Those of a committed profile are kept in data/weights/, with a card: the study can go on elsewhere.
+        """
+        p, rules = self.profile, self.rules
+        made: list[tuple[str, Any]] = [("AFS source", self.afs_source), ("source, trained on", self.extended())]
+        narrow = any(m.selection in ("width", "width-kd") for m in rules.methods)
+        for budget in sorted(
+            {rules.trial_budget, rules.primary_budget, *rules.budgets[1:]} if narrow else (), reverse=True
+        ):
+            with contextlib.suppress(AFDSError):  # no such width: its points are missing and say why
+                made.append((f"source of {1 / budget:g}x, trained on", self.extended(budget)))
+        compute([config for _, config in made], self._publish)
+        if p.committed:
+            command = f"afds compare --profile {p.name} --budget {p.budget}"
+            kept = [(name, runs.get_or_run(config, needs=(MODEL,))) for name, config in made]
+            keep_networks(
+                kept, p, title="comparison of", command=command, shown=command, data=p.source.name, suffix="-comparison"
+            )
+
     # ------------------------------------------------------------------------------------------------------- trials
 
     def journal(self) -> Path:
@@ -233,8 +256,7 @@ class Comparison:
         """A trial's result, computed if need be; a trial that read a test image is a fault of the program."""
         if config.use_test:
             raise RuntimeError("a trial must hold no test image")
-        (result,) = compute([config])
-        self._publish(result)
+        (result,) = compute([config], self._publish)
         if any(key.startswith("test") or key == "confusion" for key in result.metrics):
             raise RuntimeError(f"the trial {result.id} holds test results")
         if "diverged" in result.metrics:
@@ -312,6 +334,7 @@ class Comparison:
         """Every trial: what was tried, its validation accuracy or why it has none; also written to trials.csv."""
         regularisers = dict.fromkeys(("l2", *(m.regulariser for m in self.rules.methods)))
         selections = dict.fromkeys(m.selection for m in self.rules.methods)
+        self.networks()
         # First whatever is free, of all methods, so that many workers find something to do; then the results.
         for name in regularisers:
             self.regulariser_trials(name, wait=False)
@@ -325,7 +348,9 @@ class Comparison:
             found = self.selection_trials(name)
             rows += [_trial_row("selection", name, t.number, t.settings, t.outcome) for t in found]
         methods = [method for method in self.rules.methods if not self.why_not(method)]
-        compute([c for m in methods for _, make in self._strengths(m) if (c := _made(make)) is not None])
+        # The same multiplier of all pairs, then the next: pairs share the unpruned stage.
+        columns = zip(*map(self._strengths, methods), strict=True)
+        compute([c for column in columns for _, make in column if (c := _made(make)) is not None], self._publish)
         for method in methods:
             best = float(self.best_regulariser(method.regulariser)["strength"])  # type: ignore[arg-type]
             for number, (multiplier, outcome) in enumerate(self.strength_trials(method)):
@@ -384,7 +409,10 @@ class Comparison:
                 made.append(self.point(tuned, seed, budgets, factor=factor))
             except AFDSError as error:
                 made.append(str(error))
-        results = iter(compute([config for config in made if not isinstance(config, str)]))
+        # Seed by seed, so that what is finished of an interrupted study compares all methods.
+        order = sorted(range(len(made)), key=lambda i: wanted[i][1])
+        compute([c for i in order if not isinstance(c := made[i], str)], self._publish)
+        results = (runs.get_or_run(config) for config in made if not isinstance(config, str))
         rows, missing = [], []
         for (tuned, seed, budgets), config in zip(wanted, made, strict=True):
             row = self._row(tuned, seed, budgets[-1])
@@ -462,8 +490,8 @@ class Comparison:
         return again
 
     def ablations(self, table: pd.DataFrame) -> pd.DataFrame:
-        """AFDS with one part changed, and its rival from the unextended source, at the primary budget; AFD without AFS
-        is unpruned. Over the first seeds; written to ablations.csv.
+        """AFDS with one part changed, and its rival from the unextended source, at the primary budget; unpruned, AFD
+        without AFS and AFDS trained as long as to that budget. Over the first seeds; written to ablations.csv.
 
         Args:
             table: of `sweep`, from which the rival is known.
@@ -489,12 +517,17 @@ class Comparison:
         ]
         for seed in seeds:
             planned.append(("AFD without AFS", 1.0, seed, self.dense("afd", tuned.regulariser, seed)))
+            first = self.point(tuned, seed, chain[:1])
+            assert isinstance(first, TransferRun)
+            steps = first.optimisation.steps + (len(chain) - 1) * first.tuning.steps
+            longer = self._stage(first.optimisation, 1.0, steps=steps)
+            planned.append(("unpruned, as many steps", 1.0, seed, replace(first, optimisation=longer)))
             unextended = _unextended(self.point(rival, seed, chain))
             planned.append((f"{rival.method.label}, unextended start", chain[-1], seed, unextended))
-        results = compute([config for *_, config in planned])
+        results = compute([config for *_, config in planned], self._publish)
         keys = ("test_accuracy", "validation_accuracy", "train_macs", "macs", "dead_gates", "diverged")
         rows = []
-        for (name, budget, seed, _), result in zip(planned, map(self._publish, results), strict=True):
+        for (name, budget, seed, _), result in zip(planned, results, strict=True):
             found = {key: result.metrics.get(key) for key in keys}
             rows.append({"variant": name, "seed": seed, "budget": budget} | found | {"run": result.id})
         found = pd.DataFrame(rows, columns=["variant", "seed", "budget", *keys, "run"])
@@ -533,19 +566,8 @@ class Comparison:
     # -------------------------------------------------------------------------------------------------------- files
 
     def folder(self) -> Path:
-        """Of the tables: data/results/<profile>/<budget>/comparison-<target>, or with the demo's figures."""
-        p = self.profile
-        base = paths.results(p.name) / p.budget if p.committed else paths.figures(p.name)
-        return base / f"comparison-{self.target.title}"
-
-    def _publish(self, result: runs.Result) -> runs.Result:
-        if self.profile.committed and not result.committed:
-            runs.publish(result, self.profile.name)
-        return result
-
-    def _write(self, name: str, table: pd.DataFrame) -> None:
-        with atomic_path(self.folder() / f"{name}.csv") as part:
-            table.to_csv(part, index=False, float_format="%.6g", lineterminator="\n")
+        """Of the tables: a folder comparison-<target> in the study's."""
+        return super().folder() / f"comparison-{self.target.title}"
 
     def sentence(self) -> str:
         """The report's sentence, from the written table."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,12 +16,13 @@ from pathlib import Path
 import pandas as pd
 
 from afdslib import paths, runs
-from afdslib._atomic import atomic_path, write_text
+from afdslib._atomic import write_text
 from afdslib.distillation import Distillation, StudentRun
 from afdslib.errors import AFDSError
+from afdslib.kept import Keeper, keep_network
 from afdslib.losses import BetaSchedule
 from afdslib.profiles import names as profile_names
-from afdslib.stages import MODEL, DataSource, Network
+from afdslib.stages import DataSource, Network
 from afdslib.training import Optimisation
 
 __all__ = [
@@ -375,7 +375,7 @@ COLUMNS = [
 ]  # fmt: skip
 
 
-class DistillationStudy:
+class DistillationStudy(Keeper[DistillationProfile]):
     """The runs of a study, computed or looked up, and the tables made from them.
 
     Args:
@@ -475,10 +475,7 @@ class DistillationStudy:
 
     def result(self, config: StudentRun) -> runs.Result:
         """A run's result, computed if need be; those of real studies are kept to be committed."""
-        found = runs.get_or_run(config)
-        if self.profile.committed and not found.committed:
-            runs.publish(found, self.profile.name)
-        return found
+        return self._publish(runs.get_or_run(config))
 
     def results(self) -> list[tuple[Job, runs.Result]]:
         """Every run with its result. With `complete=False` up to the first one that is not finished."""
@@ -596,20 +593,13 @@ class DistillationStudy:
         kept += [(m, self.student_run(pair, m, pair.seeds[0])) for m in methods if m in pair.methods]
         for name, config in kept:
             result = self.result(config)
-            with atomic_path(paths.weights() / f"{result.id}.safetensors") as part:
-                shutil.copyfile(result.artifact(MODEL), part)
+            keep_network(result)
             rows.append(f"| `{result.id}` | {config.network.name}, {name} | {result.metrics['test_accuracy']:.4f} |")
         card = MODEL_CARD.format(study=p.study, profile=p.name, budget=p.budget, data=p.data.name, rows="\n".join(rows))
         write_text(paths.weights() / f"{p.name}-{p.budget}-{p.study}.md", card)
         return paths.weights()
 
-    def folder(self) -> Path:
-        """Where the tables go: data/results/<profile> for real studies, the figures' folder for the demo."""
-        p = self.profile
-        return paths.results(p.name) / p.budget if p.committed else paths.figures(p.name)
-
     def _write(self, suffix: str, table: pd.DataFrame) -> None:
         if table.empty and not self.complete:  # nothing of it is finished
             return
-        with atomic_path(self.folder() / f"{self.profile.study}{suffix}.csv") as part:
-            table.to_csv(part, index=False, float_format="%.6g", lineterminator="\n")
+        super()._write(f"{self.profile.study}{suffix}", table)

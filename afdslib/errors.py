@@ -1,6 +1,6 @@
 """The one error type for mistakes a user can mend."""
 
-__all__ = ["AFDSError", "DivergedError", "UnreachableError"]
+__all__ = ["AFDSError", "BusyError", "DivergedError", "UnreachableError"]
 
 
 class AFDSError(ValueError):
@@ -8,6 +8,10 @@ class AFDSError(ValueError):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+class BusyError(AFDSError):
+    """Another process is computing the run that was asked for."""
 
 
 class DivergedError(AFDSError):

@@ -51,7 +51,7 @@ from typing import Any, Protocol, TypeVar
 
 from . import paths
 from ._atomic import atomic_path, remove_leftovers, write_json, write_text
-from .errors import AFDSError
+from .errors import AFDSError, BusyError
 
 if typing.TYPE_CHECKING:
     import pandas
@@ -524,6 +524,7 @@ def get_or_run(
     store: str | Path | None = None,
     needs: Sequence[str] = (),
     started: Callable[[], None] | None = None,
+    wait: bool = True,
 ) -> Result:
     """The result of a run, computed if nobody has computed it yet and resumed if somebody started.
 
@@ -534,15 +535,17 @@ def get_or_run(
         store: The folder of all runs; by default `paths.runs()`.
         needs: Artifacts that the caller will read. A result without them (a committed one) is computed again.
         started: Called right before the run is computed or resumed, and not for one that is finished.
+        wait: For another process that is computing it.
 
     Raises:
+        BusyError: Another process is computing it, and `wait` is False.
         AFDSError: A stored file is corrupted, or the store cannot be written.
     """
     if found := lookup(config, store=store, needs=needs):
         return found
     id = run_id(config)
     store = _store(store)
-    with _locked(store, id):
+    with _locked(store, id, wait=wait):
         if found := _stored(store, id, needs):  # computed while we waited
             return found
         path = store / id
@@ -841,7 +844,7 @@ def _locked(store: Path, id: str, *, wait: bool = True) -> Iterator[None]:
         lock.acquire(timeout=0)
     except filelock.Timeout:
         if not wait:
-            raise AFDSError(f"run {id} is being computed by another process; stop that one first") from None
+            raise BusyError(f"run {id} is being computed by another process; stop that one first") from None
         _log.warning("waiting for run %s, which another process is computing", id)
         lock.acquire()
     except OSError as error:

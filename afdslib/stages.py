@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from afdslib import afs, backbones, data, macs, runs, training
+from afdslib.afs.graph import eval_mode
+from afdslib.compact import compact
 from afdslib.data import Splits
 from afdslib.errors import AFDSError, DivergedError, UnreachableError
 from afdslib.objectives import Objective, Regulariser
@@ -194,6 +196,15 @@ def _gate_metrics(model: nn.Module, splits: Splits, settings: Optimisation) -> d
     }
 
 
+def _without_removed(model: nn.Module, size: tuple[int, int, int]) -> nn.Module:
+    """The network that is evaluated: compact where channels are removed. At 10x it took half the time of the masked one
+    (test images of imagenet32, one thread), and it is what a user would run."""
+    if all(bool(layer.m.all()) for layer in afs.layers(model).values()):
+        return model
+    with eval_mode(model):
+        return compact(model, input_size=size).to(memory_format=torch.channels_last)
+
+
 def _measure(
     model: nn.Module,
     splits: Splits,
@@ -205,15 +216,16 @@ def _measure(
     use_test: bool,
 ) -> dict[str, Any]:
     """Accuracies and MACs of one point: the same for AFS and for every competitor."""
-    precision = settings.precision
+    precision, size = settings.precision, _input_size(splits)
+    whole, model = model, _without_removed(model, size)
     fitted = training.evaluate(model, training.first(splits.statistics, images), precision=precision, count_macs=True)
     metrics: dict[str, Any] = {
         "budget": budget,
         "dense_macs": dense,
         "train_macs": _cost(fitted).total / dense,
-        "parameters": macs.parameters(model, _input_size(splits)),
+        "parameters": macs.parameters(whole, size),
         **_scores("train", fitted),
-        **training.monitor_gates(model, splits.statistics),
+        **training.monitor_gates(whole, splits.statistics),
     }
     if splits.validation is not None:
         metrics |= _scores("validation", training.evaluate(model, splits.validation, precision=precision))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import shutil
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
@@ -15,30 +14,16 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from afdslib import paths, runs, training
-from afdslib._atomic import atomic_path, write_text
+from afdslib import runs, training
+from afdslib._atomic import write_text
 from afdslib.data import Splits
 from afdslib.errors import AFDSError
+from afdslib.kept import Keeper, keep_networks
 from afdslib.objectives import Regulariser
 from afdslib.profiles import Profile
-from afdslib.stages import MODEL, AFSSourceRun, DataSource, SourceRun, TransferRun, check_budgets
+from afdslib.stages import AFSSourceRun, DataSource, SourceRun, TransferRun, check_budgets
 
 __all__ = ["Study", "plan", "run_stage"]
-
-MODEL_CARD = """# Networks of the study {profile}, budget {budget}
-
-Written by `afds publish --profile {profile} --budget {budget}`. Load one with `afdslib.afs.load(path)`.
-
-| file (.safetensors) | network | test accuracy | measured MACs |
-|---|---|---|---|
-{rows}
-
-- **Trained on** {source} (sources) and {targets} (the others).
-- **Settings**: `afds run --profile {profile} --budget {budget} --show`. Results with device and versions:
-  `data/results/{profile}/runs/<id>.json`.
-- **For** checking and extending this study. Images of 32 px, normalised with ImageNet's mean and deviation.
-- **Not for** any decision about people or safety; the data sets have their own licences and biases.
-"""
 
 COLUMNS = [
     "target", "method", "strength", "seed", "budget", "density", "test_accuracy", "test_mean_class_accuracy",
@@ -47,7 +32,7 @@ COLUMNS = [
 ]  # fmt: skip
 
 
-class Study:
+class Study(Keeper[Profile]):
     """All runs of one profile.
 
     Args:
@@ -290,12 +275,6 @@ class Study:
         for result in results:
             self._publish(result)
 
-    def _publish(self, result: runs.Result) -> runs.Result:
-        """Results of real studies are kept as small files to be committed; those of the demo never are."""
-        if self.profile.committed and not result.committed:
-            runs.publish(result, self.profile.name)
-        return result
-
     # files
 
     def publish_networks(self, points: Iterable[tuple[str, int, float]] = (("afd", 0, 1.0), ("afd", 0, 0.1))) -> Path:
@@ -317,24 +296,12 @@ class Study:
             raise AFDSError("no source network of this study is trained yet; `afds train` does that")
         primary = next(iter(self.targets))
         kept += [(f"{primary}, {m}, seed {s}, {1 / b:g}x", self.point(m, s, b)) for m, s, b in points]
-        folder = paths.weights()
-        rows = []
-        for name, result in kept:
-            with atomic_path(folder / f"{result.id}.safetensors") as part:
-                shutil.copyfile(result.artifact(MODEL), part)
-            m = result.metrics
-            accuracy = f"{m['test_accuracy']:.4f}" if "test_accuracy" in m else "published weights"
-            # Points of the sweep store shares of the dense MACs; the sources store MACs.
-            macs = (
-                f"{m['macs']:.3f} of dense" if "dense_macs" in m else f"{m['macs'] / 1e6:.1f} M" if "macs" in m else ""
-            )
-            rows.append(f"| `{result.id}` | {name} | {accuracy} | {macs} |")
-        card = MODEL_CARD.format(
-            profile=self.profile.name, budget=self.profile.budget, source=self.profile.source.name,
-            targets=", ".join(self.targets), rows="\n".join(rows),
+        p = self.profile
+        command = f"--profile {p.name} --budget {p.budget}"
+        return keep_networks(
+            kept, p, title="study", command=f"afds publish {command}", shown=f"afds run {command}",
+            data=f"{p.source.name} (sources) and {', '.join(self.targets)} (the others)",
         )  # fmt: skip
-        write_text(folder / f"{self.profile.name}-{self.profile.budget}.md", card)
-        return folder
 
     def publish_page(self) -> Path:
         """Writes README.md beside the study's tables: the command, the scale, and the results in words and rows."""
@@ -360,15 +327,6 @@ class Study:
         page = self.folder() / "README.md"
         write_text(page, "\n\n".join(map(str, parts)) + "\n")
         return page
-
-    def folder(self) -> Path:
-        """Where the tables go: data/results/<profile> for real studies, the figures' folder for the demo."""
-        p = self.profile
-        return paths.results(p.name) / p.budget if p.committed else paths.figures(p.name)
-
-    def _write(self, name: str, table: pd.DataFrame) -> None:
-        with atomic_path(self.folder() / f"{name}.csv") as part:
-            table.to_csv(part, index=False, float_format="%.6g", lineterminator="\n")
 
 
 def _run_chain(chain: list[TransferRun], threads: int | None) -> list[runs.Result]:

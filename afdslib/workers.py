@@ -7,7 +7,6 @@ A killed worker's lock is released by the system, so the next one that comes by 
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterable, Sequence
 from multiprocessing import get_context
 from typing import Any
@@ -15,31 +14,43 @@ from typing import Any
 import torch
 
 from afdslib import runs
+from afdslib.errors import BusyError
 from afdslib.weighing import weights_run
 
 __all__ = ["alongside", "compute"]
 
 
-def compute(configs: Sequence[Any]) -> list[runs.Result]:
+def compute(configs: Sequence[Any], publish: Callable[[runs.Result], Any] | None = None) -> list[runs.Result]:
     """This worker's share of some runs and of those they need, then the results, in the order asked for.
 
     A run is begun when those it needs are finished, so that its wall-clock time is its own.
+
+    Args:
+        configs: the runs, the first ones first.
+        publish: called with each result as soon as it is there, so that an interrupted study keeps it.
     """
     todo = _missing(_with_needs(configs))
-    start = os.getpid() % max(1, len(todo))  # two workers that start together should not ask for the same run
-    todo = todo[start:] + todo[:start]
     while todo:
         idle = True
         for config in todo:
-            ready = all(runs.lookup(need) is not None for need in _needs(config))
-            if ready and runs.lookup(config) is None and not runs.busy(config):
-                runs.get_or_run(config)
-                idle = False
+            if runs.lookup(config) is not None or any(runs.lookup(need) is None for need in _needs(config)):
+                continue
+            try:
+                result = runs.get_or_run(config, wait=False)
+            except BusyError:
+                continue
+            if publish is not None:
+                publish(result)
+            idle = False
         todo = _missing(todo)
         if todo and idle:  # waits for the worker of one of them, or takes over if that one is gone
             runs.get_or_run(next((config for config in todo if runs.busy(config)), todo[0]))
             todo = _missing(todo)
-    return [runs.get_or_run(config) for config in configs]
+    results = [runs.get_or_run(config) for config in configs]
+    if publish is not None:  # what other workers have computed, too
+        for result in results:
+            publish(result)
+    return results
 
 
 def _needs(config: Any) -> list[Any]:

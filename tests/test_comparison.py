@@ -15,13 +15,13 @@ import pytest
 import tiny
 import torch
 
-from afdslib import cli, comparison, data, paths, profiles, runs, statistics, tuning
+from afdslib import afs, cli, comparison, data, paths, profiles, runs, statistics, tuning
 from afdslib import protocol as protocol_module
 from afdslib.comparison import Comparison, Tuned
-from afdslib.errors import AFDSError
+from afdslib.errors import AFDSError, BusyError
 from afdslib.protocol import REGULARISER_SPACES, SELECTION_SPACES, Axis, Method, Protocol, protocol
 from afdslib.rivals import DenseRun, FBSRun, NarrowRun, PrunedRun
-from afdslib.stages import DataSource, Network, TransferRun
+from afdslib.stages import MODEL, DataSource, Network, TransferRun
 from afdslib.tuning import Outcome
 
 SPACE = (Axis("lr", 1.0, 0.1, 10.0), Axis("kind", "b", choices=("a", "b", None)))
@@ -231,16 +231,35 @@ def test_workers_share_trials_and_one_that_is_killed_loses_no_result(tmp_path):
     assert finished == 5 and started == 6  # the killed one was begun twice, the second time from its checkpoint
 
 
-def test_a_worker_passes_over_what_another_one_computes(profile, monkeypatch):
+def test_a_worker_passes_over_what_another_one_computes_and_publishes_each_result_at_once(profile, monkeypatch):
     from afdslib import workers
 
-    order, real = [], runs.get_or_run
+    asked, published, real = [], [], runs.get_or_run
     a, b = tiny.SOURCE, replace(tiny.SOURCE, seed=1)
-    monkeypatch.setattr(runs, "busy", lambda config: config == a and len(order) == 0)
-    monkeypatch.setattr(workers.os, "getpid", lambda: 0)
-    monkeypatch.setattr(runs, "get_or_run", lambda c, **k: (order.append(c), real(c, **k))[1])
-    results = workers.compute([a, b])
-    assert order[:2] == [b, a] and [r.id for r in results] == [runs.run_id(a), runs.run_id(b)]
+
+    def get_or_run(config, **options):
+        asked.append(config)
+        if config == a and asked == [a]:
+            assert options == {"wait": False}
+            raise BusyError("another process is computing it")
+        return real(config, **options)
+
+    monkeypatch.setattr(runs, "get_or_run", get_or_run)
+    results = workers.compute([a, b], lambda result: published.append((result.id, len(asked))))
+    assert [r.id for r in results] == [runs.run_id(a), runs.run_id(b)] and asked[:3] == [a, b, a]
+    assert published[:2] == [(runs.run_id(b), 2), (runs.run_id(a), 3)]
+
+
+def test_source_networks_of_a_committed_study_are_kept_so_that_it_can_go_on_elsewhere(profile, monkeypatch, tmp_path):
+    compared = Comparison(replace(profile, committed=True), rules("afd+afs", "l2+width"))
+    compared.networks()
+    card = (tmp_path / "data" / "weights" / "demo-quick-comparison.md").read_text()
+    sources = [compared.afs_source, compared.extended(), compared.extended(0.5)]
+    assert all(f"| `{runs.run_id(config)}` |" in card for config in sources)
+    monkeypatch.setenv("AFDS_RUNS", str(tmp_path / "empty"))
+    for config in sources:
+        kept = runs.lookup(config, needs=(MODEL,))
+        assert kept is not None and kept.committed and afs.load(kept.artifact(MODEL)) is not None
 
 
 def test_trials_lie_beside_the_runs_and_settings_are_recorded_as_json(profile):
@@ -274,7 +293,7 @@ def test_ablations_change_one_part_of_afds_each_and_equal_time_gives_the_rival_a
         "detached attention": {"regulariser.attention"},
         "both (AFDS)": set(),
     }
-    beside = ("AFD without AFS", "L2 + Taylor, unextended start")
+    beside = ("AFD without AFS", "unpruned, as many steps", "L2 + Taylor, unextended start")
     assert dict(table.groupby("variant").size()) == dict.fromkeys((*changed, *beside), 1)
 
     assert table.run.nunique() == len(table)
@@ -290,7 +309,9 @@ def test_ablations_change_one_part_of_afds_each_and_equal_time_gives_the_rival_a
     assert stored["dynamic only"]["result"]["metrics"]["static"] == 0
     dense = stored[beside[0]]["config"]
     assert dense["class"] == "DenseRun" and dense["regulariser"]["name"] == "afd"
-    start = stored[beside[1]]["config"]["dense"]["source"]
+    longer, short = (stored[name]["config"] for name in (beside[1], "both (AFDS)"))
+    assert longer["budgets"] == [1.0] and longer["optimisation"]["steps"] == 2 + 2 == 2 * short["optimisation"]["steps"]
+    start = stored[beside[2]]["config"]["dense"]["source"]
     assert start["optimisation"]["steps"] == 0 and start["source"]["optimisation"]["steps"] > 0
     main = pd.read_csv(compared.folder() / "comparison.csv")
     ours = main[(main.method == "afd+afs") & (main.seed == 0)].set_index("budget").test_accuracy

@@ -18,7 +18,7 @@ import torch
 from toy_runs import Schedule, ToySource, ToyTrain
 
 from afdslib import paths, runs
-from afdslib.errors import AFDSError
+from afdslib.errors import AFDSError, BusyError
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -546,6 +546,8 @@ def test_running_run_is_not_removed(store):
         time.sleep(0.01)
     with pytest.raises(AFDSError, match="another process"):
         runs.remove(id, store=store)
+    with pytest.raises(BusyError, match="another process"):
+        runs.get_or_run(ToyTrain(pause=0.1), store=store, wait=False)
     assert os.waitpid(child, 0)[1] == 0
     runs.remove(id, store=store)
     assert not (store / id).exists() and runs.list_runs(store) == []
