@@ -108,6 +108,23 @@ def _students(table: pd.DataFrame) -> Table:
 # ---------------------------------------------------------------------------------------------------------- cost
 
 
+KINDS = {
+    "SourceRun": "source networks",
+    "ExtendedSourceRun": "source networks, trained on",
+    "AFSSourceRun": "AFS source networks",
+    "TransferRun": "points with AFS",
+    "DenseRun": "competitors, unpruned",
+    "PrunedRun": "competitors, pruned",
+    "NarrowRun": "narrower networks",
+    "PhotoRun": "teachers and students on photographs",
+    "FBSGatesRun": "FBS, gates alone",
+    "FBSRun": "points with FBS",
+    "ChannelWeightsRun": "DELTA's weights",
+    "StudentRun": "teachers and students",
+}
+"""Kinds of runs, for readers."""
+
+
 def cost_table() -> Table:
     """Wall-clock hours of the committed runs by profile and kind, with the device; the sum of all their sessions."""
     hours: dict[tuple[str, str, str], list[float]] = defaultdict(list)
@@ -120,8 +137,9 @@ def cost_table() -> Table:
     rows = []
     for (profile, kind, device), values in sorted(hours.items()):
         known = [value for value in values if not math.isnan(value)]
-        rows.append([profile, kind, device, str(len(values)), f"{sum(known):.2f}" if known else "not kept"])
-    return Table(["profile", "kind of run", "device", "runs", "hours"], rows, numbers=False)
+        name = KINDS.get(kind, kind)
+        rows.append([profile, name, device, str(len(values)), f"{sum(known):.2f}" if known else "not kept"])
+    return Table(["profile", "trained", "device", "runs", "hours"], rows, numbers=False)
 
 
 # ------------------------------------------------------------------------------------------------------- figures

@@ -52,7 +52,7 @@ def test_the_cost_is_the_sum_of_what_the_runs_took(home):
         record = {"kind": "SourceRun", "environment": runs.environment(), "times": times}
         (folder / f"{name}.json").write_text(json.dumps(record))
     ((profile, kind, _, count, hours),) = evidence.cost_table().rows
-    assert (profile, kind, count, hours) == ("imagenet32", "SourceRun", "3", "2.00")
+    assert (profile, kind, count, hours) == ("imagenet32", "source networks", "3", "2.00")
 
 
 def test_every_figure_that_a_notebook_saves_has_its_command(monkeypatch, tmp_path):
@@ -69,3 +69,12 @@ def test_every_reference_names_its_authors_title_year_and_where_it_is():
     form = re.compile(r"- .+: \*.+\*, (19|20)\d\d\. (arXiv \d{4}\.\d{4,5}|https://\S+)")
     assert not [line for line in lines if not form.fullmatch(line)]
     assert lines[0].startswith("- Wang et al.: *Pay Attention to Features, Transfer Learn Faster CNNs*, 2020.")
+
+
+def test_every_kind_of_run_that_trains_has_a_name_for_readers():
+    from afdslib import comparison, distillation, recipes, study  # noqa: F401  (they register the kinds of runs)
+
+    kinds = {
+        name for name, kind in runs._registry.items() if kind.__module__.startswith("afdslib") and name.endswith("Run")
+    }
+    assert kinds == set(evidence.KINDS)
