@@ -19,7 +19,7 @@ from typing import Any
 
 import pandas as pd
 
-from afdslib import paths, runs, statistics
+from afdslib import paths, profiles, runs, statistics
 from afdslib._atomic import write_json
 from afdslib.errors import AFDSError
 from afdslib.extended import ExtendedSourceRun
@@ -87,6 +87,34 @@ class Comparison(Keeper[Profile]):
         self.target = target or profile.targets[0]
         if profile.trial_seed in self.rules.seeds:
             raise AFDSError(f"the trials' seed {profile.trial_seed} is among those of the comparison; take another")
+
+    @functools.cached_property
+    def original(self) -> Comparison | None:
+        """The comparison whose settings and rivals this one takes, if any; see `Protocol.settings_of`."""
+        if not self.rules.settings_of:
+            return None
+        p = self.profile
+        return Comparison(profiles.get(self.rules.settings_of, p.budget, p.source.root or None))
+
+    @functools.cached_property
+    def methods(self) -> tuple[Method, ...]:
+        """The pairs that are compared.
+
+        Raises:
+            AFDSError: the comparison that names the rivals is not finished.
+        """
+        rules, original = self.rules, self.original
+        if original is None:
+            return rules.methods
+        file, p = original.folder() / "comparison.csv", original.profile
+        if not file.is_file():
+            raise AFDSError(
+                f"this comparison takes its settings and rivals from that of {p.name}, which is not finished; "
+                f"finish it first: afds compare --profile {p.name} --budget {p.budget}"
+            )
+        first = original.rules.seeds[: original.rules.rest]
+        ranked = statistics.rank_on_validation(pd.read_csv(file), budget=rules.primary_budget, seeds=first)
+        return (Method("afd", "afs"), *map(Method.parse, ranked[: rules.rivals]))
 
     # ------------------------------------------------------------------------------------------------------ sources
 
@@ -232,7 +260,7 @@ class Comparison(Keeper[Profile]):
         """
         p, rules = self.profile, self.rules
         made: list[tuple[str, Any]] = [("AFS source", self.afs_source), ("source, trained on", self.extended())]
-        narrow = any(m.selection in ("width", "width-kd") for m in rules.methods)
+        narrow = any(m.selection in ("width", "width-kd") for m in self.methods)
         for budget in sorted(
             {rules.trial_budget, rules.primary_budget, *rules.budgets[1:]} if narrow else (), reverse=True
         ):
@@ -302,6 +330,8 @@ class Comparison(Keeper[Profile]):
 
     def why_not(self, method: Method) -> str:
         """Why a method cannot be tuned, because none of its trials has a value; empty where it can."""
+        if self.original is not None:
+            return self.original.why_not(method)
         try:
             self.best_regulariser(method.regulariser), self.best_selection(method.selection)
         except AFDSError as error:
@@ -324,6 +354,8 @@ class Comparison(Keeper[Profile]):
     @functools.cache  # noqa: B019
     def tuned(self, method: Method) -> Tuned:
         """A method at the settings that its trials chose; the smallest change wins a tie of the strengths."""
+        if self.original is not None:
+            return self.original.tuned(method)
         outcomes = [(m, o.value) for m, o in self.strength_trials(method) if o.value is not None]
         multiplier = max(outcomes, key=lambda pair: pair[1])[0] if outcomes else 1.0
         regulariser = dict(self.best_regulariser(method.regulariser))
@@ -332,9 +364,13 @@ class Comparison(Keeper[Profile]):
 
     def trials(self) -> pd.DataFrame:
         """Every trial: what was tried, its validation accuracy or why it has none; also written to trials.csv."""
-        regularisers = dict.fromkeys(("l2", *(m.regulariser for m in self.rules.methods)))
-        selections = dict.fromkeys(m.selection for m in self.rules.methods)
         self.networks()
+        if self.original is not None:
+            table = pd.read_csv(self.original.folder() / "trials.csv")
+            self._write("trials", table)
+            return table
+        regularisers = dict.fromkeys(("l2", *(m.regulariser for m in self.methods)))
+        selections = dict.fromkeys(m.selection for m in self.methods)
         # First whatever is free, of all methods, so that many workers find something to do; then the results.
         for name in regularisers:
             self.regulariser_trials(name, wait=False)
@@ -347,7 +383,7 @@ class Comparison(Keeper[Profile]):
         for name in selections:
             found = self.selection_trials(name)
             rows += [_trial_row("selection", name, t.number, t.settings, t.outcome) for t in found]
-        methods = [method for method in self.rules.methods if not self.why_not(method)]
+        methods = [method for method in self.methods if not self.why_not(method)]
         # The same multiplier of all pairs, then the next: pairs share the unpruned stage.
         columns = zip(*map(self._strengths, methods), strict=True)
         compute([c for column in columns for _, make in column if (c := _made(make)) is not None], self._publish)
@@ -369,7 +405,7 @@ class Comparison(Keeper[Profile]):
         The first seeds of all methods come first; validation then says who gets the rest.
         """
         rules = self.rules
-        reasons = {method: self.why_not(method) for method in rules.methods}
+        reasons = {method: self.why_not(method) for method in self.methods}
         methods = [method for method, reason in reasons.items() if not reason]
         table = self._points({method: rules.seeds[: rules.rest] for method in methods})
         top = {method.key for method in methods if method.role == "afds"}
@@ -541,7 +577,8 @@ class Comparison(Keeper[Profile]):
         regularisers = len(dict.fromkeys(("l2", *(m.regulariser for m in r.methods))))
         selections = len({m.selection for m in r.methods})
         top = sum(m.role == "afds" for m in r.methods) + min(r.rivals, sum(m.role == "competitor" for m in r.methods))
-        chains = len(r.methods) * r.rest + top * (len(r.seeds) - r.rest)
+        count = top if r.settings_of else len(r.methods)
+        chains = count * r.rest + top * (len(r.seeds) - r.rest)
         widths = (
             {r.trial_budget, r.primary_budget, *r.budgets[1:]} if any("width" in m.selection for m in r.methods) else ()
         )
@@ -549,16 +586,18 @@ class Comparison(Keeper[Profile]):
         rows = [
             ("source networks (plain, AFS, extended)", 3, p.source_training.steps + 2 * p.afs_training.steps),
             ("narrower source networks", len(widths), len(widths) * source),
-            ("trials of regularisers", regularisers * r.trials, regularisers * r.trials * trial),
-            ("trials of selections", selections * r.trials, selections * r.trials * (trial + later)),
-            (
-                "strengths of pairs",
-                len(r.methods) * len(r.multipliers),
-                len(r.methods) * len(r.multipliers) * (trial + (len(r.trial_chain) - 1) * later),
-            ),
-            ("chains of the sweep", chains, chains * (first + (len(r.budgets) - 1) * later)),
         ]
-        lines = [f"comparison of {p.name}, budget {p.budget}, on {self.target.title}: {len(r.methods)} methods"]
+        if not r.settings_of:
+            strengths = len(r.methods) * len(r.multipliers)
+            rows += [
+                ("trials of regularisers", regularisers * r.trials, regularisers * r.trials * trial),
+                ("trials of selections", selections * r.trials, selections * r.trials * (trial + later)),
+                ("strengths of pairs", strengths, strengths * (trial + (len(r.trial_chain) - 1) * later)),
+            ]
+        rows.append(("chains of the sweep", chains, chains * (first + (len(r.budgets) - 1) * later)))
+        lines = [f"comparison of {p.name}, budget {p.budget}, on {self.target.title}: {count} methods"]
+        if r.settings_of:
+            lines.append(f"settings and rivals are those of {r.settings_of}; narrower networks only if one is a rival")
         lines += [f"{name:40}{count:>6} runs{steps:>12,} steps" for name, count, steps in rows]
         lines.append(f"{'at most (what is shared counts once)':40}{'':>11}{sum(row[2] for row in rows):>12,} steps")
         return "\n".join(lines)
@@ -573,7 +612,7 @@ class Comparison(Keeper[Profile]):
         """The report's sentence, from the written table."""
         rules, table = self.rules, pd.read_csv(self.folder() / "comparison.csv")
         try:
-            names = {method.key: method.label for method in rules.methods}
+            names = {method.key: method.label for method in self.methods}
             first = rules.seeds[: rules.rest]
             return statistics.sentence(table, budget=rules.primary_budget, seeds=first, names=names)
         except AFDSError as error:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from afdslib import paths, plots, runs, statistics, training
+from afdslib import plots, runs, statistics, training
 from afdslib.comparison import WHOLE, Comparison, run_comparison
 from afdslib.plots.style import times
 from afdslib.profiles import Profile
@@ -70,14 +68,8 @@ class Compared:
 
     def trials_read_no_test_image(self) -> bool:
         """Whether no trial's stored result holds a test metric."""
-        return not any(key.startswith("test") for id in self.trials.run.dropna() for key in self._metrics(id))
-
-    def _metrics(self, id: str) -> dict[str, Any]:
-        """Of a run of the store, or of a committed one where the store has none."""
-        committed = paths.results(self.comparison.profile.name) / "runs" / f"{id}.json"
-        if committed.is_file():
-            return json.loads(committed.read_text(encoding="utf-8"))["metrics"]
-        return runs.show(id)["result"]["metrics"]
+        found = (runs.finished(id)[1].metrics for id in self.trials.run.dropna())
+        return not any(key.startswith("test") for metrics in found for key in metrics)
 
     def budgets_met(self) -> bool:
         """Whether every statically pruned network costs 98 to 100 % of its budget on training images."""
@@ -179,17 +171,25 @@ def _one(values: Sequence[float]) -> str:
 def rules_table(profile: Profile) -> Table:
     """How much of the comparison a profile runs."""
     r = protocol(profile)
-    by_selection: dict[str, list[str]] = {}
-    for method in r.methods:
-        by_selection.setdefault(method.selection, []).append(LABELS[method.regulariser])
-    rows = [
-        *((f"with {LABELS[selection]}", ", ".join(names)) for selection, names in by_selection.items()),
-        ("trials of each regulariser and selection", str(r.trials)),
-        ("selections are tuned at", times(r.trial_budget)),
-        ("strength once more, times", f"{_one(sorted(r.multipliers))} at {times(r.primary_budget)}"),
+    if r.settings_of:
+        rows = [
+            ("methods", f"AFDS and the best {r.rivals} on validation of the comparison of {r.settings_of}"),
+            ("settings", "those that its trials chose; nothing is tuned here"),
+        ]
+    else:
+        by_selection: dict[str, list[str]] = {}
+        for method in r.methods:
+            by_selection.setdefault(method.selection, []).append(LABELS[method.regulariser])
+        rows = [
+            *((f"with {LABELS[selection]}", ", ".join(names)) for selection, names in by_selection.items()),
+            ("trials of each regulariser and selection", str(r.trials)),
+            ("selections are tuned at", times(r.trial_budget)),
+            ("strength once more, times", f"{_one(sorted(r.multipliers))} at {times(r.primary_budget)}"),
+        ]
+    rows += [
         ("budgets", ", ".join(map(times, r.budgets))),
         ("seeds of AFDS and the top rivals", f"{len(r.seeds)} (rivals: the best {r.rivals} on validation)"),
-        ("seeds of the rest", str(r.rest)),
+        ("seeds of the rest", "–" if r.settings_of else str(r.rest)),
         ("steps on the target, unpruned", str(max(2, round(profile.transfer.steps * r.steps)))),
         ("steps per later budget", str(max(2, round(profile.tuning.steps * r.steps)))),
     ]

@@ -177,6 +177,8 @@ class Protocol:
         gates_alone: share of the unpruned stage's steps in which FBS tunes its gates alone.
         steps: factor on the profile's steps on the target data.
         epoch_steps: steps per row of the learning curve, after which a killed worker can go on: about an epoch.
+        settings_of: a profile whose finished comparison gives the settings, and the rivals that AFDS is compared with;
+            nothing is tuned then.
     """
 
     methods: tuple[Method, ...]
@@ -191,6 +193,7 @@ class Protocol:
     gates_alone: float = 0.2
     steps: float = 1.0
     epoch_steps: int = 12
+    settings_of: str = ""
 
     def __post_init__(self) -> None:
         if self.trials < 1:
@@ -244,7 +247,8 @@ _PROTOCOLS: Mapping[tuple[str, str], Protocol] = {
 def protocol(profile: Profile) -> Protocol:
     """The comparison of a profile.
 
-    A budget that has none of its own takes the other one's; a variant such as imagenet32-disjoint takes its profile's.
+    A budget that has none of its own takes the other one's. A variant such as imagenet32-disjoint asks the endpoint's
+    question of other data, with the settings and the rivals of the profile it varies, all at all seeds.
 
     Raises:
         AFDSError: for a profile without one.
@@ -254,4 +258,8 @@ def protocol(profile: Profile) -> Protocol:
     if not mine:
         known = ", ".join(dict.fromkeys(name for name, _ in _PROTOCOLS))
         raise AFDSError(f"the profile {profile.name!r} has no comparison; {known} have one")
-    return mine.get(profile.budget, next(iter(mine.values())))
+    found = mine.get(profile.budget, next(iter(mine.values())))
+    if profile.name == family:
+        return found
+    budgets = found.budgets[: found.budgets.index(found.primary_budget) + 1]
+    return replace(found, budgets=budgets, rest=len(found.seeds), settings_of=family)

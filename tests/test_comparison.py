@@ -334,6 +334,28 @@ def _flat(tree, prefix=""):
     return found
 
 
+def test_a_variant_of_a_study_takes_its_settings_and_rivals_and_tunes_nothing(profile, monkeypatch):
+    small = rules("afd+afs", "l2+taylor", "l2+random", "l2+afs", seeds=(0, 1), rest=1, rivals=1)
+    monkeypatch.setattr(comparison, "protocol", lambda p: small)
+    monkeypatch.setattr(profiles, "get", lambda *_: profile)
+    other = replace(profile, name="demo-other", targets=(replace(profile.targets[0], per_class=3),))
+    like = replace(small, settings_of="demo", rest=2)
+    with pytest.raises(AFDSError, match="finish it first: afds compare --profile demo --budget quick"):
+        comparison.run_comparison(other, rules=like)
+
+    original = comparison.run_comparison(profile, rules=small)
+    before = {run.id for run in runs.list_runs()}
+    done = comparison.run_comparison(other, rules=like)
+    table = pd.read_csv(done.folder() / "comparison.csv")
+    rival = statistics.rival(pd.read_csv(original.folder() / "comparison.csv"), budget=0.4, seeds=[0])
+    assert dict(table.groupby("method").seed.nunique()) == {"afd+afs": 2, rival: 2} and done.sentence()
+    configs = [runs.show(run.id)["config"] for run in runs.list_runs() if run.id not in before]
+    assert all(config["use_test"] for config in configs if "use_test" in config)  # no trial among the new runs
+    for method in (Method("afd", "afs"), Method.parse(rival)):
+        assert done.tuned(method) == original.tuned(method)
+    assert (done.folder() / "trials.csv").read_text() == (original.folder() / "trials.csv").read_text()
+
+
 def test_the_first_trial_of_afs_is_at_the_profiles_own_settings(profile):
     compared = Comparison(profile, rules("afd+afs", "l2+taylor"))
     space = protocol_module.selection_space("afs", profile)
