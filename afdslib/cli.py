@@ -181,6 +181,9 @@ def compare(
     extras: Annotated[
         bool, typer.Option("--extras", help="Also the ablations and the rival at equal wall-clock time.")
     ] = False,
+    finished: Annotated[
+        bool, typer.Option("--finished", help="Train nothing: write the tables of the seeds that are finished.")
+    ] = False,
     show: Annotated[bool, typer.Option("--show", help="Show the rules of the comparison and stop.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show runs and steps, and stop.")] = False,
 ) -> None:
@@ -202,7 +205,11 @@ def compare(
     if dry_run:
         typer.echo(comparison.Comparison(chosen, target=where).plan())
         return
-    done = comparison.run_comparison(chosen, target=where, workers=workers, trials_only=trials_only, extras=extras)
+    if finished and (trials_only or extras):
+        raise AFDSError("--finished writes what is there; leave out --trials-only and --extras")
+    done = comparison.run_comparison(
+        chosen, target=where, workers=workers, trials_only=trials_only, extras=extras, complete=not finished
+    )
     typer.echo(done.sentence() if not trials_only else f"trials written to {done.folder()}")
     typer.echo(f"tables written to {done.folder()}")
 

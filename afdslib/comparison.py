@@ -79,10 +79,18 @@ class Comparison(Keeper[Profile]):
         profile: from `profiles.get`: data sets, network, steps.
         rules: default: those of the profile.
         target: default: the profile's first.
+        complete: False never trains: the tables then hold the seeds that are finished for every method.
     """
 
-    def __init__(self, profile: Profile, rules: Protocol | None = None, target: DataSource | None = None):
-        self.profile = profile
+    def __init__(
+        self,
+        profile: Profile,
+        rules: Protocol | None = None,
+        target: DataSource | None = None,
+        *,
+        complete: bool = True,
+    ):
+        self.profile, self.complete = profile, complete
         self.rules = rules or protocol(profile)
         self.target = target or profile.targets[0]
         if profile.trial_seed in self.rules.seeds:
@@ -94,7 +102,7 @@ class Comparison(Keeper[Profile]):
         if not self.rules.settings_of:
             return None
         p = self.profile
-        return Comparison(profiles.get(self.rules.settings_of, p.budget, p.source.root or None))
+        return Comparison(profiles.get(self.rules.settings_of, p.budget, p.source.root or None), complete=self.complete)
 
     @functools.cached_property
     def methods(self) -> tuple[Method, ...]:
@@ -254,10 +262,12 @@ class Comparison(Keeper[Profile]):
         )
 
     def networks(self) -> None:
-        """The source networks that the points start from, trained before the trials so that workers share them.
+        """Trains the source networks that the points start from before the trials, so that workers share them.
 
         Those of a committed profile are kept in data/weights/, with a card: the study can go on elsewhere.
         """
+        if not self.complete:
+            return
         p, rules = self.profile, self.rules
         made: list[tuple[str, Any]] = [("AFS source", self.afs_source), ("source, trained on", self.extended())]
         narrow = any(m.selection in ("width", "width-kd") for m in self.methods)
@@ -266,7 +276,7 @@ class Comparison(Keeper[Profile]):
         ):
             with contextlib.suppress(AFDSError):  # no such width: its points are missing and say why
                 made.append((f"source of {1 / budget:g}x, trained on", self.extended(budget)))
-        compute([config for _, config in made], self._publish)
+        self._compute([config for _, config in made])
         if p.committed:
             command = f"afds compare --profile {p.name} --budget {p.budget}"
             kept = [(name, runs.get_or_run(config, needs=(MODEL,))) for name, config in made]
@@ -276,6 +286,14 @@ class Comparison(Keeper[Profile]):
 
     # ------------------------------------------------------------------------------------------------------- trials
 
+    def _compute(self, configs: Sequence[Any]) -> list[runs.Result]:
+        if not self.complete and (missing := [config for config in configs if runs.lookup(config) is None]):
+            raise AFDSError(
+                f"{len(missing)} of {len(configs)} runs that the tables need are not finished; go on with: "
+                f"afds compare --profile {self.profile.name} --budget {self.profile.budget}"
+            )
+        return compute(configs, self._publish)
+
     def journal(self) -> Path:
         """The folder of the trials' journal: in the run store, which the workers share."""
         return paths.runs() / "trials" / f"{self.profile.name}-{self.profile.budget}-{self.target.title}"
@@ -284,7 +302,7 @@ class Comparison(Keeper[Profile]):
         """A trial's result, computed if need be; a trial that read a test image is a fault of the program."""
         if config.use_test:
             raise RuntimeError("a trial must hold no test image")
-        (result,) = compute([config], self._publish)
+        (result,) = self._compute([config])
         if any(key.startswith("test") or key == "confusion" for key in result.metrics):
             raise RuntimeError(f"the trial {result.id} holds test results")
         if "diverged" in result.metrics:
@@ -386,7 +404,7 @@ class Comparison(Keeper[Profile]):
         methods = [method for method in self.methods if not self.why_not(method)]
         # The same multiplier of all pairs, then the next: pairs share the unpruned stage.
         columns = zip(*map(self._strengths, methods), strict=True)
-        compute([c for column in columns for _, make in column if (c := _made(make)) is not None], self._publish)
+        self._compute([c for column in columns for _, make in column if (c := _made(make)) is not None])
         for method in methods:
             best = float(self.best_regulariser(method.regulariser)["strength"])  # type: ignore[arg-type]
             for number, (multiplier, outcome) in enumerate(self.strength_trials(method)):
@@ -407,25 +425,40 @@ class Comparison(Keeper[Profile]):
         rules = self.rules
         reasons = {method: self.why_not(method) for method in self.methods}
         methods = [method for method, reason in reasons.items() if not reason]
-        table = self._points({method: rules.seeds[: rules.rest] for method in methods})
-        top = {method.key for method in methods if method.role == "afds"}
+        first = self._seeds(methods, rules.seeds[: rules.rest])
+        if not first:
+            raise AFDSError(f"no seed of the comparison of {self.profile.name} is finished for every method yet")
+        table = self._points(dict.fromkeys(methods, first))
         try:
-            ranked = statistics.rank_on_validation(table, budget=rules.primary_budget, seeds=rules.seeds[: rules.rest])
+            ranked = statistics.rank_on_validation(table, budget=rules.primary_budget, seeds=first)
         except AFDSError:  # nobody reached it
             ranked = []
-        top |= set(ranked[: rules.rivals])
-        table = self._points({m: rules.seeds if m.key in top else rules.seeds[: rules.rest] for m in methods})
+        best = [m for m in methods if m.role == "afds" or m.key in ranked[: rules.rivals]]
+        every = [*first, *self._seeds(best, rules.seeds[rules.rest :])]
+        table = self._points({m: every if m in best else first for m in methods})
         table.attrs["missing"] += [
             {"target": self.target.title, "method": m.key, "role": m.role, "seed": seed, "budget": b, "reason": reason}
             for m, reason in reasons.items()
             if reason
-            for seed in rules.seeds[: rules.rest]
+            for seed in first
             for b in rules.budgets
         ]
         self._write("comparison", table.drop(columns=TIMES))
         self._write("times", table[["method", "seed", "budget", *TIMES, "run"]])
         self._write("missing", pd.DataFrame(table.attrs["missing"], columns=MISSING))
         return table
+
+    def _seeds(self, methods: Sequence[Method], seeds: Sequence[int]) -> list[int]:
+        """Those to compare: all, or without training those that are finished for every method."""
+        if self.complete:
+            return list(seeds)
+        chain = [self.rules.budgets[: i + 1] for i in range(len(self.rules.budgets))]
+
+        def finished(method: Method, seed: int) -> bool:
+            made = (_made(functools.partial(self.point, self.tuned(method), seed, budgets)) for budgets in chain)
+            return all(config is None or runs.lookup(config) is not None for config in made)
+
+        return [seed for seed in seeds if all(finished(method, seed) for method in methods)]
 
     def _points(self, seeds: Mapping[Method, Sequence[int]]) -> pd.DataFrame:
         budgets = self.rules.budgets
@@ -447,7 +480,7 @@ class Comparison(Keeper[Profile]):
                 made.append(str(error))
         # Seed by seed, so that what is finished of an interrupted study compares all methods.
         order = sorted(range(len(made)), key=lambda i: wanted[i][1])
-        compute([c for i in order if not isinstance(c := made[i], str)], self._publish)
+        self._compute([c for i in order if not isinstance(c := made[i], str)])
         results = (runs.get_or_run(config) for config in made if not isinstance(config, str))
         rows, missing = [], []
         for (tuned, seed, budgets), config in zip(wanted, made, strict=True):
@@ -560,7 +593,7 @@ class Comparison(Keeper[Profile]):
             planned.append(("unpruned, as many steps", 1.0, seed, replace(first, optimisation=longer)))
             unextended = _unextended(self.point(rival, seed, chain))
             planned.append((f"{rival.method.label}, unextended start", chain[-1], seed, unextended))
-        results = compute([config for *_, config in planned], self._publish)
+        results = self._compute([config for *_, config in planned])
         keys = ("test_accuracy", "validation_accuracy", "train_macs", "macs", "dead_gates", "diverged")
         rows = []
         for (name, budget, seed, _), result in zip(planned, results, strict=True):
@@ -735,6 +768,7 @@ def run_comparison(
     workers: int = 1,
     trials_only: bool = False,
     extras: bool = False,
+    complete: bool = True,
 ) -> Comparison:
     """Computes a comparison, or this worker's share of it, and writes its tables.
 
@@ -745,7 +779,15 @@ def run_comparison(
         workers: processes here; other machines that share the run store join by the same call.
         trials_only: stop after the choices on validation images.
         extras: also the ablations and the rival at equal wall-clock time.
+        complete: False trains nothing and writes the tables of the seeds that are finished for every method.
+
+    Raises:
+        AFDSError: without training, if a trial or every seed is unfinished.
     """
-    comparison = Comparison(profile, rules, target)
+    comparison = Comparison(profile, rules, target, complete=complete)
+    if not complete:
+        comparison.trials()
+        comparison.write_statistics(comparison.sweep())
+        return comparison
     alongside(_work, (profile, comparison.rules, comparison.target, trials_only, extras), workers)
     return comparison

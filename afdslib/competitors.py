@@ -56,6 +56,19 @@ class Compared:
         """One row per method, seed and budget."""
         return self.read("comparison")
 
+    @property
+    def unfinished(self) -> str:
+        """How far a comparison is whose tables were written before its end; empty for a finished one."""
+        rules, p = self.comparison.rules, self.comparison.profile
+        missing = self.read("missing")
+        seeds = {int(s) for t in (self.table, missing) for s in t[t.method == "afd+afs"].seed}
+        if len(seeds) == len(rules.seeds):
+            return ""
+        return (
+            f"**Not finished**: {len(seeds)} of {len(rules.seeds)} seeds of AFDS. It goes on with "
+            f"`afds compare --profile {p.name} --budget {p.budget}`."
+        )
+
     @cached_property
     def trials(self) -> pd.DataFrame:
         """Every trial."""
@@ -124,7 +137,7 @@ class Competitors:
 
     def sentence(self) -> Text:
         """The report's sentence, AFDS against its rival; or how to run the comparison. Other tables are empty then."""
-        return self._each(lambda c: c.comparison.sentence()) or Text(self.not_run)
+        return self._each(lambda c: f"{c.comparison.sentence()} {c.unfinished}".strip()) or Text(self.not_run)
 
     def accuracy(self) -> Text:
         """Test accuracy: a row per method, a column per budget."""

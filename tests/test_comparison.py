@@ -15,7 +15,7 @@ import pytest
 import tiny
 import torch
 
-from afdslib import afs, cli, comparison, data, paths, profiles, runs, statistics, tuning
+from afdslib import afs, cli, comparison, competitors, data, paths, profiles, runs, statistics, training, tuning
 from afdslib import protocol as protocol_module
 from afdslib.comparison import Comparison, Tuned
 from afdslib.errors import AFDSError, BusyError
@@ -277,6 +277,8 @@ def test_the_command_shows_its_rules_and_its_plan_and_refuses_an_unknown_target(
     assert "128 runs" in capsys.readouterr().out
     assert cli.main(["compare", "--profile", "demo", "--target", "x"]) == 2
     assert "no target 'x'; it has digits-5-9-12" in capsys.readouterr().err
+    assert cli.main(["compare", "--profile", "demo", "--finished", "--extras"]) == 2
+    assert "leave out --trials-only and --extras" in capsys.readouterr().err
 
 
 def test_ablations_change_one_part_of_afds_each_and_equal_time_gives_the_rival_as_long(profile):
@@ -332,6 +334,27 @@ def _flat(tree, prefix=""):
         name = f"{prefix}{key}"
         found |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: json.dumps(value)}
     return found
+
+
+def test_without_training_the_tables_hold_the_seeds_that_every_method_has(profile, monkeypatch):
+    small = rules("afd+afs", "l2+taylor", seeds=(0, 1, 2), rest=2)
+    with pytest.raises(AFDSError, match="not finished; go on with: afds compare --profile demo --budget quick"):
+        comparison.run_comparison(profile, rules=small, complete=False)
+    compared = Comparison(profile, small)
+    compared.trials()
+    before = len(runs.list_runs())
+    with pytest.raises(AFDSError, match="no seed of the comparison of demo is finished for every method"):
+        comparison.run_comparison(profile, rules=small, complete=False)
+    for method, seeds in ((Method("afd", "afs"), (0, 1)), (Method("l2", "taylor"), (0,))):
+        compared.table([(compared.tuned(method), s, small.budgets[: i + 1]) for s in seeds for i in range(2)])
+    computed = len(runs.list_runs())
+    assert computed > before
+    monkeypatch.setattr(training, "fit", None)
+    done = comparison.run_comparison(profile, rules=small, complete=False)
+    table = pd.read_csv(done.folder() / "comparison.csv")
+    assert set(table.seed) == {0} and set(table.method) == {"afd+afs", "l2+taylor"} and len(table) == 4
+    assert len(runs.list_runs()) == computed and "1 paired seed" in done.sentence()
+    assert "**Not finished**: 1 of 3 seeds of AFDS." in competitors.Compared(done).unfinished
 
 
 def test_a_variant_of_a_study_takes_its_settings_and_rivals_and_tunes_nothing(profile, monkeypatch):
