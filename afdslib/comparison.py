@@ -225,6 +225,7 @@ class Comparison(Keeper[Profile]):
                 self.afs_source, data, regulariser, unpruned, tuning, budgets, float(chosen["delta_s"]),  # type: ignore[arg-type]
                 density_exponent=float(chosen["density_exponent"]), density_floor=p.density_floor,  # type: ignore[arg-type]
                 macs_images=p.macs_images, seed=seed, use_test=not trial, settle=True,
+                first=self.rules.first_update, freeze_first=False,
             )  # fmt: skip
         if selection == "fbs":
             alone = round(self.rules.gates_alone * unpruned.steps)
@@ -573,6 +574,7 @@ class Comparison(Keeper[Profile]):
             "AFS without AFD": lambda c: replace(c, regulariser=self.regulariser("l2", self.best_regulariser("l2"))),
             "static only": lambda c: replace(c, delta_s=math.inf),
             "dynamic only": lambda c: replace(c, delta_s=0.0),
+            "masks first updated at half a stage": lambda c: replace(c, first=0.5, freeze_first=True),
             "without the source stage": lambda c: replace(c, source=replace(c.source, optimisation=none)),
             "random predictors": lambda c: replace(c, source=replace(c.source, predictors="random")),
             "features of the last ConvBN": lambda c: replace(c, regulariser=replace(c.regulariser, features="convbn")),

@@ -17,6 +17,7 @@ from afdslib.plots.style import times
 from afdslib.profiles import Profile
 from afdslib.protocol import LABELS, REGULARISER_SPACES, Axis, Method, protocol, selection_space
 from afdslib.selection import CRITERIA
+from afdslib.stages import TransferRun
 from afdslib.summary import Table, Text, mean_sd
 
 __all__ = [
@@ -205,6 +206,11 @@ def rules_table(profile: Profile) -> Table:
         ("seeds of the rest", "–" if r.settings_of else str(r.rest)),
         ("steps on the target, unpruned", str(max(2, round(profile.transfer.steps * r.steps)))),
         ("steps per later budget", str(max(2, round(profile.tuning.steps * r.steps)))),
+        (
+            "share of them before the cut",
+            f"static pruning: none; AFS: {100 * r.first_update:g} %, and its gates freeze after "
+            f"{100 * TransferRun.trim:g} %",
+        ),
     ]
     return Table(["rule", "here"], rows, numbers=False)
 

@@ -9,6 +9,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -347,6 +348,8 @@ class TransferRun:
         settle: whether the budget is met once more after the last step, between 98 and 100 %; see `selection.settle`.
         multiple: each layer keeps a multiple of channels, for kernels that like such shapes; see `afs.update_masks`.
         stream: "free", or "coupled" for residual streams that narrow as a whole; see `afs.update_masks`.
+        first: share of a stage after which the masks are updated the first time; 0.5 is between its halves. [recall]
+        freeze_first: whether that update freezes gates, too; if not, only the later one does. [ours]
     """
 
     source: AFSSourceRun
@@ -365,6 +368,8 @@ class TransferRun:
     settle: bool = runs.added(False)
     multiple: int = runs.added(1)
     stream: str = runs.added("free")
+    first: float = runs.added(0.5)
+    freeze_first: bool = runs.added(True)
 
     def __post_init__(self) -> None:
         check_budgets(self.budgets)
@@ -377,8 +382,9 @@ class TransferRun:
         for name in ("density_exponent", "delta_s"):
             if not (_is_number(getattr(self, name)) and getattr(self, name) >= 0):
                 raise AFDSError(f"{name} must be a number of at least 0, got {getattr(self, name)!r}")
-        if not (_is_number(self.trim) and 0 <= self.trim < 1):
-            raise AFDSError(f"trim must be a share in [0, 1), got {self.trim!r}")
+        for name in ("first", "trim"):
+            if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) < 1):
+                raise AFDSError(f"{name} must be a share in [0, 1), got {getattr(self, name)!r}")
         if not (isinstance(self.macs_images, int) and self.macs_images >= 1):
             raise AFDSError(f"macs_images must be a whole number of at least 1, got {self.macs_images!r}")
 
@@ -431,13 +437,13 @@ class TransferRun:
         dense = macs.count(model, size).total
         subset = training.first(splits.statistics, self.macs_images)
 
-        def update_masks() -> dict[str, float]:
+        def update_masks(freeze: bool = True) -> dict[str, float]:
             where = next(model.parameters()).device
             with training.autocast(where, settings.precision):
                 statistics = afs.collect_statistics(model, data.loader(splits.statistics, 128))
                 report = afs.update_masks(
-                    model, statistics, macs_budget=budget, loader=data.loader(subset, 128), delta_s=self.delta_s,
-                    multiple=self.multiple, stream=self.stream,
+                    model, statistics, macs_budget=budget, loader=data.loader(subset, 128),
+                    delta_s=self.delta_s if freeze else 0.0, multiple=self.multiple, stream=self.stream,
                 )  # fmt: skip
             objective.masks_changed(model)
             if settings.recalibrate:
@@ -452,7 +458,8 @@ class TransferRun:
 
         events = {}
         if budget < 1:
-            events = dict.fromkeys((settings.steps // 2, math.floor(settings.steps * self.trim)), update_masks)
+            events = {math.floor(settings.steps * self.first): partial(update_masks, self.freeze_first)}
+            events[math.floor(settings.steps * self.trim)] = partial(update_masks)
         training.fit(
             model, splits.train, objective, settings, run, seed=self.seed, monitor=splits.statistics, events=events,
             label=f"{self.regulariser.name} seed {self.seed} at {1 / budget:g}x",

@@ -289,6 +289,7 @@ def test_ablations_change_one_part_of_afds_each_and_equal_time_gives_the_rival_a
         "AFS without AFD": {"regulariser.name"},
         "static only": {"delta_s"},
         "dynamic only": {"delta_s"},
+        "masks first updated at half a stage": {"first", "freeze_first"},
         "without the source stage": {"source.optimisation.steps"},
         "random predictors": {"source.predictors"},
         "features of the last ConvBN": {"regulariser.features"},

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from afdslib import afs, cli, runs, training
+from afdslib.errors import AFDSError
 from afdslib.stages import MODEL, OBJECTIVE, DataSource, TransferRun
 
 
@@ -148,6 +149,17 @@ def test_a_point_keeps_the_masks_of_the_point_before_and_meets_its_budget(home):
     assert rows["mask_macs"].notna().tolist() == [False] * 5 + [True, False, True, False, False]
     assert (rows["mask_macs"].dropna() <= 0.5).all() and rows["afd"].notna().all()
     assert np.sum(result.metrics["confusion"]) > 0 and result.metrics["steps"] == 10
+
+
+def test_channels_may_go_early_and_gates_freeze_later(home):
+    early = replace(chain(home), first=0.1, freeze_first=False, delta_s=1e9)
+    rows = runs.get_or_run(early).history().dropna(subset=["removed"]).set_index("step")
+    assert list(rows.index) == [2, 8]  # logged with the step after the update
+    assert rows.removed[2] > 0 and rows.static[2] == 0 and rows.static[8] > 0 and rows.dynamic[8] == 0
+    both = runs.get_or_run(replace(early, freeze_first=True)).history().dropna(subset=["removed"]).set_index("step")
+    assert both.static[2] > 0
+    with pytest.raises(AFDSError, match="first must be a share"):
+        replace(early, first=1.0)
 
 
 @pytest.mark.parametrize("attention", ["joint", "detached"])
