@@ -26,9 +26,9 @@ test: $(STAMP)  ## unit tests, then every notebook against its stored outputs
 	@AFDS_RUNS="$(CURDIR)/build/test/runs" $(BIN)/afds runs list --require-training
 
 notebooks: $(STAMP)  ## execute the notebooks in place (demo, from an empty store) and keep their outputs
-	@rm -rf build/notebooks
+	@$(if $(ONLY),,rm -rf build/notebooks)
 	@AFDS_RUNS="$(CURDIR)/build/notebooks/runs" AFDS_FIGURES="$(CURDIR)/build/notebooks/figures" AFDS_FRESH=1 \
-		$(BIN)/python .ci/notebooks.py
+		$(BIN)/python .ci/notebooks.py $(ONLY)
 
 lab: $(STAMP)  ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab notebooks

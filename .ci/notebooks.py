@@ -1,6 +1,7 @@
 """Executes the notebooks in place, with their default parameters, and stores what holds on any machine.
 
     make notebooks
+    make notebooks ONLY="04 08"    # on the runs that the last whole execution has left
 
 Kept: outputs and execution counts 1..n. Dropped: stderr, times, and what the machine adds to the metadata.
 """
@@ -43,6 +44,8 @@ def execute(file: Path) -> None:
 
 
 for notebook in pipeline.notebooks(paths.notebooks()):
+    if sys.argv[1:] and notebook.stem[:2] not in sys.argv[1:]:
+        continue
     started = time.monotonic()
     execute(notebook)
     print(f"{notebook.name}: {time.monotonic() - started:.0f} s", flush=True)
