@@ -11,11 +11,10 @@ mends it.
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -24,7 +23,7 @@ from torch import nn
 from afdslib import afs, backbones, data, macs, runs, training
 from afdslib._atomic import write_json
 from afdslib.data import Splits
-from afdslib.errors import AFDSError, DivergedError, UnreachableError
+from afdslib.errors import AFDSError
 from afdslib.extended import ExtendedSourceRun
 from afdslib.features import Teacher, feature_names
 from afdslib.objectives import Objective, Penalty, Regulariser
@@ -45,6 +44,7 @@ from afdslib.stages import (
     _measure,
     _save,
     _training_macs,
+    diverges,
 )
 from afdslib.training import Optimisation
 from afdslib.weighing import weights_for
@@ -52,9 +52,6 @@ from afdslib.weighing import weights_for
 __all__ = ["DenseRun", "FBSGatesRun", "FBSRun", "NarrowRun", "PrunedRun", "Selection"]
 
 KEPT = "kept.json"
-
-_Execute = TypeVar("_Execute", bound=Callable[..., dict[str, Any]])
-
 
 def _share(value: object, *, above: bool = True) -> bool:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -66,22 +63,6 @@ def _check_tail(budgets: tuple[float, ...]) -> None:
     fine = bool(budgets) and all(_share(b) and b < 1 for b in budgets)
     if not fine or any(x <= y for x, y in zip(budgets, budgets[1:], strict=False)):
         raise AFDSError(f"budgets must decrease and lie between 0 and 1, got {budgets!r}")
-
-
-def _diverges(execute: _Execute) -> _Execute:
-    """A point that diverges or cannot be reached, or starts from such a one, is a result with "diverged": why."""
-
-    @functools.wraps(execute)
-    def wrapper(self: Any, run: runs.Run) -> dict[str, Any]:
-        before = self.parent
-        if before is not None and (reason := runs.get_or_run(before, store=run.store).metrics.get("diverged")):
-            return {"diverged": reason, "steps": 0}
-        try:
-            return execute(self, run)
-        except (DivergedError, UnreachableError) as error:
-            return {"diverged": f"at {self.times}, {error}", "steps": 0}
-
-    return wrapper  # type: ignore[return-value]
 
 
 class _Point:
@@ -181,7 +162,7 @@ class DenseRun(_Point):
         """Slimming's term, where it is asked for."""
         return (ScaleL1(self.scale_l1),) if self.scale_l1 else ()
 
-    @_diverges
+    @diverges
     def execute(self, run: runs.Run) -> dict[str, Any]:
         splits, settings = self.splits(), self.optimisation
         size, source = _input_size(splits), _plain(self.source, run)
@@ -286,7 +267,7 @@ class PrunedRun(_Point):
     def times(self) -> str:
         return f"{1 / self.budgets[-1]:g}x"
 
-    @_diverges
+    @diverges
     def execute(self, run: runs.Run) -> dict[str, Any]:
         splits, settings, budget = self.splits(), self.tuning, self.budgets[-1]
         size, source = _input_size(splits), _plain(self.source, run)
@@ -390,7 +371,7 @@ class FBSGatesRun(_Point):
     def penalties(self) -> tuple[Penalty, ...]:
         return (GateL1(self.gate_l1),) if self.gate_l1 else ()
 
-    @_diverges
+    @diverges
     def execute(self, run: runs.Run) -> dict[str, Any]:
         splits, settings = data.sealed(self.splits()), self.optimisation
         size, source = _input_size(splits), _plain(self.source, run)
@@ -476,7 +457,7 @@ class FBSRun(_Point):
     def times(self) -> str:
         return f"{1 / self.budgets[-1]:g}x"
 
-    @_diverges
+    @diverges
     def execute(self, run: runs.Run) -> dict[str, Any]:
         splits, budget = self.splits(), self.budgets[-1]
         settings = self.optimisation if budget == 1 else self.tuning
@@ -585,7 +566,7 @@ class NarrowRun(_Point):
     def times(self) -> str:
         return f"{1 / self.budget:g}x"
 
-    @_diverges
+    @diverges
     def execute(self, run: runs.Run) -> dict[str, Any]:
         splits, settings = self.splits(), self.optimisation
         size, source = _input_size(splits), _plain(self.source, run)

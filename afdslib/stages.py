@@ -6,12 +6,12 @@ SourceRun -> AFSSourceRun -> TransferRun (the unpruned point) -> TransferRun (th
 from __future__ import annotations
 
 import copy
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -322,6 +322,29 @@ class AFSSourceRun:
         }
 
 
+_Execute = TypeVar("_Execute", bound=Callable[..., dict[str, Any]])
+
+
+def diverges(execute: _Execute) -> _Execute:
+    """A point that diverges or cannot be reached, or starts from such a one, is a result with "diverged": why.
+
+    Args:
+        execute: of a run with `parent`, the point before or None, and `times`, its budget for readers.
+    """
+
+    @functools.wraps(execute)
+    def wrapper(self: Any, run: runs.Run) -> dict[str, Any]:
+        before = self.parent
+        if before is not None and (reason := runs.get_or_run(before, store=run.store).metrics.get("diverged")):
+            return {"diverged": reason, "steps": 0}
+        try:
+            return execute(self, run)
+        except (DivergedError, UnreachableError) as error:
+            return {"diverged": f"at {self.times}, {error}", "steps": 0}
+
+    return wrapper  # type: ignore[return-value]
+
+
 @runs.register
 @dataclass(frozen=True)
 class TransferRun:
@@ -398,16 +421,13 @@ class TransferRun:
         """The density d at the last budget."""
         return max(self.density_floor, self.budgets[-1] ** self.density_exponent)
 
-    def execute(self, run: runs.Run) -> dict[str, Any]:
-        """Trains and measures the point; one that diverges, or starts from one, is a result with "diverged": why."""
-        if self.parent is not None and "diverged" in (before := runs.get_or_run(self.parent, store=run.store)).metrics:
-            return {"diverged": before.metrics["diverged"], "steps": 0}
-        try:
-            return self._train(run)
-        except (DivergedError, UnreachableError) as error:
-            return {"diverged": f"at {1 / self.budgets[-1]:g}x, {error}", "steps": 0}
+    @property
+    def times(self) -> str:
+        """The last budget for readers: "10x"."""
+        return f"{1 / self.budgets[-1]:g}x"
 
-    def _train(self, run: runs.Run) -> dict[str, Any]:
+    @diverges
+    def execute(self, run: runs.Run) -> dict[str, Any]:
         source = runs.get_or_run(self.source, store=run.store, needs=(MODEL,))
         splits = self.data.load() if self.use_test else data.sealed(self.data.load())
         size, budget, parent = _input_size(splits), self.budgets[-1], self.parent
@@ -458,11 +478,11 @@ class TransferRun:
 
         events = {}
         if budget < 1:
-            events = {math.floor(settings.steps * self.first): partial(update_masks, self.freeze_first)}
-            events[math.floor(settings.steps * self.trim)] = partial(update_masks)
+            events = {math.floor(settings.steps * self.first): functools.partial(update_masks, self.freeze_first)}
+            events[math.floor(settings.steps * self.trim)] = functools.partial(update_masks)
         training.fit(
             model, splits.train, objective, settings, run, seed=self.seed, monitor=splits.statistics, events=events,
-            label=f"{self.regulariser.name} seed {self.seed} at {1 / budget:g}x",
+            label=f"{self.regulariser.name} seed {self.seed} at {self.times}",
         )  # fmt: skip
         if self.settle and budget < 1:
             from afdslib.selection import settle
