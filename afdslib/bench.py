@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from afdslib import afs, backbones, dynamic, macs, runs
 from afdslib._atomic import write_text
+from afdslib._malloc import keep_freed_memory
 from afdslib.afs.graph import streams
 from afdslib.compact import compact, set_masks
 from afdslib.errors import AFDSError
@@ -60,7 +61,7 @@ class Settings:
         multiple: kept channels are rounded up to a multiple.
         density: d of the dynamic case.
         weights: a file of `afs.save` whose own masks make the compact network, instead of random ones.
-        masks: the same from a file of `afds speed`, which holds masks only; the weights are then random.
+        masks: files of `afds speed`, which hold masks only, one network each; the weights are then random.
         train_size: side of the images of training steps.
         train_batch: images per training step.
         width: factor on the channels, for quick looks.
@@ -79,7 +80,7 @@ class Settings:
     multiple: int = 16
     density: float = 0.3
     weights: str | None = None
-    masks: str | None = None
+    masks: tuple[str, ...] = ()
     train_size: int = 64
     train_batch: int = 16
     width: float = 1.0
@@ -452,28 +453,31 @@ def _dense(settings: Settings, name: str) -> tuple[nn.Module, nn.Module]:
 # --------------------------------------------------------------------------------------------------------------- cases
 
 
-def _networks(settings: Settings) -> Iterator[Row]:
-    """Dense, compact and torch-pruning's network at the same MACs."""
-    size = (3, settings.size, settings.size)
-    given = settings.weights or settings.masks
-    for name in settings.networks if given is None else (Path(given).stem,):
-        if settings.weights is not None:
-            gated = afs.load(settings.weights)
-            plain = _rebuilt(gated.architecture)  # type: ignore[arg-type]
-            note = f"masks of {Path(settings.weights).name}"
-        elif settings.masks is not None:
-            found = read_masks(settings.masks)
-            plain = _rebuilt(found["architecture"])
-            gated = afs.convert(plain, gates=found["architecture"].get("gates", "all"))
-            set_masks(gated, found["masks"])
-            note = f"masks of {Path(settings.masks).name}"
-        else:
+def _masked(settings: Settings) -> Iterator[tuple[str, nn.Module, nn.Module, str]]:
+    """Networks to make compact: name, the plain network, the one with masks, and whose masks they are."""
+    if settings.weights is not None:
+        gated = afs.load(settings.weights)
+        file = Path(settings.weights)
+        yield file.stem, _rebuilt(gated.architecture), gated, f"masks of {file.name}"  # type: ignore[arg-type]
+    for file in map(Path, settings.masks):
+        found = read_masks(file)
+        plain = _rebuilt(found["architecture"])
+        gated = afs.convert(plain, gates=found["architecture"].get("gates", "all"))
+        set_masks(gated, found["masks"])
+        yield file.stem, plain, gated, f"masks of {file.name}"
+    if settings.weights is None and not settings.masks:
+        for name in settings.networks:
             plain = _plain(settings, name)
             gated = afs.convert(plain)
             cut(gated, keep=settings.keep, stream=settings.stream, multiple=settings.multiple, seed=settings.seed)
-            note = (
-                f"random masks: {settings.keep:g} inner, {settings.stream:g} stream, multiples of {settings.multiple}"
-            )
+            kept = f"{settings.keep:g} inner, {settings.stream:g} stream, multiples of {settings.multiple}"
+            yield name, plain, gated, f"random masks: {kept}"
+
+
+def _networks(settings: Settings) -> Iterator[Row]:
+    """Dense, compact and torch-pruning's network at the same MACs."""
+    size = (3, settings.size, settings.size)
+    for name, plain, gated, note in _masked(settings):
         small = compact(gated.eval(), input_size=size, fold_bn=True)
         dense, reached = macs.count(plain, size).total, macs.count(small, size).total
         models = {"dense": _folded(plain, settings.size), "compact": small}
@@ -577,6 +581,7 @@ def _step(model: nn.Module, source: nn.Module | None, size: int) -> Callable[[Te
 
 def _training(settings: Settings) -> Iterator[Row]:
     """A training step of the plain network, of AFS alone, and of AFDS with the frozen source's forward pass."""
+    keep_freed_memory()  # as every training here does, the plain one included
     size, batch = settings.train_size, settings.train_batch
     for name in settings.networks:
         plain = _plain(settings, name, 10)

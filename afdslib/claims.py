@@ -23,7 +23,7 @@ from typing import Any
 
 import pandas as pd
 
-from afdslib import cited, paths, profiles, statistics
+from afdslib import cited, measured, profiles, statistics
 from afdslib.cited import Number
 from afdslib.errors import AFDSError
 from afdslib.plots.students import student_look
@@ -126,7 +126,7 @@ def of_times(table: pd.DataFrame, *, repeats: int = REPEATS) -> str:
             q1_ms, median_ms, q3_ms, repeats.
         repeats: with fewer, nothing is concluded.
     """
-    pairs = _best_times(table)
+    pairs = _pairs(table)
     if not pairs:
         return UNTESTED
     if min(int(row.repeats) for pair in pairs for row in pair) < repeats:
@@ -168,11 +168,6 @@ def _costs(tried: Mapping[float, float]) -> tuple[float, float]:
 
 def _existing(names: Iterable[str]) -> list[str]:
     return [name for name in names if cited.path_of(name).is_file()]
-
-
-def _glob(pattern: str) -> list[str]:
-    base = paths.results("any").parent
-    return sorted(file.relative_to(base).as_posix() for file in base.glob(pattern))
 
 
 def _comparisons(profile: str, target: str) -> list[str]:
@@ -300,34 +295,29 @@ def same_selection(profile: str, target: str, other: str, *, budget: float = sta
     return _untested(f"AFD and {other} at 10x on {target} in the profile {profile}")
 
 
-def _best_times(table: pd.DataFrame) -> list[tuple[Any, Any]]:
-    """(dense, compact) rows of lowest median, for each file, device, number of threads and batch that has both."""
-    pairs = []
-    for _, mine in table.dropna(subset=["median_ms"]).groupby(["file", "device", "threads", "batch"]):
-        best = {v: rows.loc[rows.median_ms.idxmin()] for v, rows in mine.groupby("variant")}
-        if {"dense", "compact"} <= set(best):
-            pairs.append((best["dense"], best["compact"]))
-    return pairs
+def _pairs(table: pd.DataFrame) -> list[tuple[Any, Any]]:
+    """(dense, compact), each in its fastest runtime, for each file, device, number of threads and batch size."""
+    found = []
+    for _, mine in measured.best(table).groupby(["file", "device", "threads", "batch"]):
+        rows = {row.variant: row for row in mine.itertuples()}
+        if {"dense", "compact"} <= set(rows):
+            found.append((rows["dense"], rows["compact"]))
+    return found
 
 
 def faster(times: int = 10) -> Found:
     """Measured time of the network that AFDS pruned by its own masks, against the dense one."""
-    parts = []
-    for file in _glob("speed/**/*.csv"):
-        table = cited.read(file)
-        if "case" not in table or table.empty:
-            continue
-        own = table.note.fillna("").str.startswith("masks of")  # and not random ones
-        names = set(table.network[own]) & {f"resnet101-{times}x"}
-        parts.append(table[(table.case == "networks") & table.network.isin(names)].assign(file=file))
-    table = pd.concat(parts) if parts else pd.DataFrame()
-    pairs = [] if table.empty else _best_times(table)
+    table = measured.stored()
+    table = table[table.network == f"resnet101-{times}x"]
+    own = table.file[table.note.fillna("").str.startswith("masks of")]  # and not random ones
+    table = table[table.file.isin(own)]
+    pairs = _pairs(table)
     if not pairs:
         return _untested(
             f"times of a ResNet-101 that AFDS pruned {times}x by its own masks (smaller networks: Measured time)"
         )
     said = [
-        f"batch {dense.batch} on {dense.device}: {Number(dense.median_ms / small.median_ms)}x as fast, "
+        f"batch {dense.batch} on {dense.device}: {Number(small.faster)}x as fast, "
         f"{Number(small.median_ms)} ms in {small.runtime} against {Number(dense.median_ms)} ms in {dense.runtime}"
         for dense, small in pairs
     ]

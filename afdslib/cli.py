@@ -525,7 +525,9 @@ def bench(
     multiple: Annotated[int, typer.Option(min=1, help="Kept channels are rounded to a multiple.")] = 16,
     density: Annotated[float, typer.Option(help="Density d of the dynamic case.")] = 0.3,
     weights: Annotated[str | None, typer.Option(help="A network of afs.save, with masks of its own.")] = None,
-    masks: Annotated[str | None, typer.Option(help="Masks of afds speed; the weights are then random.")] = None,
+    masks: Annotated[
+        list[str] | None, typer.Option(help="Masks of afds speed, each a network; the weights are then random.")
+    ] = None,
     train_size: Annotated[int, typer.Option(min=8, help="Side of the images of training steps.")] = 64,
     train_batch: Annotated[int, typer.Option(min=2, help="Images per training step.")] = 16,
     width: Annotated[float, typer.Option(help="Factor on all channels, for quick looks.")] = 1.0,
@@ -542,7 +544,7 @@ def bench(
         batches=tuple(batch or ((1, 16) if full else (1,))),
         runtimes=tuple(runtime or (benchmarks.RUNTIMES if full else ("eager",))),
         size=size, threads=threads, repeats=repeats, keep=keep, stream=stream, multiple=multiple, density=density,
-        weights=weights, masks=masks, train_size=train_size, train_batch=train_batch, width=width,
+        weights=weights, masks=tuple(masks or ()), train_size=train_size, train_batch=train_batch, width=width,
     )  # fmt: skip
     typer.echo("  ".join(f"{key}: {value}" for key, value in benchmarks.environment(settings).items()))
     found = benchmarks.run(case or list(benchmarks.CASES), settings, echo=typer.echo)
@@ -564,7 +566,7 @@ def speed(
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
     out: Annotated[str | None, typer.Option(help="Folder for the masks; default: data/results/speed.")] = None,
 ) -> None:
-    """Train ResNet-101 with AFDS at 64 px, prune it 2x and 10x by its own masks, and write the masks."""
+    """Train ResNet-101 with AFDS at 64 px, prune it 2x, 5x and 10x by its own masks, and write the masks."""
     from dataclasses import replace
 
     from . import speed as speeds

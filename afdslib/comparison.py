@@ -96,6 +96,11 @@ class Comparison(Keeper[Profile]):
         if profile.trial_seed in self.rules.seeds:
             raise AFDSError(f"the trials' seed {profile.trial_seed} is among those of the comparison; take another")
 
+    @property
+    def command(self) -> str:
+        """What computes it, or goes on with it."""
+        return f"afds compare --profile {self.profile.name} --budget {self.profile.budget}"
+
     @functools.cached_property
     def original(self) -> Comparison | None:
         """The comparison whose settings and rivals this one takes, if any; see `Protocol.settings_of`."""
@@ -114,11 +119,11 @@ class Comparison(Keeper[Profile]):
         rules, original = self.rules, self.original
         if original is None:
             return rules.methods
-        file, p = original.folder() / "comparison.csv", original.profile
+        file = original.folder() / "comparison.csv"
         if not file.is_file():
             raise AFDSError(
-                f"this comparison takes its settings and rivals from that of {p.name}, which is not finished; "
-                f"finish it first: afds compare --profile {p.name} --budget {p.budget}"
+                f"this comparison takes its settings and rivals from that of {original.profile.name}, which is not "
+                f"finished; finish it first: {original.command}"
             )
         first = original.rules.seeds[: original.rules.rest]
         ranked = statistics.rank_on_validation(pd.read_csv(file), budget=rules.primary_budget, seeds=first)
@@ -269,29 +274,32 @@ class Comparison(Keeper[Profile]):
         """
         if not self.complete:
             return
-        p, rules = self.profile, self.rules
+        p = self.profile
         made: list[tuple[str, Any]] = [("AFS source", self.afs_source), ("source, trained on", self.extended())]
-        narrow = any(m.selection in ("width", "width-kd") for m in self.methods)
-        for budget in sorted(
-            {rules.trial_budget, rules.primary_budget, *rules.budgets[1:]} if narrow else (), reverse=True
-        ):
+        for budget in self._widths(self.methods):
             with contextlib.suppress(AFDSError):  # no such width: its points are missing and say why
                 made.append((f"source of {1 / budget:g}x, trained on", self.extended(budget)))
         self._compute([config for _, config in made])
         if p.committed:
-            command = f"afds compare --profile {p.name} --budget {p.budget}"
             kept = [(name, runs.get_or_run(config, needs=(MODEL,))) for name, config in made]
             keep_networks(
-                kept, p, title="comparison of", command=command, shown=command, data=p.source.name, suffix="-comparison"
-            )
+                kept, p, title="comparison of", command=self.command, shown=self.command, data=p.source.name,
+                suffix="-comparison",
+            )  # fmt: skip
+
+    def _widths(self, methods: Sequence[Method]) -> list[float]:
+        """Budgets that narrower networks are trained for, if one is among the methods."""
+        r = self.rules
+        narrow = any("width" in m.selection for m in methods)
+        return sorted({r.trial_budget, r.primary_budget, *r.budgets[1:]}, reverse=True) if narrow else []
 
     # ------------------------------------------------------------------------------------------------------- trials
 
     def _compute(self, configs: Sequence[Any]) -> list[runs.Result]:
         if not self.complete and (missing := [config for config in configs if runs.lookup(config) is None]):
             raise AFDSError(
-                f"{len(missing)} of {len(configs)} runs that the tables need are not finished; go on with: "
-                f"afds compare --profile {self.profile.name} --budget {self.profile.budget}"
+                f"{len(missing)} of {len(configs)} runs that the tables need are not finished; "
+                f"go on with: {self.command}"
             )
         return compute(configs, self._publish)
 
@@ -453,23 +461,20 @@ class Comparison(Keeper[Profile]):
         """Those to compare: all, or without training those that are finished for every method."""
         if self.complete:
             return list(seeds)
-        chain = [self.rules.budgets[: i + 1] for i in range(len(self.rules.budgets))]
 
         def finished(method: Method, seed: int) -> bool:
-            made = (_made(functools.partial(self.point, self.tuned(method), seed, budgets)) for budgets in chain)
+            made = (_made(functools.partial(self.point, *wanted)) for wanted in self._wanted(method, seed))
             return all(config is None or runs.lookup(config) is not None for config in made)
 
         return [seed for seed in seeds if all(finished(method, seed) for method in methods)]
 
-    def _points(self, seeds: Mapping[Method, Sequence[int]]) -> pd.DataFrame:
+    def _wanted(self, method: Method, seed: int) -> list[tuple[Tuned, int, tuple[float, ...]]]:
+        """The points of one chain, as `point` takes them."""
         budgets = self.rules.budgets
-        wanted = [
-            (self.tuned(method), seed, budgets[: i + 1])
-            for method, mine in seeds.items()
-            for seed in mine
-            for i in range(len(budgets))
-        ]
-        return self.table(wanted)
+        return [(self.tuned(method), seed, budgets[: i + 1]) for i in range(len(budgets))]
+
+    def _points(self, seeds: Mapping[Method, Sequence[int]]) -> pd.DataFrame:
+        return self.table([wanted for m, mine in seeds.items() for seed in mine for wanted in self._wanted(m, seed)])
 
     def table(self, wanted: Sequence[tuple[Tuned, int, tuple[float, ...]]], *, factor: float = 1.0) -> pd.DataFrame:
         """Rows of some points, computed if need be; `attrs["missing"]` holds those that have none, with why."""
@@ -480,16 +485,15 @@ class Comparison(Keeper[Profile]):
             except AFDSError as error:
                 made.append(str(error))
         # Seed by seed, so that what is finished of an interrupted study compares all methods.
-        order = sorted(range(len(made)), key=lambda i: wanted[i][1])
-        self._compute([c for i in order if not isinstance(c := made[i], str)])
-        results = (runs.get_or_run(config) for config in made if not isinstance(config, str))
+        order = sorted((i for i, c in enumerate(made) if not isinstance(c, str)), key=lambda i: wanted[i][1])
+        results = dict(zip(order, self._compute([made[i] for i in order]), strict=True))
         rows, missing = [], []
-        for (tuned, seed, budgets), config in zip(wanted, made, strict=True):
+        for i, ((tuned, seed, budgets), config) in enumerate(zip(wanted, made, strict=True)):
             row = self._row(tuned, seed, budgets[-1])
             if isinstance(config, str):
                 missing.append(row | {"reason": config})
                 continue
-            result = self._publish(next(results))
+            result = results[i]
             if "diverged" in result.metrics:
                 missing.append(row | {"reason": result.metrics["diverged"]})
             else:
@@ -579,6 +583,9 @@ class Comparison(Keeper[Profile]):
             "random predictors": lambda c: replace(c, source=replace(c.source, predictors="random")),
             "features of the last ConvBN": lambda c: replace(c, regulariser=replace(c.regulariser, features="convbn")),
             "detached attention": lambda c: replace(c, regulariser=replace(c.regulariser, attention="detached")),
+            "kept channels in multiples of 8": lambda c: replace(c, multiple=8),
+            "kept channels in multiples of 16": lambda c: replace(c, multiple=16),
+            "residual streams narrow as a whole": lambda c: replace(c, stream="coupled"),
             WHOLE: lambda c: c,
         }
         planned: list[tuple[str, float, int, Any]] = [
@@ -614,9 +621,7 @@ class Comparison(Keeper[Profile]):
         top = sum(m.role == "afds" for m in r.methods) + min(r.rivals, sum(m.role == "competitor" for m in r.methods))
         count = top if r.settings_of else len(r.methods)
         chains = count * r.rest + top * (len(r.seeds) - r.rest)
-        widths = (
-            {r.trial_budget, r.primary_budget, *r.budgets[1:]} if any("width" in m.selection for m in r.methods) else ()
-        )
+        widths = self._widths(r.methods)
         source = p.source_training.steps + p.afs_training.steps
         rows = [
             ("source networks (plain, AFS, extended)", 3, p.source_training.steps + 2 * p.afs_training.steps),
@@ -750,8 +755,10 @@ def _total(chain: Sequence[Any], of: Any) -> float:
     return float(sum(known)) if len(known) == len(values) else math.nan
 
 
-def _work(profile: Profile, rules: Protocol, target: DataSource, trials_only: bool, extras: bool) -> None:
-    comparison = Comparison(profile, rules, target)
+def _work(
+    profile: Profile, rules: Protocol, target: DataSource, complete: bool, trials_only: bool, extras: bool
+) -> None:
+    comparison = Comparison(profile, rules, target, complete=complete)
     comparison.trials()
     if trials_only:
         return
@@ -787,9 +794,6 @@ def run_comparison(
         AFDSError: without training, if a trial or every seed is unfinished.
     """
     comparison = Comparison(profile, rules, target, complete=complete)
-    if not complete:
-        comparison.trials()
-        comparison.write_statistics(comparison.sweep())
-        return comparison
-    alongside(_work, (profile, comparison.rules, comparison.target, trials_only, extras), workers)
+    shared = (profile, comparison.rules, comparison.target, complete, trials_only, extras)
+    alongside(_work, shared, workers if complete else 1)
     return comparison

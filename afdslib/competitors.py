@@ -60,14 +60,13 @@ class Compared:
     @property
     def unfinished(self) -> str:
         """How far a comparison is whose tables were written before its end; empty for a finished one."""
-        rules, p = self.comparison.rules, self.comparison.profile
-        missing = self.read("missing")
+        rules, missing = self.comparison.rules, self.read("missing")
         seeds = {int(s) for t in (self.table, missing) for s in t[t.method == "afd+afs"].seed}
         if len(seeds) == len(rules.seeds):
             return ""
         return (
             f"**Not finished**: {len(seeds)} of {len(rules.seeds)} seeds of AFDS. It goes on with "
-            f"`afds compare --profile {p.name} --budget {p.budget}`."
+            f"`{self.comparison.command}`."
         )
 
     @cached_property
@@ -121,7 +120,7 @@ class Competitors:
         p = self.profile
         return (
             f"The comparison of {p.name}, {p.budget}, has not been run to its end; "
-            f"it takes hours: afds compare --profile {p.name} --budget {p.budget} --workers 2"
+            f"it takes hours: {Comparison(p).command} --workers 2"
         )
 
     def _each(self, make: Callable[[Compared], Table | str]) -> Text:
@@ -162,12 +161,10 @@ class Competitors:
 
     def ablations(self) -> Text:
         """AFDS with one part changed, and the rival at equal wall-clock time."""
-        p = self.profile
-        command = f"Not computed: `afds compare --profile {p.name} --budget {p.budget} --extras` does."
         return self._each(
             lambda c: f"{ablation_table(c.read('ablations'))._repr_markdown_()}\n\n{_equal_time(c)}"
             if c.has("ablations") and c.has("equal_time")
-            else command
+            else f"Not computed: `{c.comparison.command} --extras` does."
         )
 
     def missing(self) -> Text:

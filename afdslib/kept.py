@@ -45,7 +45,7 @@ class Keeper(Generic[P]):
             table.to_csv(part, index=False, float_format="%.6g", lineterminator="\n")
 
     def _publish(self, result: runs.Result) -> runs.Result:
-        if self.profile.committed and not result.committed:
+        if self.profile.committed:
             runs.publish(result, self.profile.name)
         return result
 

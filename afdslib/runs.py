@@ -611,6 +611,8 @@ def publish(result: Result, profile: str, *, store: str | Path | None = None) ->
     target = paths.results(profile) / "runs" / f"{result.id}.json"
     if result.committed:
         return result.path / f"{result.id}.json"
+    if _committed_file(result.id) == target:  # computed once more, for an artifact that is not committed
+        return target
     record = _read_result(result.path / "result.json", result.id)
     config = load_config(result.id, store=store or result.path.parent)
     record["config"] = to_json(config, hashed_only=True)

@@ -57,17 +57,17 @@ class Speed:
     source_steps: int = 1000
     afs_steps: int = 200
     transfer_steps: int = 400
-    tuning_steps: int = 300
+    tuning_steps: int = 200
     batch_size: int = 32
     lr: float = 0.01
-    budgets: tuple[float, ...] = (1.0, 0.5, 0.1)
+    budgets: tuple[float, ...] = (1.0, 0.5, 0.2, 0.1)
     multiple: int = 16
     stream: str = "coupled"
     precision: str = "bf16"
     seed: int = 0
 
     def runs(self, data_dir: str | None = None) -> list[TransferRun]:
-        """The points of the sweep, in order. Gates become constant at the first mask update, and d stays 1."""
+        """The points of the sweep, in order. Channels go early in a stage, gates become constant late; d stays 1."""
         root = data_dir or ""
         source_data = DataSource(self.source, size=self.size, root=root)
         target_data = DataSource(self.target, per_class=self.per_class, seed=self.seed, size=self.size, root=root)
@@ -79,7 +79,8 @@ class Speed:
             TransferRun(
                 gated, target_data, Regulariser("afd", 0.01), self._stage(self.transfer_steps, self.lr),
                 self._stage(self.tuning_steps, self.lr), self.budgets[: i + 1], delta_s=math.inf, density_floor=1.0,
-                macs_images=64, seed=self.seed, multiple=self.multiple, stream=self.stream,
+                macs_images=64, seed=self.seed, multiple=self.multiple, stream=self.stream, first=0.02,
+                freeze_first=False,
             )
             for i in range(len(self.budgets))
         ]  # fmt: skip
@@ -87,7 +88,7 @@ class Speed:
     def _stage(self, steps: int, lr: float) -> Optimisation:
         return Optimisation(
             steps=steps, batch_size=self.batch_size, lr=lr, schedule="cosine", warmup=0.05, predictor_lr=3.0,
-            precision=self.precision, log_rows=max(1, min(4, steps)),
+            precision=self.precision, log_rows=2 if steps > 1 else 1,
         )  # fmt: skip
 
 

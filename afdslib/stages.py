@@ -476,10 +476,10 @@ class TransferRun:
                 "dynamic": report.dynamic,
             }
 
-        events = {}
+        events: dict[int, Callable[[], dict[str, float]]] = {}
         if budget < 1:
-            events = {math.floor(settings.steps * self.first): functools.partial(update_masks, self.freeze_first)}
-            events[math.floor(settings.steps * self.trim)] = functools.partial(update_masks)
+            events[math.floor(settings.steps * self.first)] = functools.partial(update_masks, self.freeze_first)
+            events[math.floor(settings.steps * self.trim)] = update_masks
         training.fit(
             model, splits.train, objective, settings, run, seed=self.seed, monitor=splits.statistics, events=events,
             label=f"{self.regulariser.name} seed {self.seed} at {self.times}",

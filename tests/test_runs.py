@@ -480,9 +480,13 @@ def test_published_result_is_found_without_a_store(store, monkeypatch):
 
 
 def test_committed_result_is_computed_again_when_fresh_or_when_an_artifact_is_needed(store, monkeypatch):
-    runs.publish(runs.get_or_run(ToyTrain(), store=store), "tiny")
-    assert not runs.get_or_run(ToyTrain(), store=store / "a", needs=("model.txt",)).committed
+    file = runs.publish(runs.get_or_run(ToyTrain(), store=store), "tiny")
+    written = file.stat().st_mtime_ns, file.stat().st_ino
+    again = runs.get_or_run(ToyTrain(), store=store / "a", needs=("model.txt",))
+    assert not again.committed
+    assert runs.publish(again, "tiny") == file and (file.stat().st_mtime_ns, file.stat().st_ino) == written
     monkeypatch.setenv("AFDS_FRESH", "1")
+    assert runs.publish(again, "tiny") == file and file.stat().st_ino != written[1]  # written anew
     assert runs.lookup(ToyTrain(), store=store / "b") is None
     assert not runs.get_or_run(ToyTrain(), store=store / "b").committed
     assert runs.computed_steps(store / "b") == 6

@@ -5,7 +5,7 @@ from afdslib.plots.competitors import competitor_trials, competitors, paired
 from afdslib.plots.curves import learning_curves, trials
 from afdslib.plots.diagram import diagram
 from afdslib.plots.gates import channel_states, gates_heatmap, gates_histogram
-from afdslib.plots.latency import latency
+from afdslib.plots.latency import latency, speed
 from afdslib.plots.samples import augmentations, samples
 from afdslib.plots.style import METHODS, STYLE, Gallery, Look, Picture, look, save, sentence, stored
 from afdslib.plots.sweep import accuracy_macs, confusion, density_and_masks, parameters_budget
@@ -36,6 +36,7 @@ __all__ = [
     "samples",
     "save",
     "sentence",
+    "speed",
     "stored",
     "trials",
 ]

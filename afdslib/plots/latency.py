@@ -10,7 +10,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from afdslib.plots.style import look, percent, sentence, styled
 
-__all__ = ["latency"]
+__all__ = ["latency", "speed"]
 
 _FILLS, _LINES = ("full", "none"), ("-", (0, (4, 1.5)))
 
@@ -70,6 +70,37 @@ def latency(table: pd.DataFrame, *, title: str = "") -> Figure:
     right.set_xlabel("MACs, reduction (log scale)")
     right.set_ylabel("measured speed-up over the dense network")
     right.legend(fontsize=7.5)
+    if title:
+        fig.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
+    return fig
+
+
+_VARIANTS = {"compact": ("#0072B2", "o", "AFDS, compact"), "torch-pruning": ("#D55E00", "s", "torch-pruning, L1")}
+
+
+@styled
+def speed(table: pd.DataFrame, *, title: str = "") -> Figure:
+    """Measured speed-up over the dense network against MACs saved, a panel per batch size, with the ideal line.
+
+    Args:
+        table: of `measured.best`; a sentence is drawn where it is empty.
+        title: above the panels.
+    """
+    rows = table[table.variant.isin(list(_VARIANTS))] if len(table) else table
+    if rows.empty:
+        return sentence("No speed is shown: no network has been measured by afds bench.")
+    batches = sorted(rows.batch.unique())
+    fig = Figure(figsize=(4.9 * len(batches), 4.2), layout="constrained")
+    most = 1.15 * max(rows.reduction.max(), rows.faster.max())
+    for ax, batch in zip(fig.subplots(1, len(batches), squeeze=False)[0], batches, strict=True):
+        for variant, (colour, marker, label) in _VARIANTS.items():
+            mine = rows[(rows.batch == batch) & (rows.variant == variant)].sort_values("reduction")
+            ax.plot(mine.reduction, mine.faster, color=colour, marker=marker, label=label)
+        ax.plot([1, most], [1, most], color="#555555", linewidth=0.9, linestyle=(0, (2, 2)), label="ideal")
+        _log(ax.xaxis, "x")
+        _log(ax.yaxis, "x")
+        ax.set(xlabel="MACs, reduction (log scale)", ylabel="measured speed-up over the dense network")
+        ax.legend(title=f"batch {batch}, fastest runtime of each", alignment="left", loc="upper left")
     if title:
         fig.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
     return fig

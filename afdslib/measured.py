@@ -1,0 +1,109 @@
+"""The committed measurements of `afds bench`, for the report: which networks are faster, and by how much.
+
+Each file below data/results/speed/ was written by one `afds bench --out`; its rows name device, threads and versions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pandas as pd
+
+from afdslib import bench, cited, paths
+from afdslib.summary import Table, Text
+
+__all__ = ["best", "networks_text", "others_text", "stored"]
+
+_RUN = ["file", "device", "threads", "network", "batch"]
+_COLUMNS = [field.name for field in fields(bench.Row)] + ["device", "threads", "repeats", "file"]
+
+
+def stored() -> pd.DataFrame:
+    """All rows of all files, with the file's name below data/results/ in the column `file`; empty if there is none."""
+    base = paths.results("any").parent
+    tables = []
+    for path in sorted((base / "speed").rglob("*.csv")):
+        file = path.relative_to(base).as_posix()
+        table = cited.read(file)
+        if "case" in table and not table.empty:
+            tables.append(table.assign(file=file))
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=_COLUMNS)
+
+
+def best(table: pd.DataFrame) -> pd.DataFrame:
+    """Each network in the runtime in which it is fastest, against the dense one in the runtime in which that is.
+
+    Args:
+        table: of `stored`.
+
+    Returns:
+        For the case "networks" a row per file, device, number of threads, network, batch size and variant that was
+        measured beside a dense network, with `faster`: median time of the dense network over this one's.
+    """
+    found = []
+    table = table[table.case == "networks"].dropna(subset=["median_ms"])
+    for _, mine in table.groupby(_RUN, sort=False):
+        rows = mine.loc[mine.groupby("variant", sort=False).median_ms.idxmin()]
+        dense = rows[rows.variant == "dense"]
+        if not dense.empty:
+            found.append(rows.assign(faster=float(dense.median_ms.iloc[0]) / rows.median_ms))
+    return pd.concat(found, ignore_index=True) if found else table.assign(faster=pd.Series(dtype=float)).iloc[:0]
+
+
+def networks_text(table: pd.DataFrame) -> Text:
+    """Networks without their removed channels, and torch-pruning's at the same MACs, against the dense one.
+
+    Args:
+        table: of `stored`.
+    """
+    rows = best(table)
+    if rows.empty:
+        return Text("Not measured: `afds speed`, then `afds bench --case networks --masks FILE --out ...`, do.")
+    parts = []
+    for (file, device, threads), mine in rows.groupby(["file", "device", "threads"], sort=False):
+        lines = [
+            [
+                row.network, str(row.batch), row.variant, f"{row.reduction:.1f}x", f"{row.median_ms:.1f}", row.runtime,
+                f"{row.faster:.2f}x", f"{row.faster / row.reduction:.2f}",
+            ]
+            for row in mine.sort_values(["network", "batch"], kind="stable").itertuples()
+        ]  # fmt: skip
+        header = ["network", "batch", "variant", "fewer MACs", "ms", "fastest in", "faster", "faster / fewer MACs"]
+        notes = [note for note in mine.note.dropna().unique() if note.startswith(("masks of", "random masks"))]
+        parts += [
+            f"`data/results/{file}`, {device}, {_threads(threads)}; compact: {', '.join(notes)}; "
+            "torch-pruning: its network of at most as many MACs, by L1 norms, widths coupled.",
+            Table(header, lines)._repr_markdown_(),
+        ]
+    return Text("\n\n".join(parts))
+
+
+def others_text(table: pd.DataFrame) -> Text:
+    """The other cases of `afds bench`: dynamic execution, gates, training steps, losses, loading and memory.
+
+    Args:
+        table: of `stored`.
+    """
+    rows = table[(table.case != "networks") & (table.variant != table.baseline)].dropna(subset=["speedup"])
+    if rows.empty:
+        return Text("Not measured: `afds bench --out ...` does.")
+    lines = []
+    for row in rows.itertuples():
+        value, low, high = row.speedup, row.speedup_q1, row.speedup_q3
+        if value < 1:
+            value, low, high = 1 / value, 1 / high, 1 / low
+        said = "as fast as" if row.speedup >= 1 else "the time of"
+        lines.append(
+            [
+                f"{row.case}, {row.network}", str(row.batch), "" if pd.isna(row.runtime) else row.runtime, row.variant,
+                f"{value:.2f}x [{low:.2f}, {high:.2f}] {said} {row.baseline}", f"{row.median_ms:.4g}",
+            ]
+        )  # fmt: skip
+    header = ["case", "batch", "runtime", "measured", "median ratio [quartiles]", "ms"]
+    files = dict.fromkeys(zip(rows.file, rows.device, rows.threads, strict=True))
+    facts = "; ".join(f"`data/results/{file}`, {device}, {_threads(number)}" for file, device, number in files)
+    return Text(f"{Table(header, lines, numbers=False)._repr_markdown_()}\n\n{facts}.")
+
+
+def _threads(number: int) -> str:
+    return f"{number} thread{'s' if number > 1 else ''}"

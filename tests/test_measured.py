@@ -1,0 +1,69 @@
+"""Committed measurements become tables and a figure, with each network in its fastest runtime."""
+
+import pytest
+
+from afdslib import bench, measured, paths, plots
+from afdslib.errors import AFDSError
+
+SETTINGS = bench.Settings(threads=2, repeats=4)
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    monkeypatch.setenv("AFDS_HOME", str(tmp_path))
+
+    def write(name, rows):
+        return bench.to_csv(rows, SETTINGS, paths.results("speed") / f"{name}.csv")
+
+    return write
+
+
+def network(variant, runtime, ms, reduction=1.0, batch=1, note=None):
+    row = bench.Row("networks", "resnet101-10x", runtime, batch, variant, "dense", note=note or "")
+    return bench.replace(row, median_ms=ms, q1_ms=ms - 1, q3_ms=ms + 1, speedup=1.0, reduction=reduction)
+
+
+def test_each_network_stands_in_its_fastest_runtime(write):
+    refused = bench.Row("networks", "resnet101-10x", "compiled", 1, "compact", "dense", note="not in this runtime")
+    write("a", [
+        network("dense", "onnxruntime", 40.0), network("dense", "eager", 90.0), refused,
+        network("compact", "onnxruntime", 8.0, 10.0, note="masks of x.json"), network("compact", "eager", 50.0, 10.0),
+        network("torch-pruning", "eager", 10.0, 10.4),
+    ])  # fmt: skip
+    rows = measured.best(measured.stored()).set_index("variant")
+    assert rows.faster.to_dict() == pytest.approx({"dense": 1.0, "compact": 5.0, "torch-pruning": 4.0})
+    assert rows.runtime.to_dict() == {"dense": "onnxruntime", "compact": "onnxruntime", "torch-pruning": "eager"}
+    text = str(measured.networks_text(measured.stored())._repr_markdown_())
+    assert "| compact | 10.0x | 8.0 | onnxruntime | 5.00x | 0.50 |" in text.replace("--:", "")
+    assert "2 threads" in text and "compact: masks of x.json" in text
+
+
+def test_batches_and_files_stay_apart(write):
+    write("a", [network("dense", "eager", 40.0), network("compact", "eager", 20.0, 2.0)])
+    write("b", [network("dense", "eager", 9.0, batch=16), network("compact", "eager", 3.0, 2.0, batch=16)])
+    rows = measured.best(measured.stored())
+    found = {(r.file, r.batch): r.faster for r in rows.itertuples() if r.variant == "compact"}
+    assert found == pytest.approx({("speed/a.csv", 1): 2.0, ("speed/b.csv", 16): 3.0})
+    figure = plots.speed(rows)
+    assert [ax.get_legend().get_title().get_text().split(",")[0] for ax in figure.axes] == ["batch 1", "batch 16"]
+    assert list(figure.axes[0].lines[0].get_ydata()) == pytest.approx([2.0])
+
+
+def test_the_other_cases_name_their_ratio_the_right_way_round(write):
+    slower = bench.Row("training", "resnet101", "eager", 16, "AFDS", "plain", 1600.0, 1500.0, 1700.0, 0.625, 0.6, 0.64)
+    write("a", [slower, bench.replace(slower, variant="plain", speedup=1.0)])
+    text = measured.others_text(measured.stored())._repr_markdown_()
+    assert "1.60x [1.56, 1.67] the time of plain" in text and "| plain |" not in text
+
+
+def test_nothing_measured_says_so_and_a_damaged_file_is_an_error(write):
+    table = measured.stored()
+    assert table.empty and measured.best(table).empty
+    for text in (measured.networks_text(table), measured.others_text(table)):
+        assert text._repr_markdown_().startswith("Not measured")
+    assert "No speed is shown" in plots.speed(measured.best(table)).axes[0].texts[0].get_text()
+    path = write("a", [])
+    assert measured.stored().empty
+    path.write_bytes(b"")
+    with pytest.raises(AFDSError, match="no table"):
+        measured.stored()
