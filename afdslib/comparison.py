@@ -21,12 +21,12 @@ import pandas as pd
 
 from afdslib import paths, profiles, runs, statistics
 from afdslib._atomic import write_json
-from afdslib.errors import AFDSError
+from afdslib.errors import AFDSError, UnreachableError
 from afdslib.extended import ExtendedSourceRun
 from afdslib.kept import Keeper, keep_networks
 from afdslib.objectives import Regulariser
 from afdslib.profiles import Profile
-from afdslib.protocol import REGULARISER_SPACES, Method, Protocol, Value, protocol, selection_space
+from afdslib.protocol import RECALLED, REGULARISER_SPACES, Method, Protocol, Value, protocol, selection_space
 from afdslib.rivals import DenseRun, FBSGatesRun, FBSRun, NarrowRun, PrunedRun, Selection
 from afdslib.selection import CRITERIA, fitting_width
 from afdslib.stages import MODEL, AFSSourceRun, DataSource, SourceRun, TransferRun
@@ -119,15 +119,24 @@ class Comparison(Keeper[Profile]):
         rules, original = self.rules, self.original
         if original is None:
             return rules.methods
-        file = original.folder() / "comparison.csv"
-        if not file.is_file():
+        if not original.finished:
             raise AFDSError(
                 f"this comparison takes its settings and rivals from that of {original.profile.name}, which is not "
                 f"finished; finish it first: {original.command}"
             )
-        first = original.rules.seeds[: original.rules.rest]
-        ranked = statistics.rank_on_validation(pd.read_csv(file), budget=rules.primary_budget, seeds=first)
+        table, first = pd.read_csv(original.folder() / "comparison.csv"), original.rules.seeds[: original.rules.rest]
+        ranked = statistics.rank_on_validation(table, budget=rules.primary_budget, seeds=first)
         return (Method("afd", "afs"), *map(Method.parse, ranked[: rules.rivals]))
+
+    @property
+    def finished(self) -> bool:
+        """Whether its tables hold every method at the first seeds and AFDS at all, or say why a point is missing."""
+        files = [self.folder() / f"{name}.csv" for name in ("comparison", "missing")]
+        if not all(file.is_file() for file in files):
+            return False
+        there = {(str(r.method), int(r.seed)) for file in files for r in pd.read_csv(file).itertuples()}
+        first = {(method.key, seed) for method in self.methods for seed in self.rules.seeds[: self.rules.rest]}
+        return there >= first | {(m.key, seed) for m in self.methods if m.role == "afds" for seed in self.rules.seeds}
 
     # ------------------------------------------------------------------------------------------------------ sources
 
@@ -153,7 +162,7 @@ class Comparison(Keeper[Profile]):
         p, source = self.profile, self.source
         if budget is not None:
             if p.network.weights is not None:
-                raise AFDSError(
+                raise UnreachableError(
                     "published weights exist at one width only; give the profile a source training to pretrain "
                     "narrower networks"
                 )
@@ -248,7 +257,7 @@ class Comparison(Keeper[Profile]):
         if len(budgets) == 1:
             return dense
         if selection in CRITERIA:
-            criterion = Selection(selection, str(chosen.get("normalise", "none")))
+            criterion = Selection(selection, str(chosen.get("normalise", "none")), mixed=selection == "taylor")
             return PrunedRun(dense, criterion, tuning, budgets[1:])
         steps = unpruned.steps + (len(budgets) - 1) * tuning.steps
         distil = selection == "width-kd"
@@ -277,7 +286,7 @@ class Comparison(Keeper[Profile]):
         p = self.profile
         made: list[tuple[str, Any]] = [("AFS source", self.afs_source), ("source, trained on", self.extended())]
         for budget in self._widths(self.methods):
-            with contextlib.suppress(AFDSError):  # no such width: its points are missing and say why
+            with contextlib.suppress(UnreachableError):  # no such width: its points are missing and say why
                 made.append((f"source of {1 / budget:g}x, trained on", self.extended(budget)))
         self._compute([config for _, config in made])
         if p.committed:
@@ -322,7 +331,7 @@ class Comparison(Keeper[Profile]):
         """The outcome of a point that may be out of reach."""
         try:
             config = make()
-        except AFDSError as error:
+        except UnreachableError as error:
             return Outcome(None, "", str(error))
         return self._outcome(config)
 
@@ -361,9 +370,21 @@ class Comparison(Keeper[Profile]):
             return self.original.why_not(method)
         try:
             self.best_regulariser(method.regulariser), self.best_selection(method.selection)
-        except AFDSError as error:
+        except UnreachableError as error:
             return str(error)
         return ""
+
+    def _recalled(self, trials: Sequence[Trial]) -> list[dict[str, Any]]:
+        """Rows of AFS's trials with the recalled schedule, as far as they were made: the first ones, later replaced."""
+        rows, l2, chain = [], self.best_regulariser("l2"), (1.0, self.rules.trial_budget)
+        for trial in trials:
+            tuned = Tuned(Method("l2", "afs"), l2, trial.settings)
+            now = self.point(tuned, self.profile.trial_seed, chain, trial=True)
+            assert isinstance(now, TransferRun)
+            if (result := runs.lookup(replace(now, first=0.5, freeze_first=True))) is not None:
+                outcome = Outcome(float(result.metrics["validation_accuracy"]), result.id)
+                rows.append(_trial_row(RECALLED, "afs", trial.number, trial.settings, outcome))
+        return rows
 
     def strength_trials(self, method: Method) -> list[tuple[float, Outcome]]:
         """A pair's strength once more, at the primary budget: (multiplier, outcome)."""
@@ -410,6 +431,7 @@ class Comparison(Keeper[Profile]):
         for name in selections:
             found = self.selection_trials(name)
             rows += [_trial_row("selection", name, t.number, t.settings, t.outcome) for t in found]
+            rows += self._recalled(found) if name == "afs" else []
         methods = [method for method in self.methods if not self.why_not(method)]
         # The same multiplier of all pairs, then the next: pairs share the unpruned stage.
         columns = zip(*map(self._strengths, methods), strict=True)
@@ -482,7 +504,7 @@ class Comparison(Keeper[Profile]):
         for tuned, seed, budgets in wanted:
             try:
                 made.append(self.point(tuned, seed, budgets, factor=factor))
-            except AFDSError as error:
+            except UnreachableError as error:
                 made.append(str(error))
         # Seed by seed, so that what is finished of an interrupted study compares all methods.
         order = sorted((i for i, c in enumerate(made) if not isinstance(c, str)), key=lambda i: wanted[i][1])
@@ -521,6 +543,8 @@ class Comparison(Keeper[Profile]):
     def _costs(self, config: Point, result: runs.Result) -> dict[str, Any]:
         """Of the whole chain on the target, and of its source network: training MACs and wall-clock seconds."""
         chain, source = _chain(config), _chain(config.source)
+        if (teacher := getattr(config, "teacher", None)) is not None:
+            source += _chain(teacher.source)
         if (weighing := weights_run(config.regulariser, config.source, config.data)) is not None:
             chain.append(weighing)
         share = result.metrics["train_macs"] / result.metrics["budget"]
@@ -545,9 +569,9 @@ class Comparison(Keeper[Profile]):
         rows = table[(table.budget == rules.primary_budget) & table.seed.isin(list(seeds))]
         name = statistics.rival(table, budget=rules.primary_budget, seeds=seeds)
         file = self.folder() / "equal_time.json"
-        if file.exists():
-            kept = json.loads(file.read_text(encoding="utf-8"))
-            name, ratio = kept["rival"], kept["ratio"]
+        kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        if kept.get("rival") == name:
+            ratio = kept["ratio"]
         else:
             ours, theirs = (rows[rows.method == m].seconds.mean() for m in ("afd+afs", name))
             if not (ours > 0 and theirs > 0):
@@ -689,7 +713,7 @@ def _made(make: Callable[[], Point]) -> Point | None:
     """A point's configuration; None where it is out of reach."""
     try:
         return make()
-    except AFDSError:
+    except UnreachableError:
         return None
 
 
@@ -711,7 +735,7 @@ def _best(what: str, trials: Sequence[Trial]) -> Settings:
     finished = [t for t in trials if t.outcome.value is not None]
     if not finished:
         reason = next((t.outcome.reason for t in trials if t.outcome.reason), "no trial was made")
-        raise AFDSError(
+        raise UnreachableError(
             f"every trial of {what} is missing ({reason}); widen its search space or raise the trial budget"
         )
     return max(finished, key=lambda t: (t.outcome.value, -t.number)).settings

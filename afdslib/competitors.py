@@ -60,12 +60,12 @@ class Compared:
     @property
     def unfinished(self) -> str:
         """How far a comparison is whose tables were written before its end; empty for a finished one."""
-        rules, missing = self.comparison.rules, self.read("missing")
-        seeds = {int(s) for t in (self.table, missing) for s in t[t.method == "afd+afs"].seed}
-        if len(seeds) == len(rules.seeds):
+        if self.comparison.finished:
             return ""
+        missing = self.read("missing")
+        seeds = {int(s) for t in (self.table, missing) for s in t[t.method == "afd+afs"].seed}
         return (
-            f"**Not finished**: {len(seeds)} of {len(rules.seeds)} seeds of AFDS. It goes on with "
+            f"**Not finished**: {len(seeds)} of {len(self.comparison.rules.seeds)} seeds of AFDS. It goes on with "
             f"`{self.comparison.command}`."
         )
 

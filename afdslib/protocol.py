@@ -1,6 +1,6 @@
-"""The rules of the comparison, fixed before its numbers: methods, search spaces, trials, budgets and seeds.
+"""The rules of the comparison: methods, search spaces, trials, budgets and seeds.
 
-Nothing here depends on a result. The endpoint and the tests are in `statistics`. The rules, as code keeps them:
+No test number had a say in them; the endpoint and the tests are in `statistics`. The rules, as code keeps them:
 
 - every competitor starts from the plain source trained for as many more source steps as AFS got;
 - the same fitting images, augmentation, steps and rounds for all; a static network is pruned at a stage's start, a
@@ -8,6 +8,10 @@ Nothing here depends on a result. The endpoint and the tests are in `statistics`
 - a trial holds no test image, and choices look at validation accuracy alone;
 - every method gets the same number of trials: the first at the usual settings, the others quasi-random;
 - budgets are met on training images after the last step; test MACs and accuracy are reported as they fall.
+
+One thing is uneven, in favour of AFS: after its first trials, when it was mask updates rather than settings that held
+it back, its schedule was set by hand on the trial seed's validation images (`Protocol.first_update`), and its trials
+were made again. The first ones are kept, as `RECALLED`, and the recalled schedule is a row of the ablations.
 """
 
 from __future__ import annotations
@@ -89,6 +93,9 @@ SELECTION_SPACES: dict[str, tuple[Axis, ...]] = {
 }
 
 SELECTIONS = tuple(SELECTION_SPACES)
+
+RECALLED = "selection, recalled schedule"
+"""Stage of AFS's first trials in trials.csv; nothing is chosen from them."""
 
 
 def selection_space(name: str, profile: Profile) -> tuple[Axis, ...]:

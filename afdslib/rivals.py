@@ -203,11 +203,14 @@ class Selection:
         name: "slimming", "taylor", "l1" or "random".
         normalise: "none", as published, or "mean": scores divided by their layer's mean.
         images: training images on which the Taylor scores are taken, in batches of 48.
+        mixed: whether these batches hold images of all classes, as in training; in a split's own order, most hold one
+            class, and the mean of their squared gradients is another criterion.
     """
 
     name: str
     normalise: str = "none"
     images: int = 480
+    mixed: bool = runs.added(False)
 
     def __post_init__(self) -> None:
         if self.name not in CRITERIA:
@@ -320,7 +323,8 @@ class PrunedRun(_Point):
             return {name: tuple(positions) for name, positions in json.loads(file.read_text(encoding="utf-8")).items()}
         model = model.to(training.device())
         found = groups(model, size)
-        batches = data.loader(training.first(splits.statistics, self.selection.images), 48)
+        shuffle = self.seed if self.selection.mixed else None
+        batches = data.loader(training.first(splits.statistics, self.selection.images, shuffle=shuffle), 48)
         ranked = scores(
             self.selection.name, model, found, batches=batches, seed=self.seed, normalise=self.selection.normalise
         )

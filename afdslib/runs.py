@@ -44,6 +44,7 @@ import uuid
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -317,6 +318,7 @@ class Run:
         self.store = store
         self._columns: list[str] | None = None  # of metrics.csv; None until it has been read
         self._since = time.monotonic()
+        self._elsewhere = 0.0  # seconds in which it waited for runs that it needs; they have times of their own
         self._before = self._read_times()
 
     # checkpoints
@@ -484,7 +486,7 @@ class Run:
             return {"seconds": 0.0, "sessions": 0, "started": datetime.now(UTC).isoformat(timespec="seconds")}
 
     def _write_times(self) -> None:
-        seconds = self._before["seconds"] + time.monotonic() - self._since
+        seconds = self._before["seconds"] + time.monotonic() - self._since - self._elsewhere
         times = {**self._before, "seconds": round(seconds, 3), "sessions": self._before["sessions"] + 1}
         write_json(self.path / "times.json", {**times, "written": datetime.now(UTC).isoformat(timespec="seconds")})
 
@@ -513,6 +515,21 @@ def _cell(value: Any) -> Any:
     """A scalar for the CSV: tensors and numpy numbers become Python numbers, line breaks never split a row."""
     value = value.item() if hasattr(value, "item") else value
     return re.sub(r"[\r\n]+", " ", value) if isinstance(value, str) else value
+
+
+_executing: ContextVar[Run | None] = ContextVar("executing", default=None)
+"""The run whose `execute` is under way here: what it needs is computed inside it, but is no time of its own."""
+
+
+@contextmanager
+def _away_from(run: Run | None) -> Iterator[None]:
+    """Whatever happens inside is left out of a run's wall-clock time."""
+    since = time.monotonic()
+    try:
+        yield
+    finally:
+        if run is not None:
+            run._elsewhere += time.monotonic() - since
 
 
 # -------------------------------------------------------------------------------------------------------- the store
@@ -545,7 +562,7 @@ def get_or_run(
         return found
     id = run_id(config)
     store = _store(store)
-    with _locked(store, id, wait=wait):
+    with _away_from(_executing.get()), _locked(store, id, wait=wait):
         if found := _stored(store, id, needs):  # computed while we waited
             return found
         path = store / id
@@ -559,7 +576,11 @@ def get_or_run(
             _unlink(path / "metrics.csv")
         if started is not None:
             started()
-        metrics = config.execute(run)
+        token = _executing.set(run)
+        try:
+            metrics = config.execute(run)
+        finally:
+            _executing.reset(token)
         run._write_times()
         record = {"id": id, "kind": type(config).__name__, "version": RESULTS_VERSION, "metrics": _plain(metrics)}
         write_json(path / "result.json", record)
@@ -655,7 +676,7 @@ def finished(id: str, *, store: str | Path | None = None) -> tuple[Any, Result]:
         AFDSError: no such run, several, an unfinished or a corrupted one.
     """
     folder = _store(store)
-    known = folder.is_dir() and any(_ID.fullmatch(path.name) for path in folder.glob(f"{id}*"))
+    known = folder.is_dir() and any((path / "result.json").is_file() for path in folder.glob(f"{id}*"))
     if not known and re.fullmatch(r"[0-9a-f]{1,12}", id):
         files = sorted(paths.results("any").parent.glob(f"*/runs/{id}*.json"))
         if len({file.stem for file in files}) == 1:

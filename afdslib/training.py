@@ -267,9 +267,13 @@ class _Some(torch.utils.data.Dataset):
 class _First(_Some):
     """Evenly spaced images of a split, so that every class is among them."""
 
-    def __init__(self, dataset: data.ImageDataset, images: int):
+    def __init__(self, dataset: data.ImageDataset, images: int, shuffle: int | None = None):
         count = min(images, len(dataset))
-        super().__init__(dataset, [i * len(dataset) // count for i in range(count)])
+        positions = [i * len(dataset) // count for i in range(count)]
+        if shuffle is not None:
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(shuffle))
+            positions = [positions[i] for i in order.tolist()]
+        super().__init__(dataset, positions)
 
 
 class _Part(_Some):
@@ -279,9 +283,9 @@ class _Part(_Some):
         super().__init__(dataset, list(range(rank, len(dataset), world)))
 
 
-def first(dataset: data.ImageDataset, images: int) -> Any:
-    """A fixed subset of a split: at most `images`, evenly spaced."""
-    return _First(dataset, images)
+def first(dataset: data.ImageDataset, images: int, *, shuffle: int | None = None) -> Any:
+    """A fixed subset of a split: at most `images`, evenly spaced; in the random order of a seed, if one is given."""
+    return _First(dataset, images, shuffle)
 
 
 @torch.no_grad()

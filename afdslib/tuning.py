@@ -157,7 +157,7 @@ def _open(folder: Path, name: str, space: Sequence[Axis], count: int, seed: int)
 
 
 def _signature(axis: Axis) -> list[Any]:
-    return [axis.name, axis.low, axis.high, axis.log, list(axis.choices)]
+    return [axis.name, axis.default, axis.low, axis.high, axis.log, list(axis.choices)]
 
 
 def _claim(folder: Path, study: Any) -> Any:

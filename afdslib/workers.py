@@ -23,7 +23,7 @@ __all__ = ["alongside", "compute"]
 def compute(configs: Sequence[Any], publish: Callable[[runs.Result], Any] | None = None) -> list[runs.Result]:
     """This worker's share of some runs and of those they need, then the results, in the order asked for.
 
-    A run is begun when those it needs are finished, so that its wall-clock time is its own.
+    A run is begun when those it needs are finished, so that workers do not wait for each other.
 
     Args:
         configs: the runs, the first ones first.
@@ -100,6 +100,7 @@ def alongside(work: Callable[..., Any], arguments: tuple[Any, ...], workers: int
     # Started afresh, not forked: a process that has used torch's threads cannot be forked safely.
     context = get_context("spawn")
     others: list[Any] = [context.Process(target=_work, args=(work, arguments)) for _ in range(workers - 1)]
+    threads = torch.get_num_threads()
     try:
         for process in others:
             process.start()
@@ -107,6 +108,7 @@ def alongside(work: Callable[..., Any], arguments: tuple[Any, ...], workers: int
             torch.set_num_threads(1)
         return work(*arguments)
     finally:
+        torch.set_num_threads(threads)
         # What they would still do is done, or this process has failed and the next call goes on.
         for process in others:
             process.terminate()

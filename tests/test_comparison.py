@@ -361,6 +361,43 @@ def test_without_training_the_tables_hold_the_seeds_that_every_method_has(profil
     assert "**Not finished**: 1 of 3 seeds of AFDS." in competitors.Compared(done).unfinished
 
 
+def test_data_that_are_not_there_stop_a_comparison_and_leave_its_tables_alone(profile, monkeypatch):
+    few = rules("afd+afs", "l2+width", seeds=(0,))
+    compared = comparison.run_comparison(profile, rules=few)
+    written = {file.name: file.read_bytes() for file in compared.folder().iterdir()}
+
+    def gone(name, *_, **__):
+        raise AFDSError("the data set tiny-target is missing")
+
+    monkeypatch.setattr(data, "load", gone)
+    for complete in (True, False):
+        with pytest.raises(AFDSError, match="the data set tiny-target is missing"):
+            comparison.run_comparison(profile, rules=few, complete=complete)
+    assert {file.name: file.read_bytes() for file in compared.folder().iterdir()} == written
+
+
+def test_a_narrower_network_with_kd_costs_its_teachers_source_too(profile):
+    few = rules("afd+afs", "l2+width", "l2+width-kd", seeds=(0,))
+    table = pd.read_csv(comparison.run_comparison(profile, rules=few).folder() / "comparison.csv")
+    alone, taught = (table[(table.method == m) & (table.budget == 0.4)].iloc[0] for m in ("l2+width", "l2+width-kd"))
+    dense = table[(table.method == "l2+width") & (table.budget == 1)].iloc[0]
+    assert taught.source_macs == pytest.approx(alone.source_macs + dense.source_macs, rel=1e-5)
+
+
+def test_the_first_trials_of_afs_are_shown_and_nothing_is_chosen_from_them(profile):
+    few = rules("afd+afs", "l2+taylor", trials=2, seeds=(0,))
+    compared = Comparison(profile, few)
+    assert not (compared.trials().stage == protocol_module.RECALLED).any()
+    trial = compared.selection_trials("afs")[1]
+    l2 = compared.best_regulariser("l2")
+    now = compared.point(Tuned(Method("l2", "afs"), l2, trial.settings), profile.trial_seed, (1.0, 0.5), trial=True)
+    before = runs.get_or_run(replace(now, first=0.5, freeze_first=True))
+    shown = compared.trials()
+    (row,) = shown[shown.stage == protocol_module.RECALLED].itertuples()
+    assert (row.name, row.trial, row.run) == ("afs", 1, before.id) and before.id != trial.outcome.run
+    assert compared.best_selection("afs") == Comparison(profile, few).best_selection("afs")
+
+
 def test_a_variant_of_a_study_takes_its_settings_and_rivals_and_tunes_nothing(profile, monkeypatch):
     small = rules("afd+afs", "l2+taylor", "l2+random", "l2+afs", seeds=(0, 1), rest=1, rivals=1)
     monkeypatch.setattr(comparison, "protocol", lambda p: small)
@@ -371,6 +408,13 @@ def test_a_variant_of_a_study_takes_its_settings_and_rivals_and_tunes_nothing(pr
         comparison.run_comparison(other, rules=like)
 
     original = comparison.run_comparison(profile, rules=small)
+    file = original.folder() / "comparison.csv"
+    whole = file.read_text()
+    table = pd.read_csv(file)
+    table[(table.seed == 0) | (table.method != "afd+afs")].to_csv(file, index=False)  # AFDS has a seed to go
+    with pytest.raises(AFDSError, match="finish it first"):
+        comparison.run_comparison(other, rules=like)
+    file.write_text(whole)
     before = {run.id for run in runs.list_runs()}
     done = comparison.run_comparison(other, rules=like)
     table = pd.read_csv(done.folder() / "comparison.csv")

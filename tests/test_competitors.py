@@ -56,6 +56,16 @@ def test_a_panel_per_selection_with_afds_in_every_other(compared):
     assert len({ax.get_xlim() for ax in axes}) == 1 and len({ax.get_ylim() for ax in axes}) == 1
 
 
+def test_every_line_of_a_panel_has_a_label_and_a_look_of_its_own():
+    keys = ("afd+afs", "afd-detached+afs", "l2+width", "afd+width", "l2+width-kd", "afd+width-kd")
+    figure = plots.competitors(table({(key, b, 0): 0.5 for key in keys for b in (1.0, 0.1)}))
+    for ax in (ax for ax in figure.axes if ax.axison):
+        handles, labels = ax.get_legend_handles_labels()
+        looks = [(h.lines[0].get_color(), h.lines[0].get_linestyle(), h.lines[0].get_marker()) for h in handles]
+        assert len(set(labels)) == len(labels) == len(set(looks)) and len(labels) >= 2
+    assert {"AFD", "AFD (detached)"} <= set(figure.axes[0].get_legend_handles_labels()[1])
+
+
 def test_the_paired_figure_has_a_row_per_method_at_its_difference(compared):
     found = statistics.paired_table(compared)
     (axis,) = plots.paired(found).axes

@@ -168,6 +168,23 @@ def test_a_pruned_point_resumes_to_the_same_numbers_with_the_channels_it_chose(s
     assert {name: (again.path / name).read_bytes() for name in files} == expected
 
 
+def test_taylor_scores_are_taken_on_batches_of_mixed_classes_where_asked_for(store, monkeypatch):
+    seen = []
+
+    def look(name, model, found, *, batches, **kwargs):
+        seen.append(torch.cat([images.flatten(1).sum(1) for images, _ in batches]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("afdslib.rivals.scores", look)
+    for mixed in (False, True, True):
+        config = PrunedRun(dense(), Selection("taylor", images=12, mixed=mixed), STAGE, (0.5,))
+        with pytest.raises(KeyboardInterrupt):
+            runs.get_or_run(config, store=store)
+    still, drawn, again = seen
+    assert len(still) == 12 and not torch.equal(still, drawn) and torch.equal(drawn, again)
+    assert torch.equal(still.sort().values, drawn.sort().values)
+
+
 def test_the_selections_share_the_unpruned_point_but_slimming_has_its_own():
     taylor, random = (PrunedRun(dense(), Selection(n), STAGE, (0.5,)) for n in ("taylor", "random"))
     slimming = PrunedRun(dense(scale_l1=1e-4), Selection("slimming"), STAGE, (0.5,))

@@ -462,6 +462,25 @@ def test_bug_in_a_writer_stays_a_bug(run):
 # committed results
 
 
+def test_the_time_of_a_run_leaves_out_the_runs_it_computes_on_the_way(store, monkeypatch):
+    def slow(self, run):
+        time.sleep(0.5)
+        run.write_artifact("model.txt", lambda path: path.write_text("0.3"))
+        return {"steps": 1}
+
+    monkeypatch.setattr(ToySource, "execute", slow)
+    child = runs.get_or_run(ToyTrain(source=ToySource()), store=store)
+    assert runs.seconds(runs.lookup(ToySource(), store=store)) >= 0.5 > 0.4 > runs.seconds(child)
+
+
+def test_a_committed_result_is_finished_beside_an_interrupted_run_of_the_same_id(store):
+    id = runs.get_or_run(ToyTrain(), store=store).id
+    runs.publish(runs.get_or_run(ToyTrain(), store=store), "tiny")
+    (store / id / "result.json").unlink()
+    config, result = runs.finished(id, store=store)
+    assert config == ToyTrain() and result.committed
+
+
 def test_published_result_is_found_without_a_store(store, monkeypatch):
     first = runs.get_or_run(ToyTrain(folder=str(store.parent)), store=store)
     file = runs.publish(first, "tiny")

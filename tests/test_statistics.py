@@ -104,6 +104,16 @@ def test_the_rival_is_the_best_competitor_on_validation_and_no_test_number_is_lo
         statistics.rival(found, budget=0.25)
 
 
+def test_a_competitor_that_lost_a_seed_stands_behind_those_that_did_not():
+    low, high = [0.7] * 2, [0.9] * 2
+    two = {"afd_afs": (high, high), "l2_taylor": (low, low), "l2sp_slimming": (low, high)}
+    found = table(**two)
+    one = (found.method == "l2sp+slimming") & (found.seed == 1)
+    assert statistics.rank_on_validation(found)[0] == "l2sp+slimming"
+    for lost in (found[~one], found.assign(validation_accuracy=found.validation_accuracy.mask(one))):
+        assert statistics.rank_on_validation(lost) == ["l2+taylor", "l2sp+slimming"]
+
+
 def test_the_table_of_pairs_is_in_points_with_corrected_p_values():
     ours = RANDOM.normal(0.80, 0.01, 10)
     found = table(afd_afs=(ours, ours), l2_taylor=(ours - RANDOM.normal(0.02, 0.005, 10), ours),

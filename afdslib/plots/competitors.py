@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -11,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from afdslib.plots.style import Look, look, percent, styled
 from afdslib.plots.sweep import QUANTITIES, draw_line, macs_axis, seeds_text, shifts
-from afdslib.protocol import LABELS, Method
+from afdslib.protocol import LABELS, RECALLED, Method
 
 __all__ = ["competitor_trials", "competitors", "paired"]
 
@@ -25,7 +26,19 @@ def _panel(selection: str) -> str:
 
 
 def _look(regulariser: str, selection: str) -> Look:
-    return look(selection if selection.startswith("width") else regulariser.removesuffix("-detached"))
+    """Of a line in its panel: by its regulariser, dotted where attention is detached; narrower networks by theirs too.
+    """
+    if selection.startswith("width"):
+        base = look(selection)
+        if regulariser == "l2":
+            return base
+        return replace(base, label=f"{base.label}, {LABELS[regulariser]}", colour=look(_base(regulariser)).colour)
+    base = look(_base(regulariser))
+    return base if _base(regulariser) == regulariser else replace(base, label=LABELS[regulariser], line=":")
+
+
+def _base(regulariser: str) -> str:
+    return regulariser.removesuffix("-detached")
 
 
 @styled
@@ -106,6 +119,7 @@ def paired(table: pd.DataFrame, *, title: str = "") -> Figure:
 STAGES = {
     "regulariser": "regularisers, on the dense network",
     "selection": "selections, with L2 at its best",
+    RECALLED: "AFS with the recalled schedule, which was replaced",
     "strength": "pairs: strength at the endpoint's budget",
 }
 
@@ -114,7 +128,7 @@ def _name(stage: str, name: str) -> str:
     return Method.parse(name).label if stage == "strength" else LABELS[name]
 
 
-def _strip(ax: Axes, table: pd.DataFrame) -> None:
+def _strip(ax: Axes, table: pd.DataFrame, *, chosen: bool) -> None:
     names = list(dict.fromkeys(table.name_))
     for row, name in enumerate(names):
         mine = table[table.name_ == name].dropna(subset="validation_accuracy")
@@ -122,7 +136,7 @@ def _strip(ax: Axes, table: pd.DataFrame) -> None:
             mine.validation_accuracy, [row] * len(mine), linestyle="", marker="o", markersize=4,
             markerfacecolor="white", color="#0072B2",
         )  # fmt: skip
-        if len(mine):
+        if chosen and len(mine):
             ax.plot(mine.validation_accuracy.max(), row, linestyle="", marker="D", color="#D55E00", markersize=4.5)
         lost = len(table[table.name_ == name]) - len(mine)
         if lost:
@@ -153,7 +167,7 @@ def competitor_trials(table: pd.DataFrame, *, title: str = "") -> Figure:
     fig = Figure(figsize=(6.6, 0.24 * sum(sizes) + 0.75 * len(sizes) + 0.4), layout="constrained")
     axes = fig.subplots(len(sizes), 1, squeeze=False, sharex=True, height_ratios=[n + 0.6 for n in sizes])[:, 0]
     for ax, (stage, mine) in zip(axes, stages.items(), strict=True):
-        _strip(ax, mine)
+        _strip(ax, mine, chosen=stage != RECALLED)
         ax.set_title(STAGES[stage])
     for ax in axes:
         ax.tick_params(labelbottom=True)
