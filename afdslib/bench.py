@@ -1,9 +1,9 @@
 """`afds bench`: measured time of networks, training steps, losses and data loading, side by side in one run.
 
-Every case measures its variants in turn, repeat by repeat, each repeat on another image, on a fixed number of threads
-and after a warm-up. A ratio is the median over repeats of the ratio within a repeat, so that what else the machine does
-falls on both sides. Networks have random weights unless a file is given: their time does not depend on the weights,
-apart from gates, which `random_gates` makes depend on the image. [ours]
+Every case measures its variants in turn, repeat by repeat, on a fixed number of threads and after a warm-up; networks
+see another image each repeat. A ratio is the median over repeats of the ratio within a repeat, so that what else the
+machine does falls on both sides. Networks have random weights unless a file is given: their time does not depend on the
+weights, apart from gates, which `random_gates` makes depend on the image. [ours]
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Settings:
         warmup: rounds before them.
         keep: share of the inner channels that the compact network keeps.
         stream: share of the residual streams' channels that it keeps.
-        multiple: kept channels are rounded up to a multiple.
+        multiple: kept channels are rounded to a multiple.
         density: d of the dynamic case.
         weights: a file of `afs.save` whose own masks make the compact network, instead of random ones.
         masks: files of `afds speed`, which hold masks only, one network each; the weights are then random.
@@ -111,6 +111,8 @@ class Row:
         batch: images at a time.
         variant: what was measured.
         baseline: the variant it is compared with.
+        size: side of the images, pixels, where there are any.
+        width: factor on the network's channels.
         median_ms, q1_ms, q3_ms: milliseconds per call: median and quartiles over the repeats.
         speedup, speedup_q1, speedup_q3: time of the baseline over time of this, within each repeat.
         macs: mean multiply-accumulates per image, where they are known.
@@ -126,6 +128,8 @@ class Row:
     batch: int
     variant: str
     baseline: str
+    size: int | None = None
+    width: float | None = None
     median_ms: float | None = None
     q1_ms: float | None = None
     q3_ms: float | None = None
@@ -356,7 +360,7 @@ def torch_pruned(model: nn.Module, size: int, allowed: float, multiple: int) -> 
 
     image = torch.zeros(1, 3, size, size)
     low, high, best = 0.0, 0.98, None
-    for _ in range(7):
+    for _ in range(10):
         ratio = (low + high) / 2
         pruned = copy.deepcopy(model)
         pruner = torch_pruning.pruner.BasePruner(
@@ -377,7 +381,8 @@ def _in_runtime(model: nn.Module, example: Tensor, runtime: str, threads: int, f
     """A network as a function of a batch, in one of the runtimes."""
     if runtime == "onnxruntime":
         return _session(model, example, threads, folder)
-    call: Callable[[Tensor], Any] = torch.compile(model) if runtime == "compiled" else model
+    # By default a second batch size would be compiled for any size, some variants of a comparison and not others.
+    call: Callable[[Tensor], Any] = torch.compile(model, dynamic=False) if runtime == "compiled" else model
 
     def forward(images: Tensor) -> Any:
         with torch.no_grad():
@@ -409,13 +414,14 @@ def compare(
         settings: threads, repeats and warm-up.
         row: what the rows share: case, network, runtime, batch and the baseline's name.
         extra: further columns by variant.
-        images: (N, 3, H, W), N at least the batch.
+        images: (N, 3, H, W), N at least the batch; each repeat takes the batch that begins one image later.
     """
     batch = row.batch
     calls: dict[str, Callable[[int], object]] = {}
     refused = []
     if row.runtime == "onnxruntime":
         need("onnxruntime")
+    torch.compiler.reset()  # what was compiled for another batch size has no say in this one
     with tempfile.TemporaryDirectory() as folder:
         for name, model in models.items():
             try:
@@ -423,12 +429,13 @@ def compare(
                 call(images[:batch])
             except Exception as error:  # what an exporter or a compiler cannot do is a result of the comparison
                 logging.getLogger(__name__).debug("%s in %s", name, row.runtime, exc_info=True)
-                why = f"not in this runtime: {type(error).__name__} {str(error).strip().splitlines()[0][:120]}"
+                said = (str(error).strip().splitlines() or [""])[0][:120]
+                why = f"not in this runtime: {type(error).__name__} {said}".strip()
                 refused.append(replace(row, variant=name, note=why))
                 continue
 
             def timed(repeat: int, call: Callable[[Tensor], Any] = call) -> object:
-                first = (repeat * batch) % (len(images) - batch + 1)
+                first = repeat % (len(images) - batch + 1)
                 return call(images[first : first + batch])
 
             calls[name] = timed
@@ -438,7 +445,7 @@ def compare(
 
 
 def _images(settings: Settings, batch: int) -> Tensor:
-    return photographs(max(8, batch + 7, settings.repeats), settings.size, settings.seed + 1)
+    return photographs(max(8, batch + settings.repeats), settings.size, settings.seed + 1)
 
 
 def _dense(settings: Settings, name: str) -> tuple[nn.Module, nn.Module]:
@@ -478,8 +485,11 @@ def _networks(settings: Settings) -> Iterator[Row]:
     """Dense, compact and torch-pruning's network at the same MACs."""
     size = (3, settings.size, settings.size)
     for name, plain, gated, note in _masked(settings):
+        width = float(gated.architecture["width"])  # type: ignore[index]
         small = compact(gated.eval(), input_size=size, fold_bn=True)
         dense, reached = macs.count(plain, size).total, macs.count(small, size).total
+        if afs.layers(small):  # their channels are all computed, and their predictors besides
+            reached += macs.expected(small, [(_images(settings, 1)[:4], torch.zeros(4))]).predictors
         models = {"dense": _folded(plain, settings.size), "compact": small}
         extra: dict[str, dict[str, Any]] = {
             "dense": {"macs": dense, "reduction": 1.0, "note": "batch norm folded"},
@@ -488,7 +498,7 @@ def _networks(settings: Settings) -> Iterator[Row]:
         try:
             peer = torch_pruned(plain, settings.size, reached, settings.multiple)
         except AFDSError as error:
-            yield Row("networks", name, "", 0, "torch-pruning", "dense", note=str(error))
+            yield Row("networks", name, "", 0, "torch-pruning", "dense", settings.size, width, note=str(error))
         else:
             value = macs.count(peer, size).total
             text = f"L1, coupled widths, multiples of {settings.multiple}"
@@ -497,7 +507,8 @@ def _networks(settings: Settings) -> Iterator[Row]:
         for batch in settings.batches:
             images = _images(settings, batch)
             for runtime in settings.runtimes:
-                yield from compare(models, settings, Row("networks", name, runtime, batch, "", "dense"), extra, images)
+                row = Row("networks", name, runtime, batch, "", "dense", settings.size, width)
+                yield from compare(models, settings, row, extra, images)
 
 
 def _rebuilt(architecture: Mapping[str, Any]) -> nn.Module:
@@ -538,7 +549,8 @@ def _dynamic(settings: Settings) -> Iterator[Row]:
                     "masked": {"macs": dense, "reduction": 1.0},
                     "dynamic": {"macs": count.total, "reduction": dense / count.total, "note": note},
                 }
-                yield from compare(models, settings, Row("dynamic", name, runtime, batch, "", "dense"), extra, images)
+                row = Row("dynamic", name, runtime, batch, "", "dense", settings.size, settings.width)
+                yield from compare(models, settings, row, extra, images)
 
 
 def _gates(settings: Settings) -> Iterator[Row]:
@@ -555,7 +567,7 @@ def _gates(settings: Settings) -> Iterator[Row]:
                 "AFS prepared": {"note": "statistics folded, pooled inputs shared, by dynamic(ways='mask')"},
             }
             for runtime in settings.runtimes:
-                row = Row("gates", name, runtime, batch, "", "plain")
+                row = Row("gates", name, runtime, batch, "", "plain", settings.size, settings.width)
                 yield from compare(models, settings, row, extra, images)
 
 
@@ -600,8 +612,8 @@ def _training(settings: Settings) -> Iterator[Row]:
             step(images[first : first + batch], torch.arange(batch) % 10)
 
         calls = {variant: partial(timed, step=step) for variant, step in steps.items()}
-        row = Row("training", name, "eager", batch, "", "plain")
-        note = {"note": f"{size} px, float32, SGD; the source's forward pass included"}
+        row = Row("training", name, "eager", batch, "", "plain", size, settings.width)
+        note = {"note": "float32, SGD; the source's forward pass included"}
         yield from _rows(interleave(calls, settings.repeats, settings.warmup), row, extra={"AFDS": note})
 
 
@@ -644,6 +656,7 @@ def _loss(name: str, naive: bool, shape: tuple[int, ...]) -> Callable[[], object
     from afdslib.losses.afd import AFDLoss
 
     torch.manual_seed(0)
+    small = (2, shape[1], *shape[2:])
     student, source = torch.rand(shape, requires_grad=True), torch.rand(shape)
     loss: Callable[[Tensor, Tensor], Tensor]
     if name == "AT":
@@ -660,6 +673,8 @@ def _loss(name: str, naive: bool, shape: tuple[int, ...]) -> Callable[[], object
         student.grad = None
         loss(student, source).backward()
 
+    few = torch.rand(small, requires_grad=True)
+    loss(few, torch.rand(small)).backward()  # what the first call of all allocates is not the loss's own
     return call
 
 
@@ -731,7 +746,7 @@ def _loading(settings: Settings) -> Iterator[Row]:
         seconds = interleave(calls, settings.repeats, settings.warmup)
         extra = {"from JPEG files": {"note": f"{side} px files, one process"}}
         yield from _rows(
-            seconds, Row("loading", f"{name} at {size} px", "eager", batch, "", "training step"), extra=extra
+            seconds, Row("loading", name, "eager", batch, "", "training step", size, settings.width), extra=extra
         )
 
 
@@ -758,7 +773,7 @@ def _memory(settings: Settings) -> Iterator[Row]:
                     path = Path(folder) / f"{variant}.safetensors"
                     afs.save(model, path)
                     yield Row(
-                        "memory", name, "eager", batch, variant, "dense",
+                        "memory", name, "eager", batch, variant, "dense", settings.size, settings.width,
                         peak_mib=_peak(_loaded, str(path), settings.size, batch),
                         file_mib=path.stat().st_size / 2**20,
                     )  # fmt: skip
@@ -778,13 +793,13 @@ CASES: dict[str, Callable[[Settings], Iterator[Row]]] = {
 # -------------------------------------------------------------------------------------------------------------- output
 
 
-def run(cases: Sequence[str], settings: Settings, *, echo: Callable[[str], object] = lambda text: None) -> list[Row]:
+def run(cases: Sequence[str], settings: Settings, *, told: Callable[[Row], object] = lambda row: None) -> list[Row]:
     """Measures cases one after the other.
 
     Args:
         cases: names, of `CASES`.
         settings: what and how.
-        echo: told each row as soon as it is there.
+        told: called with each row as soon as it is there.
 
     Raises:
         AFDSError: for an unknown case.
@@ -797,7 +812,7 @@ def run(cases: Sequence[str], settings: Settings, *, echo: Callable[[str], objec
         for name in cases:
             for row in CASES[name](settings):
                 found.append(row)
-                echo(describe(row))
+                told(row)
     return found
 
 
@@ -813,7 +828,7 @@ def environment(settings: Settings) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
     return {
-        "device": ", ".join([facts["cpu"], *facts["gpus"]]),
+        "device": facts["cpu"],  # where everything here is measured
         "cores": str(facts["cores"]),
         "threads": str(settings.threads),
         "repeats": str(settings.repeats),
@@ -829,6 +844,8 @@ def describe(row: Row) -> str:
         text += f": {row.median_ms:.2f} ms [{row.q1_ms:.2f}, {row.q3_ms:.2f}]"
         if row.variant != row.baseline:
             text += f", {_ratio(row)} {row.baseline}"
+    if row.size is not None:
+        text += f" at {row.size} px"
     if row.reduction is not None:
         text += f", MACs {row.reduction:.2f}x fewer"
     if row.peak_mib is not None:

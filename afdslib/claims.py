@@ -324,7 +324,7 @@ def _pairs(table: pd.DataFrame) -> list[tuple[Any, Any]]:
 def faster(times: int = 10) -> Found:
     """Measured time of the network that AFDS pruned by its own masks, against the dense one."""
     table = measured.stored()
-    table = table[table.network == f"resnet101-{times}x"]
+    table = table[(table.network == f"resnet101-{times}x") & (table["size"] == 224) & (table.width == 1)]
     own = table.file[table.note.fillna("").str.startswith("masks of")]  # and not random ones
     table = table[table.file.isin(own)]
     pairs = _pairs(table)

@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     if code == 130:
-        print("afds: interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        print("afds: interrupted; what was being trained goes on when the command is repeated", file=sys.stderr)
     return code if isinstance(code, int) else 0
 
 
@@ -547,9 +547,19 @@ def bench(
         weights=weights, masks=tuple(masks or ()), train_size=train_size, train_batch=train_batch, width=width,
     )  # fmt: skip
     typer.echo("  ".join(f"{key}: {value}" for key, value in benchmarks.environment(settings).items()))
-    found = benchmarks.run(case or list(benchmarks.CASES), settings, echo=typer.echo)
+    if out is not None and Path(out).is_dir():
+        raise AFDSError(f"{out!r} is a folder; give the name of the CSV file to write")
+    measured: list[benchmarks.Row] = []
+
+    def told(row: benchmarks.Row) -> None:
+        typer.echo(benchmarks.describe(row))
+        measured.append(row)
+        if out is not None:
+            benchmarks.to_csv(measured, settings, out)  # after each row: measuring takes long
+
+    benchmarks.run(case or list(benchmarks.CASES), settings, told=told)
     if out is not None:
-        typer.echo(f"written to {benchmarks.to_csv(found, settings, out)}")
+        typer.echo(f"written to {out}")
 
 
 @app.command()
@@ -560,11 +570,15 @@ def speed(
     per_class: Annotated[int | None, typer.Option(help="Fitting images per class; 0 for all.")] = 60,
     network: Annotated[str, typer.Option(help="Backbone, with the stem for photographs.")] = "resnet101",
     width: Annotated[float, typer.Option(help="Factor on all channels, for quick looks.")] = 1.0,
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps of every stage, for quick looks.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of every stage, with 8 images each, for quick looks.")
+    ] = None,
     lr: Annotated[float, typer.Option(help="Learning rate at the start.")] = 0.01,
     multiple: Annotated[int, typer.Option(min=1, help="Kept channels are rounded to a multiple.")] = 16,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
-    out: Annotated[str | None, typer.Option(help="Folder for the masks; default: data/results/speed.")] = None,
+    out: Annotated[
+        str | None, typer.Option(help="Folder for the masks; data/results/speed for the study as it stands.")
+    ] = None,
 ) -> None:
     """Train ResNet-101 with AFDS at 64 px, prune it 2x, 5x and 10x by its own masks, and write the masks."""
     from dataclasses import replace

@@ -75,7 +75,8 @@ def _put(values: Tensor, index: Tensor, channels: int) -> Tensor:
 
 
 def _add(whole: Tensor, values: Tensor, index: Tensor) -> Tensor:
-    """Adds channels to a map, in place."""
+    """Adds channels to a map, in place where its memory is in order."""
+    whole = whole.contiguous()  # a map in channels-last order has no rows of channels
     batch, channels, *rest = whole.shape
     rows = whole.view(batch * channels, *rest)
     rows.index_add_(0, _offsets(index, channels), values.flatten(0, 1))
@@ -820,7 +821,10 @@ class DynamicNetwork(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         sizes = [int(size) for size in self.plans]
         nearest = min(sizes, key=lambda size: abs(size - images.shape[0]))
-        return self.plans[str(nearest)](images)
+        plan = self.plans[str(nearest)]
+        if nearest == 1 and len(images) > 1:  # its shapes may hang on the image, so it takes one at a time
+            return torch.cat([plan(image) for image in images.split(1)])
+        return plan(images)
 
 
 @torch.no_grad()
@@ -840,7 +844,7 @@ def dynamic(
         model: a converted network in eval mode, or what `compact.compact` makes of one.
         images: one batch (B, 3, H, W) for each batch size to prepare; ways are measured on them, so give real ones.
         ways: the ways of some layers, or one way for all layers that know it, instead of measuring. With a way for
-            every layer nothing is measured at all, and no fall back to masking happens.
+            every AFS layer no fall back to masking happens, and only layers without gates behind them are measured.
         repeats: measurements of each way.
         static_shapes: leave out ways whose shapes differ between images, for torch.compile and exports.
 

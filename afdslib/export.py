@@ -14,7 +14,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,7 @@ class Card:
             raise ValueError("it is no JSON object")
         values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
         card = cls(**values)
+        card = replace(card, classes=tuple(map(str, card.classes)))
         sides = all(isinstance(side, int) and side >= 1 for side in (card.size, card.resize))
         numbers = all(isinstance(v, (int, float)) and math.isfinite(v) for v in (*card.mean, *card.std))
         if not (sides and numbers and len(card.mean) == len(card.std) == 3 and min(card.std) > 0 and card.classes):
@@ -135,8 +136,12 @@ class GatedInference(nn.Module):
     def _gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         h = nn.functional.linear(x.mean((2, 3)), self.weight, self.bias).relu()
         if 0 < self.places < self.dynamic:
-            # In ONNX the lowest index wins a tie, as it must.
-            largest, index = h.topk(self.places, dim=1)
+            # The lowest index must win a tie: ONNX's TopK promises that, torch's does not.
+            if torch.compiler.is_exporting():
+                largest, index = h.topk(self.places, dim=1)
+            else:
+                ordered = torch.sort(h, dim=1, descending=True, stable=True)
+                largest, index = (t[:, : self.places] for t in ordered)
             h = torch.zeros_like(h).scatter(1, index, largest)
         elif self.places == 0:
             h = torch.zeros_like(h)
@@ -222,8 +227,8 @@ def save_onnx(
         max|a-b| / max|b| between onnxruntime and torch on random images.
 
     Raises:
-        AFDSError: in train mode, without the ONNX packages, for a network that cannot be exported, or if onnxruntime's
-            outputs differ by more than `TOLERANCE`; no file is left then.
+        AFDSError: in train mode, without the ONNX packages, for an opset or a network that cannot be exported, for
+            outputs that are not finite, or if onnxruntime's differ by more than `TOLERANCE`; no file is left then.
     """
     need("onnx"), need("onnxscript"), need("onnxruntime")
     if model.training:
@@ -250,17 +255,23 @@ def save_onnx(
                 f"torch.onnx cannot export {type(model).__name__} ({reason[0] if reason else type(error).__name__})"
             ) from error
     assert program is not None
+    written = int(program.model.opset_imports[""])
+    if written != opset:
+        raise AFDSError(f"torch.onnx cannot write opset {opset!r} here and would take {written}; ask for one it knows")
     if card is not None:
         program.model.metadata_props[KEY] = Card(**{**asdict(card), "opset": opset}).to_json()
     with atomic_path(path) as part:
         program.save(str(part), external_data=False)
-        worst = 0.0
+        differences = []
         runtime = session(part)
         with torch.no_grad():
             for count in (1, 3) if batch is None else (batch,):
                 x = images(count)
                 wanted, found = model_output(reference, x), torch.from_numpy(runtime.run(None, {"image": x.numpy()})[0])
-                worst = max(worst, float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)))
+                if not bool(wanted.isfinite().all()):
+                    raise AFDSError("the network's outputs are not finite, so it is not exported; train it again")
+                differences.append(float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)))
+        worst = math.inf if any(map(math.isnan, differences)) else max(differences)
         if not worst <= TOLERANCE:
             raise AFDSError(
                 f"onnxruntime's outputs differ by {worst:.1e} of the largest from torch's, more than {TOLERANCE:g}: "
@@ -333,6 +344,8 @@ def export_run(
     suffixes = {"onnx": ".onnx", "torch": ".safetensors"}
     if format not in suffixes:
         raise AFDSError(f"the format {format!r} is unknown; use onnx or torch")
+    if out is not None and Path(out).suffix != suffixes[format]:
+        raise AFDSError(f"a file of the format {format} is named *{suffixes[format]}, got {str(out)!r}; rename it")
     config, result = runs.finished(id, store=store)
     if "diverged" in result.metrics:
         raise AFDSError(f"run {result.id} diverged, so it has no network to export; take another run")

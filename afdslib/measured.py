@@ -6,6 +6,7 @@ Each file below data/results/speed/ was written by one `afds bench --out`; its r
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any
 
 import pandas as pd
 
@@ -14,7 +15,7 @@ from afdslib.summary import Table, Text
 
 __all__ = ["best", "networks_text", "others_text", "stored"]
 
-_RUN = ["file", "device", "threads", "network", "batch"]
+_RUN = ["file", "device", "threads", "size", "width", "network", "batch"]
 _COLUMNS = [field.name for field in fields(bench.Row)] + ["device", "threads", "repeats", "file"]
 
 
@@ -37,8 +38,8 @@ def best(table: pd.DataFrame) -> pd.DataFrame:
         table: of `stored`.
 
     Returns:
-        For the case "networks" a row per file, device, number of threads, network, batch size and variant that was
-        measured beside a dense network, with `faster`: median time of the dense network over this one's.
+        For the case "networks" a row per file, device, number of threads, image size, network, width, batch size and
+        variant that was measured beside a dense network, with `faster`, the dense one's median time over this one's.
     """
     found = []
     table = table[table.case == "networks"].dropna(subset=["median_ms"])
@@ -60,10 +61,10 @@ def networks_text(table: pd.DataFrame) -> Text:
     if rows.empty:
         return Text("Not measured: `afds speed`, then `afds bench --case networks --masks FILE --out ...`, do.")
     parts = []
-    for (file, device, threads), mine in rows.groupby(["file", "device", "threads"], sort=False):
+    for (file, device, threads, size), mine in rows.groupby(["file", "device", "threads", "size"], sort=False):
         lines = [
             [
-                row.network, str(row.batch), row.variant, f"{row.reduction:.1f}x", f"{row.median_ms:.1f}", row.runtime,
+                _named(row), str(row.batch), row.variant, f"{row.reduction:.1f}x", f"{row.median_ms:.1f}", row.runtime,
                 f"{row.faster:.2f}x", f"{row.faster / row.reduction:.2f}",
             ]
             for row in mine.sort_values(["network", "batch"], kind="stable").itertuples()
@@ -71,7 +72,7 @@ def networks_text(table: pd.DataFrame) -> Text:
         header = ["network", "batch", "variant", "fewer MACs", "ms", "fastest in", "faster", "faster / fewer MACs"]
         notes = [note for note in mine.note.dropna().unique() if note.startswith(("masks of", "random masks"))]
         parts += [
-            f"`data/results/{file}`, {device}, {_threads(threads)}; compact: {', '.join(notes)}; "
+            f"`data/results/{file}`, {int(size)} px, {device}, {_threads(threads)}; compact: {', '.join(notes)}; "
             "torch-pruning: its network of at most as many MACs, by L1 norms, widths coupled.",
             Table(header, lines)._repr_markdown_(),
         ]
@@ -84,25 +85,37 @@ def others_text(table: pd.DataFrame) -> Text:
     Args:
         table: of `stored`.
     """
-    rows = table[(table.case != "networks") & (table.variant != table.baseline)].dropna(subset=["speedup"])
+    rows = table[table.case != "networks"]
+    rows = rows[((rows.variant != rows.baseline) & rows.speedup.notna()) | rows.peak_mib.notna()]
     if rows.empty:
         return Text("Not measured: `afds bench --out ...` does.")
-    lines = []
-    for row in rows.itertuples():
-        value, low, high = row.speedup, row.speedup_q1, row.speedup_q3
-        if value < 1:
-            value, low, high = 1 / value, 1 / high, 1 / low
-        said = "as fast as" if row.speedup >= 1 else "the time of"
-        lines.append(
-            [
-                f"{row.case}, {row.network}", str(row.batch), "" if pd.isna(row.runtime) else row.runtime, row.variant,
-                f"{value:.2f}x [{low:.2f}, {high:.2f}] {said} {row.baseline}", f"{row.median_ms:.4g}",
-            ]
-        )  # fmt: skip
-    header = ["case", "batch", "runtime", "measured", "median ratio [quartiles]", "ms"]
+    lines = [
+        [
+            f"{row.case}, {_named(row)}" + ("" if pd.isna(row["size"]) else f", {int(row['size'])} px"), str(row.batch),
+            "" if pd.isna(row.runtime) else row.runtime, row.variant, _ratio(row),
+            "" if pd.isna(row.median_ms) else f"{row.median_ms:.4g}",
+            "" if pd.isna(row.peak_mib) else f"{row.peak_mib:.1f}",
+            "" if pd.isna(row.file_mib) else f"{row.file_mib:.1f}",
+        ]
+        for _, row in rows.iterrows()
+    ]  # fmt: skip
+    header = ["case", "batch", "runtime", "measured", "median ratio [quartiles]", "ms", "peak MiB", "file MiB"]
     files = dict.fromkeys(zip(rows.file, rows.device, rows.threads, strict=True))
     facts = "; ".join(f"`data/results/{file}`, {device}, {_threads(number)}" for file, device, number in files)
     return Text(f"{Table(header, lines, numbers=False)._repr_markdown_()}\n\n{facts}.")
+
+
+def _ratio(row: Any) -> str:
+    if pd.isna(row.speedup) or row.variant == row.baseline:
+        return ""
+    if row.speedup >= 1:
+        return f"{row.speedup:.2f}x [{row.speedup_q1:.2f}, {row.speedup_q3:.2f}] as fast as {row.baseline}"
+    return f"{1 / row.speedup:.2f}x [{1 / row.speedup_q3:.2f}, {1 / row.speedup_q1:.2f}] the time of {row.baseline}"
+
+
+def _named(row: Any) -> str:
+    """A network with its width, where it is not the usual one."""
+    return str(row.network) if pd.isna(row.width) or row.width == 1 else f"{row.network} of width {row.width:g}"
 
 
 def _threads(number: int) -> str:

@@ -35,7 +35,9 @@ def load(path: str | Path) -> tuple[Network, Card]:
     if path.suffix == ".onnx":
         runtime = session(path)
         card = _card(runtime.get_modelmeta().custom_metadata_map.get(KEY), path)
-        name = runtime.get_inputs()[0].name
+        name, batch = runtime.get_inputs()[0].name, runtime.get_inputs()[0].shape[0]
+        if isinstance(batch, int) and batch > 1:
+            raise AFDSError(f"{path} takes {batch} images at a time only; write one for any number with afds export")
         return lambda images: runtime.run(None, {name: images})[0], card
     if path.suffix != ".safetensors":
         raise AFDSError(f"{path} is no file of afds export; give a .onnx or .safetensors file")
@@ -98,7 +100,8 @@ def predict(
         For each image its path and (class, probability), likeliest first.
 
     Raises:
-        AFDSError: for a bad model file, a file that is no image, or a network whose outputs and names differ in number.
+        AFDSError: for a bad model file, a file that is no image, or a network whose outputs and names differ in number
+            or whose outputs are not finite.
     """
     if isinstance(top, bool) or not isinstance(top, int) or top < 1:
         raise AFDSError(f"top must be a whole number of at least 1, got {top!r}")
@@ -113,6 +116,8 @@ def predict(
             raise AFDSError(
                 f"{model} has {len(logits)} outputs but {len(card.classes)} class names; export it again"
             )
+        if not np.isfinite(logits).all():
+            raise AFDSError(f"{model} gives outputs that are not finite for {path}; train it again and export it")
         shares = np.exp(logits - logits.max())
         shares /= shares.sum()
         best = np.argsort(-shares, kind="stable")[:top]

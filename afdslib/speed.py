@@ -105,8 +105,10 @@ def train(settings: Speed, data_dir: str | None = None, *, folder: Path | None =
         accuracy, MACs and the run's id.
 
     Raises:
-        AFDSError: if a run diverged.
+        AFDSError: if a run diverged, or for other settings than `Speed()` without a folder for their masks.
     """
+    if folder is None and settings != Speed():
+        raise AFDSError("only the study as it stands is kept among the results; give another folder for these settings")
     folder = folder or paths.results("speed")
     files = []
     for config in settings.runs(data_dir):
@@ -141,7 +143,7 @@ def read_masks(path: str | Path) -> Mapping[str, Any]:
     """
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not all(isinstance(found[key], dict) for key in ("architecture", "masks")):
+        if not (isinstance(found["architecture"]["name"], str) and isinstance(found["masks"], dict) and found["masks"]):
             raise KeyError("masks")
     except FileNotFoundError:
         raise AFDSError(f"no file {str(path)!r}; give one that afds speed wrote") from None

@@ -40,21 +40,44 @@ def test_each_repeat_sees_another_batch() -> None:
             seen.append(x.numpy().tobytes())
             return x
 
-    images = bench.photographs(8, 8, 0)
-    row = bench.Row("case", "net", "eager", 2, "", "look")
-    bench.compare({"look": Look()}, bench.Settings(repeats=3, warmup=0), row, {}, images)
-    assert len(set(seen[1:])) == 3
+    settings = bench.Settings(repeats=12, warmup=0, size=8)
+    for batch in (1, 2, 16):
+        seen.clear()
+        row = bench.Row("case", "net", "eager", batch, "", "look")
+        bench.compare({"look": Look()}, settings, row, {}, bench._images(settings, batch))
+        assert len(set(seen[1:])) == 12
 
 
 def test_what_a_runtime_refuses_is_a_row_with_the_reason() -> None:
     class Broken(torch.nn.Module):
+        def __init__(self, error):
+            super().__init__()
+            self.error = error
+
         def forward(self, x):
-            raise RuntimeError("no such kernel")
+            raise self.error
 
     row = bench.Row("case", "net", "eager", 1, "", "dense")
-    found = bench.compare({"dense": torch.nn.Identity(), "broken": Broken()}, QUICK, row, {}, torch.zeros(8, 3, 4, 4))
-    assert [r.variant for r in found] == ["dense", "broken"]
+    models = {"dense": torch.nn.Identity(), "a": Broken(RuntimeError("no such kernel")), "b": Broken(AssertionError())}
+    found = bench.compare(models, QUICK, row, {}, torch.zeros(8, 3, 4, 4))
+    assert [r.variant for r in found] == ["dense", "a", "b"]
     assert "no such kernel" in found[1].note and found[1].speedup is None
+    assert found[2].note == "not in this runtime: AssertionError"
+
+
+def test_every_batch_size_is_compiled_for_itself(monkeypatch) -> None:
+    compiled = []
+    real = torch.compile
+
+    def look(model, **options):
+        compiled.append(options)
+        return real(model, backend="eager", **options)
+
+    monkeypatch.setattr(torch, "compile", look)
+    for batch in (1, 2):
+        row = bench.Row("case", "net", "compiled", batch, "", "dense")
+        bench.compare({"dense": torch.nn.Identity()}, QUICK, row, {}, torch.zeros(8, 3, 4, 4))
+    assert compiled == [{"dynamic": False}] * 2
 
 
 def test_random_gates_depend_on_the_image_and_stay_finite() -> None:
@@ -140,6 +163,7 @@ def test_the_command_writes_rows_with_device_threads_and_versions(tmp_path: Path
     assert cli.main(["bench", *arguments, "--out", str(out)]) == 0
     rows = list(csv.DictReader(out.open()))
     assert [row["variant"] for row in rows] == ["dense", "compact", "torch-pruning"]
+    assert {(row["size"], row["width"]) for row in rows} == {("32", "0.125")}
     assert all(
         row["device"] and row["threads"] == "1" and row["torch"] == torch.__version__.split("+")[0] for row in rows
     )
@@ -160,6 +184,24 @@ def test_committed_masks_rebuild_the_network_that_is_timed(tmp_path: Path) -> No
     assert {row.network: row.macs for row in found if row.variant == "compact"} == wanted and wanted["b"] < wanted["a"]
 
 
+def test_rows_are_written_as_they_come(tmp_path: Path, monkeypatch) -> None:
+    def case(settings):
+        yield bench.Row("toy", "net", "eager", 1, "dense", "dense", 32, 1.0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(bench.CASES, "toy", case)
+    out = tmp_path / "bench.csv"
+    assert cli.main(["bench", "--case", "toy", "--out", str(out)]) == 130
+    assert [row["case"] for row in csv.DictReader(out.open())] == ["toy"]
+    assert cli.main(["bench", "--case", "toy", "--out", str(tmp_path)]) == 2
+
+
+def test_a_quick_look_at_the_speed_study_never_writes_among_the_results(monkeypatch) -> None:
+    monkeypatch.setattr(speed.runs, "get_or_run", lambda *a, **k: pytest.fail("refused before anything is trained"))
+    with pytest.raises(AFDSError, match="give another folder"):
+        speed.train(bench.replace(speed.Speed(), width=0.125))
+
+
 def test_refusals(tmp_path: Path, capsys) -> None:
     with pytest.raises(AFDSError, match="unknown case 'speed'"):
         bench.run(["speed"], QUICK)
@@ -168,7 +210,8 @@ def test_refusals(tmp_path: Path, capsys) -> None:
     with pytest.raises(AFDSError, match="density"):
         bench.Settings(density=0)
     (tmp_path / "foreign.json").write_text("[]")
-    for name in ("foreign.json", "missing.json"):
+    (tmp_path / "empty.json").write_text('{"architecture": {}, "masks": {}}')
+    for name in ("foreign.json", "missing.json", "empty.json"):
         assert cli.main(["bench", "--case", "networks", "--masks", str(tmp_path / name)]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
 

@@ -84,9 +84,11 @@ def curves(profile: str, halves, *, seeds=4) -> None:
 
 
 def times(
-    dense=(30, 31, 32), compact=(3, 3.1, 3.2), *, batch=1, repeats=5, note="masks of resnet101-10x.json", name="a"
+    dense=(30, 31, 32), compact=(3, 3.1, 3.2), *, batch=1, repeats=5, note="masks of resnet101-10x.json", name="a",
+    size=224,
 ):
     row = {"case": "networks", "network": "resnet101-10x", "batch": batch, "device": "CPU", "threads": 1}
+    row |= {"size": size, "width": 1.0}
     row |= {"repeats": repeats}
     rows = [
         row | {"variant": v, "runtime": r, "q1_ms": f * t[0], "median_ms": f * t[1], "q3_ms": f * t[2], "note": n}
@@ -224,6 +226,8 @@ def test_measured_time():
 
 def test_times_of_random_masks_are_no_evidence_and_each_network_has_its_best_runtime():
     times(note="random masks: 0.2 inner")
+    assert verdict("faster CNNs") == UNTESTED
+    times(size=64)
     assert verdict("faster CNNs") == UNTESTED
     times((30, 31, 32), (25, 26, 27))
     (found,) = (c.judge() for c in claims.claims() if c.title == "faster CNNs")

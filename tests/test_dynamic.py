@@ -100,6 +100,28 @@ def test_inputs_of_a_stream_that_are_zero_can_be_left_out() -> None:
         assert next(c.way for c in net.choices[1] if c.layer == layer).startswith("nonzero:")
 
 
+def test_a_network_prepared_for_one_image_takes_several() -> None:
+    model, x = network(0.6), images(1)  # so dense that the channels that are not zero are counted for each image
+    ways = dict.fromkeys(afs.layers(model), "mask") | _streams("layer2.0.conv1")
+    assert distance(model, dynamic.dynamic(model, x, ways=ways), images(3)) <= 1e-12
+
+
+@pytest.mark.parametrize("way", ["mask", "gather"])
+@pytest.mark.parametrize("weights", [False, True])
+def test_channels_last_maps_are_as_good_as_others(way: str, weights: bool) -> None:
+    model, x = network(), images(2).to(memory_format=torch.channels_last)
+    if weights:
+        model.to(memory_format=torch.channels_last)
+    net = dynamic.dynamic(model, x, ways=way)
+    assert distance(model, net, x) <= 1e-12
+    basic = afs.convert(backbones.build("resnet18", 3, stem="cifar", width=0.25)).double().eval()
+    afs.set_density(basic, 0.6)
+    if weights:
+        basic.to(memory_format=torch.channels_last)
+    ways = {name: "gather/conv/rows" if name.endswith("conv2") else "mask" for name in afs.layers(basic)}
+    assert distance(basic, dynamic.dynamic(basic, x, ways=ways), x) <= 1e-12
+
+
 def _streams(layer: str) -> dict[str, str]:
     """The addends of the stream that a layer reads must be gathered for its zero channels to be known."""
     block = layer.split(".")[0]

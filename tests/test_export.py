@@ -1,5 +1,6 @@
 """Exported files: onnxruntime agrees with torch, files say what goes in and comes out, bad ones are one sentence."""
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -14,7 +15,7 @@ from PIL import Image
 from safetensors import safe_open
 from torch import nn
 
-from afdslib import afs, cli, export, predict, runs
+from afdslib import afs, backbones, cli, export, predict, runs
 from afdslib.backbones.inputs import RAW, set_input
 from afdslib.compact import compact
 from afdslib.data.images import MEAN, STD
@@ -101,6 +102,12 @@ def test_ties_go_to_the_lowest_index_in_onnxruntime_too(tmp_path):
     export.save_onnx(model, tmp_path / "net.onnx", (3, 12, 12))
     images = random.images(12).float()
     assert torch.allclose(outputs(tmp_path / "net.onnx", images), model(images).detach(), rtol=1e-4, atol=1e-4)
+    wide = afs.convert(backbones.build("resnet14", 3, width=0.5)).eval()  # wide enough for topk to take others
+    for layer in afs.layers(wide).values():
+        nn.init.zeros_(layer.predictor.weight), nn.init.ones_(layer.predictor.bias)
+    afs.set_density(wide, 0.3)
+    x = random.images(32).float()
+    assert random.difference(export.inference(wide), wide, x) <= 1e-5
 
 
 def test_a_file_that_would_be_wrong_is_not_written(gated, tmp_path, monkeypatch):
@@ -110,6 +117,24 @@ def test_a_file_that_would_be_wrong_is_not_written(gated, tmp_path, monkeypatch)
     assert not list(tmp_path.iterdir())
     with pytest.raises(AFDSError, match=r"train mode.*model.eval\(\)"):
         export.save_onnx(tiny.network(), tmp_path / "net.onnx", (3, 16, 16))
+
+
+def test_outputs_that_are_not_finite_and_opsets_that_are_not_written_are_refused(gated, tmp_path, monkeypatch):
+    with pytest.raises(AFDSError, match="cannot write opset 11 here"):
+        export.save_onnx(gated, tmp_path / "net.onnx", (3, 12, 12), opset=11)
+    broken = copy.deepcopy(gated)
+    broken.fc.weight.data[0, 0] = float("nan")
+    with pytest.raises(AFDSError, match="outputs are not finite"):
+        export.save_onnx(broken, tmp_path / "net.onnx", (3, 12, 12))
+
+    class Nan:
+        def run(self, *_):
+            return [np.full((1, 5), np.nan, np.float32)]
+
+    monkeypatch.setattr(export, "session", lambda path: Nan())
+    with pytest.raises(AFDSError, match="differ by"):
+        export.save_onnx(gated, tmp_path / "net.onnx", (3, 12, 12))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_network_that_cannot_be_exported_is_one_sentence(tmp_path):
@@ -276,6 +301,14 @@ def test_model_files_that_are_damaged_or_foreign(exported, gated, home, refused)
     assert "plain.safetensors holds no class names" in refused("predict", image, "--model", "plain.safetensors")
     export.save_onnx(gated, home / "plain.onnx", (3, 12, 12))
     assert "plain.onnx holds no class names" in refused("predict", image, "--model", "plain.onnx")
+    card = export.Card(tuple("abcde"), 12, 12)
+    export.save_onnx(gated, home / "two.onnx", (3, 12, 12), card=card, batch=2)
+    assert "two.onnx takes 2 images at a time only" in refused("predict", image, "--model", "two.onnx")
+    broken = afs.load(exported)
+    next(broken.parameters()).data.fill_(float("nan"))
+    said = export.Card(("red", "green", "blue"), 16, 16).to_json()
+    afs.save(broken, home / "nan.safetensors", metadata={export.KEY: said})
+    assert "outputs that are not finite" in refused("predict", image, "--model", "nan.safetensors")
     (home / "net.pth").write_bytes(b"")
     assert "net.pth is no file of afds export" in refused("predict", image, "--model", "net.pth")
     assert "there is no file gone.onnx" in refused("predict", image, "--model", "gone.onnx")
@@ -294,6 +327,7 @@ def test_runs_that_cannot_be_exported(trained, home, refused):
     (folder / "config.json").write_text(json.dumps(runs.to_json(tiny.transfer())))
     assert f"run {other} is not finished" in refused("export", "--run", other)
     assert "the format 'tflite' is unknown" in refused("export", "--run", trained, "--format", "tflite")
+    assert "is named *.safetensors" in refused("export", "--run", trained, "--format", "torch", "--out", "net.pt")
     assert "begin with 'ffffffffffff'" in refused("export", "--run", "ffffffffffff")
     assert "'nonsense' is not a run id" in refused("export", "--run", "nonsense")
     assert "tiny-source" in refused("export", "--run", trained)  # there is no such data set outside this test

@@ -55,6 +55,24 @@ def test_kept_times_are_read_and_those_of_other_networks_are_not(study, monkeypa
     assert (latency.times(study, sweep, method="l2").median_ms < 1e9).all()
 
 
+def test_kept_times_of_another_method_or_of_some_networks_are_measured_again(study, monkeypatch):
+    sweep = study.sweep()
+    monkeypatch.setattr(latency, "SETTINGS", SETTINGS)
+    monkeypatch.setattr(latency.importlib.util, "find_spec", lambda name: None)
+    file = study.folder() / "times.csv"
+    latency.times(study, sweep, method="l2")
+    kept = pd.read_csv(file)
+    kept.assign(method="afd").to_csv(file, index=False)
+    assert set(latency.times(study, sweep, method="l2").method) == {"l2"}
+    kept[kept.budget == 1].to_csv(file, index=False)
+    assert set(latency.times(study, sweep, method="l2").budget) == {1.0, 0.2}
+    with monkeypatch.context() as patch:  # what is kept stays where the networks are not at hand
+        kept[kept.budget == 1].to_csv(file, index=False)
+        patch.setattr(runs, "lookup", lambda config, **kwargs: None)
+        assert set(latency.times(study, sweep, method="l2").budget) == {1.0}
+    assert set(pd.read_csv(file).budget) == {1.0}
+
+
 def test_without_weights_nothing_is_measured_and_it_says_so(study, monkeypatch):
     sweep = study.sweep()
     monkeypatch.setattr(runs, "lookup", lambda config, **kwargs: None)

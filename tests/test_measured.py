@@ -19,12 +19,12 @@ def write(tmp_path, monkeypatch):
 
 
 def network(variant, runtime, ms, reduction=1.0, batch=1, note=None):
-    row = bench.Row("networks", "resnet101-10x", runtime, batch, variant, "dense", note=note or "")
+    row = bench.Row("networks", "resnet101-10x", runtime, batch, variant, "dense", 224, 1.0, note=note or "")
     return bench.replace(row, median_ms=ms, q1_ms=ms - 1, q3_ms=ms + 1, speedup=1.0, reduction=reduction)
 
 
 def test_each_network_stands_in_its_fastest_runtime(write):
-    refused = bench.Row("networks", "resnet101-10x", "compiled", 1, "compact", "dense", note="not in this runtime")
+    refused = bench.Row("networks", "resnet101-10x", "compiled", 1, "compact", "dense", 224, 1.0, note="not here")
     write("a", [
         network("dense", "onnxruntime", 40.0), network("dense", "eager", 90.0), refused,
         network("compact", "onnxruntime", 8.0, 10.0, note="masks of x.json"), network("compact", "eager", 50.0, 10.0),
@@ -36,6 +36,15 @@ def test_each_network_stands_in_its_fastest_runtime(write):
     text = str(measured.networks_text(measured.stored())._repr_markdown_())
     assert "| compact | 10.0x | 8.0 | onnxruntime | 5.00x | 0.50 |" in text.replace("--:", "")
     assert "2 threads" in text and "compact: masks of x.json" in text
+
+
+def test_a_narrow_network_or_small_images_are_no_full_network(write):
+    rows = [network("dense", "eager", 40.0), network("compact", "eager", 20.0, 2.0)]
+    write("a", rows + [bench.replace(row, size=32, width=0.125, median_ms=row.median_ms / 40) for row in rows])
+    found = measured.best(measured.stored())
+    assert len(found) == 4 and found.groupby(["size", "width"]).faster.max().tolist() == [2.0, 2.0]
+    text = measured.networks_text(measured.stored())._repr_markdown_()
+    assert "32 px" in text and "resnet101-10x of width 0.125" in text
 
 
 def test_batches_and_files_stay_apart(write):
@@ -50,10 +59,14 @@ def test_batches_and_files_stay_apart(write):
 
 
 def test_the_other_cases_name_their_ratio_the_right_way_round(write):
-    slower = bench.Row("training", "resnet101", "eager", 16, "AFDS", "plain", 1600.0, 1500.0, 1700.0, 0.625, 0.6, 0.64)
-    write("a", [slower, bench.replace(slower, variant="plain", speedup=1.0)])
+    row = bench.Row("training", "resnet101", "eager", 16, "AFDS", "plain", 64, 0.5, 1600.0, 1500.0, 1700.0)
+    slower = bench.replace(row, speedup=0.625, speedup_q1=0.6, speedup_q3=0.64)
+    weighed = bench.Row("memory", "resnet50", "eager", 1, "dense", "dense", 224, 1.0, peak_mib=123.4, file_mib=97.5)
+    write("a", [slower, bench.replace(slower, variant="plain", speedup=1.0), weighed])
     text = measured.others_text(measured.stored())._repr_markdown_()
+    assert "| training, resnet101 of width 0.5, 64 px | 16 | eager | AFDS |" in text
     assert "1.60x [1.56, 1.67] the time of plain" in text and "| plain |" not in text
+    assert "| memory, resnet50, 224 px | 1 | eager | dense |  |  | 123.4 | 97.5 |" in text
 
 
 def test_nothing_measured_says_so_and_a_damaged_file_is_an_error(write):

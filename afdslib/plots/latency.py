@@ -80,7 +80,9 @@ _VARIANTS = {"compact": ("#0072B2", "o", "AFDS, compact"), "torch-pruning": ("#D
 
 @styled
 def speed(table: pd.DataFrame, *, title: str = "") -> Figure:
-    """Measured speed-up over the dense network against MACs saved, a panel per batch size, with the ideal line.
+    """Measured speed-up over the dense network against MACs saved, each in its fastest runtime, with the ideal line.
+
+    A panel per device, number of threads, size of the images and batch size.
 
     Args:
         table: of `measured.best`; a sentence is drawn where it is empty.
@@ -89,18 +91,20 @@ def speed(table: pd.DataFrame, *, title: str = "") -> Figure:
     rows = table[table.variant.isin(list(_VARIANTS))] if len(table) else table
     if rows.empty:
         return sentence("No speed is shown: no network has been measured by afds bench.")
-    batches = sorted(rows.batch.unique())
-    fig = Figure(figsize=(4.9 * len(batches), 4.2), layout="constrained")
+    panels = list(rows.groupby(["device", "threads", "size", "batch"], sort=True))
+    fig = Figure(figsize=(4.9 * len(panels), 4.2), layout="constrained")
     most = 1.15 * max(rows.reduction.max(), rows.faster.max())
-    for ax, batch in zip(fig.subplots(1, len(batches), squeeze=False)[0], batches, strict=True):
+    for ax, ((_, threads, size, batch), here) in zip(
+        fig.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+    ):
         for variant, (colour, marker, label) in _VARIANTS.items():
-            mine = rows[(rows.batch == batch) & (rows.variant == variant)].sort_values("reduction")
+            mine = here[here.variant == variant].sort_values("reduction")
             ax.plot(mine.reduction, mine.faster, color=colour, marker=marker, label=label)
         ax.plot([1, most], [1, most], color="#555555", linewidth=0.9, linestyle=(0, (2, 2)), label="ideal")
         _log(ax.xaxis, "x")
         _log(ax.yaxis, "x")
         ax.set(xlabel="MACs, reduction (log scale)", ylabel="measured speed-up over the dense network")
-        ax.legend(title=f"batch {batch}, fastest runtime of each", alignment="left", loc="upper left")
+        ax.legend(title=f"batch {batch}, {size:g} px, {threads} threads", alignment="left", loc="upper left")
     if title:
         fig.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
     return fig
