@@ -71,9 +71,8 @@ class Speed:
         root = data_dir or ""
         source_data = DataSource(self.source, size=self.size, root=root)
         target_data = DataSource(self.target, per_class=self.per_class, seed=self.seed, size=self.size, root=root)
-        plain = SourceRun(
-            source_data, Network(self.network, width=self.width), self._stage(self.source_steps, 5 * self.lr)
-        )
+        network = Network(self.network, width=self.width, zero_init=True)
+        plain = SourceRun(source_data, network, self._stage(self.source_steps, 5 * self.lr))
         gated = AFSSourceRun(plain, source_data, self._stage(self.afs_steps, self.lr))
         return [
             TransferRun(

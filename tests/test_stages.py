@@ -16,7 +16,7 @@ from PIL import Image
 
 from afdslib import afs, cli, runs, training
 from afdslib.errors import AFDSError
-from afdslib.stages import MODEL, OBJECTIVE, DataSource, TransferRun
+from afdslib.stages import MODEL, OBJECTIVE, DataSource, Network, TransferRun
 
 
 @pytest.fixture
@@ -83,6 +83,17 @@ for store, moment in kills.items():
         os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL, moment
 """
+
+
+@pytest.mark.parametrize("name", ["resnet14", "resnet18"])
+def test_residual_branches_may_start_at_zero(name):
+    usual, zero = (Network(name, "cifar", 1 / 16, zero_init=z).build(3, 0).eval() for z in (False, True))
+    block, x = zero.layer2[-1], torch.rand(2, 3, 16, 16)
+    seen = []
+    (block.bn3 if name == "resnet14" else block.bn2).register_forward_hook(lambda m, a, out: seen.append(out))
+    zero(x)
+    assert not seen[0].any() and any(p.any() for n, p in usual.named_parameters() if n.endswith("bn2.weight"))
+    assert all(torch.equal(p, q) for p, q in zip(usual.parameters(), zero.parameters(), strict=True) if p.dim() > 1)
 
 
 def test_a_killed_run_resumes_to_the_same_numbers_bit_by_bit(home, capsys, monkeypatch):
