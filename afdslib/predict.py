@@ -69,8 +69,7 @@ def prepare(path: str | Path, card: Card) -> np.ndarray:
     Raises:
         AFDSError: no such file, or no image.
     """
-    if not Path(path).is_file():
-        raise AFDSError(f"there is no image {path}; give the path of an image file")
+    _there(path)
     try:
         image = read_rgb(path)
     except CorruptImageError as error:
@@ -84,6 +83,11 @@ def prepare(path: str | Path, card: Card) -> np.ndarray:
     pixels = resized_to(image, card.size, shorter=card.resize).astype(np.float32) / 255
     mean, std = (np.asarray(values, dtype=np.float32) for values in (card.mean, card.std))
     return np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1))
+
+
+def _there(path: str | Path) -> None:
+    if not Path(path).is_file():
+        raise AFDSError(f"there is no image {path}; give the path of an image file")
 
 
 def predict(
@@ -108,10 +112,11 @@ def predict(
     if not paths:
         raise AFDSError("no image is given; give the paths of one or more image files")
     network, card = load(model)
-    prepared = [prepare(path, card) for path in paths]  # a bad file is told before anything is computed
+    for path in paths:  # a wrong name is told before anything is computed
+        _there(path)
     found = []
-    for path, image in zip(paths, prepared, strict=True):
-        logits = network(image[None])[0].astype(np.float64)
+    for path in paths:
+        logits = network(prepare(path, card)[None])[0].astype(np.float64)
         if len(logits) != len(card.classes):
             raise AFDSError(
                 f"{model} has {len(logits)} outputs but {len(card.classes)} class names; export it again"
