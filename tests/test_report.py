@@ -32,6 +32,7 @@ PER_TARGET = (
 FIRST_ONLY = ("competitors", "paired", "competitor_trials")  # of the first target
 WHOLE = (
     "samples_source",
+    "speed",
     "source_curves",
     "diagram",
     "afs_curves",
