@@ -113,7 +113,7 @@ def train(settings: Speed, data_dir: str | None = None, *, folder: Path | None =
     for config in settings.runs(data_dir):
         result = runs.get_or_run(config)
         if "diverged" in result.metrics:
-            raise AFDSError(f"the training diverged ({result.metrics['diverged']}); lower its learning rate")
+            raise AFDSError(f"the study has no such network: {result.metrics['diverged']}")
         if config.parent is None:
             continue
         result = runs.get_or_run(config, needs=(MODEL,))  # a published result may have come without its network
