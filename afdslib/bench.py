@@ -38,7 +38,7 @@ from afdslib.speed import read_masks
 
 __all__ = [
     "CASES", "Row", "Settings", "compare", "cut", "environment", "interleave", "jaccard", "nst_peak", "on_threads",
-    "photographs", "random_gates", "run", "table", "to_csv",
+    "photographs", "random_gates", "ratio", "run", "table", "to_csv",
 ]  # fmt: skip
 
 RUNTIMES = ("eager", "compiled", "onnxruntime")
@@ -421,7 +421,8 @@ def compare(
     refused = []
     if row.runtime == "onnxruntime":
         need("onnxruntime")
-    torch.compiler.reset()  # what was compiled for another batch size has no say in this one
+    if row.runtime == "compiled":
+        torch.compiler.reset()  # what was compiled for another batch size has no say in this one
     with tempfile.TemporaryDirectory() as folder:
         for name, model in models.items():
             try:
@@ -656,7 +657,6 @@ def _loss(name: str, naive: bool, shape: tuple[int, ...]) -> Callable[[], object
     from afdslib.losses.afd import AFDLoss
 
     torch.manual_seed(0)
-    small = (2, shape[1], *shape[2:])
     student, source = torch.rand(shape, requires_grad=True), torch.rand(shape)
     loss: Callable[[Tensor, Tensor], Tensor]
     if name == "AT":
@@ -673,8 +673,8 @@ def _loss(name: str, naive: bool, shape: tuple[int, ...]) -> Callable[[], object
         student.grad = None
         loss(student, source).backward()
 
-    few = torch.rand(small, requires_grad=True)
-    loss(few, torch.rand(small)).backward()  # what the first call of all allocates is not the loss's own
+    few = torch.rand(2, *shape[1:], requires_grad=True)
+    loss(few, torch.rand(few.shape)).backward()  # what the first call of all allocates is not the loss's own
     return call
 
 
@@ -843,7 +843,7 @@ def describe(row: Row) -> str:
     if row.median_ms is not None and row.speedup is not None:
         text += f": {row.median_ms:.2f} ms [{row.q1_ms:.2f}, {row.q3_ms:.2f}]"
         if row.variant != row.baseline:
-            text += f", {_ratio(row)} {row.baseline}"
+            text += f", {ratio(row)}"
     if row.size is not None:
         text += f" at {row.size} px"
     if row.reduction is not None:
@@ -855,11 +855,11 @@ def describe(row: Row) -> str:
     return text + (f" ({row.note})" if row.note else "")
 
 
-def _ratio(row: Row) -> str:
-    assert row.speedup is not None and row.speedup_q1 is not None and row.speedup_q3 is not None
+def ratio(row: Any) -> str:
+    """A row's speed-up over its baseline in words, with quartiles; also of a row that was read from a file."""
     if row.speedup >= 1:
-        return f"{row.speedup:.2f}x [{row.speedup_q1:.2f}, {row.speedup_q3:.2f}] as fast as"
-    return f"{1 / row.speedup:.2f}x [{1 / row.speedup_q3:.2f}, {1 / row.speedup_q1:.2f}] the time of"
+        return f"{row.speedup:.2f}x [{row.speedup_q1:.2f}, {row.speedup_q3:.2f}] as fast as {row.baseline}"
+    return f"{1 / row.speedup:.2f}x [{1 / row.speedup_q3:.2f}, {1 / row.speedup_q1:.2f}] the time of {row.baseline}"
 
 
 def table(found: Sequence[Row], settings: Settings) -> list[dict[str, Any]]:

@@ -347,12 +347,16 @@ class Comparison(Keeper[Profile]):
     def selection_trials(self, name: str, *, wait: bool = True) -> list[Trial]:
         """A selection at the trial budget, with L2 at its best."""
         seed, space = self.profile.trial_seed, selection_space(name, self.profile)
-        l2, chain = self.best_regulariser("l2"), (1.0, self.rules.trial_budget)
 
         def evaluate(settings: Settings) -> Outcome:
-            return self._try(lambda: self.point(Tuned(Method("l2", name), l2, settings), seed, chain, trial=True))
+            return self._try(lambda: self._selection_trial(name, settings))
 
         return search(self.journal(), f"selection {name}", space, self.rules.trials, evaluate, seed=seed, wait=wait)
+
+    def _selection_trial(self, name: str, settings: Settings) -> Point:
+        """A selection at the trial budget, with L2 at its best."""
+        tuned = Tuned(Method("l2", name), self.best_regulariser("l2"), settings)
+        return self.point(tuned, self.profile.trial_seed, (1.0, self.rules.trial_budget), trial=True)
 
     @functools.cache  # noqa: B019 (a comparison lives as long as its process)
     def best_regulariser(self, name: str) -> Settings:
@@ -376,14 +380,13 @@ class Comparison(Keeper[Profile]):
 
     def _recalled(self, trials: Sequence[Trial]) -> list[dict[str, Any]]:
         """Rows of AFS's trials with the recalled schedule, as far as they were made: the first ones, later replaced."""
-        rows, l2, chain = [], self.best_regulariser("l2"), (1.0, self.rules.trial_budget)
+        rows = []
         for trial in trials:
-            tuned = Tuned(Method("l2", "afs"), l2, trial.settings)
-            now = self.point(tuned, self.profile.trial_seed, chain, trial=True)
+            now = self._selection_trial("afs", trial.settings)
             assert isinstance(now, TransferRun)
-            if (result := runs.lookup(replace(now, first=0.5, freeze_first=True))) is not None:
-                outcome = Outcome(float(result.metrics["validation_accuracy"]), result.id)
-                rows.append(_trial_row(RECALLED, "afs", trial.number, trial.settings, outcome))
+            before = replace(now, first=0.5, freeze_first=True)
+            if runs.lookup(before) is not None:
+                rows.append(_trial_row(RECALLED, "afs", trial.number, trial.settings, self._outcome(before)))
         return rows
 
     def strength_trials(self, method: Method) -> list[tuple[float, Outcome]]:

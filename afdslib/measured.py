@@ -106,11 +106,7 @@ def others_text(table: pd.DataFrame) -> Text:
 
 
 def _ratio(row: Any) -> str:
-    if pd.isna(row.speedup) or row.variant == row.baseline:
-        return ""
-    if row.speedup >= 1:
-        return f"{row.speedup:.2f}x [{row.speedup_q1:.2f}, {row.speedup_q3:.2f}] as fast as {row.baseline}"
-    return f"{1 / row.speedup:.2f}x [{1 / row.speedup_q3:.2f}, {1 / row.speedup_q1:.2f}] the time of {row.baseline}"
+    return "" if pd.isna(row.speedup) or row.variant == row.baseline else bench.ratio(row)
 
 
 def _named(row: Any) -> str:

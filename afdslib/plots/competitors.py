@@ -28,17 +28,14 @@ def _panel(selection: str) -> str:
 def _look(regulariser: str, selection: str) -> Look:
     """Of a line in its panel: by its regulariser, dotted where attention is detached; narrower networks by theirs too.
     """
+    name = Method(regulariser, selection).base
     if selection.startswith("width"):
         base = look(selection)
         if regulariser == "l2":
             return base
-        return replace(base, label=f"{base.label}, {LABELS[regulariser]}", colour=look(_base(regulariser)).colour)
-    base = look(_base(regulariser))
-    return base if _base(regulariser) == regulariser else replace(base, label=LABELS[regulariser], line=":")
-
-
-def _base(regulariser: str) -> str:
-    return regulariser.removesuffix("-detached")
+        return replace(base, label=f"{base.label}, {LABELS[regulariser]}", colour=look(name).colour)
+    base = look(name)
+    return base if name == regulariser else replace(base, label=LABELS[regulariser], line=":")
 
 
 @styled
