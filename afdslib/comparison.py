@@ -592,7 +592,8 @@ class Comparison(Keeper[Profile]):
 
     def ablations(self, table: pd.DataFrame) -> pd.DataFrame:
         """AFDS with one part changed, and its rival from the unextended source, at the primary budget; unpruned, AFD
-        without AFS and AFDS trained as long as to that budget. Over the first seeds; written to ablations.csv.
+        without AFS and AFDS trained as long as to that budget. Over the first seeds; written to ablations.csv. Without
+        training, those that are finished.
 
         Args:
             table: of `sweep`, from which the rival is known.
@@ -629,6 +630,8 @@ class Comparison(Keeper[Profile]):
             planned.append(("unpruned, as many steps", 1.0, seed, replace(first, optimisation=longer)))
             unextended = _unextended(self.point(rival, seed, chain))
             planned.append((f"{rival.method.label}, unextended start", chain[-1], seed, unextended))
+        if not self.complete:
+            planned = [one for one in planned if runs.lookup(one[-1]) is not None]
         results = self._compute([config for *_, config in planned])
         keys = ("test_accuracy", "validation_accuracy", "train_macs", "macs", "dead_gates", "diverged")
         rows = []
@@ -791,8 +794,9 @@ def _work(
         return
     table = comparison.sweep()
     comparison.write_statistics(table)
-    if extras:
+    if extras or not complete:
         comparison.ablations(table)
+    if extras:
         comparison.equal_time(table)
 
 

@@ -161,11 +161,16 @@ class Competitors:
 
     def ablations(self) -> Text:
         """AFDS with one part changed, and the rival at equal wall-clock time."""
-        return self._each(
-            lambda c: f"{ablation_table(c.read('ablations'))._repr_markdown_()}\n\n{_equal_time(c)}"
-            if c.has("ablations") and c.has("equal_time")
-            else f"Not computed: `{c.comparison.command} --extras` does."
-        )
+
+        def text(c: Compared) -> str:
+            rest = f"`{c.comparison.command} --extras` does."
+            table = c.read("ablations") if c.has("ablations") else pd.DataFrame(columns=["variant"])
+            if set(table.variant) <= {WHOLE}:
+                return f"Not computed: {rest}"
+            time = _equal_time(c) if c.has("equal_time") else f"The rest is not computed: {rest}"
+            return f"{ablation_table(table)._repr_markdown_()}\n\n{time}"
+
+        return self._each(text)
 
     def missing(self) -> Text:
         """Points without a network, by reason."""

@@ -351,6 +351,8 @@ def test_without_training_the_tables_hold_the_seeds_that_every_method_has(profil
         comparison.run_comparison(profile, rules=small, complete=False)
     for method, seeds in ((Method("afd", "afs"), (0, 1)), (Method("l2", "taylor"), (0,))):
         compared.table([(compared.tuned(method), s, small.budgets[: i + 1]) for s in seeds for i in range(2)])
+    whole = compared.point(compared.tuned(Method("afd", "afs")), 0, small.budgets[:2])
+    runs.get_or_run(replace(whole, multiple=8))
     computed = len(runs.list_runs())
     assert computed > before
     monkeypatch.setattr(training, "fit", None)
@@ -359,6 +361,8 @@ def test_without_training_the_tables_hold_the_seeds_that_every_method_has(profil
     assert set(table.seed) == {0} and set(table.method) == {"afd+afs", "l2+taylor"} and len(table) == 4
     assert len(runs.list_runs()) == computed and "1 paired seed" in done.sentence()
     assert "**Not finished**: 1 of 3 seeds of AFDS." in competitors.Compared(done).unfinished
+    ablations = pd.read_csv(done.folder() / "ablations.csv")
+    assert list(ablations.variant) == ["kept channels in multiples of 8", "both (AFDS)", "both (AFDS)"]
 
 
 def test_data_that_are_not_there_stop_a_comparison_and_leave_its_tables_alone(profile, monkeypatch):
