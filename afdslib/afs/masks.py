@@ -154,8 +154,10 @@ def update_masks(
         multiple: round each layer's kept channels up to a multiple (never above its width), for kernels that like such
             shapes; the budget is met all the same, by removing more elsewhere.
         stream: "free", every layer decides alone; "coupled", the layers that are added up in a residual stream decide
-            together: a channel of the stream goes from all of them or from none, by the mean of their q, so that the
-            stream narrows and the layers that read it with it. Streams with an addend without gates stay free. [ours]
+            together: a channel of the stream goes from all of them or from none, by the largest of their q, so that it
+            stays while any of them needs it, and the layers that read the stream narrow with it. Not by the mean: where
+            the last batch norms of blocks begin at 0, few blocks write to a channel. Streams with an addend without
+            gates stay free. [ours]
 
     Raises:
         AFDSError: unless exactly one of delta_m and macs_budget is given; for values out of range, a missing loader,
@@ -258,7 +260,7 @@ def _ranking(
     for position, unit in enumerate(units):
         q = statistics[unit[0]].q.tolist()
         if len(unit) > 1:
-            q = torch.stack([statistics[name].q * found[name].m.cpu() for name in unit]).mean(0).tolist()
+            q = torch.stack([statistics[name].q * found[name].m.cpu() for name in unit]).amax(0).tolist()
         alive = _living(found, unit).tolist()
         channels = sorted((q[c], position, c) for c in range(len(q)) if alive[c])
         ranking += channels[:-1]

@@ -57,16 +57,16 @@ def test_a_coupled_stream_narrows_as_a_whole_and_joins_become_plain_sums(loader)
     assert [m for m in cut.modules() if type(m).__name__ == "Join"] and afs.streams(cut) == []
 
 
-def test_a_channel_of_a_coupled_stream_goes_by_the_mean_of_its_addends(loader):
+def test_a_channel_of_a_coupled_stream_stays_while_any_addend_needs_it(loader):
     model = network()
     statistics = afs.collect_statistics(model, loader)
     names = afs.streams(model)[1]
     model.get_submodule(names[0]).m[5] = 0  # a dead addend counts as nothing
-    means = torch.stack([statistics[n].q * model.get_submodule(n).m for n in names]).mean(0)
-    delta = float(means.sort().values[10])
+    largest = torch.stack([statistics[n].q * model.get_submodule(n).m for n in names]).amax(0)
+    delta = float(largest.sort().values[10])
     afs.update_masks(model, statistics, delta_m=delta, stream="coupled")
     for name in names:
-        expected = (means > delta).float()
+        expected = (largest > delta).float()
         if name == names[0]:
             expected[5] = 0
         assert torch.equal(model.get_submodule(name).m.double(), expected.double())
