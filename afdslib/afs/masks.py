@@ -189,9 +189,10 @@ def update_masks(
     elif delta_m is not None and math.isnan(delta_m):
         raise AFDSError("delta_m must be a number, got nan")
 
-    before = {name: (layer.m.clone(), layer.s.clone(), layer.gamma.clone()) for name, layer in found.items()}
+    kept = ("m", "s", "gamma", "beta")
+    before = {name: {part: getattr(layer, part).detach().clone() for part in kept} for name, layer in found.items()}
     try:
-        _freeze(found, statistics, delta_s, spare=multiple > 1)
+        _freeze(found, statistics, delta_s)
         ranking = _ranking(found, statistics, units)
         living = {name: layer.m.clone() for name, layer in found.items()}
         measured: macs.MACs | None = None
@@ -208,8 +209,10 @@ def update_masks(
             threshold = max(0.0, ranking[removals - 1][0]) if removals else 0.0
     except BaseException:
         # Nothing half done: a refused or interrupted update leaves the masks as they were.
-        for name, (m, s, gamma) in before.items():
-            found[name].m.copy_(m), found[name].s.copy_(s), found[name].gamma.copy_(gamma)
+        with torch.no_grad():
+            for name, values in before.items():
+                for part, value in values.items():
+                    getattr(found[name], part).copy_(value)
         raise
     alive = sum(int(layer.m.sum()) for layer in found.values())
     dynamic = sum(int((layer.m * layer.s).sum()) for layer in found.values())
@@ -229,21 +232,18 @@ def _units(model: nn.Module, found: dict[str, AFSConvBN], stream: str) -> list[t
 
 
 @torch.no_grad()
-def _freeze(
-    found: dict[str, AFSConvBN], statistics: dict[str, LayerStatistics], delta_s: float, *, spare: bool
-) -> None:
+def _freeze(found: dict[str, AFSConvBN], statistics: dict[str, LayerStatistics], delta_s: float) -> None:
     """s <- 1[p > delta_s * q^2]; gamma <- q where s becomes 0.
 
-    With `spare`, gates that were never open stay dynamic: rounding may keep such a channel after all, and as a constant
-    it would come back to life.
+    A gate that was never open becomes a constant 0 without its beta: rounding or a residual stream may keep such a
+    channel after all, and its beta alone would bring it back to life.
     """
     for name, layer in found.items():
-        q, p = statistics[name].q, statistics[name].p
+        q, p = (t.to(layer.s.device) for t in (statistics[name].q, statistics[name].p))
         freeze = (p <= delta_s * q.square()) if math.isfinite(delta_s) else torch.ones_like(q, dtype=torch.bool)
-        if spare:
-            freeze &= q > 0
-        freeze = freeze.to(layer.s.device) & (layer.s > 0)
+        freeze &= layer.s > 0
         layer.gamma[freeze] = q.to(layer.gamma)[freeze]
+        layer.beta[freeze & (q <= 0)] = 0
         layer.s[freeze] = 0
 
 
@@ -318,7 +318,7 @@ def _bisect(
         _remove(found, units, living, ranking[:removals], multiple)
         return macs.expected(model, loader, meter=meter)
 
-    # Gates with q = 0 go with any threshold of at least 0; left in, freezing them would bring them back as constants.
+    # Gates with q = 0 go with any threshold of at least 0.
     low, high = sum(q <= 0 for q, _, _ in ranking), len(ranking)
     best = measure(high)
     if best.total > allowed:

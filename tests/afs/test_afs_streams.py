@@ -90,18 +90,18 @@ def test_channels_are_kept_in_multiples_within_the_budget(loader, stream):
     assert any(alive < width for alive, width in kept.values())
 
 
-def test_rounding_brings_no_closed_gate_back_as_a_constant(loader):
+@pytest.mark.parametrize("options", [{"multiple": 8}, {"stream": "coupled"}])
+def test_no_closed_gate_that_is_kept_comes_back_as_a_constant(loader, options):
     model = network()
-    layer = model.layer2[0].conv1
+    layer = model.layer2[1].conv3 if "stream" in options else model.layer2[0].conv1
     with torch.no_grad():
         layer.predictor.bias[:6] = -1.0  # predictors are constant here: these gates are always 0
         layer.beta.fill_(3.0)
-    images = loader[0][0]
-    before = layer(model.layer1(model.maxpool(model.relu(model.bn1(model.conv1(images))))))
-    afs.update_masks(model, afs.collect_statistics(model, loader), delta_m=0.0, multiple=8)
-    assert int(layer.m.sum()) == 16 and bool((layer.s[layer.m > 0][:6] == 1).all())
-    after = layer(model.layer1(model.maxpool(model.relu(model.bn1(model.conv1(images))))))
-    assert torch.allclose(before, after, atol=1e-5)
+    before = model(loader[0][0])
+    afs.update_masks(model, afs.collect_statistics(model, loader), delta_m=0.0, **options)
+    assert bool(layer.m.all()) and not layer.s.any()
+    assert not layer.gamma[:6].any() and not layer.beta[:6].any() and bool((layer.beta[6:] == 3).all())
+    assert torch.allclose(before, model(loader[0][0]), atol=1e-5)
 
 
 def test_options_that_do_not_fit_are_refused_and_change_nothing(loader):
