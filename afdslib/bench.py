@@ -1,9 +1,10 @@
 """`afds bench`: measured time of networks, training steps, losses and data loading, side by side in one run.
 
 Every case measures its variants in turn, repeat by repeat, on a fixed number of threads and after a warm-up; networks
-see another image each repeat. A ratio is the median over repeats of the ratio within a repeat, so that what else the
-machine does falls on both sides. Networks have random weights unless a file is given: their time does not depend on the
-weights, apart from gates, which `random_gates` makes depend on the image. [ours]
+see another image each repeat, after some calls that are not timed. A ratio is the median over repeats of the ratio
+within a repeat, so that what else the machine does falls on both sides. Networks have random weights unless a file is
+given: their time does not depend on the weights, apart from gates, which `random_gates` makes depend on the image.
+[ours]
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ class Settings:
         threads: of torch and of onnxruntime.
         repeats: measured rounds.
         warmup: rounds before them.
+        steady: seconds of untimed calls before each timed one of a network. Idle threads of onnxruntime spin for about
+            0.1 s: beside two other sessions a pruned ResNet-101 took 17 to 30 ms per image instead of 9.
         keep: share of the inner channels that the compact network keeps.
         stream: share of the residual streams' channels that it keeps.
         multiple: kept channels are rounded to a multiple.
@@ -75,6 +78,7 @@ class Settings:
     threads: int = 1
     repeats: int = 5
     warmup: int = 1
+    steady: float = 0.2
     keep: float = 0.2
     stream: float = 0.75
     multiple: int = 16
@@ -147,7 +151,7 @@ class Row:
 
 
 def interleave(
-    variants: Mapping[str, Callable[[int], object]], repeats: int, warmup: int = 1
+    variants: Mapping[str, Callable[[int], object]], repeats: int, warmup: int = 1, *, before: float = 0.0
 ) -> dict[str, list[float]]:
     """Seconds of each call: in every round each variant once, one after the other.
 
@@ -155,10 +159,15 @@ def interleave(
         variants: functions of the round's number, by name, so that each round can use another image.
         repeats: measured rounds.
         warmup: rounds before them, numbered from -warmup.
+        before: seconds for which each variant is called before the call that is timed, so that it finds its own weights
+            in the caches, as a network that is served does, and no thread of another variant that still spins.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for repeat in range(-warmup, repeats):
         for name, call in variants.items():
+            begin = time.perf_counter()
+            while time.perf_counter() - begin < before:
+                call(repeat + 1)
             _wait()
             start = time.perf_counter()
             call(repeat)
@@ -442,7 +451,8 @@ def compare(
             calls[name] = timed
         if row.baseline not in calls:
             return refused
-        return _rows(interleave(calls, settings.repeats, settings.warmup), row, extra=extra) + refused
+        seconds = interleave(calls, settings.repeats, settings.warmup, before=settings.steady)
+        return _rows(seconds, row, extra=extra) + refused
 
 
 def _images(settings: Settings, batch: int) -> Tensor:

@@ -29,7 +29,7 @@ COLUMNS = [
     "median_ms", "q1_ms", "q3_ms", "speedup", "speedup_q1", "speedup_q3", "threads", "device", "run",
 ]  # fmt: skip
 DENSE = "dense"
-SETTINGS = bench.Settings(batches=(1, 16), threads=1, repeats=40, warmup=5)
+SETTINGS = bench.Settings(batches=(1, 16), threads=1, repeats=40, warmup=5, steady=0.0)  # one thread, none that spins
 
 
 def times(study: Study, sweep: pd.DataFrame, *, method: str = "afd") -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 import csv
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,16 @@ from afdslib.errors import AFDSError
 from tests import tiny
 
 QUICK = bench.Settings(
-    networks=("resnet14",), size=32, width=0.125, repeats=2, warmup=0, multiple=2, train_size=32, train_batch=4
-)
+    networks=("resnet14",),
+    size=32,
+    width=0.125,
+    repeats=2,
+    warmup=0,
+    steady=0.0,
+    multiple=2,
+    train_size=32,
+    train_batch=4,
+)  # fmt: skip
 
 
 def test_variants_take_turns_after_the_warm_up() -> None:
@@ -23,6 +32,17 @@ def test_variants_take_turns_after_the_warm_up() -> None:
     )
     assert calls == [("a", -1), ("b", -1), ("a", 0), ("b", 0), ("a", 1), ("b", 1)]
     assert {name: len(values) for name, values in seconds.items()} == {"a": 2, "b": 2}
+
+
+def test_untimed_calls_on_another_image_go_before_each_timed_one() -> None:
+    calls: list[int] = []
+
+    def call(number: int) -> None:
+        calls.append(number)
+        time.sleep(0.06)
+
+    seconds = bench.interleave({"a": call}, repeats=2, warmup=0, before=0.05)
+    assert calls == [1, 0, 2, 1] and len(seconds["a"]) == 2
 
 
 def test_ratios_are_taken_within_a_repeat() -> None:
@@ -40,7 +60,7 @@ def test_each_repeat_sees_another_batch() -> None:
             seen.append(x.numpy().tobytes())
             return x
 
-    settings = bench.Settings(repeats=12, warmup=0, size=8)
+    settings = bench.Settings(repeats=12, warmup=0, steady=0.0, size=8)
     for batch in (1, 2, 16):
         seen.clear()
         row = bench.Row("case", "net", "eager", batch, "", "look")

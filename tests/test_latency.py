@@ -11,7 +11,7 @@ from afdslib.objectives import Regulariser
 from afdslib.profiles import Candidates
 from afdslib.study import Study
 
-SETTINGS = bench.Settings(batches=(1, 2), repeats=3, warmup=0)
+SETTINGS = bench.Settings(batches=(1, 2), repeats=3, warmup=0, steady=0.0)
 
 
 @pytest.fixture(scope="module")
