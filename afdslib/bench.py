@@ -404,7 +404,7 @@ def _session(model: nn.Module, example: Tensor, threads: int, folder: str) -> Ca
     """The network as `afds export` writes it, for this batch size."""
     file = Path(folder) / "network.onnx"  # which the session reads at once
     batch, *size = example.shape
-    save_onnx(model, file, (size[0], size[1], size[2]), batch=batch)
+    save_onnx(model, file, (size[0], size[1], size[2]), batch=batch, images=example)
     runtime = session(file, threads=threads)
     return lambda images: runtime.run(None, {"image": images.numpy()})
 

@@ -210,6 +210,7 @@ def save_onnx(
     card: Card | None = None,
     batch: int | None = None,
     opset: int = OPSET,
+    images: Tensor | None = None,
 ) -> float:
     """Writes a network as one ONNX file and checks it in onnxruntime against torch, in float32.
 
@@ -222,9 +223,11 @@ def save_onnx(
         card: what the file says about itself.
         batch: a fixed batch size; None for any. Networks of `dynamic.dynamic` need the one they were prepared for.
         opset: version of ONNX's operators.
+        images: at least three, or `batch`, images (B, 3, H, W) to check it with; default: random ones, on which the
+            gates of a deep network may overflow that never saw such images.
 
     Returns:
-        max|a-b| / max|b| between onnxruntime and torch on random images.
+        max|a-b| / max|b| between onnxruntime and torch on these images.
 
     Raises:
         AFDSError: in train mode, without the ONNX packages, for an opset or a network that cannot be exported, for
@@ -237,11 +240,13 @@ def save_onnx(
     frozen = inference(reference)
     generator = torch.Generator().manual_seed(0)
 
-    def images(count: int) -> Tensor:
+    def some(count: int) -> Tensor:
+        if images is not None:
+            return images[:count].float().cpu()
         noise = torch.randn(count, *input_size, generator=generator)
         return noise + torch.randn(count, input_size[0], 1, 1, generator=generator)
 
-    example = images(2 if batch is None else batch)
+    example = some(2 if batch is None else batch)
     with _quiet(), torch.no_grad():
         try:
             program = torch.onnx.export(
@@ -266,7 +271,7 @@ def save_onnx(
         runtime = session(part)
         with torch.no_grad():
             for count in (1, 3) if batch is None else (batch,):
-                x = images(count)
+                x = some(count)
                 wanted, found = model_output(reference, x), torch.from_numpy(runtime.run(None, {"image": x.numpy()})[0])
                 if not bool(wanted.isfinite().all()):
                     raise AFDSError("the network's outputs are not finite, so it is not exported; train it again")

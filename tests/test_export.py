@@ -64,6 +64,17 @@ def test_plain_operations_compute_what_the_gates_do(gated):
     gated.float()
 
 
+def test_an_export_is_checked_on_the_images_that_are_given(tmp_path):
+    class Narrow(torch.nn.Module):
+        def forward(self, images):
+            return (1 / (images.amax((2, 3)) < 0.5).float()).relu()  # finite on dark images only
+
+    with pytest.raises(AFDSError, match="not finite"):
+        export.save_onnx(Narrow().eval(), tmp_path / "net.onnx", (3, 8, 8))
+    dark = torch.rand(3, 3, 8, 8) / 4
+    assert export.save_onnx(Narrow().eval(), tmp_path / "net.onnx", (3, 8, 8), images=dark) == 0
+
+
 @pytest.mark.parametrize("kind", ["gated", "compact"])
 def test_onnx_files_agree_with_torch_for_any_batch(gated, kind, tmp_path):
     model = gated if kind == "gated" else compact(gated, input_size=(3, 12, 12), fold_bn=True)
