@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from afdslib import bench, cited, paths
+from afdslib.speed import read_masks
 from afdslib.summary import Table, Text
 
 __all__ = ["best", "networks_text", "others_text", "stored"]
@@ -67,7 +68,7 @@ def networks_text(table: pd.DataFrame) -> Text:
                 _named(row), str(row.batch), row.variant, f"{row.reduction:.1f}x", f"{row.median_ms:.1f}", row.runtime,
                 f"{row.faster:.2f}x", f"{row.faster / row.reduction:.2f}",
             ]
-            for row in mine.sort_values(["network", "batch"], kind="stable").itertuples()
+            for row in mine.itertuples()
         ]  # fmt: skip
         header = ["network", "batch", "variant", "fewer MACs", "ms", "fastest in", "faster", "faster / fewer MACs"]
         notes = [note for note in mine.note.dropna().unique() if note.startswith(("masks of", "random masks"))]
@@ -76,7 +77,23 @@ def networks_text(table: pd.DataFrame) -> Text:
             "torch-pruning: its network of at most as many MACs, by L1 norms, widths coupled.",
             Table(header, lines)._repr_markdown_(),
         ]
-    return Text("\n\n".join(parts))
+    return Text("\n\n".join([*parts, _accuracies()]).strip())
+
+
+def _accuracies() -> str:
+    """How accurate the networks are whose masks are committed; empty if there are none."""
+    found = [read_masks(file) for file in paths.results("speed").glob("*.json")]
+    if not found:
+        return ""
+    found.sort(key=lambda one: -one["budget"])
+    settings = found[0]["training"]
+    reached = ", ".join(f"{1 / one['budget']:g}x {100 * one['metrics']['test_accuracy']:.1f} %" for one in found)
+    return (
+        f"These masks come from short trainings, {settings['source_steps']} steps on the source, then "
+        f"{settings['transfer_steps']} and {settings['tuning_steps']} per budget on {settings['target']} with "
+        f"{settings['per_class']} images per class at {settings['size']} px: they are for measuring time. Test "
+        f"accuracy: {reached}."
+    )
 
 
 def others_text(table: pd.DataFrame) -> Text:

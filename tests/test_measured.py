@@ -1,8 +1,10 @@
 """Committed measurements become tables and a figure, with each network in its fastest runtime."""
 
+import json
+
 import pytest
 
-from afdslib import bench, measured, paths, plots
+from afdslib import bench, measured, paths, plots, runs, speed
 from afdslib.errors import AFDSError
 
 SETTINGS = bench.Settings(threads=2, repeats=4)
@@ -36,6 +38,23 @@ def test_each_network_stands_in_its_fastest_runtime(write):
     text = str(measured.networks_text(measured.stored())._repr_markdown_())
     assert "| compact | 10.0x | 8.0 | onnxruntime | 5.00x | 0.50 |" in text.replace("--:", "")
     assert "2 threads" in text and "compact: masks of x.json" in text
+
+
+def test_networks_stand_in_the_order_of_the_file_with_the_accuracy_of_their_masks(write):
+    rows = [
+        bench.replace(network(variant, "eager", 9.0), network=f"resnet101-{times}")
+        for times in ("2x", "10x") for variant in ("dense", "compact")
+    ]  # fmt: skip
+    write("a", rows)
+    assert "Test accuracy" not in measured.networks_text(measured.stored())._repr_markdown_()
+    settings = runs.to_json(speed.Speed())
+    for budget, accuracy in ((0.1, 0.25), (0.5, 0.5)):
+        found = {"architecture": {"name": "resnet101"}, "masks": {"conv1": "s"}, "budget": budget, "training": settings}
+        file = paths.results("speed") / f"resnet101-{1 / budget:g}x.json"
+        file.write_text(json.dumps(found | {"metrics": {"test_accuracy": accuracy}}))
+    text = measured.networks_text(measured.stored())._repr_markdown_()
+    assert text.index("resnet101-2x") < text.index("resnet101-10x")
+    assert "60 images per class at 64 px" in text and text.endswith("Test accuracy: 2x 50.0 %, 10x 25.0 %.")
 
 
 def test_a_narrow_network_or_small_images_are_no_full_network(write):
