@@ -50,6 +50,10 @@ TIMES = ["seconds", "source_seconds"]
 """Of wall-clock: kept beside the table, which is the same at each run."""
 WHOLE = "both (AFDS)"
 """The name of AFDS itself among the ablations."""
+SHAPES = (
+    "kept channels in multiples of 8", "kept channels in multiples of 16", "residual streams narrow as a whole",
+)  # fmt: skip
+"""Ablations for kernels' sake, which are made at the trials' budget, too."""
 MISSING = ["target", "method", "role", "seed", "budget", "reason"]
 
 
@@ -591,9 +595,9 @@ class Comparison(Keeper[Profile]):
         return again
 
     def ablations(self, table: pd.DataFrame) -> pd.DataFrame:
-        """AFDS with one part changed, and its rival from the unextended source, at the primary budget; unpruned, AFD
-        without AFS and AFDS trained as long as to that budget. Over the first seeds; written to ablations.csv. Without
-        training, those that are finished.
+        """AFDS with one part changed, and its rival from the unextended source, at the primary budget; shapes that
+        suit kernels also at the trials' budget; unpruned, AFD without AFS and AFDS trained as long as to the primary
+        budget. Over the first seeds; written to ablations.csv. Without training, those that are finished.
 
         Args:
             table: of `sweep`, from which the rival is known.
@@ -611,15 +615,23 @@ class Comparison(Keeper[Profile]):
             "random predictors": lambda c: replace(c, source=replace(c.source, predictors="random")),
             "features of the last ConvBN": lambda c: replace(c, regulariser=replace(c.regulariser, features="convbn")),
             "detached attention": lambda c: replace(c, regulariser=replace(c.regulariser, attention="detached")),
-            "kept channels in multiples of 8": lambda c: replace(c, multiple=8),
-            "kept channels in multiples of 16": lambda c: replace(c, multiple=16),
-            "residual streams narrow as a whole": lambda c: replace(c, stream="coupled"),
+            SHAPES[0]: lambda c: replace(c, multiple=8),
+            SHAPES[1]: lambda c: replace(c, multiple=16),
+            SHAPES[2]: lambda c: replace(c, stream="coupled"),
             WHOLE: lambda c: c,
         }
         planned: list[tuple[str, float, int, Any]] = [
             (name, chain[-1], seed, change(self.point(tuned, seed, chain)))
             for name, change in changed.items()
             for seed in seeds
+        ]
+        # A small network has few layers that are wide enough for multiples at the primary budget.
+        earlier = [b for b in chain[:-1] if b >= rules.trial_budget]
+        planned += [
+            (name, earlier[-1], seed, changed[name](self.point(tuned, seed, earlier)))
+            for name in (*SHAPES, WHOLE)
+            for seed in seeds
+            if rules.trial_budget in earlier
         ]
         for seed in seeds:
             planned.append(("AFD without AFS", 1.0, seed, self.dense("afd", tuned.regulariser, seed)))

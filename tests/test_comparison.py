@@ -341,7 +341,7 @@ def _flat(tree, prefix=""):
 
 
 def test_without_training_the_tables_hold_the_seeds_that_every_method_has(profile, monkeypatch):
-    small = rules("afd+afs", "l2+taylor", seeds=(0, 1, 2), rest=2)
+    small = rules("afd+afs", "l2+taylor", budgets=(1.0, 0.5, 0.4), seeds=(0, 1, 2), rest=2)
     with pytest.raises(AFDSError, match="not finished; go on with: afds compare --profile demo --budget quick"):
         comparison.run_comparison(profile, rules=small, complete=False)
     compared = Comparison(profile, small)
@@ -350,7 +350,7 @@ def test_without_training_the_tables_hold_the_seeds_that_every_method_has(profil
     with pytest.raises(AFDSError, match="no seed of the comparison of demo is finished for every method"):
         comparison.run_comparison(profile, rules=small, complete=False)
     for method, seeds in ((Method("afd", "afs"), (0, 1)), (Method("l2", "taylor"), (0,))):
-        compared.table([(compared.tuned(method), s, small.budgets[: i + 1]) for s in seeds for i in range(2)])
+        compared.table([(compared.tuned(method), s, small.budgets[: i + 1]) for s in seeds for i in range(3)])
     whole = compared.point(compared.tuned(Method("afd", "afs")), 0, small.budgets[:2])
     runs.get_or_run(replace(whole, multiple=8))
     computed = len(runs.list_runs())
@@ -358,11 +358,13 @@ def test_without_training_the_tables_hold_the_seeds_that_every_method_has(profil
     monkeypatch.setattr(training, "fit", None)
     done = comparison.run_comparison(profile, rules=small, complete=False)
     table = pd.read_csv(done.folder() / "comparison.csv")
-    assert set(table.seed) == {0} and set(table.method) == {"afd+afs", "l2+taylor"} and len(table) == 4
+    assert set(table.seed) == {0} and set(table.method) == {"afd+afs", "l2+taylor"} and len(table) == 6
     assert len(runs.list_runs()) == computed and "1 paired seed" in done.sentence()
     assert "**Not finished**: 1 of 3 seeds of AFDS." in competitors.Compared(done).unfinished
     ablations = pd.read_csv(done.folder() / "ablations.csv")
-    assert list(ablations.variant) == ["kept channels in multiples of 8", "both (AFDS)", "both (AFDS)"]
+    both = [("both (AFDS)", s, b) for b in (0.4, 0.5) for s in (0, 1)]
+    found = list(ablations[["variant", "seed", "budget"]].itertuples(index=False, name=None))
+    assert found == [*both[:2], ("kept channels in multiples of 8", 0, 0.5), *both[2:]]
 
 
 def test_data_that_are_not_there_stop_a_comparison_and_leave_its_tables_alone(profile, monkeypatch):

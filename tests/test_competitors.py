@@ -95,11 +95,17 @@ def test_ablations_are_set_against_afds_seed_by_seed_and_lost_seeds_are_counted(
     rows = [("both (AFDS)", s, 0.1, 0.4 + s / 10) for s in (0, 1)] + [
         ("static only", 0, 0.1, 0.3),
         ("static only", 1, 0.1, None),
+        ("multiples", 0, 0.25, 0.6),
+        ("both (AFDS)", 0, 0.25, 0.7),
+        ("unpruned", 0, 1.0, 0.5),
     ]
     shown = competitors.ablation_table(pd.DataFrame(rows, columns=["variant", "seed", "budget", "test_accuracy"]))
     assert shown.rows == [
         ["both (AFDS)", "10x", "45.0 ± 7.1", "–", "2 of 2"],
         ["static only", "10x", "30.0", "-10.0", "1 of 2"],
+        ["multiples", "4x", "60.0", "-10.0", "1 of 1"],
+        ["both (AFDS)", "4x", "70.0", "–", "1 of 1"],
+        ["unpruned", "1x", "50.0", "+10.0", "1 of 1"],
     ]
 
 
