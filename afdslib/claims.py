@@ -204,16 +204,15 @@ def _planned(file: str, methods: Sequence[str]) -> int:
     A verdict on the way would depend on when one looks.
     """
     profile, budget = file.split("/")[:2]
-    lost = _missing(file, methods)
-    seeds = set(protocol(profiles.get(profile, budget)).seeds) - (set() if lost is None else set(lost.seed))
+    seeds = set(protocol(profiles.get(profile, budget)).seeds) - set(_missing(file, methods).seed)
     return max(SEEDS, len(seeds))
 
 
-def _missing(file: str, methods: Sequence[str]) -> pd.DataFrame | None:
-    """Rows at 10x of the table of missing points beside a file; None where there is no such table."""
+def _missing(file: str, methods: Sequence[str]) -> pd.DataFrame:
+    """Rows at 10x of the table of missing points beside a file; none where there is no such table."""
     missing = Path(file).with_name("missing.csv").as_posix()
     if not _existing([missing]):
-        return None
+        return pd.DataFrame(columns=["target", "method", "seed"])
     table = cited.read(missing)
     return table[table.method.isin(methods) & ((table.budget - statistics.PRIMARY_BUDGET).abs() < 1e-9)]
 
@@ -221,8 +220,6 @@ def _missing(file: str, methods: Sequence[str]) -> pd.DataFrame | None:
 def _lost(file: str, methods: Sequence[str], *, target: str | None = None) -> str:
     """A sentence on seeds that have no network at 10x, such as those that diverged: they are in no pair."""
     here = _missing(file, methods)
-    if here is None:
-        return ""
     here = here if target is None else here[here.target == target]
     lost = [f"{_label(str(method))} {len(rows)}" for method, rows in here.groupby("method", sort=False)]
     return f" Seeds without a network at 10x: {', '.join(lost)}." if lost else ""

@@ -50,9 +50,11 @@ TIMES = ["seconds", "source_seconds"]
 """Of wall-clock: kept beside the table, which is the same at each run."""
 WHOLE = "both (AFDS)"
 """The name of AFDS itself among the ablations."""
-SHAPES = (
-    "kept channels in multiples of 8", "kept channels in multiples of 16", "residual streams narrow as a whole",
-)  # fmt: skip
+SHAPES: Mapping[str, Mapping[str, Any]] = {
+    "kept channels in multiples of 8": {"multiple": 8},
+    "kept channels in multiples of 16": {"multiple": 16},
+    "residual streams narrow as a whole": {"stream": "coupled"},
+}
 """Ablations for kernels' sake, which are made at the trials' budget, too."""
 MISSING = ["target", "method", "role", "seed", "budget", "reason"]
 
@@ -606,7 +608,7 @@ class Comparison(Keeper[Profile]):
         seeds, chain = rules.seeds[: rules.rest], rules.budgets[: rules.budgets.index(rules.primary_budget) + 1]
         rival = self.tuned(Method.parse(statistics.rival(table, budget=rules.primary_budget, seeds=seeds)))
         none = replace(self.profile.afs_training, steps=0)
-        changed = {
+        changed: dict[str, Callable[[Any], Any]] = {
             "AFS without AFD": lambda c: replace(c, regulariser=self.regulariser("l2", self.best_regulariser("l2"))),
             "static only": lambda c: replace(c, delta_s=math.inf),
             "dynamic only": lambda c: replace(c, delta_s=0.0),
@@ -615,9 +617,7 @@ class Comparison(Keeper[Profile]):
             "random predictors": lambda c: replace(c, source=replace(c.source, predictors="random")),
             "features of the last ConvBN": lambda c: replace(c, regulariser=replace(c.regulariser, features="convbn")),
             "detached attention": lambda c: replace(c, regulariser=replace(c.regulariser, attention="detached")),
-            SHAPES[0]: lambda c: replace(c, multiple=8),
-            SHAPES[1]: lambda c: replace(c, multiple=16),
-            SHAPES[2]: lambda c: replace(c, stream="coupled"),
+            **{name: functools.partial(replace, **fields) for name, fields in SHAPES.items()},
             WHOLE: lambda c: c,
         }
         planned: list[tuple[str, float, int, Any]] = [
