@@ -269,8 +269,9 @@ def photographs(count: int, size: int, seed: int) -> Tensor:
 def random_gates(model: nn.Module, images: Tensor, *, spread: float = 0.05, seed: int = 0) -> None:
     """Predictors at random, in place, so that importances vary with the image; and batch norms fitted to the images.
 
-    Each importance is 1 + spread * z(x) with z of unit variance over the images, and falls where all inputs rise, so
-    that scales do not multiply up through a hundred layers. Random gates say nothing about accuracy.
+    Each importance is 1 + spread * (z(x) + u / 3) with z of unit variance over the images and a u of the channel, and
+    falls where all inputs rise, so that scales do not multiply up through a hundred layers. Without u the channels of
+    the first layer, which reads three inputs, tie up to rounding errors. Random gates say nothing about accuracy.
 
     Args:
         model: a converted network, put into eval mode.
@@ -292,7 +293,8 @@ def random_gates(model: nn.Module, images: Tensor, *, spread: float = 0.05, seed
         if mean.norm() > 0.1 * deviation:
             phi -= 0.3 * mean / mean.square().sum()
         layer.predictor.weight.copy_(phi)
-        layer.predictor.bias.copy_(1 - phi @ mean)
+        offset = torch.randn(len(phi), generator=generator).to(pooled) / 3
+        layer.predictor.bias.copy_(1 + spread * offset - phi @ mean)
         y = layer.conv(x)
         layer.norm.running_mean.copy_(y.mean((0, 2, 3)))  # type: ignore[union-attr]
         layer.norm.running_var.copy_(y.var((0, 2, 3)))  # type: ignore[union-attr]

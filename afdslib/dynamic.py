@@ -294,7 +294,8 @@ class DynamicConvBN(nn.Module):
             if inputs is None:
                 h = torch.addmv(self.phi_bias, self.phi, pooled[0])
             elif torch.compiler.is_exporting():
-                h = torch.addmv(self.phi_bias, self.phi.index_select(0, inputs).T, pooled[0])
+                # No matrix transposed times a vector: onnxruntime 1.31 multiplies that wrongly.
+                h = torch.addmm(self.phi_bias[None], pooled, self.phi.index_select(0, inputs))[0]
             else:
                 # The rows of the channels that are there, weighted and added up, without a copy of them.
                 h = torch.embedding_bag(self.phi, inputs, self.bag, False, 0, False, pooled[0])[0][0].add_(

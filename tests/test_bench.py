@@ -110,6 +110,17 @@ def test_random_gates_depend_on_the_image_and_stay_finite() -> None:
         assert bool(model(images).isfinite().all())
 
 
+def test_random_gates_do_not_tie_in_the_first_layer() -> None:
+    """It has three inputs, which are almost dependent."""
+    model = afs.convert(tiny.network(stem="cifar"))
+    bench.random_gates(model, bench.photographs(16, 32, 2))
+    first = next(iter(afs.layers(model).values()))
+    with torch.no_grad():
+        importances = first.predictor(bench.photographs(4, 32, 1).mean((2, 3)))
+    for each in importances:
+        assert len(each.mul(1e4).round().unique()) == len(each)
+
+
 def test_constant_gates_keep_the_same_channels_for_every_image() -> None:
     model = afs.convert(tiny.network()).eval()
     afs.set_density(model, 0.3)

@@ -104,6 +104,20 @@ def test_a_dynamic_network_is_exported_for_its_batch_size(gated, tmp_path):
     assert float((found - wanted).abs().max() / wanted.abs().max()) <= 1e-4
 
 
+def test_predictors_that_read_some_channels_only_are_right_in_onnxruntime(tmp_path):
+    """Its 1.31 multiplies a transposed matrix with a vector wrongly, where the matrix comes out of a Gather."""
+    from afdslib import bench
+    from afdslib.dynamic import dynamic
+
+    model = afs.convert(backbones.build("resnet14", 3, width=0.5))
+    afs.set_density(model, 0.3)
+    bench.random_gates(model, bench.photographs(12, 32, 0))
+    images = bench.photographs(1, 32, 1)
+    network = dynamic(model, images, ways="gather", static_shapes=True)
+    worst = export.save_onnx(network, tmp_path / "net.onnx", (3, 32, 32), batch=1, images=images)
+    assert 0 < worst <= export.TOLERANCE
+
+
 def test_ties_go_to_the_lowest_index_in_onnxruntime_too(tmp_path):
     torch.manual_seed(0)
     model = afs.convert(random.randomised(Block(), zeros=False)).float().eval()
