@@ -93,6 +93,12 @@ def test_the_results_table_is_that_of_the_committed_files():
             values = 100 * sweep[(sweep.method == method) & (sweep.budget == budget)].test_accuracy
             cells.append(f"{values.mean():.1f} ± {values.std():.1f} %")
         assert f"| {' / '.join(cells)} |" in README
+    compared = cited.read("imagenet32/quick/comparison-cifar10-60/comparison.csv")
+    cells = []
+    for method in ("afd+afs", "delta+taylor", "l2+width-kd"):
+        values = 100 * compared[(compared.method == method) & (compared.budget == 0.1)].test_accuracy
+        cells.append(f"{values.mean():.1f} ± {values.std():.1f} %")
+    assert f"| {' / '.join(cells)} |" in README
     students = cited.read("imagenet32/quick/attention.csv")
     first = students[students.teacher.fillna("wrn-16-2") == "wrn-16-2"]
     medians = [100 * first[first.method == m].test_accuracy.median() for m in ("alone", "at", "kd", "at-kd", "nst")]
