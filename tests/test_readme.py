@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 
-from afdslib import afs, cited, macs, paths, training
+from afdslib import afs, cited, macs, measured, paths, training
 from afdslib.predict import predict
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -105,3 +105,6 @@ def test_the_results_table_is_that_of_the_committed_files():
     assert f"| {' / '.join(f'{value:.1f}' for value in medians)} % |" in README
     source = json.loads((paths.results("imagenet32") / "runs" / "49ed7a9d7b82.json").read_text())
     assert f"| {100 * source['metrics']['test_accuracy']:.1f} % |" in README
+    fast = measured.best(measured.stored())
+    fast = fast[(fast.network == "resnet101-10x") & (fast.variant == "compact")].sort_values("batch").faster
+    assert f"| {' / '.join(f'{value:.1f}' for value in fast)} times as fast |" in README
