@@ -625,14 +625,14 @@ class Comparison(Keeper[Profile]):
             for name, change in changed.items()
             for seed in seeds
         ]
-        # A small network has few layers that are wide enough for multiples at the primary budget.
-        earlier = [b for b in chain[:-1] if b >= rules.trial_budget]
-        planned += [
-            (name, earlier[-1], seed, changed[name](self.point(tuned, seed, earlier)))
-            for name in (*SHAPES, WHOLE)
-            for seed in seeds
-            if rules.trial_budget in earlier
-        ]
+        if rules.trial_budget in chain[:-1]:
+            # A small network has few layers that are wide enough for multiples at the primary budget.
+            earlier = chain[: chain.index(rules.trial_budget) + 1]
+            planned += [
+                (name, rules.trial_budget, seed, changed[name](self.point(tuned, seed, earlier)))
+                for name in (*SHAPES, WHOLE)
+                for seed in seeds
+            ]
         for seed in seeds:
             planned.append(("AFD without AFS", 1.0, seed, self.dense("afd", tuned.regulariser, seed)))
             first = self.point(tuned, seed, chain[:1])
