@@ -35,6 +35,7 @@ class CompactNetwork(fx.GraphModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> CompactNetwork:
         copied: Any = super().__deepcopy__(memo)
         copied.architecture = copy.deepcopy(self.architecture, memo)
+        copied.__class__.__name__ = type(self).__name__  # the class is the instance's own; the copy was "GraphModule"
         return copied
 
 
@@ -85,6 +86,11 @@ def compact(
     Raises:
         AFDSError: in train mode, if every channel of a layer is removed, or if torch.fx cannot follow the network.
     """
+    return compact_in_place(copy.deepcopy(model), input_size=input_size, fold_bn=fold_bn)
+
+
+def compact_in_place(model: nn.Module, *, input_size: tuple[int, int, int] | None, fold_bn: bool) -> CompactNetwork:
+    """What `compact` does, from the network's own layers, which are not to be used any more."""
     if model.training or any(m.training for m in model.modules() if isinstance(m, (AFSConvBN, nn.BatchNorm2d))):
         raise AFDSError("the network is in train mode, where its batch norms change; call model.eval() before compact")
     for name, layer in model.named_modules():
@@ -95,7 +101,7 @@ def compact(
         input_size = _input_size(architecture)
     steps = {"masks": masks(model), "input_size": list(input_size), "fold_bn": fold_bn}
     with torch.no_grad():
-        network = _Surgeon(copy.deepcopy(model).eval(), input_size).operate()
+        network = _Surgeon(model.eval(), input_size).operate()
         if fold_bn:
             _fold(network)
     if isinstance(architecture, dict):

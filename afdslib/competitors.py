@@ -31,6 +31,7 @@ __all__ = [
     "rules_table",
     "size_table",
     "spaces_table",
+    "untrained_text",
 ]
 
 
@@ -168,7 +169,7 @@ class Competitors:
             if set(table.variant) <= {WHOLE}:
                 return f"Not computed: {rest}"
             time = _equal_time(c) if c.has("equal_time") else f"The rest is not computed: {rest}"
-            return f"{ablation_table(table)._repr_markdown_()}\n\n{time}"
+            return f"{ablation_table(table)._repr_markdown_()}\n\n{untrained_text(table)}{time}"
 
         return self._each(text)
 
@@ -317,6 +318,16 @@ def ablation_table(table: pd.DataFrame) -> Table:
             cell += "" if math.isnan(d.low) else f" ({100 * d.low:+.1f} to {100 * d.high:+.1f})"
         rows.append([variant, at, mean_sd(mine, 100), cell, f"{mine.notna().sum()} of {len(mine)}"])
     return Table(["variant", "at", "test accuracy (%)", "minus AFDS (95 % interval)", "seeds"], rows)
+
+
+def untrained_text(table: pd.DataFrame) -> str:
+    """Why variants of the ablation have no network; of seeds that fail alike the first is quoted."""
+    gone = table[table.diverged.notna()]
+    lines = [
+        f"- {variant} at {times(budget)}, {len(mine)} seed{'s' if len(mine) > 1 else ''}: {mine.diverged.iloc[0]}"
+        for (variant, budget), mine in gone.groupby(["variant", "budget"], sort=False)
+    ]
+    return "\n".join(["Without a network:", "", *lines, "", ""]) if lines else ""
 
 
 def _equal_time(compared: Compared) -> str:

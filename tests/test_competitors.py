@@ -109,6 +109,19 @@ def test_ablations_are_set_against_afds_seed_by_seed_and_lost_seeds_are_counted(
     ]
 
 
+def test_an_ablation_says_why_a_variant_has_no_network():
+    rows = [
+        ("random predictors", 0.1, "in the source stage, the loss is nan"),
+        ("random predictors", 0.1, "in the source stage, the loss is nan"),
+        ("multiples", 0.25, "out of reach"),
+        ("both (AFDS)", 0.1, None),
+    ]
+    shown = competitors.untrained_text(pd.DataFrame(rows, columns=["variant", "budget", "diverged"]))
+    assert "- random predictors at 10x, 2 seeds: in the source stage, the loss is nan\n" in shown
+    assert "- multiples at 4x, 1 seed: out of reach\n" in shown and "AFDS" not in shown
+    assert competitors.untrained_text(pd.DataFrame(rows[-1:], columns=["variant", "budget", "diverged"])) == ""
+
+
 def test_a_comparison_that_was_not_run_says_how_to_run_it(tmp_path, monkeypatch):
     monkeypatch.setenv("AFDS_HOME", str(tmp_path))
     none = competitors.Competitors(profiles.get("imagenet32"))

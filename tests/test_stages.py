@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from afdslib import afs, cli, runs, training
-from afdslib.errors import AFDSError
+from afdslib.errors import AFDSError, DivergedError
 from afdslib.stages import MODEL, OBJECTIVE, DataSource, Network, TransferRun
 
 
@@ -48,6 +48,20 @@ def outcome(result: runs.Result) -> dict[str, bytes]:
     """The metrics, the learning curve and the networks of a run, byte by byte."""
     files = (MODEL, OBJECTIVE, "metrics.csv", "result.json")
     return {name: (result.path / name).read_bytes() for name in files}
+
+
+def test_a_source_stage_that_diverges_is_a_result_of_the_ablation_only(home, monkeypatch):
+    def diverge(*_, **__):
+        raise DivergedError("the loss is nan at step 1")
+
+    config = chain(home)
+    runs.get_or_run(config.source.source)
+    monkeypatch.setattr(training, "fit", diverge)
+    random = replace(config, source=replace(config.source, predictors="random"))
+    result = runs.get_or_run(random)
+    assert result.metrics == {"diverged": "in the source stage, the loss is nan at step 1", "steps": 0}
+    with pytest.raises(DivergedError):  # without a source network the study ends
+        runs.get_or_run(config.source)
 
 
 KILLER = """

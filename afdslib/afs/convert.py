@@ -127,6 +127,11 @@ def convert(model: nn.Module, *, gates: str = "all") -> nn.Module:
         AFDSError: for pre-activation networks, networks that torch.fx cannot follow, a layer whose scales are all
             zero, a network that has been converted already, or an unknown value of gates.
     """
+    return convert_in_place(copy.deepcopy(model), gates=gates)
+
+
+def convert_in_place(model: nn.Module, *, gates: str) -> nn.Module:
+    """What `convert` does, to the network itself, which is spoilt where it is refused; for those with the only copy."""
     if gates not in ("all", "blocks"):
         raise AFDSError(f"gates must be 'all' or 'blocks', got {gates!r}")
     if any(isinstance(module, AFSConvBN) for module in model.modules()):
@@ -136,13 +141,12 @@ def convert(model: nn.Module, *, gates: str = "all") -> nn.Module:
         pairs = [(conv, norm) for conv, norm in pairs if _BLOCK_CONV.fullmatch(conv)]
     if not pairs:
         raise AFDSError(f"no convolution with a batch norm to gate in {type(model).__name__} with gates={gates!r}")
-    converted = copy.deepcopy(model)
     for conv_name, norm_name in pairs:
-        conv, norm = converted.get_submodule(conv_name), converted.get_submodule(norm_name)
+        conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
         assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
-        converted.set_submodule(conv_name, _convert_pair(conv, norm, conv_name, norm_name))
-        converted.set_submodule(norm_name, nn.Identity())
+        model.set_submodule(conv_name, _convert_pair(conv, norm, conv_name, norm_name))
+        model.set_submodule(norm_name, nn.Identity())
     architecture = getattr(model, "architecture", None)
     if isinstance(architecture, dict):
-        converted.architecture = {**architecture, "gates": gates}  # type: ignore[assignment]
-    return converted
+        model.architecture = {**architecture, "gates": gates}  # type: ignore[assignment]
+    return model

@@ -176,10 +176,23 @@ def shapes(model: nn.Module, graph: fx.Graph, input_size: tuple[int, int, int]) 
     """The shape of every node's output for a batch of one image; () where a node gives no tensor."""
     parameter = next(model.parameters())
     image = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
-    runner = fx.Interpreter(model, garbage_collect_values=False, graph=graph)
+    runner = _ShapeRecorder(model, graph=graph)
     with eval_mode(model):
         runner.run(image)
-    return {node.name: tuple(v.shape) if isinstance(v, Tensor) else () for node, v in runner.env.items()}
+    return runner.shapes
+
+
+class _ShapeRecorder(fx.Interpreter):
+    """Runs a network and keeps the shape of each node's output, not the output."""
+
+    def __init__(self, model: nn.Module, graph: fx.Graph):
+        super().__init__(model, graph=graph)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        self.shapes[n.name] = tuple(value.shape) if isinstance(value, Tensor) else ()
+        return value
 
 
 def streams(model: nn.Module) -> list[tuple[str, ...]]:

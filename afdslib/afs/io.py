@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from afdslib import backbones
-from afdslib.afs.convert import convert
+from afdslib.afs.convert import convert_in_place
 from afdslib.backbones.inputs import input_of
 from afdslib.errors import AFDSError
 
@@ -77,7 +77,7 @@ def load(path: str | Path) -> nn.Module:
 
 
 def _rebuild(architecture: Any) -> nn.Module:
-    """A network with the layers, not the values, of the one that was saved."""
+    """A network with the layers, not the values, of the one that was saved; never two of them in memory at once."""
     plain = dict(architecture)
     gates, kept, cuts, images = (plain.pop(name, None) for name in ("gates", "kept", "compact", "input"))
     model = backbones.build(**plain)
@@ -89,12 +89,12 @@ def _rebuild(architecture: Any) -> nn.Module:
 
         model = shrink(model, {name: tuple(positions) for name, positions in kept.items()})
     if gates is not None:
-        model = convert(_unit_scales(model), gates=gates)
+        model = convert_in_place(_unit_scales(model), gates=gates)
     for cut in cuts or ():
-        from afdslib.compact import compact, set_masks  # which needs this package
+        from afdslib.compact import compact_in_place, set_masks  # which needs this package
 
         set_masks(model, cut["masks"])
-        model = compact(model.eval(), input_size=tuple(cut["input_size"]), fold_bn=cut["fold_bn"])
+        model = compact_in_place(model.eval(), input_size=tuple(cut["input_size"]), fold_bn=cut["fold_bn"])
     return model
 
 
