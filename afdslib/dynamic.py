@@ -17,13 +17,14 @@ import copy
 import operator
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from afdslib import kernels
 from afdslib.afs.channels import Join, Spread
 from afdslib.afs.graph import keeps_channels, keeps_channels_call, trace
 from afdslib.afs.layer import AFSConvBN
@@ -143,19 +144,33 @@ def _is_matmul(conv: nn.Conv2d) -> bool:
     return conv.kernel_size == (1, 1) and conv.padding in ((0, 0), "valid") and conv.groups == 1
 
 
-def ways(layer: AFSConvBN, *, compact_input: bool, batch: int = 1) -> list[str]:
+def _suits_kernel(layer: AFSConvBN) -> bool:
+    """Whether our own kernel knows such a layer: a square filter centred on a position."""
+    conv = layer.conv
+    high, wide = conv.kernel_size
+    centred = high == wide and high % 2 == 1 and conv.padding in ((high // 2, wide // 2), "same")
+    return centred and conv.stride[0] == conv.stride[1] and conv.dilation == (1, 1) and _has_kernels(conv.weight)
+
+
+def _has_kernels(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and kernels.available()
+
+
+def ways(layer: AFSConvBN, *, compact_input: bool, batch: int = 1, own: bool = True) -> list[str]:
     """The ways in which a layer can be computed.
 
     - "mask": the convolution with all living channels, scaled by the gates.
     - "gather/...": weights of the kept channels are gathered for each sample. "matmul" for 1x1 convolutions; else
       "conv", "last" (the same on channels-last maps) or "unfold" (patches times weights). Weights with two indices are
-      gathered by "rows", then columns, or by "pairs" at once.
+      gathered by "rows", then columns, or by "pairs" at once. "gather/own/pairs" is our own kernel, for one image in
+      float32 on the CPU where a C++ compiler is found.
     - "group/...": the same once for all samples of a batch that keep the same channels.
 
     Args:
         layer: the layer.
         compact_input: whether its input consists of kept channels only.
         batch: samples at a time.
+        own: False to leave out our own kernel, which torch.compile and exports cannot follow.
     """
     conv = layer.conv
     if not _is_plain(conv):
@@ -166,14 +181,16 @@ def ways(layer: AFSConvBN, *, compact_input: bool, batch: int = 1) -> list[str]:
     gathers = ["rows", "pairs"] if compact_input and not _is_matmul(conv) else ["rows"]
     found = [f"{kernel}/{gather}" for kernel in kernels for gather in gathers]
     kinds = ["gather"] + (["group"] if batch > 1 else [])
-    return ["mask"] + [f"{kind}/{each}" for kind in kinds for each in found]
+    first = ["gather/own/pairs"] if own and batch == 1 and _suits_kernel(layer) else []
+    return ["mask", *first] + [f"{kind}/{each}" for kind in kinds for each in found]
 
 
 class DynamicConvBN(nn.Module):
     """A selected convolution with its weights prepared for one way of dynamic execution. It is not trained.
 
     The batch norm's fixed statistics are folded into weights and bias: W' = W / std, b' = (b - mean) / std.
-    Only rows of living channels are kept: static ones first where weights are gathered, else in their order.
+    Only rows of living channels are kept: static ones first where weights are gathered, else in their order. With
+    `relu` our own kernel does the ReLU behind the layer, too.
 
     Args:
         layer: the layer in eval mode; it is left as it is.
@@ -184,7 +201,8 @@ class DynamicConvBN(nn.Module):
     Shape:
         - values: (B, n_in, H, W); index: their channel numbers (B, n_in), or None for all channels
         - pooled: means of the values over positions, (B, n_in); not needed without dynamic channels
-        - result: (B, n, H', W') and their channel numbers (B, n), or None if these are all channels in order
+        - result: (B, n, H', W') and their channel numbers (B, n), or None if these are all channels in order; from our
+          own kernel also the means of the maps over positions, (B, n)
     """
 
     rows: Tensor
@@ -238,7 +256,9 @@ class DynamicConvBN(nn.Module):
         wide = torch.promote_types(torch.float32, phi.dtype)
         matrix = phi.detach()[chosen].to(wide)
         # By rows of inputs, so that a predictor that reads few inputs reads few rows; by outputs otherwise.
-        self.register_buffer("phi", (matrix.T if compact_input else matrix).contiguous())
+        by_input = compact_input or self.kernel == "own"
+        self.register_buffer("phi", (matrix.T if by_input else matrix).contiguous())
+        self.relu = False
         self.register_buffer("phi_bias", phi_bias.detach()[chosen].to(wide))
         self.register_buffer("dynamic_rows", dynamic[rows].nonzero()[:, 0])
         self.register_buffer("every", torch.arange(len(rows), device=rows.device)[None])
@@ -268,9 +288,11 @@ class DynamicConvBN(nn.Module):
         order = torch.sort(h, dim=1, descending=True, stable=True).indices[:, : self.places]
         return order.sort(dim=1).values if self.ordered else order
 
-    def forward(self, values: Tensor, index: Tensor | None, pooled: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, values: Tensor, index: Tensor | None, pooled: Tensor | None) -> tuple[Tensor | None, ...]:
         if self.kind == "mask":
             return self._mask(values, index, pooled)
+        if self.kernel == "own":
+            return self._own(values, index, pooled)
         if values.shape[0] == 1:
             return self._single(values, index, pooled)
         local, eta, shift = self._kept(values, index, pooled)
@@ -285,6 +307,14 @@ class DynamicConvBN(nn.Module):
             out = parts[0] if len(parts) == 1 else torch.cat(parts)
         kept = self.rows[local.flatten()].view_as(local) if not self.whole else local
         return out, kept
+
+    def _own(self, values: Tensor, index: Tensor | None, pooled: Tensor | None) -> tuple[Tensor, ...]:
+        """By our own kernel; the third result are the means of the first over positions."""
+        return kernels.gated_conv(
+            values, None if index is None else index[0], pooled, phi=self.phi, phi_bias=self.phi_bias,
+            weight=self.weight, terms=self.terms, gamma=self.gamma, numbers=self.rows, statics=self.static,
+            places=self.places, side=self.kernel_size[0], stride=self.stride[0], relu=self.relu,
+        )  # fmt: skip
 
     def _single(self, values: Tensor, index: Tensor | None, pooled: Tensor | None) -> tuple[Tensor, Tensor]:
         """A batch of one image, with as few calls as will do: at this size calling costs as much as computing."""
@@ -477,6 +507,8 @@ class _Rep:
         channels: of the whole map.
         sets: index nodes whose union holds every channel of a whole map that is not zero; None if that is unknown.
         owner: the whole map was made here and nobody else reads it, so it may be written to.
+        rectified: the ReLU behind has been done.
+        positive: it was done to maps that nothing has been added to since.
     """
 
     values: fx.Node
@@ -484,6 +516,13 @@ class _Rep:
     channels: int = 0
     sets: tuple[fx.Node, ...] | None = None
     owner: bool = False
+    rectified: bool = False
+    positive: bool = False
+
+
+def _is_relu(node: fx.Node, module: nn.Module | None) -> bool:
+    called = node.op == "call_function" and node.target in (F.relu, torch.relu)
+    return isinstance(module, nn.ReLU) or called or (node.op == "call_method" and node.target in ("relu", "relu_"))
 
 
 class _Builder:
@@ -576,13 +615,22 @@ class _Builder:
             return _Rep(made, channels=value.shape[1] if isinstance(value, Tensor) and value.dim() == 4 else 0)
         # These map zero to zero and leave the channels in their order, so kept channels stay what they are.
         rep = self.reps[inputs[0]]
-        if isinstance(module, _NOTHING):
+        done = rep.rectified and _is_relu(node, module)
+        if isinstance(module, _NOTHING) or done:
             made = rep.values
         else:
             made = self._copy(node, {inputs[0]: rep.values})
         # The result may be the input's memory, which then has two names: only the last may be written to.
         owner, rep.owner = rep.owner and self.last[inputs[0]] is node, False
-        return _Rep(made, rep.index, rep.channels, rep.sets, owner)
+        return _Rep(made, rep.index, rep.channels, rep.sets, owner, rep.rectified and not done, rep.positive or done)
+
+    def _rectifies(self, node: fx.Node) -> bool:
+        """Whether a ReLU follows, and nothing else reads what it gets."""
+        (user, *others) = node.users
+        if others:
+            return False
+        module = self.modules[user.target] if user.op == "call_module" else None
+        return _is_relu(user, module) or (isinstance(module, _NOTHING) and self._rectifies(user))
 
     def _copy(self, node: fx.Node, inputs: Mapping[fx.Node, fx.Node]) -> fx.Node:
         made = self.graph.node_copy(node, lambda n: inputs[n])
@@ -618,10 +666,10 @@ class _Builder:
             rep = self.reps[argument]  # type: ignore[index]
             # The map may be written to if nobody reads it later and it is nobody else's.
             mine = rep.owner and self.last[argument] is node
-            parts.append(_Rep(rep.values, rep.index, rep.channels, rep.sets, mine))
-        return self._added(*parts)
+            parts.append(replace(rep, owner=mine))
+        return self._added(*parts, relu=self._rectifies(node))
 
-    def _added(self, first: _Rep, second: _Rep) -> _Rep:
+    def _added(self, first: _Rep, second: _Rep, *, relu: bool) -> _Rep:
         if first.index is not None:
             first, second = second, first
         if second.index is None:
@@ -630,8 +678,14 @@ class _Builder:
         if first.index is not None:
             values = self._call(_put, first.values, first.index, first.channels)
             first = _Rep(values, None, first.channels, (first.index,), owner=True)
-        values = self._call(_add if first.owner else _add_copy, first.values, second.values, second.index)
         sets = None if first.sets is None else (*first.sets, second.index)
+        if relu and first.owner and len(self.images) == 1 and not self.static_shapes and _has_kernels(self.images):
+            means = self.pooled.get(first.values) if first.positive else None
+            both = self._call(kernels.add_relu, first.values, second.values, second.index, means)
+            values, means = (self._call(operator.getitem, both, i) for i in range(2))
+            self.pooled[values] = means
+            return _Rep(values, None, first.channels, sets, owner=True, rectified=True)
+        values = self._call(_add if first.owner else _add_copy, first.values, second.values, second.index)
         return _Rep(values, None, first.channels, sets, owner=True)
 
     def _moved(self, rep: _Rep, index: Tensor | None) -> fx.Node | None:
@@ -653,8 +707,10 @@ class _Builder:
             rep = self.reps[argument]  # type: ignore[index]
             mine = rep.owner and index is None and self.last[argument] is node
             sets = rep.sets if index is None else None
-            parts.append(_Rep(rep.values, self._moved(rep, index), join.width, sets, mine))
-        return self._added(*parts)
+            positive = rep.positive and index is None
+            moved = self._moved(rep, index)
+            parts.append(_Rep(rep.values, moved, join.width, sets, mine, positive=positive))
+        return self._added(*parts, relu=self._rectifies(node))
 
     # selected convolutions
 
@@ -685,21 +741,26 @@ class _Builder:
             way, times = self._fastest(layer, rep, pooled, candidates)
         self.choices.append(Choice(name, way, times))
         module, inputs = self._prepared(layer, rep, way, pooled)
+        own = module.kernel == "own"
+        module.relu = own and self._rectifies(node)
         self.root[name] = module
         made = self.graph.call_module(name, inputs)
         self.value[made] = module(*self._values(inputs))
         values, index = (self._call(operator.getitem, made, i) for i in range(2))
+        if module.relu:  # otherwise something else is done to the maps before they are pooled
+            self.pooled[values] = self._call(operator.getitem, made, 2)
         if module.outputs is None:
             return _Rep(values, None, layer.conv.out_channels, owner=True)
-        return _Rep(values, index, layer.conv.out_channels)
+        return _Rep(values, index, layer.conv.out_channels, rectified=module.relu)
 
     def _candidates(self, layer: AFSConvBN, rep: _Rep) -> list[str]:
-        found = ways(layer, compact_input=rep.index is not None, batch=len(self.images))
+        own = not self.static_shapes
+        found = ways(layer, compact_input=rep.index is not None, batch=len(self.images), own=own)
         if len(found) > 1 and rep.index is None and rep.sets is not None:
             # The input is a whole map of which some channels may be zero: these can be left out.
             places = sum(self.value[index].shape[1] for index in rep.sets)
             if places < rep.channels or (len(self.images) == 1 and not self.static_shapes):
-                nonzero = ways(layer, compact_input=True, batch=len(self.images))
+                nonzero = ways(layer, compact_input=True, batch=len(self.images), own=own)
                 found += [f"nonzero:{way}" for way in nonzero if way != "mask"]
         return found
 

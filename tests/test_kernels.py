@@ -1,0 +1,137 @@
+"""Our own kernels against the layers they stand for, in float32."""
+
+import pytest
+import torch
+from torch import nn
+
+from afdslib import afs, dynamic, kernels
+from afdslib.afs.layer import AFSConvBN
+from tests import tiny
+
+needs_compiler = pytest.mark.skipif(not kernels.available(), reason="no C++ compiler here")
+
+
+def layer(inputs: int, outputs: int, side: int, stride: int, density: float, *, static: bool = False) -> AFSConvBN:
+    """With random statistics, gates of both signs, a tenth of the channels removed and, if asked for, some static."""
+    torch.manual_seed(inputs + outputs)
+    conv = nn.Conv2d(inputs, outputs, side, stride=stride, padding=side // 2, bias=False)
+    made = AFSConvBN(conv, nn.BatchNorm2d(outputs, affine=False)).eval()
+    with torch.no_grad():
+        made.beta.normal_()
+        made.predictor.bias.uniform_(-0.3, 1)
+        made.norm.running_mean.normal_()
+        made.norm.running_var.uniform_(0.5, 2)
+        made.gamma.uniform_(0.3, 1)
+        made.m[1 : 1 + outputs // 10] = 0
+        if static:
+            made.s[::3] = 0
+    made.density = density
+    return made
+
+
+@torch.no_grad()
+def computed(made: AFSConvBN, x: torch.Tensor, index: torch.Tensor | None, *, relu: bool) -> torch.Tensor:
+    """What the kernel gives, as a whole map; its means are checked on the way."""
+    own = dynamic.DynamicConvBN(made, "gather/own/pairs", compact_input=index is not None)
+    own.relu = relu
+    values = x if index is None else x[:, index]
+    before = values.clone()
+    maps, kept, means = own(values, None if index is None else index[None], values.mean((2, 3)))
+    assert torch.equal(values, before) and maps.shape[1] == kept.shape[1] == own.outputs
+    torch.testing.assert_close(means, maps.mean((2, 3)), rtol=1e-4, atol=1e-5)
+    whole = torch.zeros_like(made(x))
+    whole[:, kept[0]] = maps
+    return whole
+
+
+@needs_compiler
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "side", "stride", "size"),
+    [
+        (1, 1, 1, 1, 1), (5, 3, 1, 1, 4), (70, 40, 1, 1, 14), (33, 90, 1, 1, 7), (12, 20, 1, 2, 9), (12, 20, 1, 2, 8),
+        (5, 3, 3, 1, 1), (30, 25, 3, 1, 7), (9, 17, 3, 1, 17), (16, 33, 3, 2, 14), (16, 33, 3, 2, 15), (3, 20, 7, 2, 33),
+        (6, 10, 5, 3, 16),
+    ],
+)  # fmt: skip
+def test_the_kernel_equals_the_masked_layer(inputs, outputs, side, stride, size, static) -> None:
+    x = torch.zeros(1, inputs, size, size)
+    index = torch.arange(inputs)[::2]
+    for density in (1.0, 0.4):
+        made = layer(inputs, outputs, side, stride, density, static=static)
+        x[:, index] = torch.randn(1, len(index), size, size)
+        for given in (None, index):
+            for relu in (False, True):
+                wanted = made(x).relu() if relu else made(x)
+                found = computed(made, x, given, relu=relu)
+                assert float((found - wanted).abs().max()) <= 1e-5 * float(made(x).abs().max())
+
+
+@needs_compiler
+def test_several_threads_give_the_same(monkeypatch) -> None:
+    made, x = layer(70, 40, 3, 1, 0.4), torch.randn(1, 70, 14, 14)
+    found = []
+    for threads in (1, 2, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found.append(computed(made, x, None, relu=True))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@needs_compiler
+def test_ties_go_to_the_lowest_channel_and_importance_zero_is_exactly_zero() -> None:
+    made, x = layer(4, 8, 1, 1, 0.5), torch.randn(1, 4, 3, 3)
+    with torch.no_grad():
+        made.m.fill_(1)
+        made.predictor.weight.zero_()
+        made.predictor.bias.copy_(torch.tensor([0.0, 1, -1, 1, 0, 1, 0, 0]))  # three positive; the first 0 is the fourth
+    own = dynamic.DynamicConvBN(made, "gather/own/pairs", compact_input=False)
+    maps, kept, _ = own(x, None, x.mean((2, 3)))
+    assert kept.tolist() == [[0, 1, 3, 5]]
+    assert not maps[0, 0].any() and all(bool(maps[0, i].any()) for i in (1, 2, 3))
+
+
+@needs_compiler
+@pytest.mark.parametrize("size", [1, 4, 7])
+def test_a_stream_is_added_to_in_place_with_its_means(size) -> None:
+    torch.manual_seed(size)
+    stream, more = torch.randn(1, 10, size, size), torch.randn(2, 1, 3, size, size)
+    indices = torch.tensor([[[7, 0, 4]], [[1, 4, 9]]])
+    wanted, means = stream.clone(), None
+    memory = stream.data_ptr()
+    for values, index in zip(more, indices, strict=True):
+        wanted = wanted.index_add(1, index[0], values).relu()
+        stream, means = kernels.add_relu(stream, values, index, means)
+        assert stream.data_ptr() == memory
+        torch.testing.assert_close(stream, wanted, rtol=0, atol=0)
+        torch.testing.assert_close(means, wanted.mean((2, 3)))
+
+
+@needs_compiler
+@torch.no_grad()
+def test_a_network_of_kernels_equals_the_masked_one_and_runs_no_relu_of_torch() -> None:
+    model = tiny.gated().eval()
+    afs.set_density(model, 0.4)
+    x = torch.cat([batch for batch, _ in tiny.batches()])
+    net = dynamic.dynamic(model, x[:1], ways="gather")
+    assert {choice.way for choice in net.choices[1]} == {"gather/own/pairs"}
+    called = [str(node.target) for node in net.plans["1"].graph.nodes]
+    assert "relu" not in called and any("add_relu" in name for name in called)
+    for image in x[:4].split(1):
+        wanted = model(image)
+        assert float((net(image) - wanted).abs().max() / wanted.abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "echo 'a b'"])
+def test_without_a_working_compiler_torch_does_it(compiler, monkeypatch) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    kernels._library.cache_clear()
+    try:
+        assert not kernels.available()
+        model = tiny.gated().eval()
+        x = torch.cat([batch for batch, _ in tiny.batches()])[:1]
+        net = dynamic.dynamic(model, x, ways="gather")
+        assert all("own" not in choice.way for choice in net.choices[1])
+        with pytest.raises(RuntimeError, match="could not be compiled"):
+            kernels.add_relu(torch.zeros(1, 2, 1, 1), torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, dtype=torch.int64), None)
+    finally:
+        kernels._library.cache_clear()
