@@ -25,6 +25,7 @@ __all__ = [
     "Competitors",
     "ablation_table",
     "accuracy_table",
+    "better_text",
     "costs_table",
     "missing_text",
     "paired_table",
@@ -169,7 +170,9 @@ class Competitors:
             if set(table.variant) <= {WHOLE}:
                 return f"Not computed: {rest}"
             time = _equal_time(c) if c.has("equal_time") else f"The rest is not computed: {rest}"
-            return f"{ablation_table(table)._repr_markdown_()}\n\n{untrained_text(table)}{time}"
+            rules = c.comparison.rules
+            better = better_text(table, c.table, budget=rules.primary_budget, seeds=rules.seeds[: rules.rest])
+            return f"{ablation_table(table)._repr_markdown_()}\n\n{untrained_text(table)}{better}{time}"
 
         return self._each(text)
 
@@ -318,6 +321,42 @@ def ablation_table(table: pd.DataFrame) -> Table:
             cell += "" if math.isnan(d.low) else f" ({100 * d.low:+.1f} to {100 * d.high:+.1f})"
         rows.append([variant, at, mean_sd(mine, 100), cell, f"{mine.notna().sum()} of {len(mine)}"])
     return Table(["variant", "at", "test accuracy (%)", "minus AFDS (95 % interval)", "seeds"], rows)
+
+
+def better_text(table: pd.DataFrame, main: pd.DataFrame, *, budget: float, seeds: Sequence[int]) -> str:
+    """Which variants at the primary budget beat AFDS by more than their interval, and how they stand to the rival.
+
+    Args:
+        table: of the ablations.
+        main: of the sweep, from which the rival is known.
+        budget: the primary one.
+        seeds: those on which the rival is chosen.
+    """
+    there = table[(table.budget - budget).abs() < 1e-9]
+    accuracy = {variant: mine.set_index("seed").test_accuracy for variant, mine in there.groupby("variant", sort=False)}
+    if WHOLE not in accuracy:
+        return ""
+    rival = statistics.rival(main, budget=budget, seeds=seeds)
+    theirs = main[(main.method == rival) & ((main.budget - budget).abs() < 1e-9)].set_index("seed").test_accuracy
+    lines = []
+    for variant, mine in accuracy.items():
+        if "unextended" in variant or len(mine := mine.dropna()) < 2:  # the former is the rival's, not AFDS's
+            continue
+        gain = statistics.paired(mine.to_dict(), accuracy[WHOLE].to_dict()).difference
+        if gain.low > 0:
+            beside = statistics.paired(mine.to_dict(), theirs.to_dict()).difference
+            lines.append(
+                f"- {variant}: {_points(gain)} points from AFDS and {_points(beside)} from the rival, "
+                f"{Method.parse(rival).label}, on the same {beside.n} seeds"
+            )
+    if not lines:
+        return ""
+    note = "Better than AFDS by more than the interval. Exploratory: these were found by looking at test accuracy."
+    return "\n".join([note, "", *lines, "", ""])
+
+
+def _points(found: statistics.Interval) -> str:
+    return f"{100 * found.mean:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
 
 
 def untrained_text(table: pd.DataFrame) -> str:

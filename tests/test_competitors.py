@@ -109,6 +109,30 @@ def test_ablations_are_set_against_afds_seed_by_seed_and_lost_seeds_are_counted(
     ]
 
 
+def test_variants_that_beat_afds_are_named_with_their_distance_to_the_rival():
+    def rows(name, *accuracies, budget=0.1):
+        return [(name, seed, budget, value) for seed, value in enumerate(accuracies)]
+
+    columns = ["variant", "seed", "budget", "test_accuracy"]
+    afds = rows("both (AFDS)", 0.50, 0.51, 0.52)
+    table = [*afds, *rows("detached", 0.54, 0.55, 0.56), *rows("noisy", 0.40, 0.52, 0.70)]
+    table += [*rows("worse", 0.4, 0.41, 0.42), *rows("detached", 0.9, 0.9, 0.9, budget=0.25)]
+    table += rows("L2 + Taylor, unextended start", 0.9, 0.91, 0.92)
+    main = [("l2+taylor", "competitor", s, 0.1, v, v) for s, v in enumerate((0.55, 0.53, 0.55))]
+    main += [("l2+fbs", "competitor", s, 0.1, 0.9, 0.1) for s in range(3)]
+    names = ["method", "role", "seed", "budget", "test_accuracy", "validation_accuracy"]
+    made = competitors.better_text(
+        pd.DataFrame(table, columns=columns), pd.DataFrame(main, columns=names), budget=0.1, seeds=(0, 1, 2)
+    )
+    assert "- detached: +4.0 [+4.0, +4.0] points from AFDS and +0.7 [" in made
+    assert "from the rival, L2 + Taylor, on the same 3 seeds" in made
+    assert made.count("\n- ") == 1 and "Exploratory" in made
+    none = competitors.better_text(
+        pd.DataFrame(afds, columns=columns), pd.DataFrame(main, columns=names), budget=0.1, seeds=(0, 1, 2)
+    )
+    assert none == ""
+
+
 def test_an_ablation_says_why_a_variant_has_no_network():
     rows = [
         ("random predictors", 0.1, "in the source stage, the loss is nan"),

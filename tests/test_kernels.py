@@ -45,13 +45,14 @@ def computed(made: AFSConvBN, x: torch.Tensor, index: torch.Tensor | None, *, re
 
 
 @needs_compiler
+@torch.no_grad()
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize(
     ("inputs", "outputs", "side", "stride", "size"),
     [
         (1, 1, 1, 1, 1), (5, 3, 1, 1, 4), (70, 40, 1, 1, 14), (33, 90, 1, 1, 7), (12, 20, 1, 2, 9), (12, 20, 1, 2, 8),
-        (5, 3, 3, 1, 1), (30, 25, 3, 1, 7), (9, 17, 3, 1, 17), (16, 33, 3, 2, 14), (16, 33, 3, 2, 15), (3, 20, 7, 2, 33),
-        (6, 10, 5, 3, 16),
+        (5, 3, 3, 1, 1), (30, 25, 3, 1, 7), (9, 17, 3, 1, 17), (16, 33, 3, 2, 14), (16, 33, 3, 2, 15),
+        (3, 20, 7, 2, 33), (6, 10, 5, 3, 16),
     ],
 )  # fmt: skip
 def test_the_kernel_equals_the_masked_layer(inputs, outputs, side, stride, size, static) -> None:
@@ -69,12 +70,13 @@ def test_the_kernel_equals_the_masked_layer(inputs, outputs, side, stride, size,
 
 @needs_compiler
 def test_several_threads_give_the_same(monkeypatch) -> None:
-    made, x = layer(70, 40, 3, 1, 0.4), torch.randn(1, 70, 14, 14)
+    made, x = layer(70, 62, 3, 1, 0.4), torch.randn(1, 70, 14, 14)
+    assert made.k == 25  # of six threads one has no panel of its own
     found = []
-    for threads in (1, 2, 3):
+    for threads in (1, 2, 3, 6, 40):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         found.append(computed(made, x, None, relu=True))
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 @needs_compiler
@@ -83,7 +85,8 @@ def test_ties_go_to_the_lowest_channel_and_importance_zero_is_exactly_zero() -> 
     with torch.no_grad():
         made.m.fill_(1)
         made.predictor.weight.zero_()
-        made.predictor.bias.copy_(torch.tensor([0.0, 1, -1, 1, 0, 1, 0, 0]))  # three positive; the first 0 is the fourth
+        # Three are positive, and the first 0 is the fourth.
+        made.predictor.bias.copy_(torch.tensor([0.0, 1, -1, 1, 0, 1, 0, 0]))
     own = dynamic.DynamicConvBN(made, "gather/own/pairs", compact_input=False)
     maps, kept, _ = own(x, None, x.mean((2, 3)))
     assert kept.tolist() == [[0, 1, 3, 5]]
@@ -131,7 +134,8 @@ def test_without_a_working_compiler_torch_does_it(compiler, monkeypatch) -> None
         x = torch.cat([batch for batch, _ in tiny.batches()])[:1]
         net = dynamic.dynamic(model, x, ways="gather")
         assert all("own" not in choice.way for choice in net.choices[1])
+        stream, values, index = torch.zeros(1, 2, 1, 1), torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, dtype=torch.int64)
         with pytest.raises(RuntimeError, match="could not be compiled"):
-            kernels.add_relu(torch.zeros(1, 2, 1, 1), torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, dtype=torch.int64), None)
+            kernels.add_relu(stream, values, index, None)
     finally:
         kernels._library.cache_clear()

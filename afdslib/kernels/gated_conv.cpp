@@ -68,7 +68,7 @@ Tile tile_of(int rows, int vectors) {
 void fetch(const float* from, int64_t count) {
     for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(from + i);
 }
-constexpr int64_t ROWS = 4;  // of a predictor, that are added up at a time
+constexpr int64_t ROWS = 4, PART = 64;  // rows of a predictor that are added up at a time, and before a new sum
 
 // Larger numbers have larger keys, and of equal ones the first has the largest.
 uint64_t key(float value, int64_t place) {
@@ -124,11 +124,14 @@ void afds_gated_conv(const Layer* layer, const float* x, const int64_t* index, c
     const int64_t line = stride == 1 ? across + edge : across + reach;
     const int64_t plane = (down + reach) * line + edge, padded = plane * stride * stride;
     const int64_t positions = direct ? area : (down - 1) * line + across;
-    const int64_t panels = (outputs + PANEL - 1) / PANEL, tall = (outputs + panels - 1) / panels;
+    // As many panels for each thread, unless there are so many threads that they must share them.
+    const int64_t fewest = (outputs + PANEL - 1) / PANEL, even = (fewest + threads - 1) / threads * threads;
+    const bool apart = even * PANEL <= 2 * outputs;
+    const int64_t panels = apart ? even : fewest, tall = (outputs + panels - 1) / panels;
     const int64_t blocks = (positions + BLOCK - 1) / BLOCK;
 
-    float* gates = of_size(scratch.gates, l.dynamic);
-    float* packed = of_size(scratch.panels, panels * steps * PANEL);
+    float* gates = of_size(scratch.gates, 2 * l.dynamic);
+    float* packed = of_size(scratch.panels, (apart ? threads : panels) * steps * PANEL);
     float* starts = of_size(scratch.starts, panels * PANEL);
     // Tiles read past the end of the last channel, which is therefore copied in any case.
     float* copied = of_size(scratch.inputs, (direct ? area : inputs * padded) + BLOCK);
@@ -140,26 +143,88 @@ void afds_gated_conv(const Layer* layer, const float* x, const int64_t* index, c
     uint64_t* keys = scratch.keys.data();
     const float* source = direct ? x : copied;
 
+    const auto pack = [&](int64_t panel, float* to) {
+        const int64_t top = panel * tall, rows = std::min(tall, outputs - top);
+        if (rows <= 0) return;  // what a multiple of the threads leaves over
+        const float* filters[PANEL];
+        float etas[PANEL];
+        for (int64_t r = 0; r < PANEL; ++r) {
+            const int64_t row = local[top + std::min(r, rows - 1)];
+            const float eta = row < l.statics ? l.gamma[row] : std::max(gates[row - l.statics], 0.0f);
+            // A selected channel whose importance is 0 is not computed: neither scale nor shift.
+            const float beta = row < l.statics || eta > 0 ? l.terms[l.rows + row] : 0.0f;
+            starts[panel * PANEL + r] = eta * l.terms[row] + beta;
+            filters[r] = l.weight + row * l.in_channels * taps;
+            etas[r] = eta;
+            const int64_t next = top + tall + r;
+            if (r < tall && next < outputs) fetch(l.weight + local[next] * l.in_channels * taps, l.in_channels * taps);
+        }
+        for (int64_t i = 0; i < inputs; ++i) {
+            const int64_t at = (index ? index[i] : i) * taps;
+            for (int64_t t = 0; t < taps; ++t, to += PANEL)
+                for (int64_t r = 0; r < PANEL; ++r) to[r] = etas[r] * filters[r][at + t];
+        }
+    };
+    const auto compute = [&](int64_t panel, int64_t block, const float* weights) {
+        const int64_t top = panel * tall, rows = std::min(tall, outputs - top);
+        if (rows <= 0) return;
+        const int64_t first = block * BLOCK, count = std::min<int64_t>(BLOCK, positions - first);
+        float result[PANEL * BLOCK];
+        tile_of(int(rows), int((count + LANES - 1) / LANES))(
+            weights, source + first, offsets, steps, starts + panel * PANEL, result);
+        for (int64_t r = 0; r < rows; ++r) {
+            float* values = result + r * BLOCK;
+            if (relu)
+                for (int64_t p = 0; p < count; ++p) values[p] = std::max(values[p], 0.0f);
+            float* to = out + (top + r) * area;
+            float sum = 0;
+            if (direct) {
+                std::copy_n(values, count, to + first);
+                if (sums)
+                    for (int64_t p = 0; p < count; ++p) sum += values[p];
+            } else {
+                for (int64_t p = 0; p < count;) {
+                    const int64_t y = (first + p) / line, column = (first + p) % line;
+                    const int64_t run = std::min(line - column, count - p);
+                    const int64_t inside = std::max<int64_t>(0, std::min(across - column, run));
+                    std::copy_n(values + p, inside, to + y * across + column);
+                    if (sums)
+                        for (int64_t i = 0; i < inside; ++i) sum += values[p + i];
+                    p += run;
+                }
+            }
+            if (sums) sums[(panel * PANEL + r) * blocks + block] = sum;
+        }
+    };
+
 #pragma omp parallel num_threads(threads)
     {
         const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
         if (l.places) {
             const int64_t first = l.dynamic * me / team, last = l.dynamic * (me + 1) / team;
             std::copy(l.phi_bias + first, l.phi_bias + last, gates + first);
-            int64_t i = 0;
-            for (; i + ROWS <= inputs; i += ROWS) {
-                const float *rows[ROWS], *means = pooled + i;
-                for (int64_t r = 0; r < ROWS; ++r) {
-                    rows[r] = l.phi + (index ? index[i + r] : i + r) * l.dynamic;
-                    if (i + r + ROWS < inputs)
-                        fetch(l.phi + (index ? index[i + r + ROWS] : i + r + ROWS) * l.dynamic + first, last - first);
+            // Part by part, for long sums of small numbers round more: selections at their edge would differ.
+            float* part = gates + l.dynamic;
+            for (int64_t begin = 0; begin < inputs; begin += PART) {
+                const int64_t end = std::min(begin + PART, inputs);
+                std::fill(part + first, part + last, 0.0f);
+                int64_t i = begin;
+                for (; i + ROWS <= end; i += ROWS) {
+                    const float *rows[ROWS], *by = pooled + i;
+                    for (int64_t r = 0; r < ROWS; ++r) {
+                        const int64_t ahead = i + r + ROWS;
+                        rows[r] = l.phi + (index ? index[i + r] : i + r) * l.dynamic;
+                        if (ahead < inputs)
+                            fetch(l.phi + (index ? index[ahead] : ahead) * l.dynamic + first, last - first);
+                    }
+                    for (int64_t d = first; d < last; ++d)
+                        part[d] += (by[0] * rows[0][d] + by[1] * rows[1][d]) + (by[2] * rows[2][d] + by[3] * rows[3][d]);
                 }
-                for (int64_t d = first; d < last; ++d)
-                    gates[d] += means[0] * rows[0][d] + means[1] * rows[1][d] + means[2] * rows[2][d] + means[3] * rows[3][d];
-            }
-            for (; i < inputs; ++i) {
-                const float* row = l.phi + (index ? index[i] : i) * l.dynamic;
-                for (int64_t d = first; d < last; ++d) gates[d] += pooled[i] * row[d];
+                for (; i < end; ++i) {
+                    const float* row = l.phi + (index ? index[i] : i) * l.dynamic;
+                    for (int64_t d = first; d < last; ++d) part[d] += pooled[i] * row[d];
+                }
+                for (int64_t d = first; d < last; ++d) gates[d] += part[d];
             }
         }
         if (!direct) {
@@ -210,59 +275,20 @@ void afds_gated_conv(const Layer* layer, const float* x, const int64_t* index, c
             }
             for (int64_t o = 0; o < outputs; ++o) kept[o] = l.numbers[local[o]];
         }
+        if (apart) {
+            // Each thread packs a panel and uses it while it is in its own cache; the next one is fetched meanwhile.
+#pragma omp for schedule(static) nowait
+            for (int64_t panel = 0; panel < panels; ++panel) {
+                float* mine = packed + me * steps * PANEL;
+                pack(panel, mine);
+                for (int64_t block = 0; block < blocks; ++block) compute(panel, block, mine);
+            }
+        } else {
 #pragma omp for schedule(static)
-        for (int64_t panel = 0; panel < panels; ++panel) {
-            float* to = packed + panel * steps * PANEL;
-            const int64_t top = panel * tall, rows = std::min(tall, outputs - top);
-            const float* filters[PANEL];
-            float etas[PANEL];
-            for (int64_t r = 0; r < PANEL; ++r) {
-                const int64_t row = local[top + std::min(r, rows - 1)];
-                const float eta = row < l.statics ? l.gamma[row] : std::max(gates[row - l.statics], 0.0f);
-                // A selected channel whose importance is 0 is not computed: neither scale nor shift.
-                const float beta = row < l.statics || eta > 0 ? l.terms[l.rows + row] : 0.0f;
-                starts[panel * PANEL + r] = eta * l.terms[row] + beta;
-                filters[r] = l.weight + row * l.in_channels * taps;
-                etas[r] = eta;
-                if (top + tall + r < outputs) fetch(l.weight + local[top + tall + r] * l.in_channels * taps, l.in_channels * taps);
-            }
-            for (int64_t i = 0; i < inputs; ++i) {
-                const int64_t at = (index ? index[i] : i) * taps;
-                for (int64_t t = 0; t < taps; ++t, to += PANEL)
-                    for (int64_t r = 0; r < PANEL; ++r) to[r] = etas[r] * filters[r][at + t];
-            }
-        }
+            for (int64_t panel = 0; panel < panels; ++panel) pack(panel, packed + panel * steps * PANEL);
 #pragma omp for schedule(dynamic, 2)
-        for (int64_t job = 0; job < panels * blocks; ++job) {
-            const int64_t panel = job % panels, block = job / panels;
-            const int64_t top = panel * tall, rows = std::min(tall, outputs - top);
-            const int64_t first = block * BLOCK, count = std::min<int64_t>(BLOCK, positions - first);
-            float result[PANEL * BLOCK];
-            tile_of(int(rows), int((count + LANES - 1) / LANES))(
-                packed + panel * steps * PANEL, source + first, offsets, steps, starts + panel * PANEL, result);
-            for (int64_t r = 0; r < rows; ++r) {
-                float* values = result + r * BLOCK;
-                if (relu)
-                    for (int64_t p = 0; p < count; ++p) values[p] = std::max(values[p], 0.0f);
-                float* to = out + (top + r) * area;
-                float sum = 0;
-                if (direct) {
-                    std::copy_n(values, count, to + first);
-                    if (sums)
-                        for (int64_t p = 0; p < count; ++p) sum += values[p];
-                } else {
-                    for (int64_t p = 0; p < count;) {
-                        const int64_t y = (first + p) / line, column = (first + p) % line;
-                        const int64_t run = std::min(line - column, count - p);
-                        const int64_t inside = std::max<int64_t>(0, std::min(across - column, run));
-                        std::copy_n(values + p, inside, to + y * across + column);
-                        if (sums)
-                            for (int64_t i = 0; i < inside; ++i) sum += values[p + i];
-                        p += run;
-                    }
-                }
-                if (sums) sums[(panel * PANEL + r) * blocks + block] = sum;
-            }
+            for (int64_t job = 0; job < panels * blocks; ++job)
+                compute(job % panels, job / panels, packed + job % panels * steps * PANEL);
         }
     }
     if (means)
