@@ -67,14 +67,25 @@ def test_a_narrow_network_or_small_images_are_no_full_network(write):
 
 
 def test_batches_and_files_stay_apart(write):
-    write("a", [network("dense", "eager", 40.0), network("compact", "eager", 20.0, 2.0)])
-    write("b", [network("dense", "eager", 9.0, batch=16), network("compact", "eager", 3.0, 2.0, batch=16)])
+    masks = "masks of x.json"
+    write("a", [network("dense", "eager", 40.0), network("compact", "eager", 20.0, 2.0, note=masks)])
+    write("b", [network("dense", "eager", 9.0, batch=16), network("compact", "eager", 3.0, 2.0, batch=16, note=masks)])
     rows = measured.best(measured.stored())
     found = {(r.file, r.batch): r.faster for r in rows.itertuples() if r.variant == "compact"}
     assert found == pytest.approx({("speed/a.csv", 1): 2.0, ("speed/b.csv", 16): 3.0})
     figure = plots.speed(rows)
     assert [ax.get_legend().get_title().get_text().split(",")[0] for ax in figure.axes] == ["batch 1", "batch 16"]
     assert list(figure.axes[0].lines[0].get_ydata()) == pytest.approx([2.0])
+
+
+def test_networks_with_random_masks_are_no_point_of_the_figure(write):
+    random = network("compact", "eager", 10.0, 4.0, note="random masks: 0.2 inner")
+    rows = [network("dense", "eager", 40.0), network("compact", "eager", 20.0, 2.0, note="masks of x.json")]
+    rows += [bench.replace(row, network="resnet50") for row in (network("dense", "eager", 40.0), random)]
+    write("a", rows)
+    table = measured.best(measured.stored())
+    assert list(plots.speed(table).axes[0].lines[0].get_xdata()) == [2.0]
+    assert "No speed is shown" in plots.speed(table[table.network == "resnet50"]).axes[0].texts[0].get_text()
 
 
 def test_the_other_cases_name_their_ratio_the_right_way_round(write):

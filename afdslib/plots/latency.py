@@ -82,13 +82,14 @@ _VARIANTS = {"compact": ("#0072B2", "o", "AFDS, compact"), "torch-pruning": ("#D
 def speed(table: pd.DataFrame, *, title: str = "") -> Figure:
     """Measured speed-up over the dense network against MACs saved, each in its fastest runtime, with the ideal line.
 
-    A panel per device, number of threads, size of the images and batch size.
+    A panel per device, number of threads, size of the images and batch size; networks cut by random masks are left out.
 
     Args:
         table: of `measured.best`; a sentence is drawn where it is empty.
         title: above the panels.
     """
-    rows = table[table.variant.isin(list(_VARIANTS))] if len(table) else table
+    trained = table.network[table.note.fillna("").str.startswith("masks of")] if len(table) else ()
+    rows = table[table.variant.isin(list(_VARIANTS)) & table.network.isin(trained)] if len(table) else table
     if rows.empty:
         return sentence("No speed is shown: no network has been measured by afds bench.")
     panels = list(rows.groupby(["device", "threads", "size", "batch"], sort=True))
