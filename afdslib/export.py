@@ -230,12 +230,17 @@ def save_onnx(
         max|a-b| / max|b| between onnxruntime and torch on these images.
 
     Raises:
-        AFDSError: in train mode, without the ONNX packages, for an opset or a network that cannot be exported, for
-            outputs that are not finite, or if onnxruntime's differ by more than `TOLERANCE`; no file is left then.
+        AFDSError: in train mode, without the ONNX packages, for an opset or a network that cannot be exported, such as
+            a dynamic one with our own kernel, for outputs that are not finite, or if onnxruntime's differ by more than `TOLERANCE`; no file is left then.
     """
     need("onnx"), need("onnxscript"), need("onnxruntime")
     if model.training:
         raise AFDSError("the network is in train mode, where its batch norms change; call model.eval() before it")
+    if any(getattr(module, "kernel", "") == "own" for module in model.modules()):
+        raise AFDSError(
+            "the dynamic network runs on our own kernel, which no file can hold; prepare it with "
+            "dynamic(..., static_shapes=True)"
+        )
     reference = copy.deepcopy(model).float().cpu()
     frozen = inference(reference)
     generator = torch.Generator().manual_seed(0)

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from afdslib import afs, dynamic, kernels
+from afdslib import afs, dynamic, export, kernels
 from afdslib.afs.layer import AFSConvBN
+from afdslib.errors import AFDSError
 from tests import tiny
 
 needs_compiler = pytest.mark.skipif(not kernels.available(), reason="no C++ compiler here")
@@ -119,6 +120,8 @@ def test_a_network_of_kernels_equals_the_masked_one_and_runs_no_relu_of_torch() 
     assert {choice.way for choice in net.choices[1]} == {"gather/own/pairs"}
     called = [str(node.target) for node in net.plans["1"].graph.nodes]
     assert "relu" not in called and any("add_relu" in name for name in called)
+    with pytest.raises(AFDSError, match="static_shapes=True"):
+        export.save_onnx(net, "unused.onnx", (3, *x.shape[2:]), batch=1)
     for image in x[:4].split(1):
         wanted = model(image)
         assert float((net(image) - wanted).abs().max() / wanted.abs().max()) <= 1e-5
