@@ -908,7 +908,8 @@ def dynamic(
         ways: the ways of some layers, or one way for all layers that know it, instead of measuring. With a way for
             every AFS layer no fall back to masking happens, and only layers without gates behind them are measured.
         repeats: measurements of each way.
-        static_shapes: for torch.compile and exports: leave out our own kernel and ways whose shapes differ between images.
+        static_shapes: leave out our own kernel and ways whose shapes differ between images, for torch.compile and
+            exports.
 
     Raises:
         AFDSError: without AFS layers or images, in train mode, for ways that a layer does not know, or if all channels

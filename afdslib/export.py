@@ -231,7 +231,8 @@ def save_onnx(
 
     Raises:
         AFDSError: in train mode, without the ONNX packages, for an opset or a network that cannot be exported, such as
-            a dynamic one with our own kernel, for outputs that are not finite, or if onnxruntime's differ by more than `TOLERANCE`; no file is left then.
+            a dynamic one with our own kernel, for outputs that are not finite, or if onnxruntime's differ by more than
+            `TOLERANCE`; no file is left then.
     """
     need("onnx"), need("onnxscript"), need("onnxruntime")
     if model.training:
