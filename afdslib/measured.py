@@ -89,7 +89,7 @@ def _accuracies() -> str:
     settings = found[0]["training"]
     reached = ", ".join(f"{1 / one['budget']:g}x {100 * one['metrics']['test_accuracy']:.1f} %" for one in found)
     return (
-        f"These masks come from short trainings, {settings['source_steps']} steps on the source, then "
+        f"The committed masks come from short trainings, {settings['source_steps']} steps on the source, then "
         f"{settings['transfer_steps']} and {settings['tuning_steps']} per budget on {settings['target']} with "
         f"{settings['per_class']} images per class at {settings['size']} px: they are for measuring time. Test "
         f"accuracy: {reached}."
