@@ -1,5 +1,9 @@
 """Our own kernels against the layers they stand for, in float32."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -78,6 +82,32 @@ def test_several_threads_give_the_same(monkeypatch) -> None:
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         found.append(computed(made, x, None, relu=True))
     assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+AT_THE_END_OF_MEMORY = """
+import ctypes, mmap, sys
+import torch
+from tests import test_kernels as t
+
+page = mmap.PAGESIZE
+memory = mmap.mmap(-1, 2 * page)
+start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + page), page, 0) == 0
+for inputs, side, size in ((1, 1, 1), (5, 1, 1), (9, 1, 2), (6, 1, 3), (3, 1, 5), (2, 3, 5)):
+    count = inputs * size * size
+    x = torch.frombuffer((ctypes.c_float * count).from_address(start + page - 4 * count), dtype=torch.float32)
+    x = x.normal_().view(1, inputs, size, size)
+    made = t.layer(inputs, 6, side, 1, 1.0)
+    assert float((t.computed(made, x, None, relu=False) - made(x)).abs().max()) < 1e-4
+print("read nothing behind")
+"""
+
+
+@needs_compiler
+def test_nothing_behind_the_maps_is_read() -> None:
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", AT_THE_END_OF_MEMORY], capture_output=True, text=True, cwd=root)
+    assert done.stdout.strip() == "read nothing behind", done.stderr[-500:]
 
 
 @needs_compiler

@@ -133,8 +133,9 @@ void afds_gated_conv(const Layer* layer, const float* x, const int64_t* index, c
     float* gates = of_size(scratch.gates, 2 * l.dynamic);
     float* packed = of_size(scratch.panels, (apart ? threads : panels) * steps * PANEL);
     float* starts = of_size(scratch.starts, panels * PANEL);
-    // Tiles read past the end of the last channel, which is therefore copied in any case.
-    float* copied = of_size(scratch.inputs, (direct ? area : inputs * padded) + BLOCK);
+    // Tiles read past the end of the last channels, which are therefore copied in any case.
+    const int64_t tail = std::min(inputs, (LANES + area - 1) / area);
+    float* copied = of_size(scratch.inputs, (direct ? tail * area : inputs * padded) + BLOCK);
     float* sums = means ? of_size(scratch.sums, panels * blocks * PANEL) : nullptr;
     if (int64_t(scratch.offsets.size()) < steps) scratch.offsets.resize(steps);
     if (int64_t(scratch.keys.size()) < l.dynamic) scratch.keys.resize(l.dynamic);
@@ -157,7 +158,8 @@ void afds_gated_conv(const Layer* layer, const float* x, const int64_t* index, c
             filters[r] = l.weight + row * l.in_channels * taps;
             etas[r] = eta;
             const int64_t next = top + tall + r;
-            if (r < tall && next < outputs) fetch(l.weight + local[next] * l.in_channels * taps, l.in_channels * taps);
+            if (r < tall && next < outputs)
+                fetch(l.weight + local[next] * l.in_channels * taps, l.in_channels * taps);
         }
         for (int64_t i = 0; i < inputs; ++i) {
             const int64_t at = (index ? index[i] : i) * taps;
@@ -218,7 +220,8 @@ void afds_gated_conv(const Layer* layer, const float* x, const int64_t* index, c
                             fetch(l.phi + (index ? index[ahead] : ahead) * l.dynamic + first, last - first);
                     }
                     for (int64_t d = first; d < last; ++d)
-                        part[d] += (by[0] * rows[0][d] + by[1] * rows[1][d]) + (by[2] * rows[2][d] + by[3] * rows[3][d]);
+                        part[d] +=
+                            (by[0] * rows[0][d] + by[1] * rows[1][d]) + (by[2] * rows[2][d] + by[3] * rows[3][d]);
                 }
                 for (; i < end; ++i) {
                     const float* row = l.phi + (index ? index[i] : i) * l.dynamic;
@@ -239,10 +242,14 @@ void afds_gated_conv(const Layer* layer, const float* x, const int64_t* index, c
                     for (int64_t px = 0; px < stride; ++px) {
                         float* at = to + (py * stride + px) * plane + low * line;
                         // The first column of the plane that lies in the map, and its column there.
-                        const int64_t c = (edge - px + stride - 1) / stride * (edge > px), begin = c * stride + px - edge;
-                        const int64_t end = stride == 1 ? c + width : std::min(line, c + (width - begin + stride - 1) / stride);
-                        if (stride == 1) std::copy_n(from + y * width, width, at + c);
-                        else for (int64_t i = c; i < end; ++i) at[i] = from[y * width + begin + (i - c) * stride];
+                        const int64_t c = (edge - px + stride - 1) / stride * (edge > px);
+                        const int64_t begin = c * stride + px - edge;
+                        const int64_t end = std::min(line, c + (width - begin + stride - 1) / stride);
+                        if (stride == 1) {
+                            std::copy_n(from + y * width, width, at + c);
+                        } else {
+                            for (int64_t k = c; k < end; ++k) at[k] = from[y * width + begin + (k - c) * stride];
+                        }
                     }
                 }
             }
@@ -255,9 +262,9 @@ void afds_gated_conv(const Layer* layer, const float* x, const int64_t* index, c
                         *to++ = direct ? i * area
                                        : i * padded + (ty % stride * stride + tx % stride) * plane + ty / stride * line +
                                              tx / stride;
-            if (direct && inputs) {
-                std::copy_n(x + (inputs - 1) * area, area, copied);
-                offsets[inputs - 1] = copied - x;
+            if (direct) {
+                std::copy_n(x + (inputs - tail) * area, tail * area, copied);
+                for (int64_t i = 0; i < tail; ++i) offsets[inputs - tail + i] = copied + i * area - x;
             }
         }
 #pragma omp barrier
