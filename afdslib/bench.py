@@ -27,7 +27,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._inductor import config as inductor
 
 from afdslib import afs, backbones, dynamic, macs, runs
 from afdslib._atomic import write_text
@@ -44,8 +43,6 @@ __all__ = [
 ]  # fmt: skip
 
 RUNTIMES = ("eager", "compiled", "onnxruntime")
-
-
 # Margins of a selection below this are float32's rounding in a deep network.
 _ROUNDING = 2e-6
 
@@ -312,6 +309,17 @@ def random_gates(model: nn.Module, images: Tensor, *, spread: float = 0.05, seed
             handle.remove()
 
 
+@contextmanager
+def _watched(model: nn.Module, look: Callable[[afs.AFSConvBN, tuple[Tensor, ...], Tensor], None]) -> Iterator[None]:
+    """For a while, `look` is called after every AFS layer."""
+    handles = [layer.register_forward_hook(look) for layer in afs.layers(model).values()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @torch.no_grad()
 def jaccard(model: nn.Module, images: Tensor) -> float:
     """Mean over layers and pairs of neighbouring images of |kept by both| / |kept by either|."""
@@ -322,12 +330,8 @@ def jaccard(model: nn.Module, images: Tensor) -> float:
         both, either = (kept[1:] & kept[:-1]).sum(1), (kept[1:] | kept[:-1]).sum(1)
         found.extend((both / either.clamp_min(1)).tolist())
 
-    handles = [layer.register_forward_hook(look) for layer in afs.layers(model).values()]
-    try:
+    with _watched(model, look):
         model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
     return statistics.mean(found)
 
 
@@ -347,12 +351,8 @@ def margins(model: nn.Module, images: Tensor) -> list[float]:
             if len(chosen) and len(others) and k < h.shape[1]:
                 closest[i] = min(closest[i], float(1 - others.max() / chosen.min()))
 
-    handles = [layer.register_forward_hook(look) for layer in afs.layers(exact).values()]
-    try:
+    with _watched(exact, look):
         exact(images.double())
-    finally:
-        for handle in handles:
-            handle.remove()
     return closest
 
 
@@ -422,6 +422,7 @@ def _in_runtime(model: nn.Module, example: Tensor, runtime: str, threads: int, f
     """A network as a function of a batch, in one of the runtimes."""
     if runtime == "onnxruntime":
         return _session(model, example, threads, folder)
+    # By default a second batch size would be compiled for any size, some variants of a comparison and not others.
     call: Callable[[Tensor], Any] = torch.compile(model, dynamic=False) if runtime == "compiled" else model
 
     def forward(images: Tensor) -> Any:
@@ -431,6 +432,8 @@ def _in_runtime(model: nn.Module, example: Tensor, runtime: str, threads: int, f
     if runtime == "compiled":
         # Without freezing, the weights would be packed for the kernels anew in every call: 52 instead of 34 ms for a
         # ResNet-101. As an option of torch.compile it has no effect, so it is set while the first call compiles.
+        from torch._inductor import config as inductor  # which only this runtime needs
+
         with inductor.patch(freezing=True, cpp_wrapper=True):
             forward(example)
     return forward

@@ -741,8 +741,7 @@ class _Builder:
             way, times = self._fastest(layer, rep, pooled, candidates)
         self.choices.append(Choice(name, way, times))
         module, inputs = self._prepared(layer, rep, way, pooled)
-        own = module.kernel == "own"
-        module.relu = own and self._rectifies(node)
+        module.relu = module.kernel == "own" and self._rectifies(node)
         self.root[name] = module
         made = self.graph.call_module(name, inputs)
         self.value[made] = module(*self._values(inputs))
