@@ -26,7 +26,7 @@ from afdslib.extended import ExtendedSourceRun
 from afdslib.kept import Keeper, keep_networks
 from afdslib.objectives import Regulariser
 from afdslib.profiles import Profile
-from afdslib.protocol import RECALLED, REGULARISER_SPACES, Method, Protocol, Value, protocol, selection_space
+from afdslib.protocol import CONFIRMED, RECALLED, REGULARISER_SPACES, Method, Protocol, Value, protocol, selection_space
 from afdslib.rivals import DenseRun, FBSGatesRun, FBSRun, NarrowRun, PrunedRun, Selection
 from afdslib.selection import CRITERIA, fitting_width
 from afdslib.stages import MODEL, AFSSourceRun, DataSource, SourceRun, TransferRun
@@ -132,7 +132,7 @@ class Comparison(Keeper[Profile]):
             )
         table, first = pd.read_csv(original.folder() / "comparison.csv"), original.rules.seeds[: original.rules.rest]
         ranked = statistics.rank_on_validation(table, budget=rules.primary_budget, seeds=first)
-        return (Method("afd", "afs"), *map(Method.parse, ranked[: rules.rivals]))
+        return (Method("afd", "afs"), Method(*CONFIRMED), *map(Method.parse, ranked[: rules.rivals]))
 
     @property
     def finished(self) -> bool:
@@ -377,7 +377,7 @@ class Comparison(Keeper[Profile]):
     def why_not(self, method: Method) -> str:
         """Why a method cannot be tuned, because none of its trials has a value; empty where it can."""
         if self.original is not None:
-            return self.original.why_not(method)
+            return self.original.why_not(method.joint)
         try:
             self.best_regulariser(method.regulariser), self.best_selection(method.selection)
         except UnreachableError as error:
@@ -412,7 +412,7 @@ class Comparison(Keeper[Profile]):
     def tuned(self, method: Method) -> Tuned:
         """A method at the settings that its trials chose; the smallest change wins a tie of the strengths."""
         if self.original is not None:
-            return self.original.tuned(method)
+            return replace(self.original.tuned(method.joint), method=method)
         outcomes = [(m, o.value) for m, o in self.strength_trials(method) if o.value is not None]
         multiplier = max(outcomes, key=lambda pair: pair[1])[0] if outcomes else 1.0
         regulariser = dict(self.best_regulariser(method.regulariser))
@@ -661,7 +661,7 @@ class Comparison(Keeper[Profile]):
         regularisers = len(dict.fromkeys(("l2", *(m.regulariser for m in r.methods))))
         selections = len({m.selection for m in r.methods})
         top = sum(m.role == "afds" for m in r.methods) + min(r.rivals, sum(m.role == "competitor" for m in r.methods))
-        count = top if r.settings_of else len(r.methods)
+        count = top + 1 if r.settings_of else len(r.methods)
         chains = count * r.rest + top * (len(r.seeds) - r.rest)
         widths = self._widths(r.methods)
         source = p.source_training.steps + p.afs_training.steps

@@ -94,6 +94,12 @@ SELECTION_SPACES: dict[str, tuple[Axis, ...]] = {
 
 SELECTIONS = tuple(SELECTION_SPACES)
 
+VARIANT_SEEDS = 5
+"""Seeds of a profile that varies another; its endpoint is secondary."""
+
+CONFIRMED = ("afd-detached", "afs")
+"""The variant of AFDS that beat it on the primary target, tried again where it was not found; see `statistics`."""
+
 RECALLED = "selection, recalled schedule"
 """Stage of AFS's first trials in trials.csv; nothing is chosen from them."""
 
@@ -135,7 +141,12 @@ class Method:
     @property
     def base(self) -> str:
         """The regulariser without its variant."""
-        return self.regulariser.removesuffix("-detached") if self.regulariser == "afd-detached" else self.regulariser
+        return "afd" if self.regulariser == "afd-detached" else self.regulariser
+
+    @property
+    def joint(self) -> Method:
+        """The method itself, or the one that a variant with detached attention varies."""
+        return replace(self, regulariser=self.base)
 
     @property
     def key(self) -> str:
@@ -260,7 +271,7 @@ def protocol(profile: Profile) -> Protocol:
     """The comparison of a profile.
 
     A budget that has none of its own takes the other one's. A variant such as imagenet32-disjoint asks the endpoint's
-    question of other data, with the settings and the rivals of the profile it varies, all at all seeds.
+    question of other data, with the settings and the rivals of the profile it varies, all at the same few seeds.
 
     Raises:
         AFDSError: for a profile without one.
@@ -274,4 +285,5 @@ def protocol(profile: Profile) -> Protocol:
     if profile.name == family:
         return found
     budgets = found.budgets[: found.budgets.index(found.primary_budget) + 1]
-    return replace(found, budgets=budgets, rest=len(found.seeds), settings_of=family)
+    seeds = found.seeds[:VARIANT_SEEDS]
+    return replace(found, budgets=budgets, seeds=seeds, rest=len(seeds), settings_of=family)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import itertools
 import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from afdslib import data, distributed, macs, runs
+from afdslib._bf16 import fast_bf16
 from afdslib.afs.graph import eval_mode
 from afdslib.afs.layer import AFSConvBN
 from afdslib.afs.masks import collect_statistics
@@ -137,10 +137,12 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def autocast(where: torch.device, precision: str) -> torch.autocast:
+@contextmanager
+def autocast(where: torch.device, precision: str) -> Iterator[None]:
     """The autocast context of a precision's name."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    return torch.autocast(where.type, dtype=dtype, enabled=dtype is not None)
+    with fast_bf16(where, precision), torch.autocast(where.type, dtype=dtype, enabled=dtype is not None):
+        yield
 
 
 def workers(dataset: data.ImageDataset) -> int:
@@ -313,20 +315,6 @@ def recalibrate(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], prec
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-def _keep_freed_memory() -> None:
-    """Tells glibc to keep freed blocks instead of giving them back to the system after every step.
-
-    On the CPU each step allocates the same large feature maps again; getting them back from the kernel, page by page,
-    took half of a training step. Elsewhere than on Linux nothing happens.
-    """
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    except (OSError, AttributeError):
-        pass
-
-
 def _to(images: Tensor, where: torch.device, *, channels_last: bool, precision: str = "fp32") -> Tensor:
     images = images.to(where, non_blocking=True)
     images = images.double() if precision == "fp64" else images
@@ -443,8 +431,6 @@ def fit(
         AFDSError: when the loss is not finite, naming the step and the term; nothing of that step is saved.
     """
     fabric = distributed.fabric(_PRECISIONS[settings.precision])
-    if fabric.device.type == "cpu":
-        _keep_freed_memory()
     torch.manual_seed(seed)
     if settings.precision == "fp16" and fabric.device.type == "cpu":
         raise AFDSError("precision 'fp16' needs a GPU; use bf16 or fp32 on this CPU")
@@ -514,7 +500,8 @@ def fit(
         images = _to(images, fabric.device, channels_last=settings.channels_last, precision=settings.precision)
         labels = labels.to(fabric.device, non_blocking=True)
         try:
-            with fabric.autocast(), distributed.synchronised_norms(model, settings.sync_norm):
+            half = fast_bf16(fabric.device, settings.precision)
+            with half, fabric.autocast(), distributed.synchronised_norms(model, settings.sync_norm):
                 loss, terms, logits = objective(wrapped, images, labels)
         except AFDSError as error:  # a term that refuses its input does not know the step
             raise type(error)(f"the loss cannot be computed at step {step + 1}: {error}") from error

@@ -425,11 +425,15 @@ def test_a_variant_of_a_study_takes_its_settings_and_rivals_and_tunes_nothing(pr
     done = comparison.run_comparison(other, rules=like)
     table = pd.read_csv(done.folder() / "comparison.csv")
     rival = statistics.rival(pd.read_csv(original.folder() / "comparison.csv"), budget=0.4, seeds=[0])
-    assert dict(table.groupby("method").seed.nunique()) == {"afd+afs": 2, rival: 2} and done.sentence()
+    tried = "afd-detached+afs"
+    assert dict(table.groupby("method").seed.nunique()) == {"afd+afs": 2, tried: 2, rival: 2} and done.sentence()
+    assert done.plan().splitlines()[0].endswith("3 methods")
     configs = [runs.show(run.id)["config"] for run in runs.list_runs() if run.id not in before]
     assert all(config["use_test"] for config in configs if "use_test" in config)  # no trial among the new runs
     for method in (Method("afd", "afs"), Method.parse(rival)):
         assert done.tuned(method) == original.tuned(method)
+    assert done.tuned(Method.parse(tried)) == replace(done.tuned(Method("afd", "afs")), method=Method.parse(tried))
+    assert {runs.lookup(done.point(done.tuned(Method.parse(tried)), 0, (1.0, 0.4))).id} < set(table.run)
     assert (done.folder() / "trials.csv").read_text() == (original.folder() / "trials.csv").read_text()
 
 
