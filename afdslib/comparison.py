@@ -19,7 +19,7 @@ from typing import Any
 
 import pandas as pd
 
-from afdslib import paths, profiles, runs, statistics
+from afdslib import collapse, paths, profiles, runs, statistics
 from afdslib._atomic import write_json
 from afdslib.errors import AFDSError, UnreachableError
 from afdslib.extended import ExtendedSourceRun
@@ -654,6 +654,12 @@ class Comparison(Keeper[Profile]):
         self._write("ablations", found)
         return found
 
+    def attention(self) -> pd.DataFrame:
+        """How wide the attention is at each finished point, joint and detached; written to attention.csv."""
+        found = collapse.widths(self)
+        self._write("attention", found)
+        return found
+
     def plan(self) -> str:
         """What the comparison would train, stage by stage: runs and steps. Nothing is trained or looked up."""
         p, r = self.profile, self.rules
@@ -806,6 +812,7 @@ def _work(
         return
     table = comparison.sweep()
     comparison.write_statistics(table)
+    comparison.attention()
     if extras or not complete:
         comparison.ablations(table)
     if extras:

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from afdslib import plots, runs, statistics, training
+from afdslib import collapse, plots, profiles, runs, statistics, training
 from afdslib.comparison import WHOLE, Comparison, run_comparison
 from afdslib.plots.style import times
 from afdslib.profiles import Profile
@@ -23,6 +23,7 @@ from afdslib.summary import Table, Text, mean_sd
 __all__ = [
     "Compared",
     "Competitors",
+    "Variants",
     "ablation_table",
     "accuracy_table",
     "better_text",
@@ -32,6 +33,7 @@ __all__ = [
     "rules_table",
     "size_table",
     "spaces_table",
+    "statistics_text",
     "untrained_text",
 ]
 
@@ -176,12 +178,84 @@ class Competitors:
 
         return self._each(text)
 
+    def attention(self) -> Text:
+        """What became of the attention on the way to the endpoint's budget."""
+
+        def text(c: Compared) -> str:
+            if not c.has("attention"):
+                return f"Not written: `{c.comparison.command} --finished` does."
+            return collapse.text(c.read("attention"), c.table, budget=c.comparison.rules.primary_budget)
+
+        return self._each(text)
+
+    def attention_figures(self) -> dict[str, Figure]:
+        """The attention's width at every budget, a figure per target."""
+
+        def draw(c: Compared, title: str) -> Figure:
+            table = c.read("attention") if c.has("attention") else pd.DataFrame()
+            if table.empty:
+                return plots.sentence("No attention is stored.")
+            return plots.attention_width(table, title=title)
+
+        return self.figures(draw)
+
+    def confirmation(self) -> Text:
+        """Whether detached attention is confirmed, in a comparison that was made to tell; else empty."""
+
+        def text(c: Compared) -> str:
+            rules = c.comparison.rules
+            if not rules.settings_of:
+                return ""
+            best = statistics.rival(c.table, budget=rules.primary_budget, seeds=rules.seeds[: rules.rest])
+            return collapse.confirmation_text(c.table, budget=rules.primary_budget, rival=best)
+
+        return self._each(text)
+
     def missing(self) -> Text:
         """Points without a network, by reason."""
         return self._each(lambda c: missing_text(c.read("missing")))
 
 
+class Variants:
+    """The comparisons of the profiles that ask a profile's question of other data, such as imagenet32-disjoint.
+
+    Args:
+        profile: from `profiles.get`.
+    """
+
+    def __init__(self, profile: Profile):
+        names = [name for name in profiles.names() if name.startswith(f"{profile.name}-")]
+        self.every = {name: Competitors(profiles.get(name, profile.budget)) for name in names}
+
+    def _each(self, make: Callable[[Competitors], Text]) -> Text:
+        parts = [f"**{name}**: {text}" for name, found in self.every.items() if (text := make(found))]
+        return Text("\n\n".join(parts) or "This profile has no variant.")
+
+    def sentence(self) -> Text:
+        """AFDS against its rival there, and whether detached attention is confirmed."""
+        return self._each(lambda found: Text(f"{found.sentence()} {found.confirmation()}".strip()))
+
+    def tables(self) -> Text:
+        """Test accuracy at every budget, then AFDS minus every other method at the endpoint's."""
+        return self._each(lambda found: Text(f"\n\n{found.accuracy()}\n\n{found.paired()}"))
+
+    def figures(self) -> dict[str, Figure]:
+        """Every method's curve, a figure per target of each variant; a picture that says why where there is none."""
+
+        def draw(c: Compared, title: str) -> Figure:
+            return plots.competitors(c.table, title=title)
+
+        drawn = {title: fig for found in self.every.values() for title, fig in found.figures(draw).items()}
+        return drawn or {"": plots.sentence("This profile has no variant.")}
+
+
 # ---------------------------------------------------------------------------------------------------------------- rules
+
+
+def statistics_text() -> Text:
+    """The statistics, fixed before the numbers: what `afdslib.statistics` says of itself."""
+    lines = (statistics.__doc__ or "").strip().split("\n", 2)
+    return Text(lines[2].strip())
 
 
 def _one(values: Sequence[float]) -> str:
@@ -346,17 +420,13 @@ def better_text(table: pd.DataFrame, main: pd.DataFrame, *, budget: float, seeds
         if gain.low > 0:
             beside = statistics.paired(mine.to_dict(), theirs.to_dict()).difference
             lines.append(
-                f"- {variant}: {_points(gain)} points from AFDS and {_points(beside)} from the rival, "
-                f"{Method.parse(rival).label}, on the same {beside.n} seeds"
+                f"- {variant}: {statistics.points(gain)} points from AFDS and {statistics.points(beside)} from the "
+                f"rival, {Method.parse(rival).label}, on the same {beside.n} seeds"
             )
     if not lines:
         return ""
     note = "Better than AFDS by more than the interval. Exploratory: these were found by looking at test accuracy."
     return "\n".join([note, "", *lines, "", ""])
-
-
-def _points(found: statistics.Interval) -> str:
-    return f"{100 * found.mean:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
 
 
 def untrained_text(table: pd.DataFrame) -> str:

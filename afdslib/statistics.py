@@ -40,7 +40,9 @@ __all__ = [
     "interval",
     "macs_within",
     "paired",
+    "paired_seeds",
     "paired_table",
+    "points",
     "rank_on_validation",
     "rival",
     "sentence",
@@ -291,13 +293,23 @@ def sentence(
     rows = _at(table, budget, target)
     pair = paired(_by_seed(rows, "afd+afs", "test_accuracy"), _by_seed(rows, best, "test_accuracy"))
     d, name = pair.difference, (names or {}).get(best, best)
-    n = f"{d.n} paired seed{'s' if d.n > 1 else ''}"
+    n = paired_seeds(d.n)
     where = f"the best of our competitors, {name}, at {1 / budget:g}x"
     if d.n < 2:
         return f"AFDS is {abs(100 * d.mean):.1f} points {_side(d.mean)} {where} ({n}, so the interval is not known)."
     text = f"AFDS is {abs(100 * d.mean):.1f} points {_side(d.mean)} {where}"
-    text += f" (difference {100 * d.mean:+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}] points, {n})"
+    text += f" (difference {points(d)} points, {n})"
     return f"{text}, which the seeds do not tell from 0." if d.low <= 0 <= d.high else f"{text}."
+
+
+def points(difference: Interval) -> str:
+    """A difference of shares in points with its interval: "+3.8 [+3.1, +4.4]"."""
+    return f"{100 * difference.mean:+.1f} [{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
+
+
+def paired_seeds(n: int) -> str:
+    """How many: "1 paired seed", "3 paired seeds"."""
+    return f"{n} paired seed{'s' if n > 1 else ''}"
 
 
 def _side(difference: float) -> str:

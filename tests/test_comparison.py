@@ -428,6 +428,9 @@ def test_a_variant_of_a_study_takes_its_settings_and_rivals_and_tunes_nothing(pr
     tried = "afd-detached+afs"
     assert dict(table.groupby("method").seed.nunique()) == {"afd+afs": 2, tried: 2, rival: 2} and done.sentence()
     assert done.plan().splitlines()[0].endswith("3 methods")
+    width = pd.read_csv(done.folder() / "attention.csv")
+    assert dict(width.groupby("attention").size()) == {"joint": 4, "detached": 4} and set(width.run) < set(table.run)
+    assert ((width.width >= 1) & (width.width <= width.uniform * 1.0001)).all()
     configs = [runs.show(run.id)["config"] for run in runs.list_runs() if run.id not in before]
     assert all(config["use_test"] for config in configs if "use_test" in config)  # no trial among the new runs
     for method in (Method("afd", "afs"), Method.parse(rival)):

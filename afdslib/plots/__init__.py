@@ -1,6 +1,6 @@
 """The report's figures: one style, one look per method, tables and results in, a Figure out; no training."""
 
-from afdslib.plots.attention import attention, attention_entropy
+from afdslib.plots.attention import attention, attention_entropy, attention_width
 from afdslib.plots.competitors import competitor_trials, competitors, paired
 from afdslib.plots.curves import learning_curves, trials
 from afdslib.plots.diagram import diagram
@@ -19,6 +19,7 @@ __all__ = [
     "accuracy_macs",
     "attention",
     "attention_entropy",
+    "attention_width",
     "augmentations",
     "channel_states",
     "competitor_trials",

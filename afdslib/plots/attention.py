@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from afdslib.plots.curves import band
-from afdslib.plots.style import Look, styled
+from afdslib.plots.style import Look, percent, styled
+from afdslib.plots.sweep import QUANTITIES, draw_line, macs_axis, seeds_text
 
 if TYPE_CHECKING:
     from afdslib.inspection import AttentionView
 
-__all__ = ["attention", "attention_entropy"]
+__all__ = ["attention", "attention_entropy", "attention_width"]
+
+KINDS = (Look("", "#D55E00", "D"), Look("", "#0072B2", "o", (0, (5, 1.5))))
+"""Looks of the joint and of the detached attention; the callers' names are the labels."""
 
 
 def _colours(count: int, top: int) -> list[str]:
@@ -82,8 +88,7 @@ def attention_entropy(
     uniform = float(np.mean([math.log(shape[0]) for shape in shapes.values()]))
     fig = Figure(figsize=(5.2, 3.1), layout="constrained")
     ax = fig.subplots()
-    looks = (Look("", "#D55E00", "D"), Look("", "#0072B2", "o", (0, (5, 1.5))))
-    for style, (name, many) in zip(looks, histories.items(), strict=False):
+    for style, (name, many) in zip(KINDS, histories.items(), strict=False):
         band(ax, many, "entropy", style, name, 100 / uniform)
     ax.axhline(100, color="black", linewidth=1, linestyle=(0, (4, 2)))
     # At least five percent are shown, so that an attention that stays uniform looks uniform.
@@ -99,4 +104,39 @@ def attention_entropy(
         ax.legend()
     if title:
         ax.set_title(title)
+    return fig
+
+
+@styled
+def attention_width(table: pd.DataFrame, *, title: str = "") -> Figure:
+    """How wide the attention is at each budget, joint and detached, and the accuracy beside it.
+
+    Args:
+        table: of `collapse.widths`: attention, seed, budget, width, uniform, macs, test_accuracy.
+        title: above the panels.
+    """
+    fig = Figure(figsize=(8.6, 3.7), layout="constrained")
+    left, right = fig.subplots(1, 2)
+    for style, (name, mine) in zip(KINDS, table.groupby("attention", sort=False), strict=False):
+        style = replace(style, label=f"{name} attention")
+        draw_line(left, mine, "width", style)
+        draw_line(right, mine, "test_accuracy", style)
+    left.axhline(float(table.uniform.iloc[0]), color="black", linewidth=1, linestyle=(0, (4, 2)))
+    left.annotate(
+        "uniform", (0.01, float(table.uniform.iloc[0])), xycoords=("axes fraction", "data"), xytext=(0, -11),
+        textcoords="offset points", fontsize=8,
+    )  # fmt: skip
+    left.set_yscale("log")
+    left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    left.set_ylim(bottom=1)
+    left.set_ylabel("width of the attention, channels (log scale)")
+    right.set_ylabel(QUANTITIES["test_accuracy"])
+    percent(right.yaxis)
+    for ax in (left, right):
+        macs_axis(ax, table.budget.unique())
+    handles, labels = left.get_legend_handles_labels()
+    seeds = seeds_text(table.assign(target="", method=table.attention))
+    fig.legend(handles, labels, loc="outside lower center", ncols=2, title=seeds, title_fontsize=8.5)
+    if title:
+        fig.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
     return fig

@@ -1,0 +1,121 @@
+"""Over how many channels AFD's attention spreads while a network is pruned: the collapse that a joint attention risks.
+
+The attention is trained to make the loss small that it weights, so it may move to the channels that are easiest to
+match. A detached one is trained beforehand and cannot. Both are followed from budget to budget. [ours]
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pandas as pd
+import torch
+
+from afdslib import runs, training
+from afdslib.features import feature_names, feature_shapes
+from afdslib.plots.style import times
+from afdslib.protocol import CONFIRMED, Method
+from afdslib.statistics import paired, paired_seeds, points
+
+if TYPE_CHECKING:
+    from afdslib.comparison import Comparison
+    from afdslib.stages import Network
+
+__all__ = ["COLUMNS", "VARIANTS", "confirmation_text", "text", "uniform_width", "widths"]
+
+VARIANTS = {"joint": Method("afd", "afs"), "detached": Method(*CONFIRMED)}
+COLUMNS = ["attention", "seed", "budget", "width", "uniform", "macs", "test_accuracy", "run"]
+
+
+def uniform_width(network: Network, features: str = "block") -> float:
+    """The width of a uniform attention: the geometric mean of the compared layers' channels."""
+    model = replace(network, weights=None).build(2, 0)
+    with training.autocast(torch.device("cpu"), "fp32"):
+        shapes = feature_shapes(model, feature_names(model, features), (3, 64, 64)).values()
+    return math.exp(sum(math.log(channels) for channels, _, _ in shapes) / len(shapes))
+
+
+def widths(comparison: Comparison) -> pd.DataFrame:
+    """The attention's width at the end of each finished point of AFDS and of its variant with detached attention.
+
+    Width is exp of the entropy (nats, mean over samples and layers): the number of channels of a uniform attention with
+    that entropy, as a geometric mean over layers.
+
+    Returns:
+        Columns attention ("joint" or "detached"), seed, budget, width, uniform, macs, test_accuracy, run.
+    """
+    tuned, uniform = comparison.tuned(VARIANTS["joint"]), uniform_width(comparison.profile.network)
+    rows = []
+    for name, method in VARIANTS.items():
+        for seed in comparison.rules.seeds:
+            for i, budget in enumerate(comparison.rules.budgets):
+                chain = comparison.rules.budgets[: i + 1]
+                result = runs.lookup(comparison.point(replace(tuned, method=method), seed, chain))
+                if result is None or "diverged" in result.metrics:
+                    continue
+                width = math.exp(float(result.history().entropy.iloc[-1]))
+                measured = (result.metrics[key] for key in ("macs", "test_accuracy"))
+                rows.append((name, seed, budget, width, uniform, *measured, result.id))
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def text(table: pd.DataFrame, main: pd.DataFrame, *, budget: float) -> str:
+    """What became of the attention by one budget, and what detaching it changes there.
+
+    Args:
+        table: of `widths`.
+        main: of `Comparison.sweep`.
+        budget: the endpoint's.
+    """
+    here = table[(table.budget - budget).abs() < 1e-9]
+    joint, detached = (here[here.attention == name] for name in VARIANTS)
+    if joint.empty:
+        return ""
+    unpruned = table[(table.attention == "joint") & (table.budget == 1)].width.mean()
+    said = [
+        f"A uniform attention would be as wide as {table.uniform.iloc[0]:.0f} channels (geometric mean over layers). "
+        f"The joint one is as wide as {unpruned:.0f} in the unpruned network and {joint.width.mean():.1f} at "
+        f"{times(budget)}."
+    ]
+    if not detached.empty:
+        gain = paired(_accuracy(detached), _accuracy(joint)).difference
+        said.append(
+            f"The detached one is as wide as {detached.width.mean():.0f} there, and the network is more accurate by "
+            f"{points(gain)} points, {paired_seeds(gain.n)}."
+        )
+    delta = main[(main.method == "delta+afs") & ((main.budget - budget).abs() < 1e-9)]
+    if not delta.empty:
+        gain = paired(_accuracy(delta), _accuracy(joint)).difference
+        said.append(
+            f"DELTA, which fixes its weights beforehand too, minus AFD, both with AFS: {points(gain)} points, "
+            f"{paired_seeds(gain.n)}."
+        )
+    return " ".join(said)
+
+
+def confirmation_text(table: pd.DataFrame, *, budget: float, rival: str) -> str:
+    """Detached minus joint attention where that was fixed before any number, and detached attention minus the rival.
+
+    Args:
+        table: of a variant's `Comparison.sweep`.
+        budget: the endpoint's.
+        rival: its method.
+    """
+    there = table[(table.budget - budget).abs() < 1e-9]
+    accuracy = {str(method): _accuracy(mine) for method, mine in there.groupby("method")}
+    tried, ours = (VARIANTS[name].key for name in ("detached", "joint"))
+    if not {tried, ours, rival} <= set(accuracy):
+        return ""
+    gain, beside = (paired(accuracy[tried], accuracy[other]).difference for other in (ours, rival))
+    verdict = "confirmed" if gain.low > 0 else "not confirmed"
+    return (
+        f"Detached attention, found on the primary target, is {verdict} here: {points(gain)} points from AFDS and "
+        f"{points(beside)} from the rival, {Method.parse(rival).label}, {paired_seeds(gain.n)}."
+    )
+
+
+def _accuracy(rows: pd.DataFrame) -> dict[int, float]:
+    return rows.set_index("seed").test_accuracy.to_dict()
+
