@@ -627,11 +627,11 @@ def conclusion_text() -> Text:
     """What to think: a sentence for each of the leading claims, by its verdict."""
     found, numbers = judge(), {claim.title: claim.number for claim in claims()}
     said = [
-        f"{sentence} (no. {numbers[title]})"
+        f"- {sentence.removesuffix('.')} (no. {numbers[title]})."
         for title, by_verdict in CONCLUSIONS.items()
         if (sentence := by_verdict.get(found[numbers[title]].verdict))
     ]
-    return Text(" ".join(said))
+    return Text("\n".join(said))
 
 
 def verdicts_text() -> Text:

@@ -75,14 +75,14 @@ def text(table: pd.DataFrame, main: pd.DataFrame, *, budget: float) -> str:
         return ""
     unpruned = table[(table.attention == "joint") & (table.budget == 1)].width.mean()
     said = [
-        f"A uniform attention would be as wide as {table.uniform.iloc[0]:.0f} channels (geometric mean over layers). "
-        f"The joint one is as wide as {unpruned:.0f} in the unpruned network and {joint.width.mean():.1f} at "
+        f"How wide AFD's attention is: uniform, it would be {table.uniform.iloc[0]:.0f} channels (geometric mean over "
+        f"layers); the joint one is {unpruned:.0f} wide in the unpruned network and {joint.width.mean():.1f} at "
         f"{times(budget)}."
     ]
     if not detached.empty:
         gain = paired(_accuracy(detached), _accuracy(joint)).difference
         said.append(
-            f"The detached one is as wide as {detached.width.mean():.0f} there, and the network is more accurate by "
+            f"The detached one is {detached.width.mean():.0f} wide there, and the network is more accurate by "
             f"{points(gain)} points, {paired_seeds(gain.n)}."
         )
     delta = main[(main.method == "delta+afs") & ((main.budget - budget).abs() < 1e-9)]

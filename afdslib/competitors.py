@@ -229,7 +229,7 @@ class Variants:
 
     def _each(self, make: Callable[[Competitors], Text]) -> Text:
         parts = [f"**{name}**: {text}" for name, found in self.every.items() if (text := make(found))]
-        return Text("\n\n".join(parts) or "This profile has no variant.")
+        return Text("\n\n".join(parts) or ("" if self.every else "This profile has no variant."))
 
     def sentence(self) -> Text:
         """AFDS against its rival there, and whether detached attention is confirmed."""
@@ -237,7 +237,7 @@ class Variants:
 
     def tables(self) -> Text:
         """Test accuracy at every budget, then AFDS minus every other method at the endpoint's."""
-        return self._each(lambda found: Text(f"\n\n{found.accuracy()}\n\n{found.paired()}"))
+        return self._each(lambda found: Text(f"\n\n{found.accuracy()}\n\n{found.paired()}" if found.by_target else ""))
 
     def figures(self) -> dict[str, Figure]:
         """Every method's curve, a figure per target of each variant; a picture that says why where there is none."""

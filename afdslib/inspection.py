@@ -214,8 +214,8 @@ def entropy_text(study: Study) -> Text:
     for title, target in study.targets.items():
         lowest, highest, uniform = entropy_bounds(study, target)
         lines.append(
-            f"On {title} the entropy stays between {100 * lowest / uniform:.2f} and {100 * highest / uniform:.2f} % "
-            "of a uniform attention's."
+            f"In the sweep's unpruned networks on {title} the entropy stays between {100 * lowest / uniform:.2f} and "
+            f"{100 * highest / uniform:.2f} % of a uniform attention's."
         )
     return Text(" ".join(lines))
 
