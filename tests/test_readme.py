@@ -107,3 +107,12 @@ def test_the_results_table_is_that_of_the_committed_files():
     fast = measured.best(measured.stored())
     fast = fast[(fast.network == "resnet101-10x") & (fast.variant == "compact")].sort_values("batch").faster
     assert f"| {' / '.join(f'{value:.1f}' for value in fast)} times as fast |" in README
+
+
+def test_the_sentence_below_the_figure_holds_in_the_committed_results():
+    assert "ahead of the narrower networks down to 2x and behind the better of them from 4x on" in README
+    file = "imagenet32/quick/comparison-cifar10-60/comparison.csv"
+    table = cited.read(file).groupby(["method", "budget"]).test_accuracy.mean().unstack()
+    narrower = table.loc[["l2+width", "l2+width-kd"]].max()
+    ahead = table.loc["afd+afs"] > narrower
+    assert dict(ahead) == {budget: budget >= 0.5 for budget in table.columns}
