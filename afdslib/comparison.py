@@ -610,6 +610,7 @@ class Comparison(Keeper[Profile]):
         none = replace(self.profile.afs_training, steps=0)
         changed: dict[str, Callable[[Any], Any]] = {
             "AFS without AFD": lambda c: replace(c, regulariser=self.regulariser("l2", self.best_regulariser("l2"))),
+            "uniform attention": lambda c: replace(c, regulariser=self.regulariser("feature-map", tuned.regulariser)),
             "static only": lambda c: replace(c, delta_s=math.inf),
             "dynamic only": lambda c: replace(c, delta_s=0.0),
             "masks first updated at half a stage": lambda c: replace(c, first=0.5, freeze_first=True),

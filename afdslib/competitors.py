@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ __all__ = [
     "ablation_table",
     "accuracy_table",
     "better_text",
+    "chosen_table",
     "costs_table",
     "missing_text",
     "paired_table",
@@ -146,6 +148,10 @@ class Competitors:
     def accuracy(self) -> Text:
         """Test accuracy: a row per method, a column per budget."""
         return self._each(lambda c: accuracy_table(c.table))
+
+    def chosen(self) -> Text:
+        """The settings that the trials chose."""
+        return self._each(lambda c: chosen_table(c.table))
 
     def paired(self) -> Text:
         """AFDS minus every other method at the endpoint's budget."""
@@ -315,6 +321,20 @@ def spaces_table(profile: Profile) -> Table:
 # -------------------------------------------------------------------------------------------------------------- results
 
 
+def chosen_table(table: pd.DataFrame) -> Table:
+    """The settings that the trials chose for each method.
+
+    Args:
+        table: of `Comparison.sweep`.
+    """
+    rows = []
+    for method, mine in table.groupby("method", sort=False):
+        settings = json.loads(mine.settings.iloc[0])
+        said = [f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in settings.items()]
+        rows.append((Method.parse(str(method)).label, ", ".join(said)))
+    return Table(["method", "chosen on validation images"], rows, numbers=False)
+
+
 def accuracy_table(table: pd.DataFrame) -> Table:
     """Test accuracy in percent, mean and standard deviation over seeds: a row per method, a column per budget."""
     budgets = sorted(table.budget.unique(), reverse=True)
@@ -333,7 +353,7 @@ def paired_table(table: pd.DataFrame) -> Table:
     """
     rows = [
         [
-            Method.parse(r.method).label, f"{r.mean:.1f}", f"{r.difference:+.1f}",
+            Method.parse(r.method).label, f"{round(r.mean, 6):.1f}", f"{r.difference:+.1f}",
             "–" if pd.isna(r.low) else f"{r.low:+.1f} to {r.high:+.1f}",
             "–" if pd.isna(r.p_holm) else f"{r.p_holm:.2g}", str(r.seeds),
         ]

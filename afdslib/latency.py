@@ -125,11 +125,14 @@ def sentence(table: pd.DataFrame, sweep: pd.DataFrame) -> Text:
     for title, rows in table.groupby("target", sort=False):
         for batch, mine in rows.groupby("batch", sort=False):
             last = mine.sort_values("budget").iloc[0]
+            skipped = 100 * (last.macs - last.macs_predictors)
+            masked = f"{100 * last.computed:.1f} % of the dense MACs"
+            if f"{100 * last.computed:.1f}" != f"{skipped:.1f}":
+                masked += f", as dynamic channels are computed, then masked; skipped, they would leave {skipped:.1f} %"
             lines.append(
                 f"- {title}, batch {batch}: at {1 / last.budget:g}x fewer MACs the network is {last.speedup:.2f}x as "
                 f"fast as the dense one (quartiles {last.speedup_q1:.2f} to {last.speedup_q3:.2f}); it computes "
-                f"{100 * last.computed:.1f} % of the dense MACs, because dynamic channels are computed, then masked; "
-                f"skipped, they would leave {100 * (last.macs - last.macs_predictors):.1f} %."
+                f"{masked}."
             )
     one = table.iloc[0]
     lines.append(

@@ -5,6 +5,7 @@ Each file below data/results/speed/ was written by one `afds bench --out`; its r
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -80,14 +81,24 @@ def networks_text(table: pd.DataFrame) -> Text:
     return Text("\n\n".join([*parts, _accuracies()]).strip())
 
 
+def _trained() -> list[Mapping[str, Any]]:
+    """The committed masks with what is known of their networks, the largest budget first."""
+    found = [read_masks(file) for file in paths.results("speed").glob("*.json")]
+    return sorted(found, key=lambda one: -one["budget"])
+
+
+def trained_accuracies() -> dict[int, str]:
+    """How accurate the networks are whose masks are committed, by the reduction of their MACs: {10: "35.5 %"}."""
+    return {round(1 / one["budget"]): f"{100 * one['metrics']['test_accuracy']:.1f} %" for one in _trained()}
+
+
 def _accuracies() -> str:
     """How accurate the networks are whose masks are committed; empty if there are none."""
-    found = [read_masks(file) for file in paths.results("speed").glob("*.json")]
+    found = _trained()
     if not found:
         return ""
-    found.sort(key=lambda one: -one["budget"])
     settings = found[0]["training"]
-    reached = ", ".join(f"{1 / one['budget']:g}x {100 * one['metrics']['test_accuracy']:.1f} %" for one in found)
+    reached = ", ".join(f"{times}x {accuracy}" for times, accuracy in trained_accuracies().items())
     return (
         f"The committed masks come from short trainings, {settings['source_steps']} steps on the source, then "
         f"{settings['transfer_steps']} and {settings['tuning_steps']} per budget on {settings['target']} with "

@@ -37,6 +37,7 @@ __all__ = [
     "settings",
     "share_classes",
     "smallest",
+    "sources_text",
     "strengths_text",
 ]
 
@@ -78,7 +79,7 @@ def mean_sd(values: pd.Series, scale: float = 1.0, digits: int = 1) -> str:
     values = values.dropna() * scale
     if values.empty:
         return "–"
-    text = f"{values.mean():.{digits}f}"
+    text = f"{round(values.mean(), 6):.{digits}f}"  # without the last bits, which decide how a 5 is rounded
     return text if len(values) < 2 else f"{text} ± {values.std(ddof=1):.{digits}f}"
 
 
@@ -210,6 +211,15 @@ def growing(table: pd.DataFrame, column: str) -> bool:
     """Whether a column never falls from one budget to the next smaller one, in every chain of the sweep."""
     chains = table.sort_values("budget", ascending=False).groupby(["target", "method", "seed"])
     return all(chain[column].is_monotonic_increasing for _, chain in chains)
+
+
+def sources_text(study: Study) -> Text:
+    """How accurate the source networks are that the sweep starts from, on their own test images."""
+    if study.source_run.published:
+        return Text(PUBLISHED)
+    networks = {"The source network": study.source(), "with gates, trained on,": study.afs_source()}
+    parts = [f"{name} is right on {100 * r.metrics['test_accuracy']:.1f} %" for name, r in networks.items()]
+    return Text(f"{'; '.join(parts)} of the source's test images. One network of each: seeds do not vary them.")
 
 
 def strengths_text(study: Study) -> Text:
