@@ -294,6 +294,7 @@ def test_ablations_change_one_part_of_afds_each_and_equal_time_gives_the_rival_a
         "random predictors": {"source.predictors"},
         "features of the last ConvBN": {"regulariser.features"},
         "detached attention": {"regulariser.attention"},
+        "uniform attention": {"regulariser.name"},
         "kept channels in multiples of 8": {"multiple"},
         "kept channels in multiples of 16": {"multiple"},
         "residual streams narrow as a whole": {"stream"},
