@@ -16,7 +16,7 @@ import torch
 from afdslib import runs, training
 from afdslib.features import feature_names, feature_shapes
 from afdslib.plots.style import times
-from afdslib.protocol import CONFIRMED, Method
+from afdslib.protocol import TRIED_AGAIN, Method
 from afdslib.statistics import paired, paired_seeds, points
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["COLUMNS", "VARIANTS", "confirmation_text", "text", "uniform_width", "widths"]
 
-VARIANTS = {"joint": Method("afd", "afs"), "detached": Method(*CONFIRMED)}
+VARIANTS = {"joint": Method("afd", "afs"), "detached": Method(*TRIED_AGAIN)}
 COLUMNS = ["attention", "seed", "budget", "width", "uniform", "macs", "test_accuracy", "run"]
 
 

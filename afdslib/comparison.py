@@ -26,7 +26,16 @@ from afdslib.extended import ExtendedSourceRun
 from afdslib.kept import Keeper, keep_networks
 from afdslib.objectives import Regulariser
 from afdslib.profiles import Profile
-from afdslib.protocol import CONFIRMED, RECALLED, REGULARISER_SPACES, Method, Protocol, Value, protocol, selection_space
+from afdslib.protocol import (
+    RECALLED,
+    REGULARISER_SPACES,
+    TRIED_AGAIN,
+    Method,
+    Protocol,
+    Value,
+    protocol,
+    selection_space,
+)
 from afdslib.rivals import DenseRun, FBSGatesRun, FBSRun, NarrowRun, PrunedRun, Selection
 from afdslib.selection import CRITERIA, fitting_width
 from afdslib.stages import MODEL, AFSSourceRun, DataSource, SourceRun, TransferRun
@@ -132,7 +141,7 @@ class Comparison(Keeper[Profile]):
             )
         table, first = pd.read_csv(original.folder() / "comparison.csv"), original.rules.seeds[: original.rules.rest]
         ranked = statistics.rank_on_validation(table, budget=rules.primary_budget, seeds=first)
-        return (Method("afd", "afs"), Method(*CONFIRMED), *map(Method.parse, ranked[: rules.rivals]))
+        return (Method("afd", "afs"), Method(*TRIED_AGAIN), *map(Method.parse, ranked[: rules.rivals]))
 
     @property
     def finished(self) -> bool:

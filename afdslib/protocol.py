@@ -97,7 +97,7 @@ SELECTIONS = tuple(SELECTION_SPACES)
 VARIANT_SEEDS = 5
 """Seeds of a profile that varies another; its endpoint is secondary."""
 
-CONFIRMED = ("afd-detached", "afs")
+TRIED_AGAIN = ("afd-detached", "afs")
 """The variant of AFDS that beat it on the primary target, tried again where it was not found; see `statistics`."""
 
 RECALLED = "selection, recalled schedule"
