@@ -7,8 +7,9 @@ match. A detached one is trained beforehand and cannot. Both are followed from b
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
@@ -16,16 +17,16 @@ import torch
 from afdslib import runs, training
 from afdslib.features import feature_names, feature_shapes
 from afdslib.plots.style import times
-from afdslib.protocol import TRIED_AGAIN, Method
+from afdslib.protocol import Method
 from afdslib.statistics import paired, paired_seeds, points
 
 if TYPE_CHECKING:
     from afdslib.comparison import Comparison
     from afdslib.stages import Network
 
-__all__ = ["COLUMNS", "VARIANTS", "confirmation_text", "text", "uniform_width", "widths"]
+__all__ = ["COLUMNS", "VARIANTS", "chains", "confirmation_text", "text", "uniform_width", "widths"]
 
-VARIANTS = {"joint": Method("afd", "afs"), "detached": Method(*TRIED_AGAIN)}
+VARIANTS = {"joint": Method("afd", "afs"), "detached": Method("afd-detached", "afs")}
 COLUMNS = ["attention", "seed", "budget", "width", "uniform", "macs", "test_accuracy", "run"]
 
 
@@ -37,6 +38,16 @@ def uniform_width(network: Network, features: str = "block") -> float:
     return math.exp(sum(math.log(channels) for channels, _, _ in shapes) / len(shapes))
 
 
+def chains(comparison: Comparison, attention: str) -> list[tuple[int, float, Any]]:
+    """(seed, budget, run) of every point of AFDS, or of the same with detached attention and AFDS's settings."""
+    rules, tuned = comparison.rules, replace(comparison.tuned(VARIANTS["joint"]), method=VARIANTS[attention])
+    return [
+        (seed, budget, comparison.point(tuned, seed, rules.budgets[: i + 1]))
+        for seed in rules.seeds
+        for i, budget in enumerate(rules.budgets)
+    ]
+
+
 def widths(comparison: Comparison) -> pd.DataFrame:
     """The attention's width at the end of each finished point of AFDS and of its variant with detached attention.
 
@@ -46,18 +57,16 @@ def widths(comparison: Comparison) -> pd.DataFrame:
     Returns:
         Columns attention ("joint" or "detached"), seed, budget, width, uniform, macs, test_accuracy, run.
     """
-    tuned, uniform = comparison.tuned(VARIANTS["joint"]), uniform_width(comparison.profile.network)
+    uniform = uniform_width(comparison.profile.network)
     rows = []
-    for name, method in VARIANTS.items():
-        for seed in comparison.rules.seeds:
-            for i, budget in enumerate(comparison.rules.budgets):
-                chain = comparison.rules.budgets[: i + 1]
-                result = runs.lookup(comparison.point(replace(tuned, method=method), seed, chain))
-                if result is None or "diverged" in result.metrics:
-                    continue
-                width = math.exp(float(result.history().entropy.iloc[-1]))
-                measured = (result.metrics[key] for key in ("macs", "test_accuracy"))
-                rows.append((name, seed, budget, width, uniform, *measured, result.id))
+    for name in VARIANTS:
+        for seed, budget, config in chains(comparison, name):
+            result = runs.lookup(config)
+            if result is None or "diverged" in result.metrics:
+                continue
+            width = math.exp(float(result.history().entropy.iloc[-1]))
+            measured = (result.metrics[key] for key in ("macs", "test_accuracy"))
+            rows.append((name, seed, budget, width, uniform, *measured, result.id))
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -95,20 +104,25 @@ def text(table: pd.DataFrame, main: pd.DataFrame, *, budget: float) -> str:
     return " ".join(said)
 
 
-def confirmation_text(table: pd.DataFrame, *, budget: float, rival: str) -> str:
-    """Detached minus joint attention where that was fixed before any number, and detached attention minus the rival.
+def confirmation_text(
+    table: pd.DataFrame, main: pd.DataFrame, *, budget: float, rival: str, seeds: Sequence[int]
+) -> str:
+    """Whether detached attention is confirmed: its difference from the joint one, and from the rival.
 
     Args:
-        table: of a variant's `Comparison.sweep`.
+        table: of `widths`.
+        main: of `Comparison.sweep`.
         budget: the endpoint's.
         rival: its method.
+        seeds: of the protocol; there is no verdict before all of them are there.
     """
-    there = table[(table.budget - budget).abs() < 1e-9]
-    accuracy = {str(method): _accuracy(mine) for method, mine in there.groupby("method")}
-    tried, ours = (VARIANTS[name].key for name in ("detached", "joint"))
-    if not {tried, ours, rival} <= set(accuracy):
-        return ""
-    gain, beside = (paired(accuracy[tried], accuracy[other]).difference for other in (ours, rival))
+    here = table[(table.budget - budget).abs() < 1e-9]
+    joint, detached = (_accuracy(here[here.attention == name]) for name in VARIANTS)
+    theirs = _accuracy(main[(main.method == rival) & ((main.budget - budget).abs() < 1e-9)])
+    there = set(joint) & set(detached) & set(theirs)
+    if not there >= set(seeds):
+        return f"Detached attention: {len(there)} of {len(seeds)} seeds are there, so nothing is said of it yet."
+    gain, beside = (paired(detached, other).difference for other in (joint, theirs))
     verdict = "confirmed" if gain.low > 0 else "not confirmed"
     return (
         f"Detached attention, found on the primary target, is {verdict} here: {points(gain)} points from AFDS and "

@@ -29,7 +29,6 @@ from afdslib.profiles import Profile
 from afdslib.protocol import (
     RECALLED,
     REGULARISER_SPACES,
-    TRIED_AGAIN,
     Method,
     Protocol,
     Value,
@@ -141,7 +140,7 @@ class Comparison(Keeper[Profile]):
             )
         table, first = pd.read_csv(original.folder() / "comparison.csv"), original.rules.seeds[: original.rules.rest]
         ranked = statistics.rank_on_validation(table, budget=rules.primary_budget, seeds=first)
-        return (Method("afd", "afs"), Method(*TRIED_AGAIN), *map(Method.parse, ranked[: rules.rivals]))
+        return (Method("afd", "afs"), *map(Method.parse, ranked[: rules.rivals]))
 
     @property
     def finished(self) -> bool:
@@ -386,7 +385,7 @@ class Comparison(Keeper[Profile]):
     def why_not(self, method: Method) -> str:
         """Why a method cannot be tuned, because none of its trials has a value; empty where it can."""
         if self.original is not None:
-            return self.original.why_not(method.joint)
+            return self.original.why_not(method)
         try:
             self.best_regulariser(method.regulariser), self.best_selection(method.selection)
         except UnreachableError as error:
@@ -421,7 +420,7 @@ class Comparison(Keeper[Profile]):
     def tuned(self, method: Method) -> Tuned:
         """A method at the settings that its trials chose; the smallest change wins a tie of the strengths."""
         if self.original is not None:
-            return replace(self.original.tuned(method.joint), method=method)
+            return self.original.tuned(method)
         outcomes = [(m, o.value) for m, o in self.strength_trials(method) if o.value is not None]
         multiplier = max(outcomes, key=lambda pair: pair[1])[0] if outcomes else 1.0
         regulariser = dict(self.best_regulariser(method.regulariser))
@@ -510,8 +509,11 @@ class Comparison(Keeper[Profile]):
 
     def _wanted(self, method: Method, seed: int) -> list[tuple[Tuned, int, tuple[float, ...]]]:
         """The points of one chain, as `point` takes them."""
-        budgets = self.rules.budgets
-        return [(self.tuned(method), seed, budgets[: i + 1]) for i in range(len(budgets))]
+        rules, budgets = self.rules, self.rules.budgets
+        wanted = [(self.tuned(method), seed, budgets[: i + 1]) for i in range(len(budgets))]
+        if method.selection.startswith("width") and not rules.narrow_between:
+            return [one for one in wanted if one[-1][-1] in (1.0, rules.primary_budget)]
+        return wanted
 
     def _points(self, seeds: Mapping[Method, Sequence[int]]) -> pd.DataFrame:
         return self.table([wanted for m, mine in seeds.items() for seed in mine for wanted in self._wanted(m, seed)])
@@ -664,8 +666,14 @@ class Comparison(Keeper[Profile]):
         self._write("ablations", found)
         return found
 
-    def attention(self) -> pd.DataFrame:
-        """How wide the attention is at each finished point, joint and detached; written to attention.csv."""
+    def attention(self, *, extras: bool = False) -> pd.DataFrame:
+        """How wide the attention is at each finished point, joint and detached; written to attention.csv.
+
+        Args:
+            extras: train what is missing of the detached one.
+        """
+        if extras:
+            self._compute([config for _, _, config in collapse.chains(self, "detached")])
         found = collapse.widths(self)
         self._write("attention", found)
         return found
@@ -677,7 +685,7 @@ class Comparison(Keeper[Profile]):
         regularisers = len(dict.fromkeys(("l2", *(m.regulariser for m in r.methods))))
         selections = len({m.selection for m in r.methods})
         top = sum(m.role == "afds" for m in r.methods) + min(r.rivals, sum(m.role == "competitor" for m in r.methods))
-        count = top + 1 if r.settings_of else len(r.methods)
+        count = top if r.settings_of else len(r.methods)
         chains = count * r.rest + top * (len(r.seeds) - r.rest)
         widths = self._widths(r.methods)
         source = p.source_training.steps + p.afs_training.steps
@@ -692,7 +700,10 @@ class Comparison(Keeper[Profile]):
                 ("trials of selections", selections * r.trials, selections * r.trials * (trial + later)),
                 ("strengths of pairs", strengths, strengths * (trial + (len(r.trial_chain) - 1) * later)),
             ]
-        rows.append(("chains of the sweep", chains, chains * (first + (len(r.budgets) - 1) * later)))
+        chain = first + (len(r.budgets) - 1) * later
+        rows.append(("chains of the sweep", chains, chains * chain))
+        if r.settings_of:
+            rows.append(("chains of detached attention, by --extras", len(r.seeds), len(r.seeds) * chain))
         lines = [f"comparison of {p.name}, budget {p.budget}, on {self.target.title}: {count} methods"]
         if r.settings_of:
             lines.append(f"settings and rivals are those of {r.settings_of}; narrower networks only if one is a rival")
@@ -822,10 +833,11 @@ def _work(
         return
     table = comparison.sweep()
     comparison.write_statistics(table)
-    comparison.attention()
-    if extras or not complete:
+    varies = bool(comparison.rules.settings_of)  # its ablation is the detached attention alone
+    comparison.attention(extras=extras and varies)
+    if (extras or not complete) and not varies:
         comparison.ablations(table)
-    if extras:
+    if extras and not varies:
         comparison.equal_time(table)
 
 

@@ -212,8 +212,9 @@ class Competitors:
             rules = c.comparison.rules
             if not rules.settings_of:
                 return ""
-            best = statistics.rival(c.table, budget=rules.primary_budget, seeds=rules.seeds[: rules.rest])
-            return collapse.confirmation_text(c.table, budget=rules.primary_budget, rival=best)
+            seeds, budget = rules.seeds, rules.primary_budget
+            best = statistics.rival(c.table, budget=budget, seeds=seeds[: rules.rest])
+            return collapse.confirmation_text(c.read("attention"), c.table, budget=budget, rival=best, seeds=seeds)
 
         return self._each(text)
 

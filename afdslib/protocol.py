@@ -97,9 +97,6 @@ SELECTIONS = tuple(SELECTION_SPACES)
 VARIANT_SEEDS = 5
 """Seeds of a profile that varies another; its endpoint is secondary."""
 
-TRIED_AGAIN = ("afd-detached", "afs")
-"""The variant of AFDS that beat it on the primary target, tried again where it was not found; see `statistics`."""
-
 RECALLED = "selection, recalled schedule"
 """Stage of AFS's first trials in trials.csv; nothing is chosen from them."""
 
@@ -142,11 +139,6 @@ class Method:
     def base(self) -> str:
         """The regulariser without its variant."""
         return "afd" if self.regulariser == "afd-detached" else self.regulariser
-
-    @property
-    def joint(self) -> Method:
-        """The method itself, or the one that a variant with detached attention varies."""
-        return replace(self, regulariser=self.base)
 
     @property
     def key(self) -> str:
@@ -198,6 +190,8 @@ class Protocol:
         first_update: share of a stage after which AFS removes channels; it freezes gates at the later update. [ours]
         settings_of: a profile whose finished comparison gives the settings, and the rivals that AFDS is compared with;
             nothing is tuned then.
+        narrow_between: whether narrower networks, each of which is a training of its own, are made at the budgets
+            between the unpruned one and the endpoint, too.
     """
 
     methods: tuple[Method, ...]
@@ -217,6 +211,7 @@ class Protocol:
     # and 43.1 % at 10x; 0.02, freezing at both, 49.6 and 40.4 % (two gates left); freezing later, 49.8 and 47.0 %.
     first_update: float = 0.02
     settings_of: str = ""
+    narrow_between: bool = True
 
     def __post_init__(self) -> None:
         if self.trials < 1:
@@ -286,4 +281,4 @@ def protocol(profile: Profile) -> Protocol:
         return found
     budgets = found.budgets[: found.budgets.index(found.primary_budget) + 1]
     seeds = found.seeds[:VARIANT_SEEDS]
-    return replace(found, budgets=budgets, seeds=seeds, rest=len(seeds), settings_of=family)
+    return replace(found, budgets=budgets, seeds=seeds, rest=len(seeds), settings_of=family, narrow_between=False)

@@ -53,12 +53,12 @@ def test_what_was_not_computed_is_not_mentioned():
 @pytest.mark.parametrize(
     ("detached", "verdict"), [((0.54, 0.55, 0.57), "is confirmed"), ((0.40, 0.55, 0.60), "is not confirmed")]
 )
-def test_detached_attention_is_confirmed_by_an_interval_above_zero(detached, verdict):
-    rows = {"afd+afs": (0.50, 0.51, 0.52), "afd-detached+afs": detached, "l2+taylor": (0.53, 0.53, 0.53)}
-    table = pd.concat([points(x=values).assign(method=method) for method, values in rows.items()])
-    text = collapse.confirmation_text(table, budget=0.1, rival="l2+taylor")
+def test_detached_attention_is_confirmed_by_an_interval_above_zero_once_all_seeds_are_there(detached, verdict):
+    table, main = widths(joint=(0.50, 0.51, 0.52), detached=detached), points(l2_taylor=(0.53, 0.53, 0.53))
+    text = collapse.confirmation_text(table, main, budget=0.1, rival="l2+taylor", seeds=(0, 1, 2))
     assert verdict in text and "from the rival, L2 + Taylor, 3 paired seeds" in text
-    assert collapse.confirmation_text(table[table.method != "afd-detached+afs"], budget=0.1, rival="l2+taylor") == ""
+    text = collapse.confirmation_text(table, main, budget=0.1, rival="l2+taylor", seeds=(0, 1, 2, 3))
+    assert text == "Detached attention: 3 of 4 seeds are there, so nothing is said of it yet."
 
 
 def test_the_figure_shows_both_kinds_at_every_budget():

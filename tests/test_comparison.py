@@ -426,19 +426,33 @@ def test_a_variant_of_a_study_takes_its_settings_and_rivals_and_tunes_nothing(pr
     done = comparison.run_comparison(other, rules=like)
     table = pd.read_csv(done.folder() / "comparison.csv")
     rival = statistics.rival(pd.read_csv(original.folder() / "comparison.csv"), budget=0.4, seeds=[0])
-    tried = "afd-detached+afs"
-    assert dict(table.groupby("method").seed.nunique()) == {"afd+afs": 2, tried: 2, rival: 2} and done.sentence()
-    assert done.plan().splitlines()[0].endswith("3 methods")
-    width = pd.read_csv(done.folder() / "attention.csv")
-    assert dict(width.groupby("attention").size()) == {"joint": 4, "detached": 4} and set(width.run) < set(table.run)
-    assert ((width.width >= 1) & (width.width <= width.uniform * 1.0001)).all()
+    assert dict(table.groupby("method").seed.nunique()) == {"afd+afs": 2, rival: 2} and done.sentence()
+    assert done.plan().splitlines()[0].endswith("2 methods")
     configs = [runs.show(run.id)["config"] for run in runs.list_runs() if run.id not in before]
     assert all(config["use_test"] for config in configs if "use_test" in config)  # no trial among the new runs
     for method in (Method("afd", "afs"), Method.parse(rival)):
         assert done.tuned(method) == original.tuned(method)
-    assert done.tuned(Method.parse(tried)) == replace(done.tuned(Method("afd", "afs")), method=Method.parse(tried))
-    assert {runs.lookup(done.point(done.tuned(Method.parse(tried)), 0, (1.0, 0.4))).id} < set(table.run)
     assert (done.folder() / "trials.csv").read_text() == (original.folder() / "trials.csv").read_text()
+
+    widths = pd.read_csv(done.folder() / "attention.csv")
+    assert set(widths.attention) == {"joint"} and set(widths.run) == set(table[table.method == "afd+afs"].run)
+    comparison.run_comparison(other, rules=like, extras=True)
+    widths = pd.read_csv(done.folder() / "attention.csv")
+    assert dict(widths.groupby("attention").size()) == {"joint": 4, "detached": 4}
+    assert ((widths.width >= 1) & (widths.width <= widths.uniform * 1.0001)).all()
+    detached, joint = (
+        runs.show(widths[widths.attention == kind].run.iloc[0])["config"] for kind in ("detached", "joint")
+    )
+    assert detached.pop("regulariser") == {**joint.pop("regulariser"), "attention": "detached"} and detached == joint
+    assert not (done.folder() / "ablations.csv").exists()
+
+
+def test_narrower_networks_can_be_left_out_between_the_unpruned_one_and_the_endpoint(profile):
+    few = rules("afd+afs", "l2+width", budgets=(1.0, 0.6, 0.4), narrow_between=False)
+    compared = Comparison(profile, few)
+    compared.tuned = lambda method: Tuned(method, {}, {})
+    for key, expected in (("l2+width", [1.0, 0.4]), ("afd+afs", [1.0, 0.6, 0.4])):
+        assert [budgets[-1] for _, _, budgets in compared._wanted(Method.parse(key), 0)] == expected
 
 
 def test_the_first_trial_of_afs_is_at_the_profiles_own_settings(profile):
