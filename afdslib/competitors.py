@@ -354,13 +354,15 @@ def paired_table(table: pd.DataFrame) -> Table:
     """
     rows = [
         [
-            Method.parse(r.method).label, f"{round(r.mean, 6):.1f}", f"{r.difference:+.1f}",
+            Method.parse(r.method).label, f"{round(r.validation, 6):.1f}", f"{round(r.mean, 6):.1f}",
+            f"{r.difference:+.1f}",
             "–" if pd.isna(r.low) else f"{r.low:+.1f} to {r.high:+.1f}",
             "–" if pd.isna(r.p_holm) else f"{r.p_holm:.2g}", str(r.seeds),
         ]
         for r in table.itertuples()
     ]  # fmt: skip
-    return Table(["method", "its mean (%)", "AFDS minus it", "95 % interval", "p (Holm)", "seeds"], rows)
+    header = ["method", "validation (%)", "test (%)", "AFDS minus it, test", "95 % interval", "p (Holm)", "seeds"]
+    return Table(header, rows)
 
 
 def size_table(table: pd.DataFrame, budget: float) -> Table:

@@ -241,7 +241,8 @@ def paired_table(
     """AFDS minus every other method at one budget, in points: paired, with intervals; p values Holm-corrected.
 
     Returns:
-        Columns method, role, seeds, mean, sd (both of the method), difference, low, high, p, p_holm, best first.
+        Columns method, role, seeds, validation, mean, sd (these three of the method, of all its seeds), difference,
+        low, high, p, p_holm, best first.
     """
     import pandas as pd
 
@@ -259,6 +260,7 @@ def paired_table(
                 "method": name,
                 "role": rows[rows.method == name].role.iloc[0],
                 "seeds": len(pair.seeds),
+                "validation": 100 * interval(list(_by_seed(rows, name, "validation_accuracy").values())).mean,
                 "mean": 100 * own.mean,
                 "sd": 100 * own.sd,
                 "difference": 100 * d.mean,
@@ -267,7 +269,7 @@ def paired_table(
                 "p": pair.p,
             }
         )
-    columns = ["method", "role", "seeds", "mean", "sd", "difference", "low", "high", "p"]
+    columns = ["method", "role", "seeds", "validation", "mean", "sd", "difference", "low", "high", "p"]
     result = pd.DataFrame(found, columns=columns)
     result["p_holm"] = holm(list(result.p))
     return result.sort_values(["difference", "method"], ignore_index=True)
