@@ -352,15 +352,19 @@ def faster(times: int = 10) -> Found:
             f"times of a ResNet-101 that AFDS pruned {times}x by its own masks (smaller networks: Measured time)"
         )
     said = [
-        f"batch {dense.batch} on {dense.device}: {Number(small.faster)}x as fast, "
-        f"{Number(small.median_ms)} ms in {small.runtime} against {Number(dense.median_ms)} ms in {dense.runtime}"
+        f"batch {dense.batch} on {dense.device}: {Number(small.faster)}x as fast, {_milliseconds(small)} in "
+        f"{small.runtime} against {_milliseconds(dense)} in {dense.runtime}"
         for dense, small in pairs
     ]
     files = tuple(dict.fromkeys(str(dense.file) for dense, _ in pairs))
-    why = f"Medians, {'; '.join(said)}."
+    why = f"Medians and quartiles, {'; '.join(said)}. What torch-pruning makes of it is in the same file."
     if accuracy := measured.trained_accuracies().get(times):
         why += f" Its test accuracy after a short training: {accuracy}."
     return Found(of_times(table), why, files)
+
+
+def _milliseconds(row: Any) -> str:
+    return f"{row.median_ms:.1f} [{row.q1_ms:.1f}, {row.q3_ms:.1f}] ms"
 
 
 def student_gains(

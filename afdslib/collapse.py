@@ -92,7 +92,7 @@ def text(table: pd.DataFrame, main: pd.DataFrame, *, budget: float) -> str:
         gain = paired(_accuracy(detached), _accuracy(joint)).difference
         said.append(
             f"The detached one is {detached.width.mean():.0f} wide there, and the network is more accurate by "
-            f"{points(gain)} points, {paired_seeds(gain.n)}."
+            f"{points(gain)} points, {paired_seeds(gain.n)} (exploratory)."
         )
     delta = main[(main.method == "delta+afs") & ((main.budget - budget).abs() < 1e-9)]
     if not delta.empty:

@@ -405,19 +405,23 @@ def ablation_table(table: pd.DataFrame) -> Table:
 
     AFDS is taken at the variant's budget, or at its own first one where it has none there.
     """
-    afds, rows = table[table.variant == WHOLE], []
+    afds, rows, p = table[table.variant == WHOLE], [], []
     for (budget, variant), found in table.groupby(["budget", "variant"], sort=False):
         at, mine = times(budget), found.set_index("seed").test_accuracy
         there = budget if (afds.budget == budget).any() else afds.budget.iloc[0]
         whole = afds[afds.budget == there].set_index("seed").test_accuracy
         both = pd.DataFrame({"mine": mine, "whole": whole}).dropna()
         cell = "–"
+        p.append(math.nan)
         if variant != WHOLE and len(both):
-            d = statistics.paired(both.mine.to_dict(), both.whole.to_dict()).difference
+            pair = statistics.paired(both.mine.to_dict(), both.whole.to_dict())
+            d, p[-1] = pair.difference, pair.p
             cell = f"{100 * d.mean:+.1f}"
             cell += "" if math.isnan(d.low) else f" ({100 * d.low:+.1f} to {100 * d.high:+.1f})"
         rows.append([variant, at, mean_sd(mine, 100), cell, f"{mine.notna().sum()} of {len(mine)}"])
-    return Table(["variant", "at", "test accuracy (%)", "minus AFDS (95 % interval)", "seeds"], rows)
+    for row, corrected in zip(rows, statistics.holm(p), strict=True):
+        row.insert(-1, "–" if math.isnan(corrected) else f"{corrected:.2g}")
+    return Table(["variant", "at", "test accuracy (%)", "minus AFDS (95 % interval)", "p (Holm)", "seeds"], rows)
 
 
 def better_text(table: pd.DataFrame, main: pd.DataFrame, *, budget: float, seeds: Sequence[int]) -> str:

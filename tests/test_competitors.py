@@ -101,12 +101,22 @@ def test_ablations_are_set_against_afds_seed_by_seed_and_lost_seeds_are_counted(
     ]
     shown = competitors.ablation_table(pd.DataFrame(rows, columns=["variant", "seed", "budget", "test_accuracy"]))
     assert shown.rows == [
-        ["both (AFDS)", "10x", "45.0 ± 7.1", "–", "2 of 2"],
-        ["static only", "10x", "30.0", "-10.0", "1 of 2"],
-        ["multiples", "4x", "60.0", "-10.0", "1 of 1"],
-        ["both (AFDS)", "4x", "70.0", "–", "1 of 1"],
-        ["unpruned", "1x", "50.0", "+10.0", "1 of 1"],
+        ["both (AFDS)", "10x", "45.0 ± 7.1", "–", "–", "2 of 2"],
+        ["static only", "10x", "30.0", "-10.0", "–", "1 of 2"],
+        ["multiples", "4x", "60.0", "-10.0", "–", "1 of 1"],
+        ["both (AFDS)", "4x", "70.0", "–", "–", "1 of 1"],
+        ["unpruned", "1x", "50.0", "+10.0", "–", "1 of 1"],
     ]
+
+
+def test_p_values_of_the_ablations_are_corrected_within_the_table():
+    accuracies = {"both (AFDS)": (0.40, 0.41, 0.42), "a": (0.41, 0.42, 0.50), "b": (0.50, 0.40, 0.10)}
+    rows = [(name, seed, 0.1, value) for name, values in accuracies.items() for seed, value in enumerate(values)]
+    table = pd.DataFrame(rows, columns=["variant", "seed", "budget", "test_accuracy"])
+    shown = [row[4] for row in competitors.ablation_table(table).rows]
+    whole, *others = (dict(enumerate(values)) for values in accuracies.values())
+    corrected = statistics.holm([statistics.paired(mine, whole).p for mine in others])
+    assert shown == ["–", *(f"{p:.2g}" for p in corrected)] and max(corrected) <= 1
 
 
 def test_variants_that_beat_afds_are_named_with_their_distance_to_the_rival():
