@@ -2,8 +2,8 @@
 
 - **Primary endpoint**: test accuracy at a tenth of the dense network's MACs on CIFAR-10 with 60 images per class, AFDS
   (AFD + AFS) minus the rival. The same endpoint on the class-disjoint target is secondary: AFDS and three rivals at
-  five paired seeds (ten until 2026-11-26, when no network had been trained on that target yet; the cost decided, and
-  on the same day, with no result looked at, that narrower networks are trained at the endpoint only).
+  five paired seeds (ten at first; changed before a network was trained on that target, for the cost; later, with no
+  result looked at, narrower networks were confined to the endpoint).
 - **The rival** is the competitor with the highest mean VALIDATION accuracy at that budget over the first seeds, which
   all methods have (one that lost a seed comes last). AFDS and the best few competitors get ten seeds, the others three.
   A pair that holds AFD or AFS is a part of AFDS, reported as an ablation, and no competitor.
