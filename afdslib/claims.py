@@ -493,8 +493,8 @@ def claims() -> list[Claim]:
         "unpruned rival less one point"
     )
     stricter = (
-        "(At first the rule asked the rival at 10x alone, which AFDS undercuts; its numbers were known when it was made "
-        "stricter.)"
+        "(At first the rule asked the rival at 10x alone, which AFDS undercuts; its numbers were known when it was "
+        "made stricter.)"
     )
     known = "(The two seeds of the quick study were known when the rule was written; they are too few for it.)"
     made: list[tuple[str, str, str, str, Callable[[], Found]]] = [
