@@ -286,17 +286,19 @@ def saves_more(profile: str, target: str) -> Found:
         if not set(one) & set(other):
             continue
         saved = statistics.paired(one, other).difference
-        low, high = 100 * saved.low, 100 * saved.high
-        found = Number(100 * saved.mean, "% of the dense MACs", low, high, saved.n, file, signed=True)
+        found = _percent(saved, "% of the dense MACs", file)
         why = f"MACs that {_label(frugal)} needs minus those that AFDS needs: {_signed(found)}."
         if frugal != rival and (theirs := _shares(table, rival, rival, "test_accuracy")):
-            saved = statistics.paired(theirs, other).difference
-            low, high = 100 * saved.low, 100 * saved.high
-            against = Number(100 * saved.mean, "%", low, high, saved.n, file, signed=True)
+            against = _percent(statistics.paired(theirs, other).difference, "%", file)
             why += f" {_label(rival)}, the rival at 10x, minus AFDS: {against}."
         why += _lost(file, ["afd+afs", frugal])
         return Found(of_interval(found, seeds=_planned(file, ["afd+afs", frugal])), why, (file,))
     return _untested(f"AFDS and a competitor from 1x to 10x on {target} in the profile {profile}")
+
+
+def _percent(share: statistics.Interval, unit: str, file: str) -> Number:
+    low, high = 100 * share.low, 100 * share.high
+    return Number(100 * share.mean, unit, low, high, share.n, file, signed=True)
 
 
 def _shares(table: pd.DataFrame, method: str, rival: str, value: str) -> dict[int, float]:

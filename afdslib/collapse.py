@@ -12,13 +12,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-import torch
 
-from afdslib import runs, training
-from afdslib.features import feature_names, feature_shapes
+from afdslib import runs
+from afdslib.inspection import compared_shapes
 from afdslib.plots.style import times
 from afdslib.protocol import Method
-from afdslib.statistics import paired, paired_seeds, points
+from afdslib.statistics import by_seed, paired, paired_seeds, points
 
 if TYPE_CHECKING:
     from afdslib.comparison import Comparison
@@ -32,9 +31,7 @@ COLUMNS = ["attention", "seed", "budget", "width", "uniform", "macs", "test_accu
 
 def uniform_width(network: Network, features: str = "block") -> float:
     """The width of a uniform attention: the geometric mean of the compared layers' channels."""
-    model = replace(network, weights=None).build(2, 0)
-    with training.autocast(torch.device("cpu"), "fp32"):
-        shapes = feature_shapes(model, feature_names(model, features), (3, 64, 64)).values()
+    shapes = compared_shapes(network, features).values()
     return math.exp(sum(math.log(channels) for channels, _, _ in shapes) / len(shapes))
 
 
@@ -89,14 +86,14 @@ def text(table: pd.DataFrame, main: pd.DataFrame, *, budget: float) -> str:
         f"{times(budget)}."
     ]
     if not detached.empty:
-        gain = paired(_accuracy(detached), _accuracy(joint)).difference
+        gain = paired(by_seed(detached), by_seed(joint)).difference
         said.append(
-            f"The detached one is {detached.width.mean():.0f} wide there, and the network is more accurate by "
+            f"The detached one is {detached.width.mean():.0f} wide there; the accuracy of detached minus joint: "
             f"{points(gain)} points, {paired_seeds(gain.n)} (exploratory)."
         )
     delta = main[(main.method == "delta+afs") & ((main.budget - budget).abs() < 1e-9)]
     if not delta.empty:
-        gain = paired(_accuracy(delta), _accuracy(joint)).difference
+        gain = paired(by_seed(delta), by_seed(joint)).difference
         said.append(
             f"DELTA, which fixes its weights beforehand too, minus AFD, both with AFS: {points(gain)} points, "
             f"{paired_seeds(gain.n)}."
@@ -117,8 +114,8 @@ def confirmation_text(
         seeds: of the protocol; there is no verdict before all of them are there.
     """
     here = table[(table.budget - budget).abs() < 1e-9]
-    joint, detached = (_accuracy(here[here.attention == name]) for name in VARIANTS)
-    theirs = _accuracy(main[(main.method == rival) & ((main.budget - budget).abs() < 1e-9)])
+    joint, detached = (by_seed(here[here.attention == name]) for name in VARIANTS)
+    theirs = by_seed(main[(main.method == rival) & ((main.budget - budget).abs() < 1e-9)])
     there = set(joint) & set(detached) & set(theirs)
     if not there >= set(seeds):
         return f"Detached attention: {len(there)} of {len(seeds)} seeds are there, so nothing is said of it yet."
@@ -128,8 +125,3 @@ def confirmation_text(
         f"Detached attention, found on the primary target, is {verdict} here: {points(gain)} points from AFDS and "
         f"{points(beside)} from the rival, {Method.parse(rival).label}, {paired_seeds(gain.n)}."
     )
-
-
-def _accuracy(rows: pd.DataFrame) -> dict[int, float]:
-    return rows.set_index("seed").test_accuracy.to_dict()
-

@@ -18,7 +18,7 @@ from afdslib import afs, runs, training
 from afdslib.features import Teacher, feature_names, feature_shapes
 from afdslib.losses.afd import AFDLoss
 from afdslib.objectives import Objective
-from afdslib.stages import MODEL, OBJECTIVE, PUBLISHED_CLASSES, DataSource
+from afdslib.stages import MODEL, OBJECTIVE, PUBLISHED_CLASSES, DataSource, Network
 from afdslib.summary import Text, smallest
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ def attentions(study: Study) -> dict[str, AttentionView]:
 def entropy_bounds(study: Study, target: DataSource | None = None) -> tuple[float, float, float]:
     """Smallest and largest logged entropy of a target's unpruned AFD runs, and that of a uniform attention, nats."""
     logged = [history.entropy for history in histories(study, ["afd"], target=target)["afd"]]
-    sizes = _feature_shapes(study, 64).values()  # channels do not depend on the size of the images
+    sizes = _feature_shapes(study, 64).values()
     uniform = sum(math.log(channels) for channels, _, _ in sizes) / len(sizes)
     return min(float(e.min()) for e in logged), max(float(e.max()) for e in logged), uniform
 
@@ -227,9 +227,20 @@ def feature_sizes(study: Study, target: DataSource | None = None) -> dict[str, t
 
 def _feature_shapes(study: Study, side: int) -> dict[str, tuple[int, int, int]]:
     """`feature_sizes` for square images of a side, in pixels."""
-    p = study.profile
-    model: nn.Module = replace(p.network, weights=None).build(2, 0)
-    features = next((c.regulariser.features for c in p.candidates if c.regulariser.name == "afd"), "block")
+    candidates = study.profile.candidates
+    features = next((c.regulariser.features for c in candidates if c.regulariser.name == "afd"), "block")
+    return compared_shapes(study.profile.network, features, side)
+
+
+def compared_shapes(network: Network, features: str = "block", side: int = 64) -> dict[str, tuple[int, int, int]]:
+    """(C, H, W) of the layers that a feature regulariser compares, for square images of a side, in pixels.
+
+    Args:
+        network: any; its weights are not read.
+        features: "block" or "conv".
+        side: the channels do not depend on it.
+    """
+    model: nn.Module = replace(network, weights=None).build(2, 0)
     with training.autocast(torch.device("cpu"), "fp32"):
         return feature_shapes(model, feature_names(model, features), (3, side, side))
 

@@ -37,6 +37,7 @@ __all__ = [
     "PRIMARY_TARGET",
     "Interval",
     "Paired",
+    "by_seed",
     "holm",
     "interval",
     "macs_within",
@@ -184,9 +185,9 @@ def _at(table: pd.DataFrame, budget: float, target: str | None) -> pd.DataFrame:
     return rows
 
 
-def _by_seed(rows: pd.DataFrame, method: str, value: str) -> dict[int, float]:
-    mine = rows[rows.method == method]
-    return {int(seed): float(v) for seed, v in zip(mine.seed, mine[value], strict=True)}
+def by_seed(rows: pd.DataFrame, value: str = "test_accuracy") -> dict[int, float]:
+    """A column of one method's rows at one budget, by seed."""
+    return {int(seed): float(v) for seed, v in zip(rows.seed, rows[value], strict=True)}
 
 
 def rank_on_validation(
@@ -247,20 +248,21 @@ def paired_table(
     import pandas as pd
 
     rows = _at(table, budget, target)
-    ours = _by_seed(rows, method, value)
+    ours = by_seed(rows[rows.method == method], value)
     found = []
     for name in dict.fromkeys(rows.method):
-        theirs = _by_seed(rows, name, value)
+        theirs = by_seed(rows[rows.method == name], value)
         if name == method or not set(ours) & set(theirs):
             continue
         own, pair = interval(list(theirs.values())), paired(ours, theirs)
+        validation = by_seed(rows[rows.method == name], "validation_accuracy")
         d = pair.difference
         found.append(
             {
                 "method": name,
                 "role": rows[rows.method == name].role.iloc[0],
                 "seeds": len(pair.seeds),
-                "validation": 100 * interval(list(_by_seed(rows, name, "validation_accuracy").values())).mean,
+                "validation": 100 * interval(list(validation.values())).mean,
                 "mean": 100 * own.mean,
                 "sd": 100 * own.sd,
                 "difference": 100 * d.mean,
@@ -294,7 +296,7 @@ def sentence(
     """
     best = rival(table, budget=budget, target=target, seeds=seeds)
     rows = _at(table, budget, target)
-    pair = paired(_by_seed(rows, "afd+afs", "test_accuracy"), _by_seed(rows, best, "test_accuracy"))
+    pair = paired(*(by_seed(rows[rows.method == method]) for method in ("afd+afs", best)))
     d, name = pair.difference, (names or {}).get(best, best)
     n = paired_seeds(d.n)
     where = f"the best of our competitors, {name}, at {1 / budget:g}x"

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from afdslib import data, distributed, macs, runs
 from afdslib._bf16 import fast_bf16
+from afdslib._onednn import safe_gradients
 from afdslib.afs.graph import eval_mode
 from afdslib.afs.layer import AFSConvBN
 from afdslib.afs.masks import collect_statistics
@@ -501,7 +502,8 @@ def fit(
         labels = labels.to(fabric.device, non_blocking=True)
         try:
             half = fast_bf16(fabric.device, settings.precision)
-            with half, fabric.autocast(), distributed.synchronised_norms(model, settings.sync_norm):
+            safe = safe_gradients(model, fabric.device)
+            with safe, half, fabric.autocast(), distributed.synchronised_norms(model, settings.sync_norm):
                 loss, terms, logits = objective(wrapped, images, labels)
         except AFDSError as error:  # a term that refuses its input does not know the step
             raise type(error)(f"the loss cannot be computed at step {step + 1}: {error}") from error

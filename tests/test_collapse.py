@@ -40,7 +40,7 @@ def test_the_text_has_the_widths_and_the_paired_gain():
     table = widths(joint=(0.50, 0.51, 0.52), detached=(0.53, 0.54, 0.56))
     text = collapse.text(table, points(delta_afs=(0.51, 0.52, 0.53)), budget=0.1)
     assert "100 channels" in text and "90 wide in the unpruned network and 5.0 at 10x" in text
-    assert "50 wide there" in text and "more accurate by +3.3 [+1.9, +4.8] points, 3 paired seeds" in text
+    assert "50 wide there" in text and "detached minus joint: +3.3 [+1.9, +4.8] points, 3 paired seeds" in text
     assert "minus AFD, both with AFS: +1.0 [" in text
 
 

@@ -29,7 +29,7 @@ PER_TARGET = (
     "samples_target", "augmentation", "trials", "transfer_curves", "attention", "attention_entropy",
     "density_and_masks", "channel_states", "active_heatmap", "parameters", "confusion",
 )  # fmt: skip
-FIRST_ONLY = ("competitors", "paired", "competitor_trials")  # of the first target
+FIRST_ONLY = ("competitors", "paired", "competitor_trials", "attention_width")  # of the first target
 WHOLE = (
     "samples_source",
     "speed",
@@ -39,6 +39,7 @@ WHOLE = (
     "gates_histogram",
     "gates_heatmap",
     "accuracy_macs",
+    "elsewhere",  # the sentence that there is no variant of this profile
 )
 
 

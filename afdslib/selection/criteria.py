@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from afdslib._onednn import safe_gradients
 from afdslib.afs.graph import eval_mode
 from afdslib.errors import AFDSError
 from afdslib.selection.groups import Group
@@ -66,7 +67,7 @@ def _taylor(model: nn.Module, groups: list[Group], batches: Batches, seed: int) 
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
         model.requires_grad_(True)
-        with eval_mode(model), torch.enable_grad():
+        with eval_mode(model), torch.enable_grad(), safe_gradients(model, where):
             for images, labels in batches:
                 loss = nn.functional.cross_entropy(model(images.to(where)).float(), labels.to(where))
                 parameters = [p for m in layers.values() for p in (m.weight, m.bias) if p is not None]
