@@ -88,10 +88,12 @@ def test_links_lead_to_files():
 def test_the_results_table_is_that_of_the_committed_files():
     sweep = cited.read("imagenet32/quick/sweep.csv")
     compared = cited.read("imagenet32/quick/comparison-cifar10-60/comparison.csv")
+    disjoint = cited.read("imagenet32-disjoint/quick/comparison-tiny-imagenet-32-target40-60/comparison.csv")
     for table, budget, methods in (
         (sweep, 0.1, ("l2", "afd")),
         (sweep, 1.0, ("l2", "afd")),
         (compared, 0.1, ("afd+afs", "delta+taylor", "l2+width-kd")),
+        (disjoint, 0.1, ("afd+afs", "delta+taylor", "l2+width")),
     ):
         cells = []
         for method in methods:
