@@ -490,6 +490,7 @@ def fit(
     checkpoints = _Throttle(seconds=30)
     stream = batches_from(dataset, settings.batch_size, seed, step)
     model.train()
+    safe = safe_gradients(model, fabric.device)
     while step < settings.steps:
         if step in events:
             happened.update(events[step]())
@@ -502,7 +503,6 @@ def fit(
         labels = labels.to(fabric.device, non_blocking=True)
         try:
             half = fast_bf16(fabric.device, settings.precision)
-            safe = safe_gradients(model, fabric.device)
             with safe, half, fabric.autocast(), distributed.synchronised_norms(model, settings.sync_norm):
                 loss, terms, logits = objective(wrapped, images, labels)
         except AFDSError as error:  # a term that refuses its input does not know the step
