@@ -19,7 +19,7 @@ from typing import Any
 
 import pandas as pd
 
-from afdslib import collapse, paths, profiles, runs, statistics
+from afdslib import collapse, paths, profiles, runs, settling, statistics
 from afdslib._atomic import write_json
 from afdslib.errors import AFDSError, UnreachableError
 from afdslib.extended import ExtendedSourceRun
@@ -678,6 +678,20 @@ class Comparison(Keeper[Profile]):
         self._write("attention", found)
         return found
 
+    def settled(self, *, extras: bool = False) -> pd.DataFrame:
+        """The finished points of AFDS that meet their budgets by Taylor importance; written to settled.csv.
+
+        Args:
+            extras: train those of the first seeds; with detached attention, too, in a comparison that looks at it.
+        """
+        if extras:
+            first, variants = self.rules.seeds[: self.rules.rest], ["joint", *["detached"] * bool(self.rules.settings_of)]
+            wanted = [one for name in variants for one in settling.chains(self, name) if one[0] in first]
+            self._compute([config for _, _, config in wanted])
+        found = settling.table(self)
+        self._write("settled", found)
+        return found
+
     def plan(self) -> str:
         """What the comparison would train, stage by stage: runs and steps. Nothing is trained or looked up."""
         p, r = self.profile, self.rules
@@ -835,6 +849,7 @@ def _work(
     comparison.write_statistics(table)
     varies = bool(comparison.rules.settings_of)  # its ablation is the detached attention alone
     comparison.attention(extras=extras and varies)
+    comparison.settled(extras=extras)
     if (extras or not complete) and not varies:
         comparison.ablations(table)
     if extras and not varies:

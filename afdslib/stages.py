@@ -397,6 +397,8 @@ class TransferRun:
         stream: "free", or "coupled" for residual streams that narrow as a whole; see `afs.update_masks`.
         first: share of a stage after which the masks are updated the first time; 0.5 is between its halves. [recall]
         freeze_first: whether that update freezes gates, too; if not, only the later one does. [ours]
+        settle_by: what the channels that go when the budget is met once more are ranked by: "q", the mean gate, or
+            "taylor"; see `afs.taylor_importance`. [ours]
     """
 
     source: AFSSourceRun
@@ -417,6 +419,7 @@ class TransferRun:
     stream: str = runs.added("free")
     first: float = runs.added(0.5)
     freeze_first: bool = runs.added(True)
+    settle_by: str = runs.added("q")
 
     def __post_init__(self) -> None:
         check_budgets(self.budgets)
@@ -424,6 +427,8 @@ class TransferRun:
             raise AFDSError(f"multiple must be a whole number of at least 1, got {self.multiple!r}")
         if self.stream not in ("free", "coupled"):
             raise AFDSError(f"stream must be 'free' or 'coupled', got {self.stream!r}")
+        if self.settle_by not in ("q", "taylor"):
+            raise AFDSError(f"settle_by must be 'q' or 'taylor', got {self.settle_by!r}")
         if not (_is_number(self.density_floor) and 0 < self.density_floor <= 1):
             raise AFDSError(f"density_floor must be in (0, 1], got {self.density_floor!r}")
         for name in ("density_exponent", "delta_s"):
@@ -438,7 +443,10 @@ class TransferRun:
     @property
     def parent(self) -> TransferRun | None:
         """The point before, whose network this one starts from."""
-        return replace(self, budgets=self.budgets[:-1]) if len(self.budgets) > 1 else None
+        if len(self.budgets) == 1:
+            return None
+        # The unpruned network is not settled, and is shared by those that settle in different ways.
+        return replace(self, budgets=self.budgets[:-1], settle_by="q" if len(self.budgets) == 2 else self.settle_by)
 
     @property
     def density(self) -> float:
@@ -512,10 +520,11 @@ class TransferRun:
             from afdslib.selection import settle
 
             with training.autocast(next(model.parameters()).device, settings.precision):
-                statistics = afs.collect_statistics(model, data.loader(splits.statistics, 128))
+                fitting = data.loader(splits.statistics, 128)
+                scores = afs.taylor_importance(model, fitting) if self.settle_by == "taylor" else None
                 settle(
-                    model, budget, data.loader(subset, 128), statistics, dense,
-                    multiple=self.multiple, stream=self.stream,
+                    model, budget, data.loader(subset, 128), afs.collect_statistics(model, fitting), dense,
+                    multiple=self.multiple, stream=self.stream, scores=scores,
                 )  # fmt: skip
             objective.masks_changed(model)
         metrics = _measure(model, splits, settings, dense, budget, images=self.macs_images, use_test=self.use_test)

@@ -2,6 +2,7 @@
 
 from afdslib.afs.convert import convert, layers, set_density
 from afdslib.afs.graph import living_channels, streams
+from afdslib.afs.importance import taylor_importance
 from afdslib.afs.io import load, save
 from afdslib.afs.layer import AFSConvBN, Gates
 from afdslib.afs.masks import LayerStatistics, MaskReport, collect_statistics, update_masks
@@ -19,5 +20,6 @@ __all__ = [
     "save",
     "set_density",
     "streams",
+    "taylor_importance",
     "update_masks",
 ]

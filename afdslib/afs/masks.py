@@ -7,7 +7,7 @@ gamma <- q where s becomes 0. [recall; delta_s and the budget are ours]
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +44,7 @@ class MaskReport:
     """What a mask update did.
 
     Attributes:
-        delta_m: the threshold on q; 0 where only channels went whose gates are always 0, or none.
+        delta_m: the threshold on q, or on the scores; 0 where only channels went that have 0, or none.
         macs: expected MACs afterwards (None without a loader).
         removed: channels with m = 0, of all layers.
         static: living channels with constant gates.
@@ -136,6 +136,7 @@ def update_masks(
     loader: Iterable[tuple[Tensor, Tensor]] | None = None,
     multiple: int = 1,
     stream: str = "free",
+    scores: Mapping[str, Tensor] | None = None,
 ) -> MaskReport:
     """Lowers the masks in place: removes channels with small mean gates and freezes gates that hardly vary.
 
@@ -158,10 +159,12 @@ def update_masks(
             stays while any of them needs it, and the layers that read the stream narrow with it. Not by the mean: where
             the last batch norms of blocks begin at 0, few blocks write to a channel. Streams with an addend without
             gates stay free. [ours]
+        scores: by layer name, (C,), non-negative: what channels are ranked by instead of q, which then decides about
+            freezing alone; with `macs_budget` only. [ours]
 
     Raises:
         AFDSError: unless exactly one of delta_m and macs_budget is given; for values out of range, a missing loader,
-            statistics of another network, or a budget that even one channel per layer exceeds (it names the
+            statistics or scores of another network, or a budget that even one channel per layer exceeds (it names the
             smallest that can be reached).
     """
     found = layers(model)
@@ -181,6 +184,12 @@ def update_masks(
     if stream not in ("free", "coupled"):
         raise AFDSError(f"stream must be 'free' or 'coupled', got {stream!r}")
     units = _units(model, found, stream)
+    if scores is None:
+        scores = {name: statistics[name].q for name in found}
+    elif delta_m is not None:
+        raise AFDSError("delta_m is a threshold on q; give scores together with macs_budget")
+    elif set(found) != set(scores) or any(found[n].m.numel() != scores[n].numel() for n in found):
+        raise AFDSError("the scores belong to another network; they are by layer name, one per channel")
     if macs_budget is not None:
         if not 0 < macs_budget <= 1:
             raise AFDSError(f"macs_budget must be in (0, 1], got {macs_budget!r}")
@@ -193,7 +202,7 @@ def update_masks(
     before = {name: {part: getattr(layer, part).detach().clone() for part in kept} for name, layer in found.items()}
     try:
         _freeze(found, statistics, delta_s)
-        ranking = _ranking(found, statistics, units)
+        ranking = _ranking(found, scores, units)
         living = {name: layer.m.clone() for name, layer in found.items()}
         measured: macs.MACs | None = None
         if delta_m is not None:
@@ -253,16 +262,16 @@ def _living(found: dict[str, AFSConvBN], unit: tuple[str, ...]) -> Tensor:
 
 
 def _ranking(
-    found: dict[str, AFSConvBN], statistics: dict[str, LayerStatistics], units: list[tuple[str, ...]]
+    found: dict[str, AFSConvBN], scores: Mapping[str, Tensor], units: list[tuple[str, ...]]
 ) -> list[tuple[float, int, int]]:
     """Living channels that may go, least important first; each unit's most important channel is not among them."""
     ranking: list[tuple[float, int, int]] = []
     for position, unit in enumerate(units):
-        q = statistics[unit[0]].q.tolist()
+        values = scores[unit[0]].tolist()
         if len(unit) > 1:
-            q = torch.stack([statistics[name].q * found[name].m.cpu() for name in unit]).amax(0).tolist()
+            values = torch.stack([scores[name] * found[name].m.cpu() for name in unit]).amax(0).tolist()
         alive = _living(found, unit).tolist()
-        channels = sorted((q[c], position, c) for c in range(len(q)) if alive[c])
+        channels = sorted((values[c], position, c) for c in range(len(values)) if alive[c])
         ranking += channels[:-1]
     return sorted(ranking)
 
@@ -318,8 +327,8 @@ def _bisect(
         _remove(found, units, living, ranking[:removals], multiple)
         return macs.expected(model, loader, meter=meter)
 
-    # Gates with q = 0 go with any threshold of at least 0.
-    low, high = sum(q <= 0 for q, _, _ in ranking), len(ranking)
+    # Channels with a score of 0 go with any threshold of at least 0.
+    low, high = sum(score <= 0 for score, _, _ in ranking), len(ranking)
     best = measure(high)
     if best.total > allowed:
         raise UnreachableError(

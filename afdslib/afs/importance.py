@@ -1,0 +1,67 @@
+"""How much the loss depends on each output channel of the gated layers, to first order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from afdslib._onednn import safe_gradients
+from afdslib.afs.convert import layers
+from afdslib.afs.graph import eval_mode
+from afdslib.afs.layer import AFSConvBN
+from afdslib.errors import AFDSError
+
+__all__ = ["taylor_importance"]
+
+
+def taylor_importance(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """First-order estimate of how much each image's loss changes when a channel of a layer's output is set to 0.
+
+    |sum over pixels of z dL/dz|, mean over images, with z the output of the AFS layer (gate, scale and shift included)
+    and L the cross entropy; in eval mode. [Molchanov et al. 2017, 1611.06440, eq. 8, with the absolute value of the sum
+    over pixels; on gated layers ours] A channel that is never computed has 0.
+
+    Args:
+        model: an AFS network; its mode and gradients are left as they were.
+        loader: batches of (images, labels): training images, never the test set.
+
+    Returns:
+        By layer name, in forward order, (C,) float64 on the CPU.
+
+    Raises:
+        AFDSError: if the network has no AFS layer or the loader is empty.
+    """
+    found = layers(model)
+    if not found:
+        raise AFDSError(f"{type(model).__name__} has no AFS layer; convert it with afs.convert first")
+    where = next(model.parameters()).device
+    totals = {name: torch.zeros(layer.m.numel(), dtype=torch.float64) for name, layer in found.items()}
+    outputs: dict[str, Tensor] = {}
+    count = 0
+
+    def keep(name: str):
+        def record(module: AFSConvBN, args: tuple[Tensor, ...], output: Tensor) -> None:
+            outputs[name] = output
+
+        return record
+
+    handles = [layer.register_forward_hook(keep(name)) for name, layer in found.items()]
+    try:
+        with eval_mode(model), torch.enable_grad(), safe_gradients(model, where):
+            for images, labels in loader:
+                # The images ask for gradients, so that layers without trainable parameters have them, too.
+                logits = model(images.to(where).requires_grad_(True)).float()
+                loss = nn.functional.cross_entropy(logits, labels.to(where), reduction="sum")
+                gradients = torch.autograd.grad(loss, list(outputs.values()))
+                for (name, output), gradient in zip(outputs.items(), gradients, strict=True):
+                    change = (output.detach().double() * gradient.double()).sum((2, 3))
+                    totals[name] += change.abs().sum(0).cpu()
+                count += len(labels)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not count:
+        raise AFDSError("no image to estimate the Taylor importance on; the loader is empty")
+    return {name: total / count for name, total in totals.items()}
