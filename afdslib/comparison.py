@@ -685,8 +685,10 @@ class Comparison(Keeper[Profile]):
             extras: train those of the first seeds; with detached attention, too, in a comparison that looks at it.
         """
         if extras:
-            first, variants = self.rules.seeds[: self.rules.rest], ["joint", *["detached"] * bool(self.rules.settings_of)]
-            wanted = [one for name in variants for one in settling.chains(self, name) if one[0] in first]
+            rules = self.rules
+            variants = ("joint", "detached") if rules.settings_of else ("joint",)
+            chains = [one for name in variants for one in settling.chains(self, name)]
+            wanted = [one for one in chains if one[0] in rules.seeds[: rules.rest]]
             self._compute([config for _, _, config in wanted])
         found = settling.table(self)
         self._write("settled", found)

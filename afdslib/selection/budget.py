@@ -153,8 +153,8 @@ def settle(
     is something to select. [ours] Removed channels never return. A thousandth is left for rounding, since gates in
     half precision depend a little on the batch. `multiple`, `stream` and `scores` are those of `afs.update_masks`.
 
-    Nothing is trained afterwards, so what goes here is gone for good: by the mean of its gates, which says little across
-    layers, once a channel of the stem went, and half of the accuracy. `afs.taylor_importance` gives better scores.
+    Nothing is trained afterwards, so what goes here is missed. By the mean of the gates, which says little across
+    layers, a channel of the stem went once, and half of the accuracy; `afs.taylor_importance` gives better scores.
 
     Returns:
         The share of the dense MACs that is reached.
