@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from afdslib import collapse, plots, profiles, runs, statistics, training
+from afdslib import collapse, plots, profiles, runs, settling, statistics, training
 from afdslib.comparison import WHOLE, Comparison, run_comparison
 from afdslib.plots.style import times
 from afdslib.profiles import Profile
@@ -218,6 +218,18 @@ class Competitors:
 
         return self._each(text)
 
+    def settled(self) -> Text:
+        """What it changes when AFDS's budgets are met by Taylor importance; empty where no such point is finished."""
+
+        def text(c: Compared) -> str:
+            if not (c.has("settled") and c.has("attention")):
+                return ""
+            seeds, budget = c.comparison.rules.seeds[: c.comparison.rules.rest], c.comparison.rules.primary_budget
+            best = statistics.rival(c.table, budget=budget, seeds=seeds)
+            return settling.text(c.read("settled"), c.read("attention"), c.table, budget=budget, rival=best)
+
+        return self._each(text)
+
     def missing(self) -> Text:
         """Points without a network, by reason."""
         return self._each(lambda c: missing_text(c.read("missing")))
@@ -241,6 +253,10 @@ class Variants:
     def sentence(self) -> Text:
         """AFDS against its rival there, and whether detached attention is confirmed."""
         return self._each(lambda found: Text(f"{found.sentence()} {found.confirmation()}".strip()))
+
+    def settled(self) -> Text:
+        """What it changes there when budgets are met by Taylor importance."""
+        return self._each(Competitors.settled)
 
     def tables(self) -> Text:
         """Test accuracy at every budget, then AFDS minus every other method at the endpoint's."""

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from afdslib import collapse, runs
+from afdslib.plots.style import times
+from afdslib.protocol import Method
+from afdslib.statistics import by_seed, paired, paired_seeds, points
 
 if TYPE_CHECKING:
     from afdslib.comparison import Comparison
@@ -40,3 +43,32 @@ def table(comparison: Comparison) -> pd.DataFrame:
             if result is not None and "diverged" not in result.metrics:
                 rows.append((attention, seed, budget, *(result.metrics[key] for key in COLUMNS[3:-1]), result.id))
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def text(found: pd.DataFrame, before: pd.DataFrame, main: pd.DataFrame, *, budget: float, rival: str) -> str:
+    """What settling by Taylor importance changes at a budget, and how far AFDS is from the rival then.
+
+    Args:
+        found: of `table`.
+        before: of `collapse.widths`: the same networks, settled by mean gates.
+        main: of `Comparison.sweep`.
+        budget: the endpoint's.
+        rival: its method.
+
+    Returns:
+        Empty where nothing is finished.
+    """
+    theirs = by_seed(main[(main.method == rival) & ((main.budget - budget).abs() < 1e-9)])
+    said = []
+    for name, label in (("joint", "AFDS"), ("detached", "AFDS with detached attention")):
+        mine, other = (by_seed(t[(t.attention == name) & ((t.budget - budget).abs() < 1e-9)]) for t in (found, before))
+        if not (set(mine) & set(other) and set(mine) & set(theirs)):
+            continue
+        gain, beside = (paired(mine, of).difference for of in (other, theirs))
+        said.append(
+            f"{label} gains {points(gain)} points by it, {paired_seeds(gain.n)}, and is then {points(beside)} from the "
+            f"rival, {Method.parse(rival).label}."
+        )
+    if not said:
+        return ""
+    return f"Budgets met by Taylor importance after the last step (exploratory, at {times(budget)}): {' '.join(said)}"

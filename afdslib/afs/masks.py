@@ -44,7 +44,7 @@ class MaskReport:
     """What a mask update did.
 
     Attributes:
-        delta_m: the threshold on q, or on the scores; 0 where only channels went that have 0, or none.
+        delta_m: the threshold on q (or on the scores); 0 where only channels went that have 0, or none.
         macs: expected MACs afterwards (None without a loader).
         removed: channels with m = 0, of all layers.
         static: living channels with constant gates.
@@ -184,6 +184,7 @@ def update_masks(
     if stream not in ("free", "coupled"):
         raise AFDSError(f"stream must be 'free' or 'coupled', got {stream!r}")
     units = _units(model, found, stream)
+    by_q = scores is None
     if scores is None:
         scores = {name: statistics[name].q for name in found}
     elif delta_m is not None:
@@ -212,8 +213,10 @@ def update_masks(
             if loader is not None:
                 measured = macs.expected(model, loader)
         elif macs_budget is not None and loader is not None:
+            # Gates with q = 0 go with any threshold of at least 0.
+            closed = sum(q <= 0 for q, _, _ in ranking) if by_q else 0
             removals, measured = _bisect(
-                model, found, units, living, ranking, macs_budget, loader, multiple
+                model, found, units, living, ranking, macs_budget, loader, multiple, closed
             )
             threshold = max(0.0, ranking[removals - 1][0]) if removals else 0.0
     except BaseException:
@@ -313,8 +316,9 @@ def _bisect(
     budget: float,
     loader: Iterable[tuple[Tensor, Tensor]],
     multiple: int,
+    least: int,
 ) -> tuple[int, macs.MACs]:
-    """The smallest number of removals (in ranking order) whose expected MACs meet the budget, and those MACs."""
+    """The smallest number of removals (in ranking order, from `least`) that meets the budget, and the expected MACs."""
     images = next(iter(loader), None)
     if images is None:
         raise AFDSError("no image to measure the expected MACs on; the loader is empty")
@@ -327,8 +331,7 @@ def _bisect(
         _remove(found, units, living, ranking[:removals], multiple)
         return macs.expected(model, loader, meter=meter)
 
-    # Channels with a score of 0 go with any threshold of at least 0.
-    low, high = sum(score <= 0 for score, _, _ in ranking), len(ranking)
+    low, high = least, len(ranking)
     best = measure(high)
     if best.total > allowed:
         raise UnreachableError(
