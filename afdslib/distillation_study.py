@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
+import torch
 
-from afdslib import paths, runs
+from afdslib import paths, runs, training
 from afdslib._atomic import write_text
 from afdslib.distillation import Distillation, StudentRun
 from afdslib.errors import AFDSError
@@ -24,6 +25,8 @@ from afdslib.losses import BetaSchedule
 from afdslib.profiles import names as profile_names
 from afdslib.stages import DataSource, Network
 from afdslib.training import Optimisation
+from afdslib.workers import alongside
+from afdslib.workers import compute as share
 
 __all__ = [
     "STUDIES",
@@ -381,10 +384,12 @@ class DistillationStudy(Keeper[DistillationProfile]):
     Args:
         profile: from `get`.
         complete: False never trains: the tables then hold what is finished so far.
+        workers: processes that train at a time, one thread each; default: one per core on a CPU, one on a GPU.
     """
 
-    def __init__(self, profile: DistillationProfile, *, complete: bool = True):
+    def __init__(self, profile: DistillationProfile, *, complete: bool = True, workers: int | None = None):
         self.profile, self.complete = profile, complete
+        self.workers = workers or (1 if torch.cuda.is_available() else training.cores())
         self.methods = {m.name: m for m in profile.methods}
         self._weights: dict[str, float] = {}
         self._done: list[tuple[Job, runs.Result]] | None = None
@@ -480,6 +485,7 @@ class DistillationStudy(Keeper[DistillationProfile]):
     def results(self) -> list[tuple[Job, runs.Result]]:
         """Every run with its result. With `complete=False` up to the first one that is not finished."""
         if self._done is None:
+            self._train()
             done = []
             for job in self.jobs():
                 if not self.complete and runs.lookup(job.config) is None:
@@ -488,8 +494,32 @@ class DistillationStudy(Keeper[DistillationProfile]):
             self._done = done
         return self._done
 
+    def _train(self) -> None:
+        """All runs, by several workers; nothing where one will do."""
+        if not self.complete or self.workers == 1:
+            return
+        if any(runs.lookup(config) is None for config in self._first()) or any(
+            runs.lookup(job.config) is None for job in self.jobs()
+        ):
+            alongside(_share, (self.profile,), self.workers)
+
+    def _first(self) -> list[StudentRun]:
+        """The teachers and the trials, which choose the weights of the students."""
+        used = [name for pair in self.profile.pairs for name in pair.methods]
+        tuned = {self.methods[name].like or name for name in (*used, *self.profile.curves)}
+        return [
+            *(self.teacher_run(pair.teacher) for pair in self.profile.pairs),
+            *(
+                self.trial_run(m.name, weight)
+                for m in self.profile.methods
+                if m.name in tuned and len(m.weights) > 1
+                for weight in m.weights
+            ),
+        ]
+
     def compute(self) -> Iterator[str]:
         """Trains what is not trained yet, and says of each run what it was and how right it is; writes all tables."""
+        self._train()
         for job in self.jobs():
             if not self.complete and runs.lookup(job.config) is None:
                 yield f"not finished: {job.kind} {job.method or job.config.network.name}, and what comes after it"
@@ -603,3 +633,10 @@ class DistillationStudy(Keeper[DistillationProfile]):
         if table.empty and not self.complete:  # nothing of it is finished
             return
         super()._write(f"{self.profile.study}{suffix}", table)
+
+
+def _share(profile: DistillationProfile) -> None:
+    """One worker's share of a study."""
+    study = DistillationStudy(profile, workers=1)
+    share(study._first(), study._publish)
+    share([job.config for job in study.jobs()], study._publish)

@@ -521,10 +521,11 @@ class TransferRun:
 
             with training.autocast(next(model.parameters()).device, settings.precision):
                 fitting = data.loader(splits.statistics, 128)
-                scores = afs.taylor_importance(model, fitting) if self.settle_by == "taylor" else None
+                importance = functools.partial(afs.taylor_importance, model, fitting)
                 settle(
                     model, budget, data.loader(subset, 128), afs.collect_statistics(model, fitting), dense,
-                    multiple=self.multiple, stream=self.stream, scores=scores,
+                    multiple=self.multiple, stream=self.stream,
+                    scores=importance if self.settle_by == "taylor" else None,
                 )  # fmt: skip
             objective.masks_changed(model)
         metrics = _measure(model, splits, settings, dense, budget, images=self.macs_images, use_test=self.use_test)

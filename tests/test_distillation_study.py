@@ -53,7 +53,7 @@ def study(tmp_path_factory):
         patch.setenv("AFDS_RUNS", str(home / "runs"))
         patch.delenv("AFDS_FIGURES", raising=False)
         patch.delenv("AFDS_FRESH", raising=False)
-        made = DistillationStudy(miniature())
+        made = DistillationStudy(miniature(), workers=1)
         made.said = list(made.compute())
         yield made
 
@@ -82,7 +82,7 @@ def test_the_weight_is_the_best_trials_and_the_smaller_one_in_a_tie(study, monke
     trials = study.trials()
     best = trials.sort_values(["validation_accuracy", "strength"], ascending=[False, True]).strength.iloc[0]
     assert study.weight("at") == study.weight("at-kd") == best
-    again = DistillationStudy(miniature())
+    again = DistillationStudy(miniature(), workers=1)
     tied = runs.Result("0" * 12, {"validation_accuracy": 0.5}, study.folder())
     monkeypatch.setattr(again, "result", lambda config: tied)
     assert again.weight("at") == 1.0

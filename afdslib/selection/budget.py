@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -145,13 +145,14 @@ def settle(
     *,
     multiple: int = 1,
     stream: str = "free",
-    scores: Mapping[str, Tensor] | None = None,
+    scores: Callable[[], Mapping[str, Tensor]] | None = None,
 ) -> float:
     """Brings an AFS network back between `LEAST` and all of its budget after the last step of training.
 
     Gates move while they train. Above the budget a few more channels go; below it the density rises, as far as there
     is something to select. [ours] Removed channels never return. A thousandth is left for rounding, since gates in
-    half precision depend a little on the batch. `multiple`, `stream` and `scores` are those of `afs.update_masks`.
+    half precision depend a little on the batch. `multiple`, `stream` and `scores` are those of `afs.update_masks`, the
+    scores a function, called where channels have to go.
 
     Nothing is trained afterwards, so what goes here is missed. By the mean of the gates, which says little across
     layers, a channel of the stem went once, and half of the accuracy; `afs.taylor_importance` gives better scores.
@@ -165,7 +166,7 @@ def settle(
     if share > macs_budget:
         afs.update_masks(
             model, statistics, macs_budget=macs_budget, loader=loader, delta_s=0.0, multiple=multiple, stream=stream,
-            scores=scores,
+            scores=None if scores is None else scores(),
         )  # fmt: skip
         share = _share(model, loader, meter, dense)
     if share < LEAST * macs_budget:
