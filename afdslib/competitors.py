@@ -219,14 +219,15 @@ class Competitors:
         return self._each(text)
 
     def settled(self) -> Text:
-        """What it changes when AFDS's budgets are met by Taylor importance; empty where no such point is finished."""
+        """What it changes when AFDS's budgets are met by Taylor importance."""
 
         def text(c: Compared) -> str:
-            if not (c.has("settled") and c.has("attention")):
-                return ""
-            seeds, budget = c.comparison.rules.seeds[: c.comparison.rules.rest], c.comparison.rules.primary_budget
-            best = statistics.rival(c.table, budget=budget, seeds=seeds)
-            return settling.text(c.read("settled"), c.read("attention"), c.table, budget=budget, rival=best)
+            rules, found = c.comparison.rules, ""
+            if c.has("settled") and c.has("attention"):
+                best = statistics.rival(c.table, budget=rules.primary_budget, seeds=rules.seeds[: rules.rest])
+                tables = (c.read("settled"), c.read("attention"), c.table)
+                found = settling.text(*tables, budget=rules.primary_budget, rival=best)
+            return found or f"Not computed: `{c.comparison.command} --extras` does."
 
         return self._each(text)
 
