@@ -24,7 +24,7 @@ report: $(STAMP)  ## train and write the demo report: figures/demo/report.html
 
 test: $(STAMP)  ## unit tests, then every notebook against its stored outputs
 	@rm -rf build/test
-	AFDS_RUNS="$(CURDIR)/build/test/unit" $(BIN)/pytest -q -n auto --dist loadfile tests
+	AFDS_RUNS="$(CURDIR)/build/test/unit" $(BIN)/pytest -q -n auto --dist loadfile --no-loadscope-reorder tests
 	AFDS_RUNS="$(CURDIR)/build/test/runs" AFDS_FIGURES="$(CURDIR)/build/test/figures" AFDS_FRESH=1 \
 		$(BIN)/pytest -q --nbval --nbval-current-env notebooks
 	@AFDS_RUNS="$(CURDIR)/build/test/runs" $(BIN)/afds runs list --require-training

@@ -9,3 +9,10 @@ torch.set_num_threads(1)
 # The library guards its own training; tests also differentiate the narrowest networks themselves.
 if _onednn.is_affected():
     F.conv2d = _onednn.conv2d
+
+# These take longest. Begun last, they would leave the other processes without work.
+LONGEST = ("test_comparison", "test_report", "test_distributed", "test_checks", "test_stages", "test_export")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx, nn
@@ -14,6 +15,8 @@ from afdslib.errors import AFDSError
 
 __all__ = ["convert", "layers", "set_density"]
 
+# Of each network the kinds of its modules by name, and the names of its AFS layers in forward order: tracing is slow.
+_ORDERS: WeakKeyDictionary[nn.Module, tuple[tuple[tuple[str, type], ...], tuple[str, ...]]] = WeakKeyDictionary()
 _BLOCK_CONV = re.compile(r"layer\d+\.\d+\.conv\d+")
 
 
@@ -22,8 +25,12 @@ def layers(model: nn.Module) -> dict[str, AFSConvBN]:
     found = {name: module for name, module in model.named_modules() if isinstance(module, AFSConvBN)}
     if not found:
         return {}
-    order = [n.target for n in trace(model).nodes if n.op == "call_module" and n.target in found]
-    return {name: found[name] for name in dict.fromkeys(order)}
+    kinds = tuple((name, type(module)) for name, module in model.named_modules())
+    known = _ORDERS.get(model)
+    if known is None or known[0] != kinds:
+        order = [str(n.target) for n in trace(model).nodes if n.op == "call_module" and n.target in found]
+        known = _ORDERS[model] = kinds, tuple(dict.fromkeys(order))
+    return {name: found[name] for name in known[1]}
 
 
 def set_density(model: nn.Module, d: float) -> None:
