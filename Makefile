@@ -11,6 +11,10 @@ BIN := $(VENV)/bin
 # Named after the content of what it was made from: a changed lock or pyproject.toml installs again.
 STAMP := $(VENV)/.installed-$(shell cat requirements.lock pyproject.toml | cksum | tr ' ' '-')
 
+# uv takes a minute where pip takes five. It knows no pip.conf, so pip is there where it fails.
+UV_INSTALL = $(BIN)/python -m pip install --require-hashes -r .ci/uv.txt && $(BIN)/uv pip install --no-progress \
+	--cache-dir build/uv-cache --python $(BIN)/python --require-hashes -r requirements.lock && rm -rf build/uv-cache
+
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
 
@@ -50,6 +54,8 @@ lock:  ## resolve requirements.lock and environment.yml anew from pyproject.toml
 	@build/uv/bin/python -m pip install -q --disable-pip-version-check uv packaging
 	@build/uv/bin/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-annotate --all-extras \
 		pyproject.toml -o requirements.lock
+	@echo "uv==$$(build/uv/bin/uv --version | cut -d' ' -f2)" \
+		| build/uv/bin/uv pip compile -q --universal --generate-hashes --no-annotate - -o .ci/uv.txt
 	@build/uv/bin/python .ci/environment.py > build/environment.yml
 	@mv build/environment.yml environment.yml
 	@rm -rf build/uv
@@ -61,9 +67,9 @@ clean:  ## delete what can be made again, but neither .venv nor runs/ nor data/
 $(STAMP):
 	@test -n "$(PYTHON)" || { echo "no python >= 3.11 found: install one, or name it: make PYTHON=/path/to/python" >&2; exit 2; }
 	@mkdir -p build
-	@echo "installing into $(VENV) once (some minutes and GB; log: build/install.log)"
+	@echo "installing into $(VENV) once (a minute or some, and 6 GB; log: build/install.log)"
 	@{ $(PYTHON) -m venv $(VENV) && export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_PROGRESS_BAR=off \
-		&& $(BIN)/python -m pip install --require-hashes -r requirements.lock \
+		&& { $(UV_INSTALL) || $(BIN)/python -m pip install --require-hashes -r requirements.lock ; } \
 		&& $(BIN)/python -m pip install --no-deps --no-build-isolation -e . ; } > build/install.log 2>&1 \
 		|| { tail -n 25 build/install.log >&2; echo "the installation failed; the whole log: build/install.log" >&2; exit 2; }
 	@rm -f $(VENV)/.installed-*
