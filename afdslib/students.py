@@ -596,7 +596,7 @@ def nst_memory(shape: Sequence[int] = (64, 1024, 14, 14), kernels: Iterable[str]
 
     batch, channels, height, width = shape
     kernels, rows = tuple(kernels), []
-    with ThreadPoolExecutor(len(kernels)) as pool:
+    with ThreadPoolExecutor() as pool:
         peaks = pool.map(lambda kernel: bench.nst_peak(kernel, tuple(shape)), kernels)
     for kernel, peak in zip(kernels, peaks, strict=True):
         label = student_look(f"nst-{kernel}").label
