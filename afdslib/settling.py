@@ -58,17 +58,23 @@ def text(found: pd.DataFrame, before: pd.DataFrame, main: pd.DataFrame, *, budge
     Returns:
         Empty where nothing is finished.
     """
+    now, then = (t[(t.budget - budget).abs() < 1e-9] for t in (found, before))
     theirs = by_seed(main[(main.method == rival) & ((main.budget - budget).abs() < 1e-9)])
+    settled = {name: by_seed(now[now.attention == name]) for name in collapse.VARIANTS}
     said = []
     for name, label in (("joint", "AFDS"), ("detached", "AFDS with detached attention")):
-        mine, other = (by_seed(t[(t.attention == name) & ((t.budget - budget).abs() < 1e-9)]) for t in (found, before))
+        mine, other = settled[name], by_seed(then[then.attention == name])
         if not (set(mine) & set(other) and set(mine) & set(theirs)):
             continue
         gain, beside = (paired(mine, of).difference for of in (other, theirs))
+        each = ", ".join(f"{100 * (mine[seed] - other[seed]):+.1f}" for seed in sorted(set(mine) & set(other)))
         said.append(
-            f"{label} gains {points(gain)} points by it, {paired_seeds(gain.n)}, and is then {points(beside)} from the "
-            f"rival, {Method.parse(rival).label}."
+            f"{label} gains {points(gain)} points by it, {paired_seeds(gain.n)} (seed by seed {each}), and is then "
+            f"{points(beside)} from the rival, {Method.parse(rival).label}."
         )
+    if set(settled["joint"]) & set(settled["detached"]):
+        gain = paired(settled["detached"], settled["joint"]).difference
+        said.append(f"Detached minus joint attention, both so: {points(gain)} points, {paired_seeds(gain.n)}.")
     if not said:
         return ""
     return f"Budgets met by Taylor importance after the last step (exploratory, at {times(budget)}): {' '.join(said)}"
