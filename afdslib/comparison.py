@@ -679,7 +679,7 @@ class Comparison(Keeper[Profile]):
         return found
 
     def settled(self, *, extras: bool = False) -> pd.DataFrame:
-        """The finished points of AFDS that meet their budgets by Taylor importance; written to settled.csv.
+        """The finished points of AFDS that meet their budgets by Taylor importance, if any; written to settled.csv.
 
         Args:
             extras: train those of the first seeds; with detached attention, too, in a comparison that looks at it.
@@ -691,7 +691,8 @@ class Comparison(Keeper[Profile]):
             wanted = [one for one in chains if one[0] in rules.seeds[: rules.rest]]
             self._compute([config for _, _, config in wanted])
         found = settling.table(self)
-        self._write("settled", found)
+        if not found.empty:
+            self._write("settled", found)
         return found
 
     def plan(self) -> str:

@@ -436,6 +436,7 @@ def test_a_variant_of_a_study_takes_its_settings_and_rivals_and_tunes_nothing(pr
 
     widths = pd.read_csv(done.folder() / "attention.csv")
     assert set(widths.attention) == {"joint"} and set(widths.run) == set(table[table.method == "afd+afs"].run)
+    assert not (done.folder() / "settled.csv").exists()
     comparison.run_comparison(other, rules=like, extras=True)
     widths = pd.read_csv(done.folder() / "attention.csv")
     assert dict(widths.groupby("attention").size()) == {"joint": 4, "detached": 4}
@@ -445,6 +446,13 @@ def test_a_variant_of_a_study_takes_its_settings_and_rivals_and_tunes_nothing(pr
     )
     assert detached.pop("regulariser") == {**joint.pop("regulariser"), "attention": "detached"} and detached == joint
     assert not (done.folder() / "ablations.csv").exists()
+
+    settled = pd.read_csv(done.folder() / "settled.csv")
+    assert dict(settled.groupby("attention").size()) == {"joint": 2, "detached": 2} and set(settled.budget) == {0.4}
+    again = runs.show(settled[settled.attention == "detached"].run.iloc[0])["config"]
+    before = runs.show(widths[(widths.attention == "detached") & (widths.budget < 1)].run.iloc[0])["config"]
+    assert again.pop("settle_by") == "taylor" and before.pop("settle_by", "q") == "q" and again == before
+    assert competitors.Compared(done).has("settled")
 
 
 def test_narrower_networks_can_be_left_out_between_the_unpruned_one_and_the_endpoint(profile):
