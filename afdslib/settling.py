@@ -75,6 +75,9 @@ def text(found: pd.DataFrame, before: pd.DataFrame, main: pd.DataFrame, *, budge
     if set(settled["joint"]) & set(settled["detached"]):
         gain = paired(settled["detached"], settled["joint"]).difference
         said.append(f"Detached minus joint attention, both so: {points(gain)} points, {paired_seeds(gain.n)}.")
+    elif set(settled["detached"]) & set(joint := by_seed(then[then.attention == "joint"])):
+        gain = paired(settled["detached"], joint).difference
+        said.append(f"Detached so minus joint as before: {points(gain)} points, {paired_seeds(gain.n)}.")
     if not said:
         return ""
     return f"Budgets met by Taylor importance after the last step (exploratory, at {times(budget)}): {' '.join(said)}"
