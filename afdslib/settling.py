@@ -77,7 +77,10 @@ def text(found: pd.DataFrame, before: pd.DataFrame, main: pd.DataFrame, *, budge
         said.append(f"Detached minus joint attention, both so: {points(gain)} points, {paired_seeds(gain.n)}.")
     elif set(settled["detached"]) & set(joint := by_seed(then[then.attention == "joint"])):
         gain = paired(settled["detached"], joint).difference
-        said.append(f"Detached so minus joint as before: {points(gain)} points, {paired_seeds(gain.n)}.")
+        said.append(
+            f"Against joint attention, whose budgets are still met by mean gates (two things differ): {points(gain)} "
+            f"points, {paired_seeds(gain.n)}."
+        )
     if not said:
         return ""
     return f"Budgets met by Taylor importance after the last step (exploratory, at {times(budget)}): {' '.join(said)}"

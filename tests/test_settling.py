@@ -121,5 +121,5 @@ def test_the_text_has_the_gain_and_the_distance_from_the_rival_over_the_seeds_th
     assert "detached attention gains +20.0" in text and "1 paired seed (seed by seed +20.0)" in text
     assert "Detached minus joint attention, both so: -1.0" in text
     text = settling.text(found[found.attention == "detached"], before, main, budget=0.1, rival="l2+width")
-    assert "AFDS gains" not in text and "Detached so minus joint as before: +0.0" in text
+    assert "AFDS gains" not in text and "by mean gates (two things differ): +0.0" in text
     assert settling.text(found.head(0), before, main, budget=0.1, rival="l2+width") == ""
