@@ -12,8 +12,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(shell cat requirements.lock pyproject.toml | cksum | tr ' ' '-')
 
 # uv takes a minute where pip takes five. It knows no pip.conf, so pip is there where it fails.
-UV_INSTALL = $(BIN)/python -m pip install --require-hashes -r .ci/uv.txt && $(BIN)/uv pip install --no-progress --compile-bytecode \
-	--cache-dir build/uv-cache --python $(BIN)/python --require-hashes -r requirements.lock && rm -rf build/uv-cache
+UV_INSTALL = $(BIN)/python -m pip install --require-hashes -r .ci/uv.txt \
+	&& $(BIN)/uv pip install --no-progress --compile-bytecode --cache-dir build/uv-cache \
+	--python $(BIN)/python --require-hashes -r requirements.lock && rm -rf build/uv-cache
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile

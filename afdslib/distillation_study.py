@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
-import torch
 
 from afdslib import paths, runs, training
 from afdslib._atomic import write_text
@@ -389,7 +388,7 @@ class DistillationStudy(Keeper[DistillationProfile]):
 
     def __init__(self, profile: DistillationProfile, *, complete: bool = True, workers: int | None = None):
         self.profile, self.complete = profile, complete
-        self.workers = workers or (1 if torch.cuda.is_available() else training.cores())
+        self.workers = workers or training.processes()
         self.methods = {m.name: m for m in profile.methods}
         self._weights: dict[str, float] = {}
         self._done: list[tuple[Job, runs.Result]] | None = None

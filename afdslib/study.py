@@ -43,8 +43,7 @@ class Study(Keeper[Profile]):
 
     def __init__(self, profile: Profile, *, workers: int | None = None):
         self.profile = profile
-        on_gpu = training.device().type != "cpu"
-        self.workers = workers or (1 if on_gpu else training.cores())
+        self.workers = workers or training.processes()
         if len(self.targets) < len(profile.targets):
             raise AFDSError(f"two targets of the profile {profile.name} have the same title; give each its own data")
         # Values out of range are refused now, not after hours at the point that needs them.

@@ -138,6 +138,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def processes() -> int:
+    """How many processes should train at a time, one thread each: one per core on a CPU, one on a GPU."""
+    return 1 if device().type != "cpu" else cores()
+
+
 @contextmanager
 def autocast(where: torch.device, precision: str) -> Iterator[None]:
     """The autocast context of a precision's name."""

@@ -33,6 +33,17 @@ def layers(model: nn.Module) -> dict[str, AFSConvBN]:
     return {name: found[name] for name in known[1]}
 
 
+def gated(model: nn.Module) -> dict[str, AFSConvBN]:
+    """`layers` of a network that has some.
+
+    Raises:
+        AFDSError: if it has none.
+    """
+    if found := layers(model):
+        return found
+    raise AFDSError(f"{type(model).__name__} has no AFS layer; convert it with afs.convert first")
+
+
 def set_density(model: nn.Module, d: float) -> None:
     """Sets the density of every selected convolution: k = ceil(d * C - 1e-9) places with C the original width.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from afdslib._onednn import safe_gradients
-from afdslib.afs.convert import layers
+from afdslib.afs.convert import gated
 from afdslib.afs.graph import eval_mode
 from afdslib.afs.layer import AFSConvBN
 from afdslib.errors import AFDSError
@@ -33,9 +33,7 @@ def taylor_importance(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]])
     Raises:
         AFDSError: if the network has no AFS layer or the loader is empty.
     """
-    found = layers(model)
-    if not found:
-        raise AFDSError(f"{type(model).__name__} has no AFS layer; convert it with afs.convert first")
+    found = gated(model)
     where = next(model.parameters()).device
     totals = {name: torch.zeros(layer.m.numel(), dtype=torch.float64) for name, layer in found.items()}
     outputs: dict[str, Tensor] = {}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from afdslib import macs
-from afdslib.afs.convert import layers
+from afdslib.afs.convert import gated, layers
 from afdslib.afs.graph import eval_mode, streams
 from afdslib.afs.layer import AFSConvBN
 from afdslib.errors import AFDSError, UnreachableError
@@ -93,9 +93,7 @@ def collect_statistics(
     Raises:
         AFDSError: if the network has no AFS layer or the loader is empty.
     """
-    found = layers(model)
-    if not found:
-        raise AFDSError(f"{type(model).__name__} has no AFS layer; convert it with afs.convert first")
+    found = gated(model)
     home = next(model.parameters()).device
     device = home if device is None else torch.device(device)
     accumulators = {name: tuple(_Welford(layer.m.numel()) for _ in range(3)) for name, layer in found.items()}
