@@ -1,6 +1,6 @@
 """Writes docs/api.md: the public names of every module, with signature and the first paragraph of the docstring.
 
-    make api
+make api
 """
 
 from __future__ import annotations

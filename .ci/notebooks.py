@@ -14,8 +14,9 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
-from afdslib import paths, pipeline
-from afdslib._atomic import write_text
+from afdslib.base import paths
+from afdslib.base.atomic import write_text
+from afdslib.report import pipeline
 
 EXTRA_KEYS = "metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.language_info.version"
 

@@ -15,8 +15,8 @@ from typing import Annotated, Any
 
 import typer
 
-from . import __version__
-from .errors import AFDSError
+from afdslib import __version__
+from afdslib.base.errors import AFDSError
 
 __all__ = ["app", "main"]
 
@@ -134,16 +134,17 @@ def run(
     else:
         chosen = _profile(profile, parameters.get("budget"), parameters.get("data_dir"))
     if show:
-        from . import profiles
+        from afdslib.studies import profiles
 
         typer.echo(profiles.show(chosen))
         return
     if dry_run:
-        from . import study
+        from afdslib.studies import sweep as study
 
         typer.echo(study.plan(chosen))
         return
-    from . import pipeline, runs
+    from afdslib import runs
+    from afdslib.report import pipeline
 
     folder = _notebooks(profile)
     only = set(notebook) if notebook else {path.name[:2] for path in pipeline.notebooks(folder)} - set(chosen.left_out)
@@ -192,7 +193,8 @@ def compare(
     Machines that share the run store (AFDS_RUNS) do one comparison between them by giving this same command.
     """
     chosen = _profile(profile, budget, data_dir)
-    from . import comparison, protocol, runs
+    from afdslib import runs
+    from afdslib.studies import comparison, protocol
 
     rules = protocol.protocol(chosen)
     if show:
@@ -223,7 +225,7 @@ def publish(
 ) -> None:
     """Write what is committed of a finished study: a results page, and networks with a model card in data/weights/."""
     chosen = _profile(profile, budget, data_dir)
-    from . import study
+    from afdslib.studies import sweep as study
 
     done = study.Study(chosen)
     if sources:
@@ -236,7 +238,7 @@ def publish(
 @app.command()
 def report(profile: ProfileName) -> None:
     """Write the HTML report of an executed study again."""
-    from . import pipeline
+    from afdslib.report import pipeline
 
     typer.echo(pipeline.render(profile, folder=_notebooks(profile)))
 
@@ -244,7 +246,7 @@ def report(profile: ProfileName) -> None:
 @app.command()
 def resume(id: Annotated[str, typer.Argument(help="The run, or the beginning of its id.")]) -> None:
     """Continue an interrupted training run from its last checkpoint."""
-    from . import comparison, distillation, recipes, runs, study  # noqa: F401  (they register the kinds of runs)
+    from afdslib import runs  # noqa: F401  (they register the kinds of runs)
 
     result = runs.resume(id)
     typer.echo(json.dumps(result.metrics, indent=2))
@@ -252,7 +254,7 @@ def resume(id: Annotated[str, typer.Argument(help="The run, or the beginning of 
 
 def _profile(name: str, budget: str | None, data_dir: str | None) -> Any:
     """The profile, checked: only what was given is passed on, so that defaults stay in one place."""
-    from . import profiles
+    from afdslib.studies import profiles
 
     given = {"budget": budget, "data_dir": _folder(data_dir)}
     return profiles.get(name, **{key: value for key, value in given.items() if value is not None})
@@ -260,7 +262,7 @@ def _profile(name: str, budget: str | None, data_dir: str | None) -> Any:
 
 def _mine(parameters: dict[str, str], own: dict[str, Any], *, write: bool) -> Any:
     """The profile of one's own images, from the options of `afds run`."""
-    from . import own_data
+    from afdslib.studies import mine as own_data
 
     weights, macs_budget = own.pop("source_weights", None), own.pop("macs_budget", None)
     folder, budget = _folder(parameters.get("data_dir")), parameters.get("budget")
@@ -275,13 +277,14 @@ def _notebooks(profile: str) -> Path | None:
     """The folder of a profile's notebooks, if it has notebooks of its own."""
     if profile != "mine" and not profile.startswith("mine-"):
         return None
-    from . import own_data
+    from afdslib.studies import mine as own_data
 
     return own_data.notebooks()
 
 
 def _export_mine(profile: Any) -> None:
-    from . import own_data, study
+    from afdslib.studies import mine as own_data
+    from afdslib.studies import sweep as study
 
     done = own_data.export(study.Study(profile))
     typer.echo(
@@ -293,7 +296,7 @@ def _export_mine(profile: Any) -> None:
 
 def _stage(stage: str, profile: str, budget: str | None, data_dir: str | None) -> None:
     chosen = _profile(profile, budget, data_dir)
-    from . import study
+    from afdslib.studies import sweep as study
 
     study.run_stage(chosen, stage)
 
@@ -335,7 +338,8 @@ def distill(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and what is missing, and stop.")] = False,
 ) -> None:
     """Train a student with its teacher on photographs; several processes by torchrun or fabric run."""
-    from . import distributed, recipes
+    from afdslib.studies import recipes
+    from afdslib.training import distributed
 
     chosen = recipes.prepare(
         recipe, data_set=data, data_dir=_folder(data_dir), teacher=teacher, epochs=epochs, batch_size=batch_size, lr=lr,
@@ -361,7 +365,8 @@ def evaluate(
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
 ) -> None:
     """Top-1 and top-5 error of trained weights on a data set's test images (ImageNet: its validation images)."""
-    from . import distributed, recipes
+    from afdslib.studies import recipes
+    from afdslib.training import distributed
 
     with distributed.joined():
         found = recipes.evaluate(weights, data_set=data, data_dir=_folder(data_dir), size=size, precision=precision)
@@ -390,13 +395,13 @@ def students(
     publish: Annotated[bool, typer.Option("--publish", help="Keep three networks in data/weights/, too.")] = False,
 ) -> None:
     """Train the teachers and students of notebook 06 or 07 (what is not trained yet); write tables, page, figures."""
-    from . import distillation_study
+    from afdslib.studies import students as distillation_study
 
     chosen = distillation_study.get(study, profile, budget, _folder(data_dir))
     if show:
         typer.echo(distillation_study.show(chosen))
         return
-    from . import students as tables
+    from afdslib.report import students as tables
 
     done = distillation_study.DistillationStudy(chosen, complete=not finished)
     for line in done.compute():
@@ -422,7 +427,7 @@ def maps(
     data_dir: DataDir = None,
 ) -> None:
     """Draw what networks attend to in an image: the activation map of each stage, and the loss's gradient."""
-    from . import maps as viewer
+    from afdslib.inference import maps as viewer
 
     typer.echo(f"written to {viewer.draw(networks, output, image, data, index, size, data_dir)}")
 
@@ -437,7 +442,8 @@ def list_runs(
     ] = False,
 ) -> None:
     """All runs, oldest first: id, kind, state, optimiser steps, wall clock."""
-    from . import paths, runs
+    from afdslib import runs
+    from afdslib.base import paths
 
     listed = runs.list_runs()
     rows = [
@@ -459,7 +465,7 @@ def list_runs(
 @runs_app.command("show")
 def show_run(id: Annotated[str, typer.Argument(help="The run, or the beginning of its id.")]) -> None:
     """Configuration, metrics, environment, times and files of one run, as JSON."""
-    from . import runs
+    from afdslib import runs
 
     typer.echo(json.dumps(runs.show(id), indent=2))
 
@@ -467,7 +473,7 @@ def show_run(id: Annotated[str, typer.Argument(help="The run, or the beginning o
 @runs_app.command("rm")
 def remove_runs(ids: Annotated[list[str], typer.Argument(metavar="ID...", help="Runs to delete.")]) -> None:
     """Delete runs: a later call computes them anew."""
-    from . import runs
+    from afdslib import runs
 
     for id in ids:
         typer.echo(f"deleted {runs.remove(id)}")
@@ -495,14 +501,14 @@ def data(
         return
     if labels is not None or subset:
         raise AFDSError(f"--labels and --subset are for imagenet only, not for {name}; leave them out")
-    from . import data as datasets
+    from afdslib import data as datasets
 
     datasets.prepare(name, root, per_class=per_class)
 
 
 def _imagenet(root: str | None, labels: str | None, subset: bool) -> None:
-    from . import paths
-    from .data import imagenet
+    from afdslib.base import paths
+    from afdslib.data import imagenet
 
     place = _folder(root) or str(paths.raw_data())
     folder, moved, counts = imagenet.arrange(place, labels, expected=None if subset else imagenet.IMAGENET)
@@ -537,7 +543,7 @@ def bench(
     out: Annotated[str | None, typer.Option(help="The CSV file to write.")] = None,
 ) -> None:
     """Measure networks, training steps, losses and data loading side by side: medians, quartiles, ratios."""
-    from . import bench as benchmarks
+    from afdslib.inference import bench as benchmarks
 
     settings = benchmarks.Settings(
         networks=tuple(network or (("resnet50", "resnet101") if full else ("resnet50",))),
@@ -583,7 +589,7 @@ def speed(
     """Train ResNet-101 with AFDS at 64 px, prune it 2x, 5x and 10x by its own masks, and write the masks."""
     from dataclasses import replace
 
-    from . import speed as speeds
+    from afdslib.studies import speed as speeds
 
     settings = speeds.Speed(
         source=source, target=target, per_class=per_class or None, network=network, width=width, multiple=multiple,
@@ -604,8 +610,8 @@ def export(
     out: Annotated[str | None, typer.Option(help="The file; default: the run's id in the working folder.")] = None,
 ) -> None:
     """Write a run's network without its removed channels, with class names and preprocessing, to one file."""
-    from . import comparison, distillation, recipes, study  # noqa: F401  (they register the kinds of runs)
-    from . import export as exports
+    from afdslib.experiments import student as distillation  # noqa: F401  (they register the kinds of runs)
+    from afdslib.inference import export as exports
 
     path, card = exports.export_run(run, format, out)
     typer.echo(f"{path}: {card.network}, {len(card.classes)} classes, {card.size} px, {path.stat().st_size:,} bytes")
@@ -618,7 +624,7 @@ def predict(
     top: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = 5,
 ) -> None:
     """Print the likeliest classes of images by an exported network."""
-    from .predict import predict as classify
+    from afdslib.inference.predict import predict as classify
 
     found = classify(images, model, top=top)
     rows = [(path, name, f"{share:.1%}") for path, classes in found for name, share in classes]
@@ -628,7 +634,7 @@ def predict(
 @app.command()
 def doctor(data_dir: DataDir = None) -> None:
     """Show versions, devices, folders and data sets of this machine."""
-    from .doctor import examine
+    from afdslib.studies.doctor import examine
 
     _table(("what", "state", "detail"), examine(data_dir))
 

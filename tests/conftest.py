@@ -1,7 +1,7 @@
 import torch
 import torch.nn.functional as F
 
-from afdslib import _onednn
+from afdslib.base import onednn as _onednn
 
 # Tiny networks are slower on more threads, and numbers are compared bitwise.
 torch.set_num_threads(1)
@@ -11,7 +11,9 @@ if _onednn.is_affected():
     F.conv2d = _onednn.conv2d
 
 # These take longest. Begun last, they would leave the other processes without work.
-LONGEST = ("test_comparison", "test_report", "test_distributed", "test_checks", "test_stages", "test_export")
+LONGEST = (
+    "test_studies_comparison", "test_report", "test_distributed", "test_checks", "test_experiments_afs", "test_export",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):

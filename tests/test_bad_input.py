@@ -10,12 +10,15 @@ import tiny
 import torch
 from PIL import Image
 
-from afdslib import afs, backbones, cli, features, paths, profiles, runs, training
-from afdslib.errors import AFDSError
-from afdslib.objectives import Regulariser
-from afdslib.profiles import Candidates, Profile
-from afdslib.stages import DataSource, Network
-from afdslib.study import Study
+from afdslib import afs, backbones, cli, runs, training
+from afdslib.base import paths
+from afdslib.base.errors import AFDSError
+from afdslib.experiments.afs import DataSource, Network
+from afdslib.studies import profiles
+from afdslib.studies.profiles import Candidates, Profile
+from afdslib.studies.sweep import Study
+from afdslib.training import features
+from afdslib.training.objective import Regulariser
 
 
 @pytest.fixture(autouse=True)

@@ -13,8 +13,12 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 from toy_runs import ToySource, ToyTrain
 
-from afdslib import __version__, cli, paths, pipeline, profiles, runs, study
-from afdslib.errors import AFDSError
+from afdslib import __version__, cli, runs
+from afdslib.base import paths
+from afdslib.base.errors import AFDSError
+from afdslib.report import pipeline
+from afdslib.studies import profiles
+from afdslib.studies import sweep as study
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from afdslib import __version__, paths
+from afdslib import __version__
+from afdslib.base import paths
 
 LINUX = {
     "sys_platform": "linux",

@@ -6,7 +6,8 @@ import re
 import nbformat
 import pytest
 
-from afdslib import paths, pipeline
+from afdslib.base import paths
+from afdslib.report import pipeline
 
 NOTEBOOKS = pipeline.notebooks(paths.root() / "notebooks")
 

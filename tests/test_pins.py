@@ -2,9 +2,11 @@
 
 import json
 
-from afdslib import paths, profiles, runs
-from afdslib.comparison import Comparison
-from afdslib.study import Study
+from afdslib import runs
+from afdslib.base import paths
+from afdslib.studies import profiles
+from afdslib.studies.comparison import Comparison
+from afdslib.studies.sweep import Study
 
 
 def test_a_dozen_ids_are_what_they_were():

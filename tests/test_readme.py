@@ -10,8 +10,13 @@ import pytest
 import tiny
 import torch
 
-from afdslib import afs, cited, macs, measured, paths, statistics, training
-from afdslib.predict import predict
+from afdslib import afs, training
+from afdslib.afs import macs
+from afdslib.base import paths
+from afdslib.inference.predict import predict
+from afdslib.report import measured
+from afdslib.report import numbers as cited
+from afdslib.studies import statistics
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 

@@ -8,7 +8,9 @@ import nbformat
 import pytest
 import typer
 
-from afdslib import cli, distillation_study, recipes
+from afdslib import cli
+from afdslib.studies import recipes
+from afdslib.studies import students as distillation_study
 
 ROOT = Path(__file__).parent.parent
 BIBLIOGRAPHY = (ROOT / "references.bib").read_text(encoding="utf-8")

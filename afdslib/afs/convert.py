@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from afdslib.afs.graph import trace
 from afdslib.afs.layer import AFSConvBN
-from afdslib.errors import AFDSError
+from afdslib.base.errors import AFDSError
 
 __all__ = ["convert", "layers", "set_density"]
 

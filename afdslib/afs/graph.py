@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from afdslib.afs.channels import ChannelOp, Join
 from afdslib.afs.layer import AFSConvBN
-from afdslib.errors import AFDSError
+from afdslib.base.errors import AFDSError
 
 __all__ = [
     "eval_mode", "is_add", "keeps_channels", "keeps_channels_call", "living_channels", "propagate", "shapes", "streams",

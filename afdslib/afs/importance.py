@@ -7,11 +7,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from afdslib._onednn import safe_gradients
 from afdslib.afs.convert import gated
 from afdslib.afs.graph import eval_mode
 from afdslib.afs.layer import AFSConvBN
-from afdslib.errors import AFDSError
+from afdslib.base.errors import AFDSError
+from afdslib.base.onednn import safe_gradients
 
 __all__ = ["taylor_importance"]
 

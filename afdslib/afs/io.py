@@ -14,7 +14,7 @@ from torch import nn
 from afdslib import backbones
 from afdslib.afs.convert import convert_in_place
 from afdslib.backbones.inputs import input_of
-from afdslib.errors import AFDSError
+from afdslib.base.errors import AFDSError
 
 __all__ = ["load", "save"]
 
@@ -85,13 +85,13 @@ def _rebuild(architecture: Any) -> nn.Module:
         model.architecture = {**plain, "input": images}  # type: ignore[assignment]
         input_of(model)  # refuses nonsense
     if kept is not None:  # a network that static pruning has made narrower
-        from afdslib.selection.groups import shrink
+        from afdslib.afs.shrink import shrink
 
         model = shrink(model, {name: tuple(positions) for name, positions in kept.items()})
     if gates is not None:
         model = convert_in_place(_unit_scales(model), gates=gates)
     for cut in cuts or ():
-        from afdslib.compact import compact_in_place, set_masks  # which needs this package
+        from afdslib.afs.compact import compact_in_place, set_masks  # which needs this package
 
         set_masks(model, cut["masks"])
         model = compact_in_place(model.eval(), input_size=tuple(cut["input_size"]), fold_bn=cut["fold_bn"])

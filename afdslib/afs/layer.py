@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from afdslib.errors import AFDSError
+from afdslib.base.errors import AFDSError
 
 __all__ = ["AFSConvBN", "Gates", "select"]
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from afdslib import macs
+from afdslib.afs import macs
 from afdslib.afs.convert import gated, layers
 from afdslib.afs.graph import eval_mode, streams
 from afdslib.afs.layer import AFSConvBN
-from afdslib.errors import AFDSError, UnreachableError
+from afdslib.base.errors import AFDSError, UnreachableError
 
 __all__ = ["LayerStatistics", "MaskReport", "collect_statistics", "update_masks"]
 
@@ -213,9 +213,7 @@ def update_masks(
         elif macs_budget is not None and loader is not None:
             # Gates with q = 0 go with any threshold of at least 0.
             closed = sum(q <= 0 for q, _, _ in ranking) if by_q else 0
-            removals, measured = _bisect(
-                model, found, units, living, ranking, macs_budget, loader, multiple, closed
-            )
+            removals, measured = _bisect(model, found, units, living, ranking, macs_budget, loader, multiple, closed)
             threshold = max(0.0, ranking[removals - 1][0]) if removals else 0.0
     except BaseException:
         # Nothing half done: a refused or interrupted update leaves the masks as they were.

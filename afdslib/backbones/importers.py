@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..errors import AFDSError
-from .loading import few, load_state, read_state
-from .preact import PREACT_LAYOUTS
-from .registry import build
-from .resnet import LAYOUTS
+from afdslib.backbones.loading import few, load_state, read_state
+from afdslib.backbones.preact import PREACT_LAYOUTS
+from afdslib.backbones.registry import build
+from afdslib.backbones.resnet import LAYOUTS
+from afdslib.base.errors import AFDSError
 
 __all__ = ["import_export", "load_export"]
 

@@ -28,7 +28,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .resnet import scaled
+from afdslib.backbones.resnet import scaled
 
 __all__ = ["ConvBN", "Inception", "InceptionBN", "inception_bn"]
 

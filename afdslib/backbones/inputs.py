@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from ..errors import AFDSError
+from afdslib.base.errors import AFDSError
 
 __all__ = ["IMAGENET", "RAW", "InputStatistics", "expect", "fed", "input_of", "input_statistics", "set_input"]
 

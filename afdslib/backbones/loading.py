@@ -15,7 +15,7 @@ import torch
 import torchvision
 from torch import nn
 
-from ..errors import AFDSError
+from afdslib.base.errors import AFDSError
 
 __all__ = ["few", "imagenet_state", "load_file", "load_state", "read_state"]
 

@@ -12,8 +12,8 @@ import re
 import torch
 from torch import Tensor, nn
 
-from ..errors import AFDSError
-from .resnet import scaled
+from afdslib.backbones.resnet import scaled
+from afdslib.base.errors import AFDSError
 
 __all__ = ["PREACT_LAYOUTS", "PreActBlock", "PreActResNet", "WideResNet", "preact_resnet", "wide_resnet"]
 

@@ -13,12 +13,12 @@ import torchvision
 from torch import nn
 from torchvision.models.mobilenetv2 import InvertedResidual
 
-from ..errors import AFDSError
-from . import loading
-from .inception import BLOCKS, inception_bn
-from .preact import PREACT_LAYOUTS, preact_resnet, wide_resnet
-from .resnet import LAYOUTS, resnet
-from .senet import resnet50_senet
+from afdslib.backbones import loading
+from afdslib.backbones.inception import BLOCKS, inception_bn
+from afdslib.backbones.preact import PREACT_LAYOUTS, preact_resnet, wide_resnet
+from afdslib.backbones.resnet import LAYOUTS, resnet
+from afdslib.backbones.senet import resnet50_senet
+from afdslib.base.errors import AFDSError
 
 __all__ = ["build", "classifier_name", "known_names", "reset_classifier", "stages"]
 

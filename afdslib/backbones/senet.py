@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torchvision.models import resnet as tv
 
-from .resnet import Bottleneck, ResNet, scaled
+from afdslib.backbones.resnet import Bottleneck, ResNet, scaled
 
 __all__ = ["SENetStyleResNet", "resnet50_senet"]
 

@@ -20,8 +20,8 @@ from pathlib import Path, PurePosixPath
 from filelock import FileLock
 from tqdm import tqdm
 
-from afdslib import paths
-from afdslib.errors import AFDSError
+from afdslib.base import paths
+from afdslib.base.errors import AFDSError
 
 __all__ = ["SUFFIXES", "is_archive", "digest", "extract", "write_text_atomically"]
 

@@ -19,7 +19,7 @@ import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
 
-from afdslib import paths
+from afdslib.base import paths
 from afdslib.data.datasets import Source
 from afdslib.data.images import CorruptImageError, resized_to
 from afdslib.data.trees import Listing

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from afdslib.base.errors import AFDSError
 from afdslib.data import imagenet, splits, trees
 from afdslib.data.sources import FILES, Remote
 from afdslib.data.trees import TEST, TRAIN, Listing
-from afdslib.errors import AFDSError
 
 __all__ = ["Layout", "DataSet", "SETS", "NAMES", "target_40"]
 

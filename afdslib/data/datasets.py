@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from afdslib.base.errors import AFDSError
 from afdslib.data.images import MEAN, STD, centre_box, read_rgb, resize_shorter, resized_to
-from afdslib.errors import AFDSError
 
 __all__ = ["ImageDataset", "ArrayImages", "FileImages", "Files", "Arrays", "collate", "loader", "PAD", "generator"]
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from afdslib import paths
+from afdslib.base import paths
+from afdslib.base.errors import AFDSError
 from afdslib.data.archives import digest, extract, is_archive, write_text_atomically
 from afdslib.data.sources import Remote
-from afdslib.errors import AFDSError
 
 __all__ = ["places", "find", "fetch", "check_size", "verify", "pin", "unpack", "missing_sentence"]
 

@@ -22,9 +22,9 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from afdslib.base.errors import AFDSError
 from afdslib.data.archives import digest
 from afdslib.data.trees import EXTENSIONS, Listing, image_folder
-from afdslib.errors import AFDSError
 
 __all__ = ["IMAGENET", "Counts", "arrange", "find_tree", "read_labels", "sort_validation", "tree"]
 

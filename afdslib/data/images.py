@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from afdslib.errors import AFDSError
+from afdslib.base.errors import AFDSError
 
 __all__ = [
     "MEAN",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from afdslib.base.errors import AFDSError
 from afdslib.data import cache, fetch, splits, trees
 from afdslib.data.archives import SUFFIXES, is_archive
 from afdslib.data.catalogue import NAMES, SETS, DataSet, Layout, digits
@@ -17,7 +18,6 @@ from afdslib.data.datasets import ArrayImages, Arrays, FileImages, Files, ImageD
 from afdslib.data.images import SMALL, CorruptImageError, resized_to
 from afdslib.data.sources import Remote
 from afdslib.data.trees import Listing
-from afdslib.errors import AFDSError
 
 __all__ = ["Splits", "load", "look"]
 

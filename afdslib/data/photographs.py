@@ -23,10 +23,10 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from afdslib.backbones.inputs import IMAGENET, InputStatistics
+from afdslib.base.errors import AFDSError
 from afdslib.data.datasets import FileImages, ImageDataset, Source, generator
 from afdslib.data.images import resized_to
 from afdslib.data.load import Splits
-from afdslib.errors import AFDSError
 
 __all__ = ["AUGMENTATIONS", "Augmentation", "PhotoImages", "photographs"]
 

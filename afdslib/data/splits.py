@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from afdslib.base.errors import AFDSError
 from afdslib.data.datasets import generator
 from afdslib.data.trees import TEST, TRAIN, UNSPLIT, VALIDATION, Listing
-from afdslib.errors import AFDSError
 
 __all__ = ["Parts", "partition", "fixed_test", "alternate_test"]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from afdslib.errors import AFDSError
+from afdslib.base.errors import AFDSError
 
 __all__ = [
     "TRAIN",

@@ -3,14 +3,14 @@
 The student (the target network) comes first and the teacher (the source) second, everywhere.
 """
 
-from .at import ATLoss, at_loss, attention_map, gradient_at_loss, input_gradient
-from .delta import DELTALoss, channel_weights, fit_classifier, uniform_weights
-from .hint import Hint, hint_loss
-from .kd import kd_loss, soft_ce_loss, soft_kl_loss
-from .l2sp import L2SP, classifier_l2, l2_loss
-from .lwf import LwFLoss, lwf_loss
-from .nst import nst_loss
-from .schedules import BetaSchedule
+from afdslib.losses.at import ATLoss, at_loss, attention_map, gradient_at_loss, input_gradient
+from afdslib.losses.delta import DELTALoss, channel_weights, fit_classifier, uniform_weights
+from afdslib.losses.hint import Hint, hint_loss
+from afdslib.losses.kd import kd_loss, soft_ce_loss, soft_kl_loss
+from afdslib.losses.l2sp import L2SP, classifier_l2, l2_loss
+from afdslib.losses.lwf import LwFLoss, lwf_loss
+from afdslib.losses.nst import nst_loss
+from afdslib.losses.schedules import BetaSchedule
 
 __all__ = [
     "ATLoss",

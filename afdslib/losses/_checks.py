@@ -14,7 +14,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from ..errors import AFDSError, DivergedError
+from afdslib.base.errors import AFDSError, DivergedError
 
 __all__ = ["at_least", "finite", "logits", "pair", "positive", "same_shape", "whole"]
 

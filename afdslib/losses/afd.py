@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from afdslib.errors import AFDSError
+from afdslib.base.errors import AFDSError
 
 __all__ = ["AFDLoss", "fit_attention"]
 

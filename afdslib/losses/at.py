@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import AFDSError
-from . import _checks
-from ._maps import full_precision, match_size
+from afdslib.base.errors import AFDSError
+from afdslib.losses import _checks
+from afdslib.losses._maps import full_precision, match_size
 
 __all__ = ["ATLoss", "at_loss", "attention_map", "gradient_at_loss", "input_gradient"]
 

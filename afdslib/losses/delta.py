@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backbones import classifier_name
-from ..errors import AFDSError
-from . import _checks
-from ._maps import full_precision
+from afdslib.backbones import classifier_name
+from afdslib.base.errors import AFDSError
+from afdslib.losses import _checks
+from afdslib.losses._maps import full_precision
 
 __all__ = ["DELTALoss", "channel_weights", "fit_classifier", "uniform_weights"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..errors import AFDSError
-from . import _checks
-from ._maps import full_precision
+from afdslib.base.errors import AFDSError
+from afdslib.losses import _checks
+from afdslib.losses._maps import full_precision
 
 __all__ = ["Hint", "hint_loss"]
 

@@ -6,9 +6,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import AFDSError
-from . import _checks
-from ._maps import full_precision
+from afdslib.base.errors import AFDSError
+from afdslib.losses import _checks
+from afdslib.losses._maps import full_precision
 
 __all__ = ["kd_loss", "soft_ce_loss", "soft_kl_loss"]
 

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..backbones import classifier_name
-from ..errors import AFDSError
+from afdslib.backbones import classifier_name
+from afdslib.base.errors import AFDSError
 
 __all__ = ["L2SP", "classifier_l2", "l2_loss"]
 

@@ -6,7 +6,7 @@ import copy
 
 from torch import Tensor, nn
 
-from .kd import soft_kl_loss
+from afdslib.losses.kd import soft_kl_loss
 
 __all__ = ["LwFLoss", "lwf_loss"]
 

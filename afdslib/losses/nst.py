@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..errors import AFDSError
-from . import _checks
-from ._maps import full_precision, match_size
+from afdslib.base.errors import AFDSError
+from afdslib.losses import _checks
+from afdslib.losses._maps import full_precision, match_size
 
 __all__ = ["nst_loss"]
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from ..errors import AFDSError
-from . import _checks
+from afdslib.base.errors import AFDSError
+from afdslib.losses import _checks
 
 __all__ = ["BetaSchedule"]
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from afdslib import afs, backbones
-from afdslib.errors import AFDSError
+from afdslib.base.errors import AFDSError
 
 
 def randomise(model: nn.Module, seed: int = 0, *, zeros: bool = True) -> nn.Module:

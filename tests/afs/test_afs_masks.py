@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from afdslib import afs, backbones, macs
-from afdslib.errors import AFDSError
+from afdslib import afs, backbones
+from afdslib.afs import macs
+from afdslib.base.errors import AFDSError
 
 
 @pytest.fixture

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from afdslib import afs, backbones, compact, macs
-from afdslib.errors import AFDSError
+from afdslib import afs, backbones
+from afdslib.afs import compact, macs
+from afdslib.base.errors import AFDSError
 
 
 def network(name: str = "resnet26", gates: str = "all") -> nn.Module:

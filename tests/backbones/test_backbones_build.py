@@ -4,7 +4,7 @@ import torchvision
 from torch import nn
 
 from afdslib import backbones
-from afdslib.errors import AFDSError
+from afdslib.base.errors import AFDSError
 
 TORCHVISION = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "vgg11_bn", "vgg16_bn", "mobilenet_v2"]
 

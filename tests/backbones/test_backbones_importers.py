@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from afdslib import backbones
-from afdslib.errors import AFDSError
+from afdslib.base.errors import AFDSError
 
 PLANES = (4, 8, 16, 32)  # 64 to 512, divided by 16
 

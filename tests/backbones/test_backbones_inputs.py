@@ -7,7 +7,7 @@ import torch
 
 from afdslib import afs, backbones
 from afdslib.backbones.inputs import IMAGENET, RAW, expect, fed, input_of, input_statistics, set_input
-from afdslib.errors import AFDSError
+from afdslib.base.errors import AFDSError
 
 
 def test_the_statistics_are_those_of_the_recipes():

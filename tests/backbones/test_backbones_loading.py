@@ -7,7 +7,7 @@ import torch
 import torchvision
 
 from afdslib import backbones
-from afdslib.errors import AFDSError
+from afdslib.base.errors import AFDSError
 
 TINY = dict(name="resnet14", stem="cifar", width=1 / 32)
 

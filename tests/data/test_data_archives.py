@@ -7,9 +7,9 @@ import zipfile
 
 import pytest
 
+from afdslib.base.errors import AFDSError
 from afdslib.data import archives
 from afdslib.data.archives import digest, extract
-from afdslib.errors import AFDSError
 
 
 def _sentence(error) -> str:

@@ -6,9 +6,9 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from afdslib import data
+from afdslib.base.errors import AFDSError
 from afdslib.data.datasets import ArrayImages, Arrays, FileImages, _normalise, _sharpened
 from afdslib.data.images import STD
-from afdslib.errors import AFDSError
 
 CLASSES = ("a", "b")
 

@@ -4,9 +4,9 @@ import json
 import pytest
 
 from afdslib import data
+from afdslib.base.errors import AFDSError
 from afdslib.data import catalogue, fetch
 from afdslib.data.sources import Remote
-from afdslib.errors import AFDSError
 
 
 def _one(monkeypatch, remote):

@@ -9,9 +9,9 @@ import pytest
 from scipy.io import savemat
 
 from afdslib import cli, data
+from afdslib.base.errors import AFDSError
 from afdslib.data import imagenet
 from afdslib.data.imagenet import Counts, arrange, read_labels
-from afdslib.errors import AFDSError
 
 # The order of the IDs is not that of the WordNet ids, as in the real list.
 WNIDS = {1: "n02119789", 2: "n02100735", 3: "n01440764"}

@@ -9,9 +9,9 @@ from scipy.io import savemat
 from torchvision.datasets import CIFAR10, Caltech256, Food101
 
 from afdslib import data
+from afdslib.base.errors import AFDSError
 from afdslib.data import catalogue, sources
 from afdslib.data.sources import Remote
-from afdslib.errors import AFDSError
 
 
 def _use(monkeypatch, name, folder, *, address=None):

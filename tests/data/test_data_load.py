@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from afdslib import data
+from afdslib.base.errors import AFDSError
 from afdslib.data import cache
 from afdslib.data.images import CorruptImageError
-from afdslib.errors import AFDSError
 
 
 def _lengths(splits):

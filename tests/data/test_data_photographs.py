@@ -13,6 +13,7 @@ from torchvision.transforms import v2
 
 from afdslib import data
 from afdslib.backbones.inputs import IMAGENET, RAW, InputStatistics
+from afdslib.base.errors import AFDSError
 from afdslib.data.photographs import (
     _EIGENVALUES,
     _EIGENVECTORS,
@@ -23,7 +24,6 @@ from afdslib.data.photographs import (
     photographs,
     random_box,
 )
-from afdslib.errors import AFDSError
 
 
 class Pictures:

@@ -1,17 +1,13 @@
 """AFD: the formula, its gradients, and what its attention may and may not do."""
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-from afdslib.errors import AFDSError
-from afdslib.losses.afd import AFDLoss, fit_attention
-
-sys.path.append(str(Path(__file__).parents[1]))
 from checks import afd_case, slow_afd  # noqa: E402
+
+from afdslib.base.errors import AFDSError
+from afdslib.losses.afd import AFDLoss, fit_attention
 
 
 @pytest.mark.parametrize("seed", range(3))

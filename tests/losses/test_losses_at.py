@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from afdslib import backbones
-from afdslib.errors import AFDSError
+from afdslib.base.errors import AFDSError
 from afdslib.losses._maps import area_matrix
 from afdslib.losses.at import at_loss, attention_map, gradient_at_loss, input_gradient
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from afdslib import backbones
-from afdslib.errors import AFDSError
+from afdslib.base.errors import AFDSError
 from afdslib.losses import delta as module
 from afdslib.losses.delta import DELTALoss, channel_weights, fit_classifier, uniform_weights
 

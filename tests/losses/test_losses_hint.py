@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from afdslib.errors import AFDSError
+from afdslib.base.errors import AFDSError
 from afdslib.losses.hint import Hint, hint_loss
 
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from afdslib.errors import AFDSError
+from afdslib.base.errors import AFDSError
 from afdslib.losses.kd import kd_loss, soft_ce_loss, soft_kl_loss
 from afdslib.losses.lwf import lwf_loss
 

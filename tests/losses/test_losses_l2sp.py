@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from afdslib import backbones
-from afdslib.errors import AFDSError
+from afdslib.base.errors import AFDSError
 from afdslib.losses.l2sp import L2SP, classifier_l2, l2_loss
 
 

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from afdslib.errors import AFDSError
+from afdslib.base.errors import AFDSError
 from afdslib.losses import nst as module
 from afdslib.losses.nst import nst_loss
 

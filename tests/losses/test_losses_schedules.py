@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from afdslib.errors import AFDSError
+from afdslib.base.errors import AFDSError
 from afdslib.losses.schedules import BetaSchedule
 
 

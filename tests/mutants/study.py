@@ -11,9 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from afdslib import afs, data, features, macs, objectives, stages, training
+from afdslib import afs, data, training
+from afdslib.afs import macs
+from afdslib.experiments import afs as stages
 from afdslib.losses import afd
 from afdslib.losses.afd import AFDLoss
+from afdslib.training import features
+from afdslib.training import objective as objectives
 
 
 @contextmanager

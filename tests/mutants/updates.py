@@ -9,8 +9,8 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from afdslib import afs, macs, training
-from afdslib.afs import graph, masks
+from afdslib import afs, training
+from afdslib.afs import graph, macs, masks
 from afdslib.afs.layer import AFSConvBN
 from afdslib.afs.masks import LayerStatistics
 

@@ -1,0 +1,239 @@
+"""Multiply-accumulate operations (MACs) of dense and of gated networks, with one rule for all methods.
+
+Convolutions and linear layers count; batch norm, ReLU and pooling do not; 1 MAC is one multiply-accumulate. A gated
+layer costs, per image, H'W' k^2 (active inputs) (active outputs), and the mean over images is that of the product, plus
+the predictors: active inputs times living dynamic outputs. [ours, method: MACs]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from afdslib.afs.channels import GroupedConv2d
+from afdslib.afs.graph import eval_mode, propagate, shapes, trace
+from afdslib.afs.layer import AFSConvBN
+from afdslib.base.errors import AFDSError
+
+__all__ = ["MACs", "Meter", "count", "expected", "parameters"]
+
+
+@dataclass(frozen=True)
+class MACs:
+    """Multiply-accumulates per image.
+
+    Attributes:
+        total: all layers, predictors included.
+        by_layer: convolutions and linear layers by name, without predictors.
+        predictors: the gates' linear layers, part of total.
+    """
+
+    total: float
+    by_layer: dict[str, float] = field(repr=False)
+    predictors: float = 0.0
+
+
+def count(model: nn.Module, input_size: tuple[int, int, int]) -> MACs:
+    """MACs of the dense network for one image: gates, masks and predictors of AFS layers are left out.
+
+    Args:
+        model: any network of Conv2d and Linear layers; an AFS network is counted as its ungated twin.
+        input_size: (3, H, W).
+
+    The convention is that of torchvision's `weights.meta["_ops"]`, which this equals for its ResNets.
+    """
+    if len(input_size) != 3 or min(input_size) < 1:
+        raise AFDSError(f"input_size must be (channels, height, width), got {tuple(input_size)}")
+    by_layer: dict[str, float] = {}
+    handles = []
+    gate_layers = {f"{n}.predictor" for n, m in model.named_modules() if isinstance(m, AFSConvBN)}
+    # A convolution inside an AFS layer goes by the layer's name: dense and gated counts compare by name.
+    owners: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (AFSConvBN, GroupedConv2d)):
+            owners[f"{name}.conv"] = owners.get(name, name)
+
+    def hook(name: str):
+        def record(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+            by_layer[name] = by_layer.get(name, 0) + _dense_macs(module, output)
+
+        return record
+
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and name not in gate_layers:
+            handles.append(module.register_forward_hook(hook(owners.get(name, name))))
+    parameter = next(model.parameters())
+    try:
+        with eval_mode(model), torch.no_grad():
+            model(torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return MACs(sum(by_layer.values()), by_layer)
+
+
+def _dense_macs(layer: nn.Conv2d | nn.Linear, output: Tensor) -> int:
+    if isinstance(layer, nn.Conv2d):
+        kernel = layer.kernel_size[0] * layer.kernel_size[1]
+        return output.shape[2] * output.shape[3] * kernel * layer.in_channels // layer.groups * layer.out_channels
+    return output[0].numel() // layer.out_features * layer.in_features * layer.out_features
+
+
+class Meter:
+    """Adds up the MACs that single images cost while batches pass through a network in eval mode.
+
+    Use it around forward passes that are made anyway, so that accuracy and MACs come from one pass:
+
+    ```
+    with Meter(model) as meter:
+        for images, _ in loader:
+            model(images)
+    meter.macs()
+    ```
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self._graph = trace(model)
+        self._modules = dict(model.named_modules())
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._input_size: tuple[int, int, int] = (0, 0, 0)
+        self._active: dict[str, Tensor] = {}
+        self._sums: dict[str, float] = {}
+        self._predictors = 0.0
+        self._images = 0
+        self._handles: list = []
+
+    def reset(self) -> None:
+        """Forgets what has been counted, for another measurement of the same network."""
+        self._sums, self._predictors, self._images = {}, 0.0, 0
+
+    def __enter__(self) -> Meter:
+        for name, module in self._modules.items():
+            if isinstance(module, AFSConvBN):
+                self._handles.append(module.register_forward_hook(self._record(name)))
+        self._handles.append(self.model.register_forward_hook(self._count))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _record(self, name: str):
+        def record(module: AFSConvBN, args: tuple[Tensor, ...], output: Tensor) -> None:
+            self._active[name] = module.gates(args[0]).active.double()
+
+        return record
+
+    @torch.no_grad()
+    def _count(self, model: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        active = dict(self._active)
+        channels, height, width = args[0].shape[1:]
+        if (channels, height, width) != self._input_size:
+            self._input_size = channels, height, width
+            self._shapes = shapes(model, self._graph, self._input_size)
+        batch = args[0].shape[0]
+        for node, entering, leaving in propagate(self._graph, self._modules, active, self._shapes):
+            module = self._modules[node.target] if node.op == "call_module" else None
+            entering = None if entering is None else entering.expand(batch, -1)
+            if isinstance(module, AFSConvBN):
+                inputs = batch * module.conv.in_channels if entering is None else float(entering.sum())
+                self._predictors += inputs * float((module.m * module.s).sum())
+                self._add(node, _conv_macs(module.conv, entering, leaving, batch, self._shapes[node.name]))
+            elif isinstance(module, (nn.Conv2d, GroupedConv2d)):
+                self._add(node, _conv_macs(module, entering, None, batch, self._shapes[node.name]))
+            elif isinstance(module, nn.Linear):
+                inputs = batch * module.in_features if entering is None else float(entering.sum())
+                self._add(node, inputs * module.out_features)
+        self._images += batch
+
+    def _add(self, node: fx.Node, value: float) -> None:
+        name = str(node.target)
+        self._sums[name] = self._sums.get(name, 0.0) + value
+
+    def macs(self) -> MACs:
+        """Mean per image over all images that have passed.
+
+        Raises:
+            AFDSError: if none has.
+        """
+        if not self._images:
+            raise AFDSError(
+                "no image has passed through the network, so its mean MACs are not defined; the loader is empty"
+            )
+        by_layer = {name: value / self._images for name, value in self._sums.items()}
+        predictors = self._predictors / self._images
+        return MACs(sum(by_layer.values()) + predictors, by_layer, predictors)
+
+
+def _conv_macs(conv: Any, entering: Tensor | None, leaving: Tensor | None, batch: int, shape: tuple[int, ...]) -> float:
+    """Sum over the batch of H'W' k^2 * sum over groups of (active inputs * active outputs)."""
+    if isinstance(conv, GroupedConv2d):
+        entering, leaving = conv.slots(entering, leaving)
+        conv = conv.conv
+    per_pair = shape[2] * shape[3] * conv.kernel_size[0] * conv.kernel_size[1]
+    inputs = torch.tensor(conv.in_channels / conv.groups) if entering is None else _per_group(entering, conv.groups)
+    outputs = torch.tensor(conv.out_channels / conv.groups) if leaving is None else _per_group(leaving, conv.groups)
+    pairs = inputs.to(outputs.device) * outputs if outputs.dim() else inputs * outputs.to(inputs.device)
+    return per_pair * float(pairs.expand(batch, conv.groups).sum(dtype=torch.float64))
+
+
+def _per_group(active: Tensor, groups: int) -> Tensor:
+    return active.reshape(active.shape[0], groups, -1).sum(2)
+
+
+def expected(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], *, meter: Meter | None = None) -> MACs:
+    """Measured MACs of a gated network: the mean over the loader's images of what each image costs.
+
+    Args:
+        model: an AFS network (a plain one costs the same for every image); its mode is restored.
+        loader: batches of (images, labels); labels are not used.
+        meter: one made for this network before, to save the tracing when the same network is measured often.
+
+    Raises:
+        AFDSError: if the loader is empty or torch.fx cannot follow the network.
+    """
+    device = next(model.parameters()).device
+    meter = Meter(model) if meter is None else meter
+    meter.reset()
+    with eval_mode(model), torch.no_grad(), meter:
+        for images, _ in loader:
+            model(images.to(device))
+    return meter.macs()
+
+
+@torch.no_grad()
+def parameters(model: nn.Module, input_size: tuple[int, int, int]) -> int:
+    """Parameters that remain once channels with m = 0 are cut out, with the inputs they fed and their predictors.
+
+    A static channel has its constant gamma in place of predictor entries. A plain network has all its parameters.
+    """
+    graph, modules = trace(model), dict(model.named_modules())
+    masks = {n: module.m[None].double() for n, module in modules.items() if isinstance(module, AFSConvBN)}
+    node_shapes = shapes(model, graph, input_size)
+    total = 0.0
+    for node, entering, leaving in propagate(graph, modules, masks, node_shapes):
+        module = modules[node.target] if node.op == "call_module" else None
+        if isinstance(module, AFSConvBN):
+            conv, alive = module.conv, float(module.m.sum())
+            dynamic = float((module.m * module.s).sum())
+            inputs = conv.in_channels if entering is None else float((entering > 0).sum())
+            total += _conv_weights(conv, entering, leaving) + (alive if conv.bias is not None else 0)
+            total += dynamic * (inputs + 1) + (alive - dynamic) + alive
+        elif isinstance(module, (nn.Conv2d, GroupedConv2d)):
+            total += _conv_weights(module, entering, None) + (module.out_channels if module.bias is not None else 0)
+        elif isinstance(module, nn.Linear):
+            inputs = module.in_features if entering is None else float((entering > 0).sum())
+            total += inputs * module.out_features + (module.out_features if module.bias is not None else 0)
+        elif module is not None:
+            total += sum(p.numel() for p in module.parameters())
+    return round(total)
+
+
+def _conv_weights(conv: Any, entering: Tensor | None, leaving: Tensor | None) -> float:
+    return _conv_macs(conv, entering, leaving, 1, (1, conv.out_channels, 1, 1))

@@ -1,0 +1,81 @@
+"""Files that are either whole or absent: write beside the target, flush to disk, rename."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from afdslib.base.errors import AFDSError
+
+__all__ = ["atomic_path", "remove_leftovers", "write_json", "write_text"]
+
+_SUFFIX = ".part"
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Gives a temporary path in the same folder; leaving the block without an error renames it to `path`.
+
+    A process killed inside the block leaves the old file as it was, and at most a hidden `.NAME.*.part` beside it.
+
+    Args:
+        path: The file to write. Its folder is made if it is missing.
+
+    Raises:
+        AFDSError: The folder cannot be written or is full. Nothing is left half written.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{_SUFFIX}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise AFDSError(
+            f"cannot write {path}: {reason}; free space there, mend its permissions or choose another folder"
+        ) from error
+    finally:
+        try:
+            part.unlink(missing_ok=True)
+        except OSError:
+            pass  # the folder itself cannot be reached: the error above already says so
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the rename itself durable, where the file system allows it."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass  # some network file systems refuse to sync folders
+    finally:
+        os.close(handle)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a text file atomically (see `atomic_path`)."""
+    with atomic_path(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes strict, readable JSON atomically: sorted keys, two spaces, no NaN."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Deletes what killed writers left in a folder. Only call it while nobody else writes there."""
+    for part in folder.glob(f".*{_SUFFIX}"):
+        part.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Trained networks in use: export, prediction, dynamic execution, measured speed, attention maps."""

@@ -1,0 +1,942 @@
+"""`afds bench`: measured time of networks, training steps, losses and data loading, side by side in one run.
+
+Every case measures its variants in turn, repeat by repeat, on a fixed number of threads and after a warm-up; networks
+see another image each repeat, after some calls that are not timed. A ratio is the median over repeats of the ratio
+within a repeat, so that what else the machine does falls on both sides. Networks have random weights unless a file is
+given: their time does not depend on the weights, apart from gates, which `random_gates` makes depend on the image.
+[ours]
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import io
+import logging
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from afdslib import afs, backbones, runs
+from afdslib.afs import macs
+from afdslib.afs.compact import compact, set_masks
+from afdslib.afs.graph import streams
+from afdslib.base.atomic import write_text
+from afdslib.base.errors import AFDSError
+from afdslib.base.malloc import keep_freed_memory
+from afdslib.inference import dynamic
+from afdslib.inference.export import need, save_onnx, session
+from afdslib.studies.speed import read_masks
+
+__all__ = [
+    "CASES", "Row", "Settings", "compare", "cut", "environment", "interleave", "jaccard", "nst_peak", "on_threads",
+    "photographs", "random_gates", "ratio", "run", "table", "to_csv",
+]  # fmt: skip
+
+RUNTIMES = ("eager", "compiled", "onnxruntime")
+# Margins of a selection below this are float32's rounding in a deep network.
+_ROUNDING = 2e-6
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured, and how.
+
+    Attributes:
+        networks: backbones, with the stem for photographs.
+        batches: images at a time.
+        runtimes: of `RUNTIMES`.
+        size: side of the images, pixels.
+        threads: of torch and of onnxruntime.
+        repeats: measured rounds.
+        warmup: rounds before them.
+        steady: seconds of untimed calls before each timed one of a network. Idle threads of onnxruntime spin for about
+            0.1 s: beside two other sessions a pruned ResNet-101 took 17 to 30 ms per image instead of 9.
+        keep: share of the inner channels that the compact network keeps.
+        stream: share of the residual streams' channels that it keeps.
+        multiple: kept channels are rounded to a multiple.
+        density: d of the dynamic case.
+        weights: a file of `afs.save` whose own masks make the compact network, instead of random ones.
+        masks: files of `afds speed`, which hold masks only, one network each; the weights are then random.
+        train_size: side of the images of training steps.
+        train_batch: images per training step.
+        width: factor on the channels, for quick looks.
+        seed: of weights, masks, gates and images.
+    """
+
+    networks: tuple[str, ...] = ("resnet50",)
+    batches: tuple[int, ...] = (1,)
+    runtimes: tuple[str, ...] = ("eager",)
+    size: int = 224
+    threads: int = 1
+    repeats: int = 5
+    warmup: int = 1
+    steady: float = 0.2
+    keep: float = 0.2
+    stream: float = 0.75
+    multiple: int = 16
+    density: float = 0.3
+    weights: str | None = None
+    masks: tuple[str, ...] = ()
+    train_size: int = 64
+    train_batch: int = 16
+    width: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("size", "threads", "repeats", "multiple", "train_size", "train_batch"):
+            if getattr(self, name) < 1:
+                raise AFDSError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("keep", "stream", "density"):
+            if not 0 < getattr(self, name) <= 1:
+                raise AFDSError(f"{name} must be in (0, 1], got {getattr(self, name):g}")
+        if min(self.batches, default=0) < 1:
+            raise AFDSError(f"the batch sizes must be at least 1, got {self.batches}")
+        for runtime in self.runtimes:
+            if runtime not in RUNTIMES:
+                raise AFDSError(f"unknown runtime {runtime!r}; known are {', '.join(RUNTIMES)}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant of one case.
+
+    Attributes:
+        case: name of the case.
+        network: or tensor shape.
+        runtime: of `RUNTIMES`, or "" where it does not apply.
+        batch: images at a time.
+        variant: what was measured.
+        baseline: the variant it is compared with.
+        size: side of the images, pixels, where there are any.
+        width: factor on the network's channels.
+        median_ms, q1_ms, q3_ms: milliseconds per call: median and quartiles over the repeats.
+        speedup, speedup_q1, speedup_q3: time of the baseline over time of this, within each repeat.
+        macs: mean multiply-accumulates per image, where they are known.
+        reduction: MACs of the baseline over MACs of this.
+        peak_mib: by how much it raises the peak memory of a process of its own.
+        file_mib: size of the weights' file.
+        note: whatever else a reader has to know.
+    """
+
+    case: str
+    network: str
+    runtime: str
+    batch: int
+    variant: str
+    baseline: str
+    size: int | None = None
+    width: float | None = None
+    median_ms: float | None = None
+    q1_ms: float | None = None
+    q3_ms: float | None = None
+    speedup: float | None = None
+    speedup_q1: float | None = None
+    speedup_q3: float | None = None
+    macs: float | None = None
+    reduction: float | None = None
+    peak_mib: float | None = None
+    file_mib: float | None = None
+    note: str = ""
+
+
+# -------------------------------------------------------------------------------------------------------------- timing
+
+
+def interleave(
+    variants: Mapping[str, Callable[[int], object]], repeats: int, warmup: int = 1, *, before: float = 0.0
+) -> dict[str, list[float]]:
+    """Seconds of each call: in every round each variant once, one after the other.
+
+    Args:
+        variants: functions of the round's number, by name, so that each round can use another image.
+        repeats: measured rounds.
+        warmup: rounds before them, numbered from -warmup.
+        before: seconds for which each variant is called before the call that is timed, so that it finds its own weights
+            in the caches, as a network that is served does, and no thread of another variant that still spins.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for repeat in range(-warmup, repeats):
+        for name, call in variants.items():
+            begin = time.perf_counter()
+            while time.perf_counter() - begin < before:
+                call(repeat + 1)
+            _wait()
+            start = time.perf_counter()
+            call(repeat)
+            _wait()
+            if repeat >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def _wait() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Median, first and third quartile."""
+    if len(values) < 2:
+        return values[0], values[0], values[0]
+    first, median, third = statistics.quantiles(values, n=4, method="inclusive")
+    return median, first, third
+
+
+def _rows(
+    seconds: Mapping[str, Sequence[float]], row: Row, *, extra: Mapping[str, Mapping[str, Any]] | None = None
+) -> list[Row]:
+    """Rows of one comparison; `row` names what they share, its baseline included."""
+    made = []
+    for variant, values in seconds.items():
+        median, first, third = (1000 * v for v in _quartiles(values))
+        ratio, low, high = _quartiles([b / v for b, v in zip(seconds[row.baseline], values, strict=True)])
+        made.append(
+            replace(
+                row, variant=variant, median_ms=median, q1_ms=first, q3_ms=third, speedup=ratio, speedup_q1=low,
+                speedup_q3=high, **(extra or {}).get(variant, {}),
+            )
+        )  # fmt: skip
+    return made
+
+
+@contextmanager
+def on_threads(number: int) -> Iterator[None]:
+    """Sets torch's number of threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _peak(target: Callable[..., Callable[[], object]], *arguments: object) -> float | None:
+    """MiB that the call which `target(*arguments)` gives adds at its peak in a process of its own; None off Linux."""
+    context = multiprocessing.get_context("spawn")
+    reader, writer = context.Pipe(duplex=False)
+    process = context.Process(target=_measure_peak, args=(writer, target, arguments))
+    process.start()
+    writer.close()
+    try:
+        return reader.recv()
+    except EOFError:
+        raise RuntimeError("the process whose memory was measured ended early") from None
+    finally:
+        process.join()
+
+
+def _measure_peak(writer: Any, target: Callable[..., Callable[[], object]], arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    call = target(*arguments)
+    try:
+        # Imports may have peaked higher than the call will; Linux can forget that.
+        Path("/proc/self/clear_refs").write_text("5")
+        held = _kib("VmRSS")
+        call()
+        writer.send((_kib("VmHWM") - held) / 1024)
+    except OSError:
+        writer.send(None)
+
+
+def _kib(what: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{what}:"))
+
+
+# ------------------------------------------------------------------------------------------------- networks and images
+
+
+def photographs(count: int, size: int, seed: int) -> Tensor:
+    """Smooth random images (count, 3, size, size), each of mean 0 and deviation 1; unlike noise, no two look alike."""
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.zeros(count, 3, size, size)
+    for cells in (2, 4, 8, 16, 32):
+        field = torch.randn(count, 3, cells, cells, generator=generator)
+        image += F.interpolate(field, size=(size, size), mode="bilinear")
+    image -= image.mean((1, 2, 3), keepdim=True)
+    return image / image.std((1, 2, 3), keepdim=True)
+
+
+@torch.no_grad()
+def random_gates(model: nn.Module, images: Tensor, *, spread: float = 0.05, seed: int = 0) -> None:
+    """Predictors at random, in place, so that importances vary with the image; and batch norms fitted to the images.
+
+    Each importance is 1 + spread * (z(x) + u / 3) with z of unit variance over the images and a u of the channel, and
+    falls where all inputs rise, so that scales do not multiply up through a hundred layers. Without u the channels of
+    the first layer, which reads three inputs, tie up to rounding errors. Random gates say nothing about accuracy.
+
+    Args:
+        model: a converted network, put into eval mode.
+        images: (B, 3, H, W), from which the variances are taken, layer by layer.
+        spread: of the importances.
+        seed: of the predictors.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def prepare(layer: afs.AFSConvBN, arguments: tuple[Tensor, ...]) -> None:
+        (x,) = arguments
+        pooled = x.mean((2, 3))
+        mean, deviation = pooled.mean(0), pooled.std(0).norm()
+        phi = torch.randn(layer.predictor.weight.shape, generator=generator).to(pooled)
+        if mean.norm() > 0.1 * deviation:
+            direction = mean / mean.norm()
+            phi -= torch.outer(phi @ direction, direction)
+        phi *= spread / ((pooled - mean) @ phi.T).std(0)[:, None].clamp_min(1e-6)
+        if mean.norm() > 0.1 * deviation:
+            phi -= 0.3 * mean / mean.square().sum()
+        layer.predictor.weight.copy_(phi)
+        offset = torch.randn(len(phi), generator=generator).to(pooled) / 3
+        layer.predictor.bias.copy_(1 + spread * offset - phi @ mean)
+        y = layer.conv(x)
+        layer.norm.running_mean.copy_(y.mean((0, 2, 3)))  # type: ignore[union-attr]
+        layer.norm.running_var.copy_(y.var((0, 2, 3)))  # type: ignore[union-attr]
+
+    handles = [layer.register_forward_pre_hook(prepare) for layer in afs.layers(model).values()]
+    try:
+        model.eval()(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _watched(model: nn.Module, look: Callable[[afs.AFSConvBN, tuple[Tensor, ...], Tensor], None]) -> Iterator[None]:
+    """For a while, `look` is called after every AFS layer."""
+    handles = [layer.register_forward_hook(look) for layer in afs.layers(model).values()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def jaccard(model: nn.Module, images: Tensor) -> float:
+    """Mean over layers and pairs of neighbouring images of |kept by both| / |kept by either|."""
+    found: list[float] = []
+
+    def look(layer: afs.AFSConvBN, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        kept = layer.gates(arguments[0]).active > 0
+        both, either = (kept[1:] & kept[:-1]).sum(1), (kept[1:] | kept[:-1]).sum(1)
+        found.extend((both / either.clamp_min(1)).tolist())
+
+    with _watched(model, look):
+        model(images)
+    return statistics.mean(found)
+
+
+@torch.no_grad()
+def margins(model: nn.Module, images: Tensor) -> list[float]:
+    """For each image, by how much of its importance the last selected channel beats the next, in the closest layer.
+
+    Computed in float64: where the margin is about float32's rounding, two correct ways may select differently.
+    """
+    exact, closest = copy.deepcopy(model).double(), [1.0] * len(images)
+
+    def look(layer: afs.AFSConvBN, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        pi, k = layer.gates(arguments[0]).pi, layer.k
+        h = F.linear(arguments[0].mean((2, 3)), *layer.predictor_weights()).relu()
+        for i in range(len(images)):
+            chosen, others = h[i][pi[i] > 0], h[i][(pi[i] == 0) & (layer.m * layer.s > 0)]
+            if len(chosen) and len(others) and k < h.shape[1]:
+                closest[i] = min(closest[i], float(1 - others.max() / chosen.min()))
+
+    with _watched(exact, look):
+        exact(images.double())
+    return closest
+
+
+@torch.no_grad()
+def cut(model: nn.Module, *, keep: float, stream: float, multiple: int, seed: int = 0) -> None:
+    """Random masks, in place, that keep a share of every layer and of every residual stream; all gates become constant.
+
+    Args:
+        model: a converted network.
+        keep: share of a layer's channels.
+        stream: share of the channels of layers that are added up in a residual stream, the same channels in each.
+        multiple: the numbers are rounded to the nearest multiple, at least one.
+        seed: of the choice.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found = afs.layers(model)
+    together = {name: names for names in streams(model) for name in names}
+    chosen: dict[tuple[str, ...], Tensor] = {}
+    for name, layer in found.items():
+        names, share = together.get(name, (name,)), stream if name in together else keep
+        if names not in chosen:
+            width = layer.m.numel()
+            kept = min(width, max(multiple, multiple * round(share * width / multiple)))
+            chosen[names] = torch.zeros(width).index_fill_(0, torch.randperm(width, generator=generator)[:kept], 1.0)
+        layer.m.copy_(chosen[names])
+        layer.gamma.copy_(layer.predictor.bias.relu())
+        layer.s.zero_()
+
+
+def _plain(settings: Settings, name: str, classes: int = 1000) -> nn.Module:
+    torch.manual_seed(settings.seed)
+    return backbones.build(name, classes, width=settings.width).eval()
+
+
+def _folded(model: nn.Module, size: int) -> nn.Module:
+    """A plain network with its batch norms folded into the convolutions: the fairest dense baseline."""
+    return compact(model, input_size=(3, size, size), fold_bn=True)
+
+
+def torch_pruned(model: nn.Module, size: int, allowed: float, multiple: int) -> nn.Module:
+    """The network that torch-pruning makes with coupled widths, all cut alike, with at most the allowed MACs.
+
+    The share is bisected; filters go by their L1 norm. Source: Fang et al., DepGraph, CVPR 2023. [code]
+    """
+    import torch_pruning
+
+    image = torch.zeros(1, 3, size, size)
+    low, high, best = 0.0, 0.98, None
+    for _ in range(10):
+        ratio = (low + high) / 2
+        pruned = copy.deepcopy(model)
+        pruner = torch_pruning.pruner.BasePruner(
+            pruned, image, importance=torch_pruning.importance.MagnitudeImportance(p=1), pruning_ratio=ratio,
+            ignored_layers=[pruned.get_submodule(backbones.classifier_name(pruned))], round_to=multiple,
+        )  # fmt: skip
+        pruner.step()
+        if macs.count(pruned, (3, size, size)).total <= allowed:
+            high, best = ratio, pruned
+        else:
+            low = ratio
+    if best is None:
+        raise AFDSError(f"torch-pruning does not reach {allowed:.3g} MACs; keep more channels")
+    return best.eval()
+
+
+def _in_runtime(model: nn.Module, example: Tensor, runtime: str, threads: int, folder: str) -> Callable[[Tensor], Any]:
+    """A network as a function of a batch, in one of the runtimes."""
+    if runtime == "onnxruntime":
+        return _session(model, example, threads, folder)
+    # By default a second batch size would be compiled for any size, some variants of a comparison and not others.
+    call: Callable[[Tensor], Any] = torch.compile(model, dynamic=False) if runtime == "compiled" else model
+
+    def forward(images: Tensor) -> Any:
+        with torch.no_grad():
+            return call(images)
+
+    if runtime == "compiled":
+        # Without freezing, the weights would be packed for the kernels anew in every call: 52 instead of 34 ms for a
+        # ResNet-101. As an option of torch.compile it has no effect, so it is set while the first call compiles.
+        from torch._inductor import config as inductor  # which only this runtime needs
+
+        with inductor.patch(freezing=True, cpp_wrapper=True):
+            forward(example)
+    return forward
+
+
+def _session(model: nn.Module, example: Tensor, threads: int, folder: str) -> Callable[[Tensor], Any]:
+    """The network as `afds export` writes it, for this batch size."""
+    file = Path(folder) / "network.onnx"  # which the session reads at once
+    batch, *size = example.shape
+    save_onnx(model, file, (size[0], size[1], size[2]), batch=batch, images=example)
+    runtime = session(file, threads=threads)
+    return lambda images: runtime.run(None, {"image": images.numpy()})
+
+
+def compare(
+    models: Mapping[str, nn.Module | Callable[[str], nn.Module]],
+    settings: Settings,
+    row: Row,
+    extra: Mapping[str, Mapping[str, Any]],
+    images: Tensor,
+) -> list[Row]:
+    """Times networks in one runtime, a different batch each repeat; those that it refuses become rows with a note.
+
+    Args:
+        models: by variant, in eval mode.
+        settings: threads, repeats and warm-up.
+        row: what the rows share: case, network, runtime, batch and the baseline's name.
+        extra: further columns by variant.
+        images: (N, 3, H, W), N at least the batch; each repeat takes the batch that begins one image later.
+    """
+    batch = row.batch
+    calls: dict[str, Callable[[int], object]] = {}
+    refused = []
+    if row.runtime == "onnxruntime":
+        need("onnxruntime")
+    if row.runtime == "compiled":
+        torch.compiler.reset()  # what was compiled for another batch size has no say in this one
+    with tempfile.TemporaryDirectory() as folder:
+        for name, model in models.items():
+            try:
+                call = _in_runtime(model, images[:batch], row.runtime, settings.threads, folder)  # type: ignore[arg-type]
+                call(images[:batch])
+            except Exception as error:  # what an exporter or a compiler cannot do is a result of the comparison
+                logging.getLogger(__name__).debug("%s in %s", name, row.runtime, exc_info=True)
+                said = (str(error).strip().splitlines() or [""])[0][:120]
+                why = f"not in this runtime: {type(error).__name__} {said}".strip()
+                refused.append(replace(row, variant=name, note=why))
+                continue
+
+            def timed(repeat: int, call: Callable[[Tensor], Any] = call) -> object:
+                first = repeat % (len(images) - batch + 1)
+                return call(images[first : first + batch])
+
+            calls[name] = timed
+        if row.baseline not in calls:
+            return refused
+        seconds = interleave(calls, settings.repeats, settings.warmup, before=settings.steady)
+        return _rows(seconds, row, extra=extra) + refused
+
+
+def _images(settings: Settings, batch: int) -> Tensor:
+    return photographs(max(8, batch + settings.repeats), settings.size, settings.seed + 1)
+
+
+def _dense(settings: Settings, name: str) -> tuple[nn.Module, nn.Module]:
+    """(plain, converted with random gates); the time of the plain network does not depend on its statistics."""
+    plain = _plain(settings, name)
+    gated = afs.convert(plain)
+    afs.set_density(gated, settings.density)
+    random_gates(gated, photographs(16, settings.size, settings.seed + 2), seed=settings.seed)
+    return plain, gated
+
+
+# --------------------------------------------------------------------------------------------------------------- cases
+
+
+def _masked(settings: Settings) -> Iterator[tuple[str, nn.Module, nn.Module, str]]:
+    """Networks to make compact: name, the plain network, the one with masks, and whose masks they are."""
+    if settings.weights is not None:
+        gated = afs.load(settings.weights)
+        file = Path(settings.weights)
+        yield file.stem, _rebuilt(gated.architecture), gated, f"masks of {file.name}"  # type: ignore[arg-type]
+    for file in map(Path, settings.masks):
+        found = read_masks(file)
+        plain = _rebuilt(found["architecture"])
+        gated = afs.convert(plain, gates=found["architecture"].get("gates", "all"))
+        set_masks(gated, found["masks"])
+        yield file.stem, plain, gated, f"masks of {file.name}"
+    if settings.weights is None and not settings.masks:
+        for name in settings.networks:
+            plain = _plain(settings, name)
+            gated = afs.convert(plain)
+            cut(gated, keep=settings.keep, stream=settings.stream, multiple=settings.multiple, seed=settings.seed)
+            kept = f"{settings.keep:g} inner, {settings.stream:g} stream, multiples of {settings.multiple}"
+            yield name, plain, gated, f"random masks: {kept}"
+
+
+def _networks(settings: Settings) -> Iterator[Row]:
+    """Dense, compact and torch-pruning's network at the same MACs."""
+    size = (3, settings.size, settings.size)
+    for name, plain, gated, note in _masked(settings):
+        width = float(gated.architecture["width"])  # type: ignore[index]
+        small = compact(gated.eval(), input_size=size, fold_bn=True)
+        dense, reached = macs.count(plain, size).total, macs.count(small, size).total
+        if afs.layers(small):  # their channels are all computed, and their predictors besides
+            reached += macs.expected(small, [(_images(settings, 1)[:4], torch.zeros(4))]).predictors
+        models = {"dense": _folded(plain, settings.size), "compact": small}
+        extra: dict[str, dict[str, Any]] = {
+            "dense": {"macs": dense, "reduction": 1.0, "note": "batch norm folded"},
+            "compact": {"macs": reached, "reduction": dense / reached, "note": note},
+        }
+        try:
+            peer = torch_pruned(plain, settings.size, reached, settings.multiple)
+        except AFDSError as error:
+            yield Row("networks", name, "", 0, "torch-pruning", "dense", settings.size, width, note=str(error))
+        else:
+            value = macs.count(peer, size).total
+            text = f"L1, coupled widths, multiples of {settings.multiple}"
+            models["torch-pruning"] = _folded(peer, settings.size)
+            extra["torch-pruning"] = {"macs": value, "reduction": dense / value, "note": text}
+        for batch in settings.batches:
+            images = _images(settings, batch)
+            for runtime in settings.runtimes:
+                row = Row("networks", name, runtime, batch, "", "dense", settings.size, width)
+                yield from compare(models, settings, row, extra, images)
+
+
+def _rebuilt(architecture: Mapping[str, Any]) -> nn.Module:
+    """The plain network of a saved one's architecture, with random weights."""
+    known = ("name", "num_classes", "stem", "width")
+    return backbones.build(**{key: value for key, value in architecture.items() if key in known}).eval()
+
+
+def _dynamic(settings: Settings) -> Iterator[Row]:
+    """Dynamic execution with random gates at density d, selection included, against the dense network."""
+    for name in settings.networks:
+        plain, gated = _dense(settings, name)
+        for batch in settings.batches:
+            images = _images(settings, batch)
+            overlap = jaccard(gated, images[: min(8, len(images))])
+            # Where rounding decides on a channel, either choice is right, and everything behind it differs.
+            closest = torch.tensor(margins(gated, images))
+            images = images[closest.argsort(descending=True, stable=True)]
+            clear = images[: max(1, int((closest > _ROUNDING).sum()) // batch) * batch]
+            count = macs.expected(gated, [(images[:4], torch.zeros(4))])
+            dense = macs.count(gated, (3, settings.size, settings.size)).total
+            for runtime in settings.runtimes:
+                # onnxruntime runs a fixed graph; there is nothing to measure layer by layer.
+                chosen = dynamic.dynamic(
+                    gated, images[:batch], repeats=min(settings.repeats, 5), static_shapes=runtime != "eager",
+                    ways="gather" if runtime == "onnxruntime" else None,
+                )  # fmt: skip
+                with torch.no_grad():
+                    wanted = torch.cat([gated(part) for part in clear.split(batch)])
+                    got = torch.cat([chosen(part) for part in clear.split(batch)])
+                difference = float((wanted - got).abs().max() / wanted.abs().max())
+                note = (
+                    f"random gates, d {settings.density:g}, Jaccard {overlap:.2f}, runs {chosen.taken[batch]!r}, "
+                    f"max difference to masked {difference:.1e} on {len(clear)} images"
+                )
+                models = {
+                    "dense": _folded(plain, settings.size),
+                    "masked": gated,
+                    "dynamic": chosen.plans[str(batch)],
+                }
+                extra: dict[str, dict[str, Any]] = {
+                    "dense": {"macs": dense, "reduction": 1.0, "note": "batch norm folded"},
+                    "masked": {"macs": dense, "reduction": 1.0},
+                    "dynamic": {"macs": count.total, "reduction": dense / count.total, "note": note},
+                }
+                row = Row("dynamic", name, runtime, batch, "", "dense", settings.size, settings.width)
+                yield from compare(models, settings, row, extra, images)
+
+
+def _gates(settings: Settings) -> Iterator[Row]:
+    """What gates cost at density 1, where they save nothing: AFS over the plain network."""
+    for name in settings.networks:
+        plain, gated = _dense(settings, name)
+        afs.set_density(gated, 1.0)
+        for batch in settings.batches:
+            images = _images(settings, batch)
+            prepared = dynamic.dynamic(gated, images[:batch], ways="mask").plans[str(batch)]
+            models = {"plain": _folded(plain, settings.size), "AFS": gated, "AFS prepared": prepared}
+            extra = {
+                "plain": {"note": "batch norm folded"},
+                "AFS prepared": {"note": "statistics folded, pooled inputs shared, by dynamic(ways='mask')"},
+            }
+            for runtime in settings.runtimes:
+                row = Row("gates", name, runtime, batch, "", "plain", settings.size, settings.width)
+                yield from compare(models, settings, row, extra, images)
+
+
+def _step(model: nn.Module, source: nn.Module | None, size: int) -> Callable[[Tensor, Tensor], None]:
+    """One training step with SGD; with a source network it is AFDS's."""
+    from afdslib.training.objective import Objective, Regulariser
+
+    regulariser = None if source is None else Regulariser("afd", 0.01)
+    objective = Objective(model, regulariser, source, (3, size, size))
+    objective.place(torch.device("cpu"))
+    model.train().to(memory_format=torch.channels_last)
+    parameters = [*model.parameters(), *(p for p in objective.parameters() if p.requires_grad)]
+    optimiser = torch.optim.SGD(parameters, lr=1e-4, momentum=0.9)
+
+    def step(images: Tensor, labels: Tensor) -> None:
+        loss, _, _ = objective(model, images, labels)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+
+    return step
+
+
+def _training(settings: Settings) -> Iterator[Row]:
+    """A training step of the plain network, of AFS alone, and of AFDS with the frozen source's forward pass."""
+    keep_freed_memory()  # as every training here does, the plain one included
+    size, batch = settings.train_size, settings.train_batch
+    for name in settings.networks:
+        plain = _plain(settings, name, 10)
+        gated = afs.convert(plain)
+        steps = {
+            "plain": _step(copy.deepcopy(plain), None, size),
+            "AFS": _step(copy.deepcopy(gated), None, size),
+            "AFDS": _step(copy.deepcopy(gated), gated, size),
+        }
+        images = photographs(batch + settings.repeats, size, settings.seed + 1).contiguous(
+            memory_format=torch.channels_last
+        )
+
+        def timed(repeat: int, step: Callable[[Tensor, Tensor], None], images: Tensor = images) -> None:
+            first = max(0, repeat)
+            step(images[first : first + batch], torch.arange(batch) % 10)
+
+        calls = {variant: partial(timed, step=step) for variant, step in steps.items()}
+        row = Row("training", name, "eager", batch, "", "plain", size, settings.width)
+        note = {"note": "float32, SGD; the source's forward pass included"}
+        yield from _rows(interleave(calls, settings.repeats, settings.warmup), row, extra={"AFDS": note})
+
+
+# Naive forms: as the formulas are written, without a word about memory.
+
+
+def naive_at(student: Tensor, teacher: Tensor) -> Tensor:
+    """AT sample by sample."""
+    total = student.new_zeros(())
+    for s, t in zip(student, teacher, strict=True):
+        a, b = (x.pow(2).mean(0).flatten() for x in (s, t))
+        total = total + (a / a.norm() - b / b.norm()).pow(2).mean()
+    return total / len(student)
+
+
+def naive_nst(student: Tensor, teacher: Tensor) -> Tensor:
+    """NST as in the popular implementations: the kernel of all pairs of channels from a (B, C, C, HW) tensor."""
+    s, t = (F.normalize(x.flatten(2), dim=2) for x in (student, teacher))
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        return (x[:, :, None] * y[:, None]).sum(-1).pow(2).mean()
+
+    return kernel(t, t) + kernel(s, s) - 2 * kernel(s, t)
+
+
+def naive_afd(student: Tensor, source: Tensor, attention: nn.Module) -> Tensor:
+    """AFD channel by channel, as the formula sums it."""
+    rho = attention(source).softmax(1)
+    height, width = student.shape[2:]
+    total = student.new_zeros(())
+    for channel in range(student.shape[1]):
+        distance = (student[:, channel] - source[:, channel]).pow(2).sum((1, 2))
+        total = total + (rho[:, channel] * distance).mean()
+    return student.shape[1] / (2 * height * width) * total
+
+
+def _loss(name: str, naive: bool, shape: tuple[int, ...]) -> Callable[[], object]:
+    """Forward and backward pass of a loss on random maps."""
+    from afdslib.losses import at_loss, nst_loss
+    from afdslib.losses.afd import AFDLoss
+
+    torch.manual_seed(0)
+    student, source = torch.rand(shape, requires_grad=True), torch.rand(shape)
+    loss: Callable[[Tensor, Tensor], Tensor]
+    if name == "AT":
+        loss = naive_at if naive else at_loss
+    elif name == "NST":
+        loss = naive_nst if naive else nst_loss
+    else:
+        afd = AFDLoss({"map": (shape[1], shape[2], shape[3])})
+        attention = afd.attentions["map"]
+        ours = lambda s, t: afd({"map": s}, {"map": t})["afd"]  # noqa: E731
+        loss = partial(naive_afd, attention=attention) if naive else ours
+
+    def call() -> None:
+        student.grad = None
+        loss(student, source).backward()
+
+    few = torch.rand(2, *shape[1:], requires_grad=True)
+    loss(few, torch.rand(few.shape)).backward()  # what the first call of all allocates is not the loss's own
+    return call
+
+
+def _nst(kernel: str, shape: tuple[int, ...]) -> Callable[[], object]:
+    """Forward and backward pass of NST with one kernel on random maps."""
+    from afdslib.losses import nst_loss
+
+    torch.manual_seed(0)
+    student, teacher = torch.rand(shape, requires_grad=True), torch.rand(shape)
+    nst_loss(student[:1, :8], teacher[:1, :8], kernel=kernel).backward()  # what the first call of all allocates
+    student.grad = None
+    return lambda: nst_loss(student, teacher, kernel=kernel).backward()
+
+
+def nst_peak(kernel: str, shape: tuple[int, ...]) -> float | None:
+    """GB that NST adds to two maps at its peak, forward and backward, in a process of its own; None off Linux.
+
+    Args:
+        kernel: "poly" (d = 2, c = 0), "linear" or "gaussian".
+        shape: (B, C, H, W) of both maps.
+    """
+    mebibytes = _peak(_nst, kernel, shape)
+    return None if mebibytes is None else mebibytes * 2**20 / 1e9
+
+
+def _ignoring(call: Callable[[], object], repeat: int) -> object:
+    return call()
+
+
+def _losses(settings: Settings) -> Iterator[Row]:
+    """AFD, AT and NST against naive forms: time, and peak memory in processes of their own."""
+    channels = max(8, round(256 * settings.width))
+    shape = (min(8, settings.train_batch), channels, 14, 14)
+    for name in ("AFD", "AT", "NST"):
+        ours, naive = _loss(name, False, shape), _loss(name, True, shape)
+        seconds = interleave({"naive": partial(_ignoring, naive), name: partial(_ignoring, ours)}, settings.repeats)
+        extra = {variant: {"peak_mib": _peak(_loss, name, variant == "naive", shape)} for variant in ("naive", name)}
+        shown = f"{name} on {'x'.join(map(str, shape))}"
+        yield from _rows(seconds, Row("losses", shown, "eager", shape[0], "", "naive"), extra=extra)
+
+
+def _loading(settings: Settings) -> Iterator[Row]:
+    """Reading, decoding and augmenting a batch, against a training step on it."""
+    import numpy as np
+    from PIL import Image
+
+    from afdslib.data.datasets import ArrayImages, FileImages, Files
+
+    batch, size, name = settings.train_batch, settings.train_size, settings.networks[0]
+    random = np.random.RandomState(settings.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        side = round(1.3 * size)
+        files = [f"{i}.jpg" for i in range(batch)]
+        for file in files:
+            pixels = random.randint(0, 255, (12, 12, 3)).astype(np.uint8)
+            Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC).save(Path(folder) / file)
+        rows, labels = np.arange(batch), np.arange(batch) % 10
+        classes = tuple(map(str, range(10)))
+        decoded = FileImages(Files(Path(folder), files), rows, labels, classes, size=size, augment=True)
+        pixels = random.randint(0, 255, (batch, size, size, 3)).astype(np.uint8)
+        held = ArrayImages(pixels, rows, labels, classes, augment=True)
+        step = _step(_plain(settings, name, 10), None, size)
+        images = held.__getitems__(list(rows))
+        calls: dict[str, Callable[[int], object]] = {
+            "training step": lambda _: step(*images),
+            "from memory": lambda _: held.__getitems__(list(rows)),
+            "from JPEG files": lambda _: decoded.__getitems__(list(rows)),
+        }
+        seconds = interleave(calls, settings.repeats, settings.warmup)
+        extra = {"from JPEG files": {"note": f"{side} px files, one process"}}
+        yield from _rows(
+            seconds, Row("loading", name, "eager", batch, "", "training step", size, settings.width), extra=extra
+        )
+
+
+def _loaded(path: str, size: int, batch: int) -> Callable[[], object]:
+    """A forward pass of a saved network; measured with the loading of the file."""
+
+    def forward() -> object:
+        with torch.no_grad():
+            return afs.load(path)(torch.zeros(batch, 3, size, size))
+
+    return forward
+
+
+def _memory(settings: Settings) -> Iterator[Row]:
+    """Peak memory of loading a network and one forward pass, in a process of its own, and the size of its file."""
+    for name in settings.networks:
+        plain = _plain(settings, name)
+        gated = afs.convert(plain)
+        cut(gated, keep=settings.keep, stream=settings.stream, multiple=settings.multiple, seed=settings.seed)
+        models = {"dense": plain, "masked": gated, "compact": compact(gated.eval(), fold_bn=True)}
+        with tempfile.TemporaryDirectory() as folder:
+            for batch in settings.batches:
+                for variant, model in models.items():
+                    path = Path(folder) / f"{variant}.safetensors"
+                    afs.save(model, path)
+                    yield Row(
+                        "memory", name, "eager", batch, variant, "dense", settings.size, settings.width,
+                        peak_mib=_peak(_loaded, str(path), settings.size, batch),
+                        file_mib=path.stat().st_size / 2**20,
+                    )  # fmt: skip
+
+
+CASES: dict[str, Callable[[Settings], Iterator[Row]]] = {
+    "networks": _networks,
+    "dynamic": _dynamic,
+    "gates": _gates,
+    "training": _training,
+    "losses": _losses,
+    "loading": _loading,
+    "memory": _memory,
+}
+
+
+# -------------------------------------------------------------------------------------------------------------- output
+
+
+def run(cases: Sequence[str], settings: Settings, *, told: Callable[[Row], object] = lambda row: None) -> list[Row]:
+    """Measures cases one after the other.
+
+    Args:
+        cases: names, of `CASES`.
+        settings: what and how.
+        told: called with each row as soon as it is there.
+
+    Raises:
+        AFDSError: for an unknown case.
+    """
+    for name in cases:
+        if name not in CASES:
+            raise AFDSError(f"unknown case {name!r}; known are {', '.join(CASES)}")
+    found = []
+    with on_threads(settings.threads):
+        for name in cases:
+            for row in CASES[name](settings):
+                found.append(row)
+                told(row)
+    return found
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    """Device, threads and versions, for the file and the reader."""
+    import importlib.metadata
+
+    facts = runs.environment()
+    versions = {"torch": facts["versions"]["torch"], "afdslib": facts["versions"]["afdslib"]}
+    for package in ("onnxruntime", "torch-pruning"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "device": facts["cpu"],  # where everything here is measured
+        "cores": str(facts["cores"]),
+        "threads": str(settings.threads),
+        "repeats": str(settings.repeats),
+        **versions,
+    }
+
+
+def describe(row: Row) -> str:
+    """One line of the terminal."""
+    parts = [row.case, row.network, row.runtime, f"batch {row.batch}", row.variant]
+    text = "  ".join(part for part in parts if part)
+    if row.median_ms is not None and row.speedup is not None:
+        text += f": {row.median_ms:.2f} ms [{row.q1_ms:.2f}, {row.q3_ms:.2f}]"
+        if row.variant != row.baseline:
+            text += f", {ratio(row)}"
+    if row.size is not None:
+        text += f" at {row.size} px"
+    if row.reduction is not None:
+        text += f", MACs {row.reduction:.2f}x fewer"
+    if row.peak_mib is not None:
+        text += f", peak {row.peak_mib:.1f} MiB"
+    if row.file_mib is not None:
+        text += f", file {row.file_mib:.1f} MiB"
+    return text + (f" ({row.note})" if row.note else "")
+
+
+def ratio(row: Any) -> str:
+    """A row's speed-up over its baseline in words, with quartiles; also of a row that was read from a file."""
+    if row.speedup >= 1:
+        return f"{row.speedup:.2f}x [{row.speedup_q1:.2f}, {row.speedup_q3:.2f}] as fast as {row.baseline}"
+    return f"{1 / row.speedup:.2f}x [{1 / row.speedup_q3:.2f}, {1 / row.speedup_q1:.2f}] the time of {row.baseline}"
+
+
+def table(found: Sequence[Row], settings: Settings) -> list[dict[str, Any]]:
+    """Rows as dictionaries, rounded, each with device, threads and versions."""
+    where = environment(settings)
+    digits = {"macs": 0, "median_ms": 4, "q1_ms": 4, "q3_ms": 4}
+    made = []
+    for row in found:
+        values = {
+            key: round(value, digits.get(key, 3)) if isinstance(value, float) else value
+            for key, value in asdict(row).items()
+        }
+        made.append(values | where)
+    return made
+
+
+def to_csv(found: Sequence[Row], settings: Settings, path: str | Path) -> Path:
+    """Writes a tidy CSV, atomically; missing values stay empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [f.name for f in fields(Row)] + list(environment(settings)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table(found, settings))
+    write_text(Path(path), text.getvalue())
+    return Path(path)

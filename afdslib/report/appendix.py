@@ -1,0 +1,187 @@
+"""What stands behind the report: every committed result, its cost, the command for each figure, and the faults avoided.
+
+Everything is read from files; the list of faults is held to the mutants of the tests by a test.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from afdslib.base import paths
+from afdslib.report import comparison as competitors
+from afdslib.report.plots.students import student_look
+from afdslib.report.summary import Table, Text, accuracy_table
+
+__all__ = ["FAULTS", "committed_text", "cost_table", "faults_table", "figures_table", "references"]
+
+# (what the public reproduction does [code], the mutants of tests/mutants that do the same)
+FAULTS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("it reads statistics before they exist, and takes `torch.mean` of a list, so no epoch finishes",
+     ("statistics_read_before_they_exist", "mean_of_a_list")),
+    ("with s = 0 a layer outputs 0 instead of γ y", ("static_layer_outputs_zero",)),
+    ("m and s are one number per layer, from means of feature maps, fitted on the test set",
+     ("masks_per_layer", "statistics_of_feature_maps", "statistics_of_the_test_set")),
+    ("γ is random and never updated", ("gamma_is_random",)),
+    ("top-k of the third convolution uses the wrong channel count", ("wrong_channel_count",)),
+    ("one more ReLU before the residual sum changes the pretrained function", ("extra_relu",)),
+    ("the batch norm keeps its affine part, and the gate multiplies it",
+     ("batch_norm_keeps_its_affine_part", "gate_multiplies_the_shift")),
+    ("predictors start at random, with no source stage", ("random_predictors", "no_source_stage")),
+    ("hooks of the evaluation leak into the next training step", ("hooks_are_left",)),
+    ("no MACs are counted", ("no_macs_counter",)),
+    ("no pruning loop, no removal of channels",
+     ("no_pruning_loop", "removed_channel_keeps_its_shift", "removed_channel_is_only_scaled_down")),
+    ("no seeds, no validation split", ("no_seeds", "no_validation_split", "chosen_on_the_test_set")),
+    ("masks are missing from the state_dict", ("masks_missing_from_the_state_dict",)),
+    ("the norm of AFD is not squared, and a bias shared by all channels cancels in the softmax",
+     ("unsquared_norm", "shared_bias")),
+)  # fmt: skip
+
+
+def faults_table() -> Table:
+    """Each fault of the public reproduction, with the mutants that show that a test here fails on it."""
+    rows = [(fault, ", ".join(f"`{name}`" for name in mutants)) for fault, mutants in FAULTS]
+    header = ["what the public reproduction does", "mutants that tests/test_mutants.py catches"]
+    return Table(header, rows, numbers=False)
+
+
+# ------------------------------------------------------------------------------------------------------- results
+
+
+def _studies(pattern: str) -> list[tuple[str, str, Path]]:
+    """(profile, budget, file) of the committed tables of one name."""
+    base = paths.results("any").parent
+    files = [(file.relative_to(base).parts, file) for file in base.glob(f"*/*/{pattern}")]
+    return sorted((parts[0], parts[1], file) for parts, file in files)
+
+
+def _seeds_of(table: pd.DataFrame) -> str:
+    """How many seeds the methods of a table have: "3" or "3 to 10"."""
+    seeds = table.groupby("method").seed.nunique()
+    return f"{seeds.min()} to {seeds.max()}" if seeds.min() < seeds.max() else f"{seeds.max()}"
+
+
+def committed_text() -> Text:
+    """Every committed sweep, comparison and study of students, each under its profile and budget with its command."""
+    parts = []
+    for profile, budget, file in _studies("sweep.csv"):
+        table = pd.read_csv(file)
+        parts += [
+            f"**{profile}, {budget}**: test accuracy, mean ± standard deviation over {_seeds_of(table)} seeds. "
+            f"`afds run --profile {profile} --budget {budget} --data-dir DIR`",
+            accuracy_table(table)._repr_markdown_(),
+        ]
+    for profile, budget, file in _studies("comparison-*/comparison.csv"):
+        table, target = pd.read_csv(file), file.parent.name.removeprefix("comparison-")
+        parts += [
+            f"**{profile}, {budget}**, the comparison on {target}: test accuracy in %, mean ± standard deviation over "
+            f"{_seeds_of(table)} seeds. `afds compare --profile {profile} --budget {budget} --data-dir DIR`",
+            competitors.accuracy_table(table)._repr_markdown_(),
+        ]
+    for study in ("attention", "selectivity"):
+        for profile, budget, file in _studies(f"{study}.csv"):
+            parts += [
+                f"**{profile}, {budget}**, students ({study}): test accuracy in %. "
+                f"`afds students --study {study} --profile {profile} --budget {budget} --data-dir DIR`",
+                _students(pd.read_csv(file))._repr_markdown_(),
+            ]
+    return Text("\n\n".join(parts) or "No result is committed.")
+
+
+def _students(table: pd.DataFrame) -> Table:
+    rows = []
+    keys = ["student", "teacher", "method"]
+    for (student, teacher, method), mine in table.fillna({"teacher": ""}).groupby(keys, sort=False):
+        label = "teacher" if method == "teacher" else student_look(str(method)).label
+        name = f"{student}, {label}" + (f" from {teacher}" if teacher else "")
+        values = 100 * mine.test_accuracy
+        rows.append([name, f"{values.median():.1f}", f"{values.min():.1f} to {values.max():.1f}", str(len(values))])
+    return Table(["network, method", "median", "range", "seeds"], rows)
+
+
+# ---------------------------------------------------------------------------------------------------------- cost
+
+
+KINDS = {
+    "SourceRun": "source networks",
+    "ExtendedSourceRun": "source networks, trained on",
+    "AFSSourceRun": "AFS source networks",
+    "TransferRun": "points with AFS",
+    "DenseRun": "competitors, unpruned",
+    "PrunedRun": "competitors, pruned",
+    "NarrowRun": "narrower networks",
+    "PhotoRun": "teachers and students on photographs",
+    "FBSGatesRun": "FBS, gates alone",
+    "FBSRun": "points with FBS",
+    "ChannelWeightsRun": "DELTA's weights",
+    "StudentRun": "teachers and students",
+}
+"""Kinds of runs, for readers."""
+
+
+def cost_table() -> Table:
+    """Wall-clock hours of the committed runs by profile and kind, with the device; the sum of all their sessions."""
+    hours: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    for file in sorted(paths.results("any").parent.glob("*/runs/*.json")):
+        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        where = record["environment"]
+        device = ", ".join(where["gpus"]) or f"{where['cpu']}, {where['threads']} of {where['cores']} cores"
+        seconds = record.get("times", {}).get("seconds")
+        hours[file.parent.parent.name, record["kind"], device].append(math.nan if seconds is None else seconds / 3600)
+    rows = []
+    for (profile, kind, device), values in sorted(hours.items()):
+        known = [value for value in values if not math.isnan(value)]
+        name = KINDS.get(kind, kind)
+        rows.append([profile, name, device, str(len(values)), f"{sum(known):.2f}" if known else "not kept"])
+    return Table(["profile", "trained", "device", "runs", "hours"], rows, numbers=False)
+
+
+# ------------------------------------------------------------------------------------------------------- figures
+
+
+def figures_table(profile: str, budget: str) -> Table:
+    """Each figure of a profile: the notebook that draws it, the command, and how long that notebook took here."""
+    rows = []
+    executed = paths.figures(profile) / "executed"
+    for notebook in sorted(paths.notebooks().glob("[0-9][0-9]_*.ipynb")):
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        source = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+        names = re.findall(r"plots\.save\(.*?profile,\s*\"(\w+)\"\)", source, flags=re.S)
+        try:
+            taken = json.loads((executed / f"{notebook.stem}.json").read_text(encoding="utf-8"))["seconds"]
+            time = f"{taken:.0f} s"
+        except (OSError, ValueError, KeyError):
+            time = "not kept"
+        command = f"`afds run --profile {profile} --budget {budget} --notebook {notebook.stem[:2]}`"
+        if names:
+            rows.append([", ".join(dict.fromkeys(names)), command, time])
+    return Table(["figures", "command", "time of the notebook here"], rows, numbers=False)
+
+
+# ---------------------------------------------------------------------------------------------------- references
+
+BIBLIOGRAPHY = Path(__file__).resolve().parents[2] / "references.bib"
+CITED = (
+    "wang2020afds", "gao2019fbs", "li2018l2sp", "li2019delta", "li2016lwf", "zagoruyko2017at", "huang2017nst",
+    "hinton2015kd", "romero2015fitnets", "liu2017slimming", "molchanov2019taylor", "fang2023depgraph",
+)  # fmt: skip
+
+
+def references() -> Text:
+    """The papers behind the methods of the report, from references.bib."""
+    entries = dict(re.findall(r"@\w+\{(\w+),\n(.*?)\n\}", BIBLIOGRAPHY.read_text("utf-8"), re.S))
+    lines = []
+    for key in CITED:
+        field = dict(re.findall(r"(\w+)\s*=\s*\{(.*?)\}(?:,?\n|$)", entries[key] + "\n", re.S))
+        first, *more = [name.split(",")[0] for name in field["author"].split(" and ")]
+        who = first + (" et al." if len(more) > 1 else f" and {more[0]}" if more else "")
+        text = f"{who}: *{field['title']}*, {field['year']}. {field.get('url') or field.get('note', '')}"
+        lines.append("- " + re.sub(r"\s+", " ", re.sub(r"\\L|[{}]", "", text)).strip())
+    return Text("\n".join(lines))

@@ -1,0 +1,522 @@
+"""Executes the notebooks of the report in order, each as one stage, and renders the last one to HTML.
+
+A stage is finished when its marker `executed/<notebook>.json` holds the stage's key:
+
+    key = sha256(cells of the notebook, its parameters, sources of afdslib, key of the stage before)
+
+so a changed notebook, parameter or line of the library executes that stage and all later ones again (which is cheap:
+the training inside comes from the run store, which has an identity of its own), and an interrupted report goes on after
+its last finished stage. The data and the run store are not part of the key: `fresh` executes everything.
+
+What papermill leaves open is closed here: names and types of the parameters are checked before a kernel starts; the
+kernel is this very interpreter, whatever kernelspecs are installed; and because a killed kernel leaves every cell
+marked "completed", a stage counts only if a last, added cell has given back a random token. The marker is written after
+that. Kernels run in the caller's working directory, so that a relative `data_dir` means the same everywhere.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import hashlib
+import html
+import json
+import mimetypes
+import re
+import secrets
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from afdslib.base import paths
+from afdslib.base.atomic import atomic_path, write_json, write_text
+from afdslib.base.errors import AFDSError
+from afdslib.report.stylesheet import styled
+
+__all__ = ["Stage", "convert", "execute", "notebooks", "parameters_of", "plan", "render"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One notebook with the parameters of one profile.
+
+    Attributes:
+        notebook: The source.
+        parameters: Those given for this notebook, converted to the types of its defaults.
+        key: Identity of everything the stage depends on (see the module).
+        executed: The executed copy.
+        log: Text output of the cells, and the traceback of a failure.
+        marker: JSON file with the key, written when the stage is finished.
+    """
+
+    notebook: Path
+    parameters: dict[str, Any]
+    key: str
+    executed: Path
+    log: Path
+    marker: Path
+
+    @property
+    def finished(self) -> bool:
+        """Whether the stage was finished with just this key."""
+        try:
+            marker = json.loads(self.marker.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return isinstance(marker, dict) and marker.get("key") == self.key and self.executed.is_file()
+
+
+def notebooks(folder: str | Path | None = None) -> list[Path]:
+    """The notebooks of the report in their order: `NN_name.ipynb`.
+
+    Raises:
+        AFDSError: There is none.
+    """
+    folder = Path(folder) if folder is not None else paths.notebooks()
+    found = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
+    if not found:
+        raise AFDSError(f"no notebook named like 01_name.ipynb in {folder}; use a complete checkout or set AFDS_HOME")
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- parameters
+
+
+def parameters_of(notebook: str | Path) -> dict[str, Any]:
+    """Names and defaults of a notebook's parameters: the plain literals of its cell tagged `parameters`.
+
+    Raises:
+        AFDSError: Not a notebook, no such cell or several, or a statement that is not `name = literal`.
+    """
+    notebook = Path(notebook)
+    return _parameters(notebook, _read(notebook))
+
+
+def _parameters(notebook: Path, node: Any) -> dict[str, Any]:
+    cells = [cell for cell in node.cells if "parameters" in cell.metadata.get("tags", []) and cell.cell_type == "code"]
+    if len(cells) != 1:
+        raise AFDSError(f"{notebook.name} has {len(cells)} code cells tagged 'parameters'; it needs exactly one")
+    try:
+        statements = ast.parse(cells[0].source).body
+    except SyntaxError as error:
+        raise AFDSError(f"the parameters cell of {notebook.name} is no Python (line {error.lineno}); mend it") from None
+    defaults: dict[str, Any] = {}
+    for statement in statements:
+        try:
+            match statement:
+                case ast.Assign(targets=[ast.Name(id=name)], value=expression):
+                    value = ast.literal_eval(expression)
+                case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as expression):
+                    value = ast.literal_eval(expression)
+                case _:
+                    raise ValueError
+            json.dumps(value)  # sets, bytes and complex numbers cannot be recorded
+            defaults[name] = value
+        except (ValueError, TypeError):
+            line = (ast.get_source_segment(cells[0].source, statement) or "?").splitlines()[0]
+            raise AFDSError(
+                f"the parameters cell of {notebook.name} may hold only lines like name = literal, not {line!r}"
+            ) from None
+    return defaults
+
+
+def convert(name: str, default: Any, value: Any) -> Any:
+    """A parameter's value in the type of its default; strings, as the command line gives them, are parsed.
+
+    An integer is taken for a float, a string for nothing but a string. A default of None takes any literal.
+
+    Raises:
+        AFDSError: The value does not fit, or is not finite.
+    """
+    kind = type(default)
+    parsed = value
+    if isinstance(value, str) and kind is not str:
+        text = value.strip()
+        if kind is bool:
+            parsed = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(text.lower())
+        elif kind in (int, float):
+            try:
+                parsed = kind(text)
+            except ValueError:
+                parsed = None
+        else:
+            try:
+                parsed = ast.literal_eval(text)
+            except (ValueError, SyntaxError):
+                parsed = value if default is None else None
+    if kind is float and isinstance(parsed, int) and not isinstance(parsed, bool):
+        parsed = float(parsed)
+    if default is not None and type(parsed) is not kind:
+        raise AFDSError(f"parameter {name} = {value!r} must be of type {kind.__name__}, like its default {default!r}")
+    if isinstance(parsed, float) and parsed - parsed != 0:
+        raise AFDSError(f"parameter {name} = {value!r} must be a finite number")
+    return parsed
+
+
+def plan(
+    profile: str,
+    parameters: Mapping[str, Any] | None = None,
+    *,
+    only: Collection[str] | None = None,
+    folder: str | Path | None = None,
+) -> list[Stage]:
+    """The stages of a profile, checked, in order. Starts nothing and writes nothing.
+
+    Args:
+        profile: Goes to every notebook as its parameter `profile` and names the output folder.
+        parameters: More values by name, each for every notebook that has a parameter of that name.
+        only: The numbers of the notebooks to execute, such as "06"; by default all.
+        folder: The folder of the notebooks.
+
+    Raises:
+        AFDSError: A name or number that no notebook has, a value of the wrong type, an unreadable notebook.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", profile):
+        raise AFDSError(f"{profile!r} cannot name a profile; use letters, digits, '-', '_' and '.'")
+    given = {**(parameters or {}), "profile": profile}
+    target = paths.figures(profile) / "executed"
+    stages: list[Stage] = []
+    known: set[str] = set()
+    key = _library_hash()
+    numbers = [notebook.name[:2] for notebook in notebooks(folder)]
+    if missing := sorted(set(only or ()) - set(numbers)):
+        raise AFDSError(f"there is no notebook {missing[0]!r}; there are: {', '.join(numbers)}")
+    for notebook in notebooks(folder):
+        node = _read(notebook)
+        defaults = _parameters(notebook, node)
+        if "profile" not in defaults:
+            raise AFDSError(f"{notebook.name} has no parameter 'profile'; add it to the cell tagged 'parameters'")
+        known.update(defaults)
+        if only is not None and notebook.name[:2] not in only:
+            continue
+        values = {name: convert(name, defaults[name], value) for name, value in given.items() if name in defaults}
+        cells = [(cell.cell_type, cell.source) for cell in node.cells]
+        key = hashlib.sha256(json.dumps([key, notebook.name, cells, values], sort_keys=True).encode()).hexdigest()[:16]
+        log, marker = (target / f"{notebook.stem}{suffix}" for suffix in (".log", ".json"))
+        stages.append(Stage(notebook, values, key, target / notebook.name, log, marker))
+    if unknown := sorted(set(given) - known):
+        raise AFDSError(f"no notebook has a parameter {unknown[0]!r}; there are: {', '.join(sorted(known))}")
+    return stages
+
+
+def _library_hash() -> str:
+    """Changes with every source file of afdslib."""
+    folder = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _read(notebook: Path) -> Any:
+    import nbformat
+
+    try:
+        return nbformat.read(notebook, as_version=4)
+    except FileNotFoundError:
+        raise AFDSError(f"the notebook {notebook} does not exist; run from a complete checkout") from None
+    except (ValueError, KeyError, TypeError, AttributeError, nbformat.ValidationError) as error:
+        raise AFDSError(f"{notebook} is not a notebook ({_one_line(error, 80)}); restore it") from error
+
+
+# -------------------------------------------------------------------------------------------------------- execution
+
+
+def execute(
+    profile: str,
+    parameters: Mapping[str, Any] | None = None,
+    *,
+    only: Collection[str] | None = None,
+    fresh: bool = False,
+    verbose: bool = False,
+    folder: str | Path | None = None,
+    echo: Callable[[str], object] = print,
+) -> Path | None:
+    """Executes the stages that are not finished yet, then renders the report.
+
+    Args:
+        profile: See `plan`.
+        parameters: See `plan`.
+        only: See `plan`. Without the last notebook there is no report.
+        fresh: Execute every stage, finished or not.
+        verbose: Pass the cells' text output to stdout while it is written, not only to the log.
+        folder: The folder of the notebooks.
+        echo: Takes one line at the start and the end of each stage.
+
+    Returns:
+        The HTML report, if the last notebook is among those executed.
+
+    Raises:
+        AFDSError: A bad parameter (before any kernel starts), a failed stage, another process at work on this profile,
+            or a folder that cannot be written.
+    """
+    stages = plan(profile, parameters, only=only, folder=folder)
+    with _only_one(profile):
+        again = fresh
+        for number, stage in enumerate(stages, 1):
+            name = f"[{number}/{len(stages)}] {stage.notebook.stem}"
+            again = again or not stage.finished
+            if not again:
+                echo(f"{name}: finished before")
+                continue
+            for later in stages[number - 1 :]:  # what follows is out of date from here on
+                _forget(later)
+            echo(f"{name}: log in {_short(stage.log)}")
+            seconds = _execute_stage(stage, verbose)
+            echo(f"{name}: done in {seconds:.0f} s")
+        if stages[-1].notebook != notebooks(folder)[-1]:
+            return None
+        report = render(profile, folder=folder)
+    echo(f"report: {_short(report)}")
+    return report
+
+
+def _forget(stage: Stage) -> None:
+    try:
+        stage.marker.unlink(missing_ok=True)
+    except OSError as error:
+        raise AFDSError(f"cannot write {stage.marker.parent}: {error.strerror}; mend its permissions") from error
+
+
+@contextmanager
+def _only_one(profile: str) -> Iterator[None]:
+    """Holds a lock on the profile's output folder; it lies in the run store, since the output may be committed."""
+    import filelock
+
+    name = hashlib.sha256(str(paths.figures(profile)).encode()).hexdigest()[:12]
+    file = paths.runs() / ".locks" / f"report-{name}.lock"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(file)
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise AFDSError(f"another process is executing profile {profile}; wait for it or set AFDS_FIGURES") from None
+    except OSError as error:
+        raise AFDSError(f"cannot lock {file}: {error.strerror}; set AFDS_RUNS to a folder you can write") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _execute_stage(stage: Stage, verbose: bool) -> float:
+    """Runs one notebook to its end and writes its marker. Returns the seconds it took."""
+    import nbformat
+    import papermill
+
+    started = time.monotonic()
+    token = secrets.token_hex(16)
+    node = _read(stage.notebook)
+    node.cells.append(nbformat.v4.new_code_cell(repr(token), metadata={"tags": [_LAST]}))
+    source = stage.executed.with_name(f".{stage.notebook.stem}.source.ipynb")
+    write_text(source, nbformat.writes(node, version=4))
+    try:
+        with open(stage.log, "w", encoding="utf-8") as log:
+            output: Any = _Tee(log, sys.stdout) if verbose else log
+            papermill.execute_notebook(
+                _unformatted(source),
+                _unformatted(stage.executed),
+                parameters=stage.parameters,
+                kernel_name="python3",
+                kernel_manager_class=_kernel_manager(),
+                progress_bar=False,
+                stdout_file=output,
+                stderr_file=output,
+                start_timeout=120,
+                iopub_timeout=60,  # a busy machine is no failure
+            )
+    except OSError as error:
+        raise AFDSError(f"cannot write {stage.executed.parent}: {error.strerror or error}; free space there") from error
+    except Exception as error:  # whatever stopped the kernel: papermill and nbclient have no common base class
+        raise _failure(stage, error) from error
+    finally:
+        source.unlink(missing_ok=True)
+    executed = _read(stage.executed)
+    if not any(token in str(output.get("data", "")) for output in executed.cells[-1].get("outputs", [])):
+        raise _failure(stage, RuntimeError("the notebook ended before its last cell"))
+    _clean(executed, stage)
+    write_text(stage.executed, nbformat.writes(executed, version=4) + "\n")
+    seconds = time.monotonic() - started
+    marker = {"key": stage.key, "parameters": stage.parameters, "seconds": round(seconds, 1)}
+    write_json(stage.marker, marker)
+    return seconds
+
+
+_LAST = "afds-last-cell"
+
+
+def _unformatted(path: Path) -> str:
+    """Papermill formats paths like str.format, so braces must be doubled."""
+    return str(path.resolve()).replace("{", "{{").replace("}", "}}")
+
+
+def _kernel_manager() -> type:
+    """A kernel manager whose only kernel is this interpreter, even if another `python3` kernelspec is installed."""
+    from jupyter_client import AsyncKernelManager
+    from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+
+    class ThisInterpreter(KernelSpecManager):
+        def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
+            argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+            return KernelSpec(
+                argv=argv,
+                display_name="Python 3 (ipykernel)",
+                language="python",
+                name=kernel_name,
+                metadata={"supported_encryption": ["curve"]},
+            )
+
+    class Manager(AsyncKernelManager):
+        def _kernel_spec_manager_default(self) -> KernelSpecManager:
+            return ThisInterpreter(parent=self)
+
+        def _transport_encryption_default(self) -> str:  # or every kernel warns of plain-text sockets
+            return "auto"
+
+    return Manager
+
+
+class _Tee:
+    """Writes to several text files."""
+
+    def __init__(self, *files: TextIO) -> None:
+        self.files = files
+
+    def write(self, text: str) -> None:
+        for file in self.files:
+            file.write(text)
+
+    def flush(self) -> None:
+        for file in self.files:
+            file.flush()
+
+
+def _failure(stage: Stage, error: Exception) -> AFDSError:
+    """One sentence that names notebook, cell and log, into which the whole story goes."""
+    from papermill.exceptions import PapermillExecutionError
+
+    number, line = _failed_cell(stage)
+    if isinstance(error, PapermillExecutionError):
+        what, story = f"{error.ename}: {error.evalue}", str(error)
+    elif type(error).__name__ == "DeadKernelError":
+        what = "the kernel died, often for lack of memory"
+        story = f"{error}\n"
+    else:
+        what = story = f"{type(error).__name__}: {error}"
+    try:
+        with open(stage.log, "a", encoding="utf-8") as log:
+            log.write(story)
+    except OSError:
+        pass  # the sentence must reach the user even if the disk is full
+    cell = f"code cell {number} ({line!r})" if number else "its kernel"
+    return AFDSError(f"{stage.notebook.name} failed in {cell}: {_one_line(what)}; see the log {_short(stage.log)}")
+
+
+def _failed_cell(stage: Stage) -> tuple[int, str]:
+    """The number of the last code cell that was started, counted in the source notebook from 1, and its first line."""
+    try:
+        cells = _read(stage.executed).cells
+    except (AFDSError, OSError):
+        return 0, ""
+    number, found = 0, (0, "")
+    for cell in cells:
+        tags = cell.metadata.get("tags", [])
+        if cell.cell_type != "code" or "injected-parameters" in tags:
+            continue
+        number += 1
+        state = cell.metadata.get("papermill", {})
+        if state.get("start_time") and _LAST not in tags:
+            lines = [line for line in cell.source.splitlines() if line.strip()] or [""]
+            found = (number, lines[0][:60])
+        if state.get("exception"):
+            break
+    return found
+
+
+def _clean(node: Any, stage: Stage) -> None:
+    """Drops the added last cell, and the folders and times that papermill notes: executed copies may be committed."""
+    node.cells = [cell for cell in node.cells if _LAST not in cell.metadata.get("tags", [])]
+    for cell in node.cells:
+        cell.metadata.pop("papermill", None)
+        cell.metadata.pop("execution", None)
+    node.metadata["papermill"] = {"input_path": stage.notebook.name, "parameters": stage.parameters}
+
+
+def _one_line(error: object, length: int = 300) -> str:
+    text = re.sub(r"\s+", " ", re.sub("\x1b\\[[0-9;]*m", "", str(error))).strip()
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
+def _short(path: Path) -> str:
+    """A path relative to the working directory where that is shorter."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+# ------------------------------------------------------------------------------------------------------------- HTML
+
+
+def render(profile: str, *, folder: str | Path | None = None) -> Path:
+    """Writes `report.html` from the executed copy of the last notebook: images embedded, code hidden.
+
+    Raises:
+        AFDSError: The profile has not been executed to its end.
+    """
+    from nbconvert import HTMLExporter
+
+    last = notebooks(folder)[-1]
+    executed = paths.figures(profile) / "executed" / last.name
+    if not executed.is_file() or not executed.with_suffix(".json").is_file():
+        raise AFDSError(f"profile {profile} has no finished report yet; execute it with: afds run --profile {profile}")
+    node = _read(executed)
+    for cell in node.cells:
+        if cell.cell_type == "markdown":
+            cell.source = _embed_images(cell.source, last.parent)
+        elif cell.cell_type == "code":  # without the progress of a training, which is in the log
+            cell.outputs = [_with_alternative(output) for output in cell.outputs if output.get("name") != "stderr"]
+    exporter = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True)
+    exporter.mathjax_url = exporter.require_js_url = exporter.jquery_url = ""  # the page needs nothing from elsewhere
+    page, _ = exporter.from_notebook_node(node, resources={"metadata": {"name": f"AFDS report: {profile}"}})
+    report = paths.figures(profile) / "report.html"
+    with atomic_path(report) as part:
+        part.write_text(styled(page), encoding="utf-8")
+    return report
+
+
+def _with_alternative(output: Any) -> Any:
+    """An output whose picture has its name as the alternative text, for readers who do not see it."""
+    data = output.get("data", {})
+    if "image/png" not in data:
+        return output
+    name, content = html.escape(data.get("text/plain", "figure")), "".join(data.pop("image/png").split())
+    width = output.get("metadata", {}).get("image/png", {}).get("width")
+    size = f' width="{width}"' if width else ""
+    data["text/html"] = f'<p><img alt="{name}"{size} src="data:image/png;base64,{content}"></p>'
+    return output
+
+
+_IMAGES: Sequence[re.Pattern[str]] = (
+    re.compile(r"(!\[[^\]]*\]\(\s*)([^)\s]+)"),
+    re.compile(r"""(<img\b[^>]*?\bsrc\s*=\s*["'])([^"']+)"""),
+)
+
+
+def _embed_images(markdown: str, folder: Path) -> str:
+    """Replaces links to local images, relative to the notebook, by their content: the report is one file."""
+
+    def embed(match: re.Match[str]) -> str:
+        file = folder / match.group(2)
+        if re.match(r"[a-z]+:", match.group(2)) or not file.is_file():
+            return match.group(0)
+        kind = mimetypes.guess_type(file.name)[0] or "image/png"
+        return f"{match.group(1)}data:{kind};base64,{base64.b64encode(file.read_bytes()).decode('ascii')}"
+
+    for pattern in _IMAGES:
+        markdown = pattern.sub(embed, markdown)
+    return markdown

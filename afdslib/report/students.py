@@ -1,0 +1,766 @@
+"""Tables and sentences about students and teachers, computed from a study's results: no number is typed.
+
+The numbers in `REPORTED` are the original paper's, at 200 epochs, those in `QUOTED` other people's; every one is a
+quotation with its source.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, cast
+
+import pandas as pd
+import torch
+
+from afdslib import afs, runs, training
+from afdslib.base.atomic import write_text
+from afdslib.base.errors import AFDSError
+from afdslib.experiments.afs import MODEL, Network
+from afdslib.experiments.student import StudentRun, tapped
+from afdslib.inference import maps
+from afdslib.losses import attention_map
+from afdslib.report import views as inspection
+from afdslib.report.numbers import Number
+from afdslib.report.plots import students as figures
+from afdslib.report.plots.students import student_look
+from afdslib.report.plots.style import Picture, save
+from afdslib.report.summary import Table, Text
+from afdslib.report.views import NOT_STORED
+from afdslib.studies import statistics
+from afdslib.training import Optimisation
+from afdslib.training.features import Teacher, taps
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from matplotlib.figure import Figure
+    from torch import nn
+
+    from afdslib.data import ImageDataset
+    from afdslib.studies.students import DistillationStudy
+
+__all__ = [
+    "NOT_STORED",
+    "QUOTED",
+    "REPORTED",
+    "Gain",
+    "Quotation",
+    "beta_in_paper_scale",
+    "beta_table",
+    "better_than_guessing",
+    "command",
+    "compared_sizes",
+    "decays",
+    "draw",
+    "falls",
+    "finished_gains",
+    "first_pair",
+    "gain",
+    "gains_text",
+    "networks",
+    "no_test_in_trials",
+    "nst_memory",
+    "pull_text",
+    "quoted_gains_text",
+    "quoted_table",
+    "reach_text",
+    "saved_text",
+    "scope",
+    "seen_text",
+    "settings",
+    "steps_saved",
+    "steps_until",
+    "stored_like_table",
+    "student_table",
+    "taps_of",
+    "terms_add_up",
+    "view",
+    "weights_text",
+    "write_page",
+]
+
+# (data set, teacher, student, method): accuracy in percent. Zagoruyko, Komodakis, ICLR 2017, 200 epochs. [paper]
+REPORTED = {
+    ("cifar10", "", "wrn-16-2", "teacher"): 93.69,
+    ("cifar10", "", "wrn-16-1", "alone"): 91.23,
+    ("cifar10", "wrn-16-2", "wrn-16-1", "at"): 92.07,
+}
+
+
+@dataclass(frozen=True)
+class Quotation:
+    """Numbers of others about one teacher and student, quoted and not reproduced.
+
+    Attributes:
+        data: the data set.
+        networks: teacher and student.
+        measure: "accuracy" or "error"; in percent.
+        numbers: by method, as in `STUDENTS`; of an error top-1 and top-5.
+        source: who reports them.
+        digits: after the point, as they are reported.
+    """
+
+    data: str
+    networks: str
+    measure: str
+    numbers: Mapping[str, tuple[float, ...]]
+    source: str
+    digits: int = 2
+
+    @property
+    def gains(self) -> dict[str, float]:
+        """What each method gains over the student alone, percentage points of (top-1) accuracy."""
+        sign = 1 if self.measure == "accuracy" else -1
+        others = {m: n[0] for m, n in self.numbers.items() if m not in ("teacher", "alone")}
+        alone = self.numbers.get("alone")
+        return {} if alone is None else {m: round(sign * (n - alone[0]), 2) for m, n in others.items()}
+
+
+_ZOO = (
+    'README of AberHu/Knowledge-Distillation-Zoo, which warns: "hyper-parameters not chosen carefully ... do not '
+    'reflect which method is better"'
+)
+QUOTED = (
+    Quotation(
+        "CIFAR-10", "WRN-16-2 to WRN-16-1", "accuracy", {"teacher": (93.69,), "alone": (91.23,), "at": (92.07,)},
+        "AT's paper, 200 epochs",
+    ),
+    Quotation(
+        "CIFAR-100", "WRN-40-2 to WRN-16-2", "accuracy",
+        {"alone": (73.26,), "kd": (74.92,), "at": (74.08,), "nst": (73.68,)}, "README of HobbitLong/RepDistiller",
+    ),
+    Quotation(
+        "CIFAR-10", "ResNet-110 to ResNet-20", "accuracy",
+        {"alone": (92.37,), "kd": (92.82,), "at": (93.21,), "nst": (92.83,)}, _ZOO,
+    ),
+    Quotation(
+        "ImageNet", "ResNet-34 to ResNet-18", "error", {"alone": (30.4, 10.8), "at": (29.3, 10.0)}, "AT's paper", 1,
+    ),
+    Quotation(
+        "ImageNet", "ResNet-101 to Inception-BN", "error",
+        {"alone": (25.74, 8.07), "nst": (24.81, 7.55), "nst-poly+kd": (24.34, 7.11)}, "NST's paper",
+    ),
+    Quotation(
+        "ImageNet", "ResNet-101 to the modified ResNet-50", "error", {"nst-poly+kd": (21.05, 5.56)}, "NST's paper",
+    ),
+)  # fmt: skip
+
+
+def beta_in_paper_scale(beta: float, norm: float, positions: int) -> float:
+    """The beta of the paper's loss, beta / 2 x norm, that weighs one sample as the code's beta x norm^2 / positions.
+
+    Args:
+        beta: in the scale of the public code.
+        norm: 2-norm of the difference of the two attention maps of the sample.
+        positions: H x W of the map.
+    """
+    return 2 * beta * norm / positions
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A method against the student alone.
+
+    Attributes:
+        gain: difference of the medians over seeds, percentage points.
+        spread: the larger of the two ranges (largest minus smallest) over seeds; NaN with a single seed.
+        exceeds: whether the gain's size is larger than the spread; None if the spread is not known.
+    """
+
+    gain: float
+    spread: float
+    exceeds: bool | None
+
+
+def gain(method: Sequence[float], alone: Sequence[float]) -> Gain:
+    """The gain of a method over the student alone, and whether it exceeds the spread between seeds. [ours]
+
+    Args:
+        method: test accuracies, one per seed.
+        alone: those of the student alone.
+
+    Raises:
+        AFDSError: one of them is empty.
+    """
+    if not len(method) or not len(alone):
+        raise AFDSError("a gain needs at least one accuracy of the method and one of the student alone")
+    one, two = (pd.Series(values, dtype=float) * 100 for values in (method, alone))
+    difference = float(one.median() - two.median())
+    if len(one) < 2 or len(two) < 2:
+        return Gain(difference, math.nan, None)
+    spread = float(max(one.max() - one.min(), two.max() - two.min()))
+    return Gain(difference, spread, abs(difference) > spread)
+
+
+def _pairs(table: pd.DataFrame) -> list[tuple[str, str]]:
+    """(teacher, student) of the table, in order; a student alone belongs to every teacher."""
+    taught = table[table.teacher != ""]
+    return list(dict.fromkeys(zip(taught.teacher, taught.student, strict=True)))
+
+
+def _rows(table: pd.DataFrame, teacher: str, student: str) -> pd.DataFrame:
+    mine = (table.student == student) & ((table.teacher == teacher) | (table.method == "alone"))
+    return table[mine | ((table.method == "teacher") & (table.student == teacher))]
+
+
+def first_pair(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the first student and teacher."""
+    pairs = _pairs(table)
+    return _rows(table, *pairs[0]) if pairs else table
+
+
+def _spread(values: pd.Series) -> str:
+    return "–" if len(values) < 2 else f"{100 * (values.max() - values.min()):.1f}"
+
+
+def student_table(study: DistillationStudy) -> Table:
+    """Teachers and students: median over seeds, spread (largest minus smallest), gain; and, where there is one, the
+    number that the original paper reports."""
+    table, name = study.table(), study.profile.data.name
+    rows = []
+    for row in table[table.method == "teacher"].itertuples():
+        reported = REPORTED.get((name, "", row.student, "teacher"))
+        rows.append([f"teacher {row.student}", "", f"{100 * row.test_accuracy:.1f}", "–", "1", "", _reported(reported)])
+    told = set()
+    for teacher, student in _pairs(table):
+        mine = _rows(table, teacher, student)
+        alone = mine[mine.method == "alone"].test_accuracy
+        for method, found in mine[mine.method != "teacher"].groupby("method", sort=False):
+            if (method, student) in told and method == "alone":
+                continue
+            told.add((method, student))
+            values = found.test_accuracy
+            better = "" if method == "alone" or alone.empty else f"{gain(values, alone).gain:+.1f}"
+            with_teacher = "" if method == "alone" else teacher
+            reported = REPORTED.get((name, with_teacher, student, str(method)))
+            label = f"{student}, {student_look(str(method)).label}{f' ({with_teacher})' if with_teacher else ''}"
+            weight = "" if not found.weight.iloc[0] else f"{found.weight.iloc[0]:g}"
+            cells = [f"{100 * values.median():.1f}", _spread(values), str(len(values)), better, _reported(reported)]
+            rows.append([label, weight, *cells])
+    header = ["network, method (teacher)", "weight", "median (%)", "spread", "seeds", "gain over alone"]
+    if not any(row[-1] for row in rows):
+        return Table(header, [row[:-1] for row in rows])
+    return Table([*header, "reported at 200 epochs (%)"], rows)
+
+
+def _reported(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def gains_text(study: DistillationStudy) -> Text:
+    """One sentence per method: its gain over the student alone, and whether that exceeds the spread between seeds."""
+    table = study.table()
+    lines = []
+    for teacher, student in _pairs(table):
+        mine = _rows(table, teacher, student)
+        alone = mine[mine.method == "alone"].test_accuracy
+        for method, found in mine[~mine.method.isin(["teacher", "alone"])].groupby("method", sort=False):
+            if alone.empty:
+                continue
+            g = gain(found.test_accuracy, alone)
+            verdict = {
+                None: "with one seed, so nothing can be said",
+                True: f"a {'gain' if g.gain > 0 else 'loss'} larger than the spread between seeds ({g.spread:.1f})",
+                False: f"not larger than the spread between seeds ({g.spread:.1f})",
+            }[g.exceeds]
+            lines.append(
+                f"- **{student_look(str(method)).label}** from {teacher} to {student}: {g.gain:+.1f} points, {verdict}."
+            )
+    for gap in table.attrs.get("missing", ()):
+        lines.append(f"- Missing: {gap['student']}, {gap['method']}, seed {gap['seed']}, because {gap['reason']}.")
+    return Text("\n".join(lines) if lines else "No student with a teacher is finished yet.")
+
+
+def finished_gains(profile: str, budget: str) -> Text:
+    """Scale and `gains_text` of what is finished of a profile's study of attention transfer; nothing is trained."""
+    from afdslib.studies.students import DistillationStudy, get
+
+    study = DistillationStudy(get("attention", profile, budget), complete=False)
+    p = study.profile
+    return Text(
+        f"On {p.data.name}, {p.teacher_training.steps} steps for a teacher and {p.student_training.steps} for a "
+        f"student, batches of {p.student_training.batch_size}.\n\n{gains_text(study)}"
+    )
+
+
+def weights_text(study: DistillationStudy) -> Text:
+    """Where each method's weight comes from: chosen among those tried, given, or taken from another method."""
+    trials = study.trials()
+    tried, given, edges = [], [], []
+    borrowed: dict[str, list[str]] = {}
+    used = {name for pair in study.profile.pairs for name in pair.methods}
+    for name, method in study.methods.items():
+        if name not in used or method.distillation.transfer == "none":
+            continue
+        label, rows = student_look(name).label, trials[trials.method == name]
+        if method.like:
+            borrowed.setdefault(method.like, []).append(label)
+        elif len(method.weights) == 1:
+            given.append(f"{label} {method.weights[0]:g}")
+        elif len(rows) == len(method.weights):  # else not finished, so nothing is chosen
+            chosen = study.weight(name)
+            between = 100 * (rows.validation_accuracy.max() - rows.validation_accuracy.min())
+            tried.append(f"{label} {chosen:g} (of {len(rows)}, which differ by up to {between:.1f} points)")
+            if chosen in (rows.strength.min(), rows.strength.max()):
+                edges.append(label)
+    parts = [f"Chosen on validation images: {'; '.join(tried)}."] if tried else []
+    if edges:
+        parts.append(f"At the edge of the values tried, so perhaps not the best: {', '.join(edges)}.")
+    if given:
+        parts.append(f"Taken as given, with no other value tried: {'; '.join(given)}.")
+    for name, labels in borrowed.items():
+        parts.append(f"The weight of {student_look(name).label} is taken, untuned, by {'; '.join(labels)}.")
+    return Text(" ".join(parts) or "No weight is chosen yet.")
+
+
+def reach_text(study: DistillationStudy, share: float = 0.9) -> Text:
+    """Steps to reach a share of the plain student's final accuracy on validation images, by method."""
+    found = study.reach(share)
+    if found.empty:
+        return Text("No learning curve on validation images is finished yet.")
+    lines = [
+        f"Steps until {100 * share:.0f} % of the plain student's final validation accuracy "
+        f"({100 * found.target.iloc[0]:.1f} %), of {found.total.iloc[0]} steps:",
+        "",
+    ]
+    alone = found[found.method == "alone"].steps
+    for row in found.itertuples():
+        label = student_look(row.method).label
+        if math.isnan(row.steps):
+            lines.append(f"- {label}: never.")
+        elif row.method == "alone" or alone.isna().all():
+            lines.append(f"- {label}: {row.steps:.0f}.")
+        else:
+            lines.append(f"- {label}: {row.steps:.0f}, {100 * (row.steps / alone.iloc[0] - 1):+.0f} % of them.")
+    return Text("\n".join(lines) + "\n\nOne seed; the curve is looked at as often as its figure has signs.")
+
+
+def steps_until(curve: pd.DataFrame, target: float) -> float:
+    """Optimiser steps until a learning curve reaches an accuracy, linear between its rows; its last step if never.
+
+    Args:
+        curve: columns step and train_accuracy.
+        target: the accuracy.
+    """
+    before: tuple[float, float] | None = None
+    for step, accuracy in zip(curve.step, curve.train_accuracy, strict=True):
+        if accuracy >= target:
+            if before is None:
+                return float(step)
+            share = (target - before[1]) / (accuracy - before[1])
+            return float(before[0] + share * (step - before[0]))
+        before = float(step), float(accuracy)
+    return float(curve.step.iloc[-1])
+
+
+def steps_saved(alone: Mapping[int, pd.DataFrame], method: Mapping[int, pd.DataFrame], *, share: float = 0.9) -> Number:
+    """Steps until a share of the plain student's final accuracy on training images: alone minus the method, by seed.
+
+    This is the measure by which the report judges whether a student converges faster. [ours]
+
+    Args:
+        alone: learning curve of the plain student by seed: columns step and train_accuracy.
+        method: that of the student with a teacher.
+        share: of the final accuracy of the plain student of the same seed.
+
+    Returns:
+        Mean of the paired differences with Student's 95 % interval, in steps; above 0 where the method is faster.
+
+    Raises:
+        AFDSError: the two share no seed.
+    """
+    steps: tuple[dict[int, float], dict[int, float]] = ({}, {})
+    for seed in sorted(set(alone) & set(method)):
+        curves = [curve[seed].dropna(subset=["train_accuracy"]) for curve in (alone, method)]
+        target = share * float(curves[0].train_accuracy.iloc[-1])
+        for found, curve in zip(steps, curves, strict=True):
+            found[seed] = steps_until(curve, target)
+    gain = statistics.paired(*steps).difference
+    return Number(gain.mean, "steps", gain.low, gain.high, gain.n, digits=0, signed=True)
+
+
+def saved_text(study: DistillationStudy, share: float = 0.9) -> Text:
+    """The report's measure of convergence, on training images over the table's seeds: one line per method."""
+    pair = study.profile.pairs[0]
+    curves: dict[str, dict[int, pd.DataFrame]] = {}
+    for job, result in study.results():
+        taught = job.config.network == pair.student and job.teacher in ("", pair.teacher.name)
+        if job.kind == "student" and taught and "diverged" not in result.metrics:
+            curves.setdefault(job.method, {})[job.config.seed] = result.history()
+    lines = []
+    for method, mine in curves.items():
+        if method != "alone" and set(mine) & set(curves.get("alone", {})):
+            found = steps_saved(curves["alone"], mine, share=share)
+            seeds = f"{found.n} paired seed{'s' if found.n > 1 else ''}"
+            lines.append(f"- {student_look('alone').label} minus {student_look(method).label}: {found}, {seeds}.")
+    if not lines:
+        return Text("No student with a teacher is finished yet.")
+    head = (
+        f"Steps until {100 * share:.0f} % of the plain student's final accuracy on training images, of "
+        f"{study.profile.student_training.steps}: mean difference with its 95 % interval, above 0 where the method is "
+        "faster."
+    )
+    return Text(f"{head}\n\n" + "\n".join(lines))
+
+
+def _pixels(images: ImageDataset) -> list[int]:
+    return [hash(images.raw(i).tobytes()) for i in range(len(images))]
+
+
+def seen_text(study: DistillationStudy) -> Text:
+    """How many validation images of trials and curves the teacher was fitted on, and how right it is on them."""
+    p = study.profile
+    config = study.teacher_run(p.pairs[0].teacher)
+    if not study.complete and runs.lookup(config) is None:
+        return Text("The teacher is not finished yet.")
+    used = {}
+    if any(len(m.weights) > 1 for m in p.methods):
+        used["trials"] = replace(p.trial_data, seed=p.trial_seed)
+    if p.curves:
+        own = p.data == p.trial_data  # then the curves are those of the first reported runs
+        used["learning curves"] = replace(p.trial_data, seed=p.pairs[0].seeds[0] if own else p.trial_seed)
+    if len({*used.values()}) == 1:
+        used = {" and ".join(used): next(iter(used.values()))}
+    if not used:
+        return Text("Nothing is chosen or drawn on validation images in this study.")
+    model, fitted, said = _network(study, config), set(_pixels(config.data.load().train)), []
+    test = study.result(config).metrics.get("test_accuracy", math.nan)
+    for name, source in used.items():
+        validation = source.load().validation
+        if validation is None:
+            continue
+        seen = sum(one in fitted for one in _pixels(validation))
+        text = f"Of the {len(validation):,} validation images of the {name} the teacher was fitted on {seen:,}."
+        if model is None:
+            said.append(f"{text} How right it is on them is not shown: its weights are not stored here.")
+            continue
+        right = training.evaluate(model, validation, precision=p.teacher_training.precision).accuracy
+        said.append(
+            f"{text} It is right on {100 * right:.1f} % of these {len(validation):,} and on {100 * test:.1f} % of the "
+            f"test images: a difference of {100 * (right - test):+.1f} points."
+        )
+    return Text(" ".join(said))
+
+
+def pull_text(study: DistillationStudy, method: str = "at", *, hardly: float = 0.05) -> Text:
+    """How much of a student's loss its layer-wise terms are, so that a reader knows whether they can show.
+
+    Args:
+        study: the study.
+        method: of the first pair.
+        hardly: below this share of the loss the sentence warns. [ours]
+    """
+    log = study.histories().get(method)
+    if log is None:
+        return Text(f"No student with {student_look(method).label} is finished yet.")
+    stem = study.methods[method].distillation.transfer.replace("-", "_")
+    terms = log[[c for c in log if c.startswith(f"{stem}_")]].sum(axis=1)
+    share = float((log.beta * terms / log.loss).mean())
+    label = student_look(method).label
+    text = f"The weight of {label} here is {study.weight(method):g}: its terms are {100 * share:.2g} % of this "
+    text += "student's loss (mean over the logged rows)"
+    if share < hardly:
+        text += f", so they hardly pull, and the row of {label} may look like that of the student alone"
+    return Text(f"{text}.")
+
+
+def settings(study: DistillationStudy) -> Table:
+    """The settings that a reader needs to judge the numbers; `afds students --show` prints them all."""
+    p = study.profile
+
+    def stage(o: Optimisation) -> str:
+        drops = f" (x{o.drop:g} at {', '.join(f'{m:.0%}' for m in o.milestones)})" if o.milestones else ""
+        return f"{o.steps} steps of {o.batch_size}, learning rate {o.lr:g}, {o.schedule}{drops}, {o.precision}"
+
+    used = {name for pair in p.pairs for name in pair.methods}
+    grids = [
+        f"{student_look(m.name).label} {{{', '.join(f'{w:g}' for w in m.weights)}}}"
+        for m in p.methods
+        if m.weights and m.name in used
+    ]
+    held = "a tenth held back for validation" if p.data == p.trial_data else "all training images"
+    rows = [
+        ("data", f"{p.data.name}, {held}{', reflected crops' if p.data.padding == 'reflect' else ''}"),
+        ("teachers and students", "; ".join(f"{a.teacher.name} to {_name(a.student)}" for a in p.pairs)),
+        ("teacher training", stage(p.teacher_training)),
+        ("student training", stage(p.student_training)),
+        ("trial of one weight, nine tenths of the data", stage(p.trial)),
+        ("weights tried; a single one is taken as given", "; ".join(grids)),
+        ("seeds", ", ".join(map(str, p.pairs[0].seeds)) + f"; trials: {p.trial_seed}"),
+        ("weight decay", f"{p.weight_decay:g}"),
+    ]
+    return Table(["setting", "value"], rows, numbers=False)
+
+
+def _name(network: Network) -> str:
+    return network.name if network.width == 1 else f"{network.name} of width {network.width:g}"
+
+
+def command(study: DistillationStudy) -> Text:
+    """The command that makes the tables again."""
+    p = study.profile
+    folder = "" if p.data.name.startswith("digits") else " --data-dir DIR"
+    return Text(f"Made again by `afds students --study {p.study} --profile {p.name} --budget {p.budget}{folder}`.")
+
+
+def scope(study: DistillationStudy) -> Text:
+    """What a reader must know about the scale before looking at any number."""
+    p = study.profile
+    epochs = p.student_training.steps * p.student_training.batch_size / max(1, len(p.data.load().train))
+    seeds = len(p.pairs[0].seeds)
+    text = f"Profile **{p.name}**, budget {p.budget}: {p.data.name}, students of {epochs:.0f} epochs, {seeds} seeds."
+    if p.name == "demo":
+        text += " The demo shows that the whole chain works; its data are too small and too few to judge any method."
+    elif p.data.name == "cifar10" and epochs < 100:
+        text += " The published numbers are of 200 epochs: compare methods within the table, not with them."
+    return Text(f"{text} {p.not_run}".strip())
+
+
+# -------------------------------------------------------------------------------------------------------------- checks
+
+
+def terms_add_up(study: DistillationStudy, method: str, *, tolerance: float = 1e-3) -> bool:
+    """Whether the logged loss of a student is hard x CE + soft x T^2 KL + weight x transfer, each at work.
+
+    Row means of products are compared with products of row means, so only a constant weight can be checked.
+    """
+    job, result = next((j, r) for j, r in study.results() if j.kind == "student" and j.method == method)
+    d, log = job.config.method, result.history()
+    total = d.hard * log.cross_entropy
+    if d.soft:
+        total = total + d.soft * log.soft
+    columns = [c for c in log if c.startswith(d.transfer.replace("-", "_"))] if d.transfer != "none" else []
+    for column in columns:
+        total = total + log.beta * log[column]
+    working = all(bool((log[c] > 0).all()) for c in columns) and (d.transfer == "none" or bool(columns))
+    return working and bool(((log.loss - total).abs() <= tolerance * log.loss.abs()).all())
+
+
+def decays(study: DistillationStudy, method: str = "at-kd") -> bool:
+    """Whether the logged weight of a method falls from row to row, from no more than its start to less than half."""
+    beta = study.histories()[method].beta
+    start = study.weight(method)
+    return bool(beta.is_monotonic_decreasing and beta.iloc[0] <= start and beta.iloc[-1] < 0.5 * start)
+
+
+def better_than_guessing(study: DistillationStudy, factor: float = 1.5) -> bool:
+    """Whether every teacher and student of the table is right more than `factor` times as often as chance."""
+    return bool((study.table().test_accuracy > factor / len(study.profile.data.load().classes)).all())
+
+
+def stored_like_table(study: DistillationStudy) -> bool:
+    """Whether the CSV holds the table's rows and accuracies, one run per row."""
+    table = study.table()
+    stored = pd.read_csv(study.folder() / f"{study.profile.study}.csv")
+    same = len(stored) == len(table) and stored.run.nunique() == len(stored)
+    return same and bool(((stored.test_accuracy - table.test_accuracy).abs() < 1e-5).all())
+
+
+def no_test_in_trials(study: DistillationStudy) -> bool:
+    """Whether no trial and no curve has read a test image."""
+    found = [r.metrics for j, r in study.results() if not j.config.use_test]
+    return not any("test" in key for metrics in found for key in metrics)
+
+
+def falls(study: DistillationStudy, method: str, term: str) -> bool:
+    """Whether a logged loss term is smaller at the end of the first student's training than at its start."""
+    log = study.histories()[method]
+    return bool(log[term].iloc[-1] < log[term].iloc[0])
+
+
+def taps_of(study: DistillationStudy, where: str) -> tuple[str, str]:
+    """The last layer compared in the teacher and in the student, with their networks."""
+    pair = study.profile.pairs[0]
+    teacher, student = (network.build(2, 0) for network in (pair.teacher, pair.student))
+    return f"{pair.teacher.name} {tapped(teacher, where)[-1]}", f"{pair.student.name} {tapped(student, where)[-1]}"
+
+
+def compared_sizes(study: DistillationStudy) -> str:
+    """Height and width at which the maps of the first student with a layer-wise term are compared."""
+    for job, result in study.results():
+        if job.kind == "student" and result.metrics.get("compared"):
+            return ", ".join(f"{height}x{width}" for height, width in result.metrics["compared"])
+    return "nothing yet"
+
+
+def nst_memory(shape: Sequence[int] = (64, 1024, 14, 14), kernels: Iterable[str] = ("poly", "gaussian")) -> Table:
+    """Measured memory of NST on a layer, beside what a (B, C, C, HW) tensor of its maps would take by itself.
+
+    Args:
+        shape: (B, C, H, W) of the student's and the teacher's maps; by default ResNet-101's third stage at 224 px.
+        kernels: each is measured, forward and backward, in a process of its own.
+    """
+    from afdslib.inference import bench
+
+    batch, channels, height, width = shape
+    kernels, rows = tuple(kernels), []
+    with ThreadPoolExecutor() as pool:
+        peaks = pool.map(lambda kernel: bench.nst_peak(kernel, tuple(shape)), kernels)
+    for kernel, peak in zip(kernels, peaks, strict=True):
+        label = student_look(f"nst-{kernel}").label
+        rows.append([f"{label}: forward and backward pass", "not measured" if peak is None else f"{peak:.2f}"])
+    avoided = batch * channels * channels * height * width * 4 / 1e9
+    rows.append(["one (B, C, C, HW) tensor, never built", f"{avoided:.1f}"])
+    return Table([f"B x C x H x W = {' x '.join(map(str, shape))}, float32", "GB beyond the maps"], rows)
+
+
+# ---------------------------------------------------------------------------------------------------------- quotations
+
+
+def _quotations(study: DistillationStudy) -> list[Quotation]:
+    """Those that belong to a study's notebook."""
+    if study.profile.study == "attention":
+        return [q for q in QUOTED if "at" in q.numbers]
+    return [q for q in QUOTED if {"nst", "nst-poly+kd"} & set(q.numbers)]
+
+
+def quoted_table(study: DistillationStudy) -> Table:
+    """What others report, one row per teacher and student, with the source."""
+    rows = []
+    for q in _quotations(study):
+        numbers = [
+            f"{student_look(m).label} {'/'.join(f'{n:.{q.digits}f}' for n in found)}" for m, found in q.numbers.items()
+        ]
+        measure = "accuracy (%)" if q.measure == "accuracy" else "top-1/top-5 error (%)"
+        rows.append([f"{q.data}, {q.networks}", measure, ", ".join(numbers), q.source])
+    return Table(["data, teacher to student", "measure", "numbers", "source"], rows, numbers=False)
+
+
+def quoted_gains_text(study: DistillationStudy) -> Text:
+    """From where to where the quoted gains run, and how many exceed the spread between the seeds of this study."""
+    gains = [(gain, m, q) for q in _quotations(study) for m, gain in q.gains.items()]
+
+    def told(entry: tuple[float, str, Quotation]) -> str:
+        gain, method, q = entry
+        return f"{gain:+.2f} points ({student_look(method).label}, {q.data}, {q.networks})"
+
+    least, most = (pick(gains, key=lambda entry: entry[0]) for pick in (min, max))
+    text = f"The {len(gains)} gains over the student alone quoted above run from {told(least)} to {told(most)}."
+    students = study.table()
+    students = students[students.method != "teacher"]
+    seeds = students.groupby(["teacher", "student", "method"]).test_accuracy
+    spreads = (100 * (seeds.max() - seeds.min()))[seeds.size() > 1]
+    if spreads.empty:
+        return Text(f"{text} No student of this study has two seeds, so they cannot be held against a spread.")
+    clear = sum(gain > spreads.max() for gain, _, _ in gains)
+    text += f" In this study seeds of one method differ by up to {spreads.max():.1f} points (median over methods: "
+    return Text(f"{text}{spreads.median():.1f}); {clear} of the quoted gains are larger than that.")
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+
+def _network(study: DistillationStudy, config: StudentRun) -> nn.Module | None:
+    found: runs.Result | None = inspection.network(study, config)  # type: ignore[arg-type]
+    return None if found is None else afs.load(found.artifact(MODEL))
+
+
+def networks(study: DistillationStudy, *methods: str) -> dict[str, nn.Module] | None:
+    """The first teacher and the students of its pair at the first seed, by label.
+
+    Returns:
+        None if one of them is not stored here.
+    """
+    pair = study.profile.pairs[0]
+    configs = {"teacher": study.teacher_run(pair.teacher)}
+    configs |= {student_look(m).label: study.student_run(pair, m, pair.seeds[0]) for m in methods}
+    found = {name: _network(study, config) for name, config in configs.items()}
+    return None if None in found.values() else {name: model for name, model in found.items() if model is not None}
+
+
+def view(study: DistillationStudy, *methods: str, index: int = 0) -> maps.MapsView | None:
+    """Attention maps of the teacher and some students for one test image; None if a network is not stored."""
+    found = networks(study, *methods)
+    if found is None:
+        return None
+    splits = study.profile.data.load()
+    return maps.look_at(
+        found, splits.test.raw(index), splits.captions or splits.classes, label=int(splits.test.targets[index])
+    )
+
+
+@torch.no_grad()
+def beta_table(study: DistillationStudy, *, images: int = 128) -> Table | None:
+    """AT's loss of the first AT student in both scales on training images, and the code's beta in the paper's scale.
+
+    Returns:
+        None if the networks are not stored.
+    """
+    found = networks(study, "at")
+    if found is None:
+        return None
+    teacher, student = found.values()
+    batch = torch.stack([x for x, _ in training.first(study.profile.data.load().statistics, images)])
+    source, beta = Teacher(teacher, maps.stages(teacher)), study.weight("at")
+    _, theirs = source(batch)
+    names = maps.stages(student)
+    with taps(student.eval(), names) as mine:
+        student(batch)
+    rows = []
+    for group, (name, other) in enumerate(zip(names, source.names, strict=True), 1):
+        one, two = attention_map(mine[name]), attention_map(theirs[other])
+        norm = torch.linalg.vector_norm(one - two, dim=1)
+        positions = one.shape[1]
+        rows.append(
+            [
+                f"group {group}, {mine[name].shape[2]}x{mine[name].shape[3]}",
+                f"{float((one - two).square().mean()):.2g}",
+                f"{float(norm.mean()):.2g}",
+                f"{beta:g}",
+                f"{beta_in_paper_scale(beta, float(norm.mean()), positions):.2g}",
+            ]
+        )
+    return Table(["maps", "loss, code", "loss, paper", "β, code", "β, paper, of the same size"], rows)
+
+
+# ---------------------------------------------------------------------------------------------------------- publishing
+
+
+def draw(study: DistillationStudy) -> list[Picture]:
+    """Saves the figures of a study, those that its finished runs allow, under the names that the notebooks use."""
+    p, table, kind = study.profile, study.table(), {"attention": "at", "selectivity": "nst"}[study.profile.study]
+    found: dict[str, Figure] = {}
+    if (table.method != "teacher").any():
+        found["accuracy"] = figures.student_accuracy(first_pair(table), title=f"{p.data.name}, {p.study} study")
+    trials, methods = study.trials(), list(study.methods)
+    tuned = [m for m in methods if (trials.method == m).sum() == len(study.methods[m].weights) > 1]
+    for method in sorted(tuned, key=lambda m: -len(study.methods[m].weights))[:1]:
+        mine, label = trials[trials.method == method], f"weight of {student_look(method).label} (log scale)"
+        found["betas"] = figures.weights_tried(mine, {method: study.weight(method)}, xlabel=label)
+    if p.curves and study.curves():
+        reach = study.reach()
+        found["curves"] = figures.student_curves(study.curves(), target=float(reach.target.iloc[0]))
+    elif not p.curves and study.histories():
+        found["curves"] = figures.student_curves(study.histories(), column="train_accuracy")
+    if {"alone", "at"} <= set(table.method) and (seen := view(study, "alone", "at")):
+        found["maps"] = figures.attention_maps(seen)
+    return [cast("Picture", save(figure, p.name, f"{kind}_{name}")) for name, figure in found.items()]
+
+
+def write_page(study: DistillationStudy) -> Path:
+    """Writes <study>.md beside the study's tables: the command, the scale, and the results in words and rows."""
+    p = study.profile
+    parts = [
+        f"# Students of the study {p.study}: {p.name}, budget {p.budget}",
+        command(study),
+        scope(study),
+        settings(study)._repr_markdown_(),
+        "## Test accuracy, median over seeds",
+        student_table(study)._repr_markdown_(),
+        gains_text(study),
+        "## Weights",
+        weights_text(study),
+        seen_text(study),
+    ]
+    if "at" in set(study.table().method):
+        scales = beta_table(study)
+        parts += ["## β in two scales", NOT_STORED if scales is None else scales._repr_markdown_()]
+    if p.curves:
+        parts += ["## Convergence", reach_text(study), saved_text(study)]
+    parts.append(f"Every row is in `{p.study}.csv`, every trial in `{p.study}_trials.csv`; runs are in `../runs/`.")
+    page = study.folder() / f"{p.study}.md"
+    write_text(page, "\n\n".join(map(str, parts)) + "\n")
+    return page

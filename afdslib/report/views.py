@@ -1,0 +1,282 @@
+"""What the notebooks look at inside trained networks: exactness, skipped channels, gates by budget, attention."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from afdslib import afs, runs, training
+from afdslib.experiments.afs import MODEL, OBJECTIVE, PUBLISHED_CLASSES, DataSource, Network
+from afdslib.losses.afd import AFDLoss
+from afdslib.report.summary import Text, smallest
+from afdslib.training.features import Teacher, feature_names, feature_shapes
+from afdslib.training.objective import Objective
+
+if TYPE_CHECKING:
+    from afdslib.studies.sweep import Study
+
+__all__ = [
+    "NOT_STORED",
+    "NOT_TUNED",
+    "AttentionView",
+    "Confusion",
+    "attention",
+    "attentions",
+    "confusions",
+    "conversion_error",
+    "entropy_bounds",
+    "entropy_text",
+    "feature_sizes",
+    "histories",
+    "layers_by_budget",
+    "network",
+    "source_architecture",
+    "source_gates",
+]
+
+NOT_STORED = (
+    "Not shown: only the results of this profile are stored here, not its networks. "
+    "To train them, set AFDS_FRESH=1 and add --fresh to the same command."
+)
+NOT_TUNED = "The predictors were not trained on source images: every gate is still the scale of its batch norm."
+
+
+def network(study: Study, config: Any, *, needs: Sequence[str] = (MODEL,)) -> runs.Result | None:
+    """The finished run of a configuration with its files.
+
+    Returns:
+        None if only its committed result is here and the training would take more than minutes (the demo is computed),
+        or if it diverged.
+    """
+    found = runs.lookup(config, needs=needs)
+    if found is None and not study.profile.committed and "diverged" not in runs.get_or_run(config).metrics:
+        found = runs.get_or_run(config, needs=needs)
+    return found
+
+
+def source_architecture(study: Study) -> tuple[nn.Module, tuple[int, int, int]]:
+    """The source network with fresh weights, and (3, H, W) of its images; of published weights, of the target's."""
+    splits = study.source_data
+    size = (splits or next(iter(study.target_data.values()))).test.size
+    plain = replace(study.profile.network, weights=None)
+    classes = PUBLISHED_CLASSES if splits is None or study.source_run.published else len(splits.classes)
+    return plain.build(classes, 0), (3, size, size)
+
+
+def source_gates(study: Study) -> dict[str, dict[str, Any]]:
+    """Per-layer gate summaries of the source network "before" and "after" its predictors were trained, or nothing."""
+    metrics = study.afs_source().metrics
+    return {when: metrics[f"gates_{when}"] for when in ("before", "after") if f"gates_{when}" in metrics}
+
+
+@torch.no_grad()
+def conversion_error(study: Study, images: int = 16) -> dict[str, float] | None:
+    """Largest relative error of the converted network's logits, max|a - b| / max|b|, on images of the primary target.
+
+    Returns:
+        "float64 eval", "float64 train" and "float32 eval"; None if the source network is not stored.
+    """
+    result = network(study, study.source_run)
+    if result is None:
+        return None
+    plain = afs.load(result.artifact(MODEL))
+    statistics = next(iter(study.target_data.values())).statistics
+    batch, _ = statistics.__getitems__(list(range(min(images, len(statistics)))))
+    errors = {}
+    for name, dtype, train in (
+        ("float64 eval", torch.float64, False),
+        ("float64 train", torch.float64, True),
+        ("float32 eval", torch.float32, False),
+    ):
+        one = copy.deepcopy(plain).to(dtype).train(train)
+        other = afs.convert(one, gates=study.profile.gates)
+        expected = one(batch.to(dtype))
+        errors[name] = float((other(batch.to(dtype)) - expected).abs().max() / expected.abs().max())
+    return errors
+
+
+def histories(
+    study: Study, methods: Iterable[str] | None = None, *, budget: float = 1.0, target: DataSource | None = None
+) -> dict[str, list[pd.DataFrame]]:
+    """Logged rows of every seed on one target (default: the primary one) at one budget, by method."""
+    names, seeds = list(methods or study.regularisers), study.profile.seeds
+    return {name: [study.point(name, seed, budget, target).history() for seed in seeds] for name in names}
+
+
+def layers_by_budget(
+    study: Study, method: str, seed: int, budgets: Sequence[float], target: DataSource | None = None
+) -> dict[float, dict[str, Any]]:
+    """Per-layer gate summaries of the points of one chain, by budget, without those that diverged."""
+    metrics = {budget: study.point(method, seed, budget, target).metrics for budget in budgets}
+    return {budget: found["layers"] for budget, found in metrics.items() if "layers" in found}
+
+
+@dataclass(frozen=True)
+class AttentionView:
+    """AFD's attention for one image.
+
+    Attributes:
+        image: uint8 (H, W, 3).
+        caption: its class.
+        layer: the tapped layer shown.
+        weights: attention of each channel, (C,); the sum is 1.
+        maps: source features, (C, h, w).
+        total: the sum of the weights of each tapped layer, which must be 1.
+    """
+
+    image: np.ndarray
+    caption: str
+    layer: str
+    weights: np.ndarray
+    maps: np.ndarray
+    total: dict[str, float]
+
+
+def _attending(study: Study, seed: int, budget: float, target: DataSource) -> tuple[Teacher, AFDLoss] | None:
+    """The frozen source and the trained attention of an AFD run."""
+    config = study.point_run("afd", seed, budget=budget, target=target)
+    result, source = network(study, config, needs=(MODEL, OBJECTIVE)), network(study, study.afs_source_run)
+    if result is None or source is None:
+        return None
+    size = config.data.load().test.size
+    objective = Objective(
+        afs.load(result.artifact(MODEL)), config.regulariser, afs.load(source.artifact(MODEL)), (3, size, size)
+    )
+    objective.load_state_dict(load_file(result.artifact(OBJECTIVE)))
+    assert objective.teacher is not None and isinstance(objective.term, AFDLoss)
+    return objective.teacher, objective.term
+
+
+@torch.no_grad()
+def attention(
+    study: Study, *, seed: int | None = None, index: int = 0, budget: float = 1.0, target: DataSource | None = None
+) -> AttentionView | None:
+    """AFD's attention for one training image, in the deepest tapped layer whose map is at least 8 x 8.
+
+    Args:
+        study: has an AFD run.
+        seed: default: the first one.
+        index: of the image among the fitting images.
+        budget: of the sweep.
+        target: default: the primary one.
+
+    Returns:
+        None if the networks are not stored.
+    """
+    seed = study.profile.seeds[0] if seed is None else seed
+    target = target or study.profile.targets[0]
+    found = _attending(study, seed, budget, target)
+    if found is None:
+        return None
+    teacher, term = found
+    splits = replace(target, seed=seed).load()
+    images, label = splits.statistics[index]
+    _, features = teacher(images[None])
+    rho = term.attention(features)
+    large = [name for name in features if features[name].shape[2] >= 8]
+    layer = large[-1] if large else max(features, key=lambda name: features[name].shape[2])
+    return AttentionView(
+        image=splits.statistics.raw(index),
+        caption=str(splits.captions[label]),
+        layer=layer,
+        weights=rho[layer][0].double().numpy(),
+        maps=features[layer][0].double().numpy(),
+        total={name: float(weights.double().sum()) for name, weights in rho.items()},
+    )
+
+
+def attentions(study: Study) -> dict[str, AttentionView]:
+    """`attention` of the first seed, by target; without the targets whose networks are not stored."""
+    views = {title: attention(study, target=target) for title, target in study.targets.items()}
+    return {title: view for title, view in views.items() if view is not None}
+
+
+def entropy_bounds(study: Study, target: DataSource | None = None) -> tuple[float, float, float]:
+    """Smallest and largest logged entropy of a target's unpruned AFD runs, and that of a uniform attention, nats."""
+    logged = [history.entropy for history in histories(study, ["afd"], target=target)["afd"]]
+    sizes = _feature_shapes(study, 64).values()
+    uniform = sum(math.log(channels) for channels, _, _ in sizes) / len(sizes)
+    return min(float(e.min()) for e in logged), max(float(e.max()) for e in logged), uniform
+
+
+def entropy_text(study: Study) -> Text:
+    """How far AFD's attention went from a uniform one while the unpruned networks were trained, by target."""
+    lines = []
+    for title, target in study.targets.items():
+        lowest, highest, uniform = entropy_bounds(study, target)
+        lines.append(
+            f"In the sweep's unpruned networks on {title} the entropy stays between {100 * lowest / uniform:.2f} and "
+            f"{100 * highest / uniform:.2f} % of a uniform attention's."
+        )
+    return Text(" ".join(lines))
+
+
+def feature_sizes(study: Study, target: DataSource | None = None) -> dict[str, tuple[int, int, int]]:
+    """(C, H, W) of the layers that AFD compares."""
+    return _feature_shapes(study, study.target_data[(target or study.profile.targets[0]).title].test.size)
+
+
+def _feature_shapes(study: Study, side: int) -> dict[str, tuple[int, int, int]]:
+    """`feature_sizes` for square images of a side, in pixels."""
+    candidates = study.profile.candidates
+    features = next((c.regulariser.features for c in candidates if c.regulariser.name == "afd"), "block")
+    return compared_shapes(study.profile.network, features, side)
+
+
+def compared_shapes(network: Network, features: str = "block", side: int = 64) -> dict[str, tuple[int, int, int]]:
+    """(C, H, W) of the layers that a feature regulariser compares, for square images of a side, in pixels.
+
+    Args:
+        network: any; its weights are not read.
+        features: "block" or "conv".
+        side: the channels do not depend on it.
+    """
+    model: nn.Module = replace(network, weights=None).build(2, 0)
+    with training.autocast(torch.device("cpu"), "fp32"):
+        return feature_shapes(model, feature_names(model, features), (3, side, side))
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """The confusion matrix of one network on a target's test images.
+
+    Attributes:
+        matrix: images by (true class, predicted class).
+        captions: readable class names.
+        budget: of the network.
+        accuracy: as the sweep's table has it.
+        images: in the test set.
+    """
+
+    matrix: list[list[int]]
+    captions: tuple[str, ...]
+    budget: float
+    accuracy: float
+    images: int
+
+
+def confusions(study: Study, sweep: pd.DataFrame, method: str) -> dict[str, Confusion]:
+    """The confusion matrix of a method's smallest network, first seed, by target.
+
+    Args:
+        study: of the sweep.
+        sweep: from `Study.sweep`.
+        method: by name.
+    """
+    found = {}
+    for title, target in study.targets.items():
+        row, splits = smallest(sweep[sweep.target == title], method), study.target_data[title]
+        metrics = study.point(method, int(row.seed), float(row.budget), target).metrics
+        found[title] = Confusion(
+            metrics["confusion"], splits.captions, float(row.budget), float(row.test_accuracy), len(splits.test)
+        )
+    return found

@@ -1,0 +1,1 @@
+"""Plans of many runs: profiles, protocols, choices on validation images, sweeps and comparisons, their tables."""

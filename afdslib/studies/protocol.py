@@ -1,0 +1,284 @@
+"""The rules of the comparison: methods, search spaces, trials, budgets and seeds.
+
+No test number had a say in them; the endpoint and the tests are in `statistics`. The rules, as code keeps them:
+
+- every competitor starts from the plain source trained for as many more source steps as AFS got;
+- the same fitting images, augmentation, steps and rounds for all; a static network is pruned at a stage's start, a
+  gated one during it;
+- a trial holds no test image, and choices look at validation accuracy alone;
+- every method gets the same number of trials: the first at the usual settings, the others quasi-random;
+- budgets are met on training images after the last step; test MACs and accuracy are reported as they fall.
+
+One thing is uneven, in favour of AFS: after its first trials, when it was mask updates rather than settings that held
+it back, its schedule was set by hand on the trial seed's validation images (`Protocol.first_update`), and its trials
+were made again. The first ones are kept, as `RECALLED`, and the recalled schedule is a row of the ablations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from afdslib.base.errors import AFDSError
+from afdslib.studies.profiles import Profile
+from afdslib.training.objective import REGULARISERS
+
+__all__ = [
+    "LABELS",
+    "REGULARISER_SPACES",
+    "SELECTIONS",
+    "SELECTION_SPACES",
+    "Axis",
+    "Method",
+    "Protocol",
+    "protocol",
+    "selection_space",
+]
+
+Value = float | str | None
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One dimension of a search space.
+
+    Attributes:
+        name: of the setting.
+        default: the first trial's value.
+        low, high: limits, both included.
+        log: whether the values are spread evenly in their logarithm.
+        choices: instead of limits.
+    """
+
+    name: str
+    default: Value
+    low: float = 0.0
+    high: float = 1.0
+    log: bool = True
+    choices: tuple[Value, ...] = ()
+
+
+LR = Axis("lr", 1.0, 0.3, 3.0)
+"""A factor on the learning rate: of the unpruned stage for regularisers, of the later stages for selections."""
+
+NORMALISE = Axis("normalise", "none", choices=("none", "mean"))
+PREDICTOR_LR = Axis("predictor_lr", 1.0, 0.1, 10.0)
+"""A factor on the predictors' learning rate of each stage."""
+
+REGULARISER_SPACES: dict[str, tuple[Axis, ...]] = {
+    "l2": (Axis("strength", 1e-3, 1e-5, 1e-1), LR),
+    "l2sp": (Axis("strength", 1e-2, 1e-4, 1.0), LR),
+    "lwf": (Axis("strength", 1.0, 1e-2, 10.0), LR),
+    "delta": (Axis("strength", 1e-2, 1e-4, 1.0), LR),
+    "feature-map": (Axis("strength", 1e-2, 1e-4, 1.0), LR),
+    "at": (Axis("strength", 10.0, 0.1, 1e3), LR),
+    "afd": (Axis("strength", 1e-2, 1e-4, 1.0), LR),
+}
+"""Two dimensions each; the strength's range spans three to four decades around the published value."""
+
+SELECTION_SPACES: dict[str, tuple[Axis, ...]] = {
+    "afs": (
+        Axis("density_exponent", 0.5, choices=(0.0, 0.25, 0.5)),
+        Axis("delta_s", 1e-2, 1e-4, 1.0),
+        PREDICTOR_LR,
+        LR,
+    ),
+    "fbs": (Axis("gate_bias", 1.0, choices=(1.0, None)), Axis("gate_l1", 1e-7, 1e-9, 1e-4), PREDICTOR_LR, LR),
+    "slimming": (Axis("scale_l1", 1e-4, 1e-6, 1e-2), NORMALISE, LR),
+    "taylor": (NORMALISE, LR),
+    "l1": (Axis("normalise", "mean", choices=("none", "mean")), LR),
+    "random": (LR,),
+    "width": (LR,),
+    "width-kd": (Axis("temperature", 4.0, 1.0, 8.0), Axis("alpha", 0.9, 0.1, 1.0, log=False), LR),
+}
+
+SELECTIONS = tuple(SELECTION_SPACES)
+
+VARIANT_SEEDS = 5
+"""Seeds of a profile that varies another; its endpoint is secondary."""
+
+RECALLED = "selection, recalled schedule"
+"""Stage of AFS's first trials in trials.csv; nothing is chosen from them."""
+
+
+def selection_space(name: str, profile: Profile) -> tuple[Axis, ...]:
+    """A selection's search space, with the profile's own delta_s in the first trial."""
+    space = SELECTION_SPACES[name]
+    return tuple(replace(axis, default=profile.delta_s) if axis.name == "delta_s" else axis for axis in space)
+
+
+LABELS = {
+    "l2": "L2", "l2sp": "L2-SP", "lwf": "LwF", "delta": "DELTA", "feature-map": "feature map", "at": "AT", "afd": "AFD",
+    "afd-detached": "AFD (detached)", "afs": "AFS", "fbs": "FBS", "slimming": "network slimming", "taylor": "Taylor",
+    "l1": "L1 norm", "random": "random channels", "width": "narrower network", "width-kd": "narrower network with KD",
+}  # fmt: skip
+"""Names for readers."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A regulariser with a selection.
+
+    Attributes:
+        regulariser: of `objectives.REGULARISERS`, or "afd-detached".
+        selection: of `SELECTIONS`.
+    """
+
+    regulariser: str
+    selection: str
+
+    def __post_init__(self) -> None:
+        if self.base not in REGULARISERS:
+            raise AFDSError(
+                f"unknown regulariser {self.regulariser!r}; known are {', '.join((*REGULARISERS, 'afd-detached'))}"
+            )
+        if self.selection not in SELECTION_SPACES:
+            raise AFDSError(f"unknown selection {self.selection!r}; known are {', '.join(SELECTIONS)}")
+
+    @property
+    def base(self) -> str:
+        """The regulariser without its variant."""
+        return "afd" if self.regulariser == "afd-detached" else self.regulariser
+
+    @property
+    def key(self) -> str:
+        """ "afd+afs" and so on, in tables and on the command line."""
+        return f"{self.regulariser}+{self.selection}"
+
+    @property
+    def label(self) -> str:
+        """For readers: "L2-SP + Taylor"."""
+        return f"{LABELS[self.regulariser]} + {LABELS[self.selection]}"
+
+    @property
+    def role(self) -> str:
+        """ "afds"; "part" with AFD or AFS alone (or a variant), which are ablations; or "competitor"."""
+        if self.key == "afd+afs":
+            return "afds"
+        return "part" if self.base == "afd" or self.selection == "afs" else "competitor"
+
+    @classmethod
+    def parse(cls, text: str) -> Method:
+        """From "regulariser+selection".
+
+        Raises:
+            AFDSError: an unknown name, or not of this form.
+        """
+        regulariser, plus, selection = text.partition("+")
+        if not plus:
+            raise AFDSError(f"the method {text!r} is not of the form REGULARISER+SELECTION, such as l2sp+taylor")
+        return cls(regulariser, selection)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How much of the comparison a profile runs.
+
+    Attributes:
+        methods: pairs that are compared.
+        trials: of each regulariser and of each selection.
+        budgets: of the sweep; the first is the unpruned network at its true cost.
+        trial_budget: at which selections are tuned, with L2 at its best.
+        primary_budget: at which strengths are chosen once more, and of the endpoint.
+        multipliers: of a pair's best strength, tried at the primary budget.
+        seeds: of AFDS and the top rivals, paired.
+        rest: how many of these seeds the other methods get.
+        rivals: how many competitors, best on validation, get all seeds.
+        gates_alone: share of the unpruned stage's steps in which FBS tunes its gates alone.
+        steps: factor on the profile's steps on the target data.
+        epoch_steps: steps per row of the learning curve, after which a killed worker can go on: about an epoch.
+        first_update: share of a stage after which AFS removes channels; it freezes gates at the later update. [ours]
+        settings_of: a profile whose finished comparison gives the settings, and the rivals that AFDS is compared with;
+            nothing is tuned then.
+        narrow_between: whether narrower networks, each of which is a training of its own, are made at the budgets
+            between the unpruned one and the endpoint, too.
+    """
+
+    methods: tuple[Method, ...]
+    trials: int
+    budgets: tuple[float, ...] = (1.0, 0.5, 0.25, 0.2, 0.125, 0.1, 0.05)
+    trial_budget: float = 0.25
+    primary_budget: float = 0.1
+    multipliers: tuple[float, ...] = (1.0, 0.1, 10.0, 0.0)
+    seeds: tuple[int, ...] = tuple(range(10))
+    rest: int = 3
+    rivals: int = 3
+    gates_alone: float = 0.2
+    steps: float = 1.0
+    epoch_steps: int = 12
+    # A static network is cut at a stage's start and has the whole stage to recover. AFD + AFS on imagenet32 (validation
+    # of the trial's seed, 100 + 2 x 80 steps): 0.5 as in the recalled procedure, freezing at both updates, 48.3 % at 4x
+    # and 43.1 % at 10x; 0.02, freezing at both, 49.6 and 40.4 % (two gates left); freezing later, 49.8 and 47.0 %.
+    first_update: float = 0.02
+    settings_of: str = ""
+    narrow_between: bool = True
+
+    def __post_init__(self) -> None:
+        if self.trials < 1:
+            raise AFDSError(
+                f"trials must be a whole number of at least 1, got {self.trials!r}: the search space is empty"
+            )
+        if not self.methods:
+            raise AFDSError("the comparison has no method; name at least one pair such as afd+afs")
+        for budget in (self.trial_budget, self.primary_budget):
+            if not 0 < budget < 1:
+                raise AFDSError(f"budgets of trials must lie between 0 and 1, got {budget!r}")
+
+    @property
+    def trial_chain(self) -> tuple[float, ...]:
+        """Budgets on the way to the primary one in a trial."""
+        return (1.0, self.trial_budget, self.primary_budget)
+
+
+def _pairs(regularisers: tuple[str, ...], selections: tuple[str, ...]) -> tuple[Method, ...]:
+    return tuple(Method(r, s) for s in selections for r in regularisers)
+
+
+_CORE = ("l2", "l2sp", "delta", "afd")
+_PROTOCOLS: Mapping[tuple[str, str], Protocol] = {
+    # In miniature: several selections and regularisers once, two trials, two seeds, few steps.
+    ("demo", "quick"): Protocol(
+        methods=tuple(map(Method.parse, ("afd+afs", "l2+taylor", "l2sp+slimming", "l2+width"))),
+        trials=2, budgets=(1.0, 0.25, 0.1), multipliers=(1.0, 0.0), seeds=(0, 1), rest=1, rivals=1, steps=0.6,
+        epoch_steps=20,
+    ),
+    # The grid that the primary endpoint needs, all budgets and seeds, at the profile's few steps.
+    ("imagenet32", "quick"): Protocol(
+        methods=(*_pairs(_CORE, ("afs", "slimming", "taylor")), *_pairs(("l2",), ("width", "width-kd"))), trials=4,
+    ),
+    ("imagenet32", "standard"): Protocol(
+        methods=(
+            *_pairs(_CORE, ("afs", "slimming", "taylor", "fbs")),
+            *_pairs(("l2", "afd"), ("l1", "random", "width", "width-kd")),
+            *_pairs(("lwf", "feature-map", "at", "afd-detached"), ("afs",)),
+            *_pairs(("lwf", "feature-map", "at"), ("taylor",)),
+        ),
+        trials=16,
+    ),
+    ("paper", "standard"): Protocol(
+        methods=_pairs(("l2", "l2sp", "lwf", "delta", "feature-map", "at", "afd"), SELECTIONS), trials=16,
+        epoch_steps=250,
+    ),
+}  # fmt: skip
+
+
+def protocol(profile: Profile) -> Protocol:
+    """The comparison of a profile.
+
+    A budget that has none of its own takes the other one's. A variant such as imagenet32-disjoint asks the endpoint's
+    question of other data, with the settings and the rivals of the profile it varies, all at the same few seeds.
+
+    Raises:
+        AFDSError: for a profile without one.
+    """
+    family = profile.name.partition("-")[0]
+    mine = {budget: p for (name, budget), p in _PROTOCOLS.items() if name == family}
+    if not mine:
+        known = ", ".join(dict.fromkeys(name for name, _ in _PROTOCOLS))
+        raise AFDSError(f"the profile {profile.name!r} has no comparison; {known} have one")
+    found = mine.get(profile.budget, next(iter(mine.values())))
+    if profile.name == family:
+        return found
+    budgets = found.budgets[: found.budgets.index(found.primary_budget) + 1]
+    seeds = found.seeds[:VARIANT_SEEDS]
+    return replace(found, budgets=budgets, seeds=seeds, rest=len(seeds), settings_of=family, narrow_between=False)

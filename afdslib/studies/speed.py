@@ -1,0 +1,152 @@
+"""The network whose time is measured: ResNet-101, trained with AFDS on photographs and pruned by its own masks.
+
+Its masks, not its weights, decide how long it takes, so they are what is written to data/results/speed/: anyone can
+time the same network with `afds bench --case networks --masks FILE`. The weights (170 MB) stay in the run store.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from afdslib import afs, runs
+from afdslib.afs.compact import masks
+from afdslib.base import paths
+from afdslib.base.atomic import write_json
+from afdslib.base.errors import AFDSError
+from afdslib.experiments.afs import MODEL, AFSSourceRun, DataSource, Network, SourceRun, TransferRun
+from afdslib.training import Optimisation
+from afdslib.training.objective import Regulariser
+
+__all__ = ["Speed", "train", "read_masks"]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What is trained.
+
+    Attributes:
+        source: source data set; its 32 px images are enlarged to `size`.
+        target: target data set.
+        per_class: fitting images per class of the target.
+        network: backbone, with the stem for photographs.
+        width: factor on its channels.
+        size: side of the images, pixels.
+        source_steps: of the plain network on the source data.
+        afs_steps: of the converted network on the source data.
+        transfer_steps: with AFDS on the target data, unpruned.
+        tuning_steps: with AFDS at each later budget.
+        batch_size: images per step.
+        lr: learning rate at the start; five times that for the plain network.
+        budgets: shares of the dense MACs.
+        multiple: kept channels are rounded to a multiple.
+        stream: "coupled", residual streams narrow as a whole, or "free".
+        precision: of the training.
+        seed: of everything.
+    """
+
+    source: str = "tiny-imagenet-32"
+    target: str = "cifar10"
+    per_class: int | None = 60
+    network: str = "resnet101"
+    width: float = 1.0
+    size: int = 64
+    source_steps: int = 1000
+    afs_steps: int = 200
+    transfer_steps: int = 400
+    tuning_steps: int = 200
+    batch_size: int = 32
+    lr: float = 0.01
+    budgets: tuple[float, ...] = (1.0, 0.5, 0.2, 0.1)
+    multiple: int = 16
+    stream: str = "coupled"
+    precision: str = "bf16"
+    seed: int = 0
+
+    def runs(self, data_dir: str | None = None) -> list[TransferRun]:
+        """The points of the sweep, in order. Channels go early in a stage, gates become constant late; d stays 1."""
+        root = data_dir or ""
+        source_data = DataSource(self.source, size=self.size, root=root)
+        target_data = DataSource(self.target, per_class=self.per_class, seed=self.seed, size=self.size, root=root)
+        network = Network(self.network, width=self.width, zero_init=True)
+        plain = SourceRun(source_data, network, self._stage(self.source_steps, 5 * self.lr))
+        gated = AFSSourceRun(plain, source_data, self._stage(self.afs_steps, self.lr))
+        return [
+            TransferRun(
+                gated, target_data, Regulariser("afd", 0.01), self._stage(self.transfer_steps, self.lr),
+                self._stage(self.tuning_steps, self.lr), self.budgets[: i + 1], delta_s=math.inf, density_floor=1.0,
+                macs_images=64, seed=self.seed, multiple=self.multiple, stream=self.stream, first=0.02,
+                freeze_first=False,
+            )
+            for i in range(len(self.budgets))
+        ]  # fmt: skip
+
+    def _stage(self, steps: int, lr: float) -> Optimisation:
+        return Optimisation(
+            steps=steps, batch_size=self.batch_size, lr=lr, schedule="cosine", warmup=0.05, predictor_lr=3.0,
+            precision=self.precision, log_rows=2 if steps > 1 else 1,
+        )  # fmt: skip
+
+
+def train(settings: Speed, data_dir: str | None = None, *, folder: Path | None = None) -> list[Path]:
+    """Computes the runs that are missing and writes the masks of each pruned network.
+
+    Args:
+        settings: what is trained.
+        data_dir: where the archives lie.
+        folder: for the masks; default: data/results/speed/.
+
+    Returns:
+        The files: JSON with the architecture, the masks ("0" removed, "s" static, "d" dynamic, one letter per channel),
+        accuracy, MACs and the run's id.
+
+    Raises:
+        AFDSError: if a run diverged, or for other settings than `Speed()` without a folder for their masks.
+    """
+    if folder is None and settings != Speed():
+        raise AFDSError("only the study as it stands is kept among the results; give another folder for these settings")
+    folder = folder or paths.results("speed")
+    files = []
+    for config in settings.runs(data_dir):
+        result = runs.get_or_run(config)
+        if "diverged" in result.metrics:
+            raise AFDSError(f"the study has no such network: {result.metrics['diverged']}")
+        if config.parent is None:
+            continue
+        result = runs.get_or_run(config, needs=(MODEL,))  # a published result may have come without its network
+        model = afs.load(result.artifact(MODEL))
+        known = ("test_accuracy", "validation_accuracy", "macs", "dense_macs", "steps", "removed", "static", "dynamic")
+        written: dict[str, Any] = {
+            "architecture": model.architecture,
+            "masks": masks(model),
+            "budget": config.budgets[-1],
+            "run": result.id,
+            "metrics": {key: result.metrics[key] for key in known if key in result.metrics},
+            "training": {key: value for key, value in runs.to_json(settings).items() if key != "class"},
+        }
+        file = folder / f"{settings.network}-{1 / config.budgets[-1]:g}x.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, written)
+        files.append(file)
+    return files
+
+
+def read_masks(path: str | Path) -> Mapping[str, Any]:
+    """What `train` wrote.
+
+    Raises:
+        AFDSError: a missing or foreign file.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not (isinstance(found["architecture"]["name"], str) and isinstance(found["masks"], dict) and found["masks"]):
+            raise KeyError("masks")
+    except FileNotFoundError:
+        raise AFDSError(f"no file {str(path)!r}; give one that afds speed wrote") from None
+    except (ValueError, KeyError, TypeError, IsADirectoryError):
+        raise AFDSError(f"{str(path)!r} holds no masks; give a file that afds speed wrote") from None
+    return found

@@ -1,0 +1,124 @@
+"""Several workers, on one machine or on many that share the run store, do one list of runs between them.
+
+Nobody hands out work: a worker passes over what another one is computing (the store's locks say so) and takes the next.
+A killed worker's lock is released by the system, so the next one that comes by resumes its run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+
+from afdslib import runs
+from afdslib.base.errors import BusyError
+from afdslib.experiments.delta import weights_run
+
+__all__ = ["alongside", "compute"]
+
+
+def compute(configs: Sequence[Any], publish: Callable[[runs.Result], Any] | None = None) -> list[runs.Result]:
+    """This worker's share of some runs and of those they need, then the results, in the order asked for.
+
+    A run is begun when those it needs are finished, so that workers do not wait for each other.
+
+    Args:
+        configs: the runs, the first ones first.
+        publish: called with each result as soon as it is there, so that an interrupted study keeps it.
+    """
+    todo = _missing(_with_needs(configs))
+    while todo:
+        idle = True
+        for config in todo:
+            if runs.lookup(config) is not None or any(runs.lookup(need) is None for need in _needs(config)):
+                continue
+            try:
+                result = runs.get_or_run(config, wait=False)
+            except BusyError:
+                continue
+            if publish is not None:
+                publish(result)
+            idle = False
+        todo = _missing(todo)
+        if todo and idle:  # waits for the worker of one of them, or takes over if that one is gone
+            runs.get_or_run(next((config for config in todo if runs.busy(config)), todo[0]))
+            todo = _missing(todo)
+    results = [runs.get_or_run(config) for config in configs]
+    if publish is not None:  # what other workers have computed, too
+        for result in results:
+            publish(result)
+    return results
+
+
+def _needs(config: Any) -> list[Any]:
+    """The runs that a run starts from: those among its fields, the point before, and DELTA's channel weights."""
+    found = [getattr(config, field.name) for field in dataclasses.fields(config)]
+    found.append(getattr(config, "parent", None))
+    if hasattr(config, "regulariser") and config.regulariser is not None:
+        found.append(weights_run(config.regulariser, config.source, config.data))
+    return [c for c in found if dataclasses.is_dataclass(c) and _executes(c)]
+
+
+def _executes(config: Any) -> bool:
+    return callable(getattr(config, "execute", None))
+
+
+def _with_needs(configs: Iterable[Any]) -> list[Any]:
+    """All runs of some chains, each after those it needs."""
+    ordered: dict[Any, None] = {}
+
+    def add(config: Any) -> None:
+        if config not in ordered:
+            for need in _needs(config):
+                add(need)
+            ordered[config] = None
+
+    for config in configs:
+        if runs.lookup(config) is None:
+            add(config)
+    return list(ordered)
+
+
+def _missing(configs: Iterable[Any]) -> list[Any]:
+    return [config for config in configs if runs.lookup(config) is None]
+
+
+def alongside(work: Callable[..., Any], arguments: tuple[Any, ...], workers: int) -> Any:
+    """Runs the same work in this process and in `workers - 1` others, which share it through the run store.
+
+    Args:
+        work: a function of a module.
+        arguments: for each of them.
+        workers: processes in all, one thread each if there are several.
+
+    Returns:
+        What it returns here.
+    """
+    # Started afresh, not forked: a process that has used torch's threads cannot be forked safely.
+    context = get_context("spawn")
+    others: list[Any] = [context.Process(target=_work, args=(work, arguments)) for _ in range(workers - 1)]
+    threads = torch.get_num_threads()
+    try:
+        for process in others:
+            process.start()
+        if others:
+            torch.set_num_threads(1)
+        return work(*arguments)
+    finally:
+        torch.set_num_threads(threads)
+        # What they would still do is done, or this process has failed and the next call goes on.
+        for process in others:
+            process.terminate()
+        for process in others:
+            process.join()
+
+
+def _work(work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    try:
+        work(*arguments)
+    except (KeyboardInterrupt, ValueError, OSError):
+        raise SystemExit(2) from None  # the first process says why

@@ -1,0 +1,289 @@
+"""Several processes that train one network together: who is who, shared numbers, batch norm, and one writer.
+
+`torchrun` or `fabric run` starts the processes, never a call from here. Each holds the whole network and computes an
+equal share of every batch; Lightning Fabric averages the gradients (DistributedDataParallel). With the same batch in
+all, N processes take the steps that one would take, up to rounding: the order of the images does not depend on N, and
+batch norm normalises by the whole batch.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from afdslib import runs
+from afdslib.base.errors import AFDSError
+from afdslib.base.malloc import keep_freed_memory
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+__all__ = [
+    "Follower",
+    "average",
+    "average_gradients",
+    "fabric",
+    "get_or_run",
+    "joined",
+    "launched",
+    "leads",
+    "local_world",
+    "rank",
+    "share",
+    "synchronised_norms",
+    "total",
+    "world",
+]
+
+
+def launched() -> int:
+    """How many processes torchrun or `fabric run` started; 1 without them."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+
+
+def world() -> int:
+    """Processes that have joined; 1 for an ordinary program."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if world() > 1 else 0
+
+
+def leads() -> bool:
+    """Whether this process speaks for all, also before they have joined."""
+    return launched() == 1 or os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Inside the block the processes that a launcher started are one group. Nothing happens in an ordinary program."""
+    if launched() > 1:
+        fabric()
+    try:
+        yield
+    finally:
+        if launched() > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def local_world() -> int:
+    """Processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if launched() > 1 else 1
+
+
+def fabric(precision: str = "32-true") -> Fabric:
+    """Lightning Fabric on one device or, in a process that a launcher started, as a member of the group.
+
+    `fabric run --accelerator` or the variable LT_ACCELERATOR (`cpu`, `gpu`) chooses the devices.
+
+    Raises:
+        AFDSError: the launcher's options cannot be met, for instance more processes than GPUs.
+    """
+    from lightning.fabric import Fabric  # seconds to import, and only training needs it
+
+    keep_freed_memory()
+    for name in ("lightning.fabric", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if launched() == 1:
+        return Fabric(accelerator="auto", devices=1, precision=precision)  # type: ignore[arg-type]
+    by_command = os.environ.get("LT_CLI_USED", "0") == "1"
+    nodes = 1 if by_command else launched() // local_world()
+    try:
+        made = Fabric(
+            strategy="ddp", devices="auto" if by_command else local_world(), num_nodes=nodes,
+            precision=precision,  # type: ignore[arg-type]
+        )  # fmt: skip
+        if not by_command:
+            made.launch()
+    except (ValueError, RuntimeError) as error:  # Fabric's MisconfigurationException is one
+        raise AFDSError(
+            f"{launched()} processes cannot train here ({' '.join(str(error).split())[:200]}): start one per GPU, or "
+            "set LT_ACCELERATOR=cpu"
+        ) from error
+    return made
+
+
+# ------------------------------------------------------------------------------------------------------ shared numbers
+
+
+def _device() -> torch.device:
+    """Where the group exchanges tensors."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum over processes, on the device of `values`; the same tensor in an ordinary program."""
+    if world() == 1:
+        return values
+    summed = values.detach().to(_device(), copy=True)
+    dist.all_reduce(summed)
+    return summed.to(values.device)
+
+
+def average(values: Tensor) -> Tensor:
+    """The mean over processes; see `total`."""
+    return values if world() == 1 else total(values) / world()
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Averages the gradients of parameters that Fabric's wrapper does not know, such as adapters of a loss."""
+    if world() > 1:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.copy_(average(parameter.grad))
+
+
+def share(batch: Sequence[int]) -> list[int]:
+    """This process's part of a batch: equal, contiguous shares in the order of the ranks.
+
+    Raises:
+        AFDSError: the batch cannot be divided equally, which would weigh its images differently.
+    """
+    if len(batch) % world():
+        raise AFDSError(f"a batch of {len(batch)} images cannot be divided among {world()} processes; take a multiple")
+    part = len(batch) // world()
+    return list(batch[rank() * part : (rank() + 1) * part])
+
+
+# ---------------------------------------------------------------------------------------------------------- batch norm
+
+
+class _Normalise(torch.autograd.Function):
+    """Batch norm by the statistics of all processes' equal shares; returns the output, the mean and the variance.
+
+    torch's SyncBatchNorm does the same on GPUs and has no CPU version. Statistics are in float32 or, for float64
+    inputs, in float64.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        wide = x if x.dtype == torch.float64 else x.float()
+        over = [0, *range(2, x.dim())]
+        mean = average(wide.mean(over))
+        centred = wide - _spread(mean, x)
+        variance = average(centred.square().mean(over))
+        scale = (variance + eps).rsqrt()
+        ctx.save_for_backward(x, weight, mean, scale)
+        out = centred * _spread(scale * weight, x) + _spread(bias, x)
+        ctx.mark_non_differentiable(mean, variance)
+        return out.to(x.dtype), mean, variance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, weight, mean, scale = ctx.saved_tensors
+        over = [0, *range(2, x.dim())]
+        gradient = gradient.to(mean.dtype)
+        normal = (x.to(mean.dtype) - _spread(mean, x)) * _spread(scale, x)
+        of_bias, of_weight = gradient.sum(over), (gradient * normal).sum(over)
+        means = average(torch.stack([of_bias, of_weight])) / (x.numel() // x.shape[1])
+        of_x = gradient - _spread(means[0], x) - normal * _spread(means[1], x)
+        return (of_x * _spread(scale * weight, x)).to(x.dtype), of_weight.to(weight), of_bias.to(weight), None
+
+
+def _spread(values: Tensor, like: Tensor) -> Tensor:
+    """(C,) to (1, C, 1, ...)."""
+    return values.view(1, -1, *[1] * (like.dim() - 2))
+
+
+def _synchronised(norm: _BatchNorm, x: Tensor) -> Tensor:
+    """What takes the place of a batch norm's `forward`."""
+    if not norm.training:
+        return type(norm).forward(norm, x)
+    size = x.shape[1]
+    weight = norm.weight if norm.weight is not None else x.new_ones(size, dtype=torch.float64).to(_wide(x))
+    bias = norm.bias if norm.bias is not None else torch.zeros_like(weight)
+    out, mean, variance = _Normalise.apply(x, weight, bias, norm.eps)
+    if norm.track_running_stats and norm.running_mean is not None and norm.running_var is not None:
+        count = x.numel() // size * world()
+        with torch.no_grad():
+            if norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.add_(1)
+            momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum  # type: ignore[arg-type]
+            norm.running_mean.lerp_(mean.to(norm.running_mean), momentum)
+            norm.running_var.lerp_((variance * (count / max(1, count - 1))).to(norm.running_var), momentum)
+    return out
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+@contextmanager
+def synchronised_norms(model: nn.Module, on: bool = True) -> Iterator[None]:
+    """Inside the block every batch norm of the network that is in train mode normalises by all processes' images.
+
+    Types, names and state of the modules stay as they are. Nothing happens in an ordinary program, or if not `on`.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)] if on and world() > 1 else []
+    for norm in norms:
+        vars(norm)["forward"] = functools.partial(_synchronised, norm)
+    try:
+        yield
+    finally:
+        for norm in norms:
+            del vars(norm)["forward"]
+
+
+# ----------------------------------------------------------------------------------------------------------- one writer
+
+
+class Follower(runs.Run):
+    """A run as every process but the first sees it: it reads the checkpoint and writes nothing."""
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        pass
+
+    def log(self, row: dict[str, Any]) -> None:
+        pass
+
+    def truncate_log(self, step: int) -> None:
+        pass
+
+    def write_artifact(self, name: str, writer: Callable[[Path], object]) -> Path:
+        return self.artifact(name)
+
+
+def get_or_run(config: Any, *, store: str | Path | None = None, needs: Sequence[str] = ()) -> runs.Result:
+    """`runs.get_or_run` for all processes at once: the first holds the lock and writes, the others compute with it.
+
+    All must call it alike, and see one run store.
+
+    Raises:
+        AFDSError: as `runs.get_or_run`; or the store is not shared.
+    """
+    if world() == 1:
+        return runs.get_or_run(config, store=store, needs=needs)
+    if rank() == 0:
+        told: list[None] = []
+
+        def begin() -> None:
+            told.append(None)
+            total(torch.ones(1))
+
+        result = runs.get_or_run(config, store=store, needs=needs, started=begin)
+        if not told:
+            total(torch.zeros(1))
+        dist.barrier()
+        return result
+    if total(torch.zeros(1)).item():
+        id, folder = runs.run_id(config), runs.folder(store)
+        config.execute(Follower(id, folder / id, folder))
+    dist.barrier()
+    found = runs.lookup(config, store=store, needs=needs)
+    if found is None:
+        raise AFDSError(f"process {rank()} does not see the run {runs.run_id(config)}; all must share one run store")
+    return found

@@ -1,0 +1,121 @@
+"""Features of named layers, and the one place where a teacher is frozen."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from afdslib.afs.layer import AFSConvBN
+from afdslib.backbones import stages
+from afdslib.base.errors import AFDSError
+from afdslib.losses.at import input_gradient
+
+__all__ = ["Teacher", "feature_names", "feature_shapes", "taps"]
+
+
+@contextmanager
+def taps(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """Collects the outputs of named modules during the forward passes inside the block.
+
+    The hooks are gone when the block ends, whatever happens in it, so no pass outside can leave stale features behind.
+
+    The output of a single layer is cloned: what follows it may work in place (torchvision's ReLU, and its residual add
+    into the last batch norm's output), and the features would be those of another layer. A residual block's output is
+    read by the next block only, so it is kept without a copy. [ours]
+    """
+    features: dict[str, Tensor] = {}
+    modules = dict(model.named_modules())
+    handles = []
+    try:
+        for name in names:
+            if name not in modules:
+                raise AFDSError(
+                    f"no layer {name!r} in {type(model).__name__}; its layers are those of model.named_modules()"
+                )
+
+            def record(module: nn.Module, args: tuple, output: Tensor, name: str = name) -> None:
+                single = isinstance(module, AFSConvBN) or next(module.children(), None) is None
+                features[name] = output.clone() if single else output
+
+            handles.append(modules[name].register_forward_hook(record))
+        yield features
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def feature_names(model: nn.Module, features: str) -> list[str]:
+    """The layers a feature regulariser compares: the last block of each residual stage. [code]
+
+    Args:
+        model: a ResNet, converted or not.
+        features: "block", after the residual add and ReLU [ours]; "convbn", the gated output of the block's last
+            ConvBN, as in the paper's figure.
+    """
+    if features not in ("block", "convbn"):
+        raise AFDSError(f"features must be 'block' or 'convbn', got {features!r}")
+    blocks = stages(model)
+    if features == "block":
+        return blocks
+    names = []
+    for block in blocks:
+        children = [n for n, m in model.get_submodule(block).named_children() if n.startswith("conv")]
+        last = f"{block}.{max(children)}"
+        gated = isinstance(model.get_submodule(last), AFSConvBN)
+        names.append(last if gated else last.replace("conv", "bn"))
+    return names
+
+
+def feature_shapes(
+    model: nn.Module, names: Iterable[str], input_size: tuple[int, int, int]
+) -> dict[str, tuple[int, int, int]]:
+    """(C, H, W) of each named layer's output for one image of the given size."""
+    parameter = next(model.parameters())
+    teacher = Teacher(model, names)
+    _, features = teacher(torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype))
+    return {name: tuple(x.shape[1:]) for name, x in features.items()}  # type: ignore[misc]
+
+
+class Teacher:
+    """A frozen network in eval mode that gives logits and named features without gradients.
+
+    It holds a copy, so freezing it changes nothing outside, and it is no nn.Module, so that neither `.train()`
+    nor an optimiser can reach it.
+
+    Args:
+        model: the trained network.
+        names: layers whose features are wanted.
+    """
+
+    def __init__(self, model: nn.Module, names: Iterable[str] = ()):
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.names = list(names)
+
+    def to(self, device: torch.device | str, memory_format: torch.memory_format = torch.preserve_format) -> Teacher:
+        self.model.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
+        return self
+
+    def _check(self) -> None:
+        """It was frozen when it was made; whoever thawed it since is told."""
+        if any(m.training for m in self.model.modules()):
+            raise AFDSError("The teacher is in train mode, so its batch norm would learn; call teacher.model.eval().")
+        if any(p.requires_grad for p in self.model.parameters()):
+            raise AFDSError("The teacher's parameters require gradients; call teacher.model.requires_grad_(False).")
+
+    @torch.enable_grad()
+    def input_gradient(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Gradient of each sample's cross-entropy with respect to its image, (B, 3, H, W), without a graph."""
+        self._check()
+        images = images.detach().requires_grad_()
+        return input_gradient(self.model(images), labels, images, create_graph=False)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        self._check()
+        with taps(self.model, self.names) as features:
+            logits = self.model(images)
+        return logits, features

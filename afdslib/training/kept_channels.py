@@ -1,0 +1,65 @@
+"""Which channels of the source a pruned network still has, layer by layer, so that like is compared with like."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from afdslib.afs.shrink import Group, Kept, groups, shrink
+from afdslib.backbones import classifier_name
+from afdslib.base.errors import AFDSError
+from afdslib.training.features import feature_shapes
+from afdslib.training.regularisers import Channels
+
+__all__ = ["matching"]
+
+
+def matching(source: nn.Module, kept: Kept, names: Iterable[str], size: tuple[int, int, int]) -> Channels:
+    """The source's channels that a network pruned from it still has.
+
+    Args:
+        source: the dense source network.
+        kept: positions among its channels, by group: `architecture["kept"]` of the pruned network.
+        names: tapped layers: blocks, or the layers themselves.
+        size: (3, H, W).
+
+    Raises:
+        AFDSError: where a tapped layer's channels do not all belong to one group.
+    """
+    found = groups(source, size)
+    names = list(names)
+    widths = {name: shape[0] for name, shape in feature_shapes(source, names, size).items()} if names else {}
+    positions = {name: _outputs(source, found, kept, name, widths[name]) for name in names}
+    head = classifier_name(source)
+    positions[head] = _inputs(source, found, kept, head)
+    return Channels(shrink(source, kept, size), positions)
+
+
+def _outputs(source: nn.Module, found: list[Group], kept: Kept, name: str, width: int) -> Tensor:
+    """Positions of a tapped layer's remaining outputs: those of the last layer inside it (or before it) that fits."""
+    order = [n for n, _ in source.named_modules()]
+    makers = {m.layer: (g, m) for g in found for m in g.members if m.output and len(m.positions) == width}
+    inside = [n for n in makers if n == name or n.startswith(f"{name}.")]
+    before = [n for n in makers if order.index(n) < order.index(name)]
+    candidates = inside or before
+    if not candidates:
+        raise AFDSError(
+            f"it cannot be told which channels of {name!r} a pruned {type(source).__name__} has; use l2 or l2sp on it"
+        )
+    group, member = makers[max(candidates, key=order.index)]
+    alive = set(kept.get(group.name, range(group.width)))
+    return torch.tensor(sorted(p for root, p in member.positions if root in alive))
+
+
+def _inputs(source: nn.Module, found: list[Group], kept: Kept, head: str) -> Tensor:
+    layer = source.get_submodule(head)
+    assert isinstance(layer, nn.Linear)
+    gone: set[int] = set()
+    for group in found:
+        alive = set(kept.get(group.name, range(group.width)))
+        for member in group.members:
+            if member.layer == head and not member.output:
+                gone |= {p for root, p in member.positions if root not in alive}
+    return torch.tensor([p for p in range(layer.in_features) if p not in gone])

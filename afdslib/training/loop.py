@@ -1,0 +1,632 @@
+"""One small loop for every training stage: source fine-tuning, transfer, and the tuning between mask updates."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from afdslib import data, runs
+from afdslib.afs import macs
+from afdslib.afs.graph import eval_mode
+from afdslib.afs.layer import AFSConvBN
+from afdslib.afs.masks import collect_statistics
+from afdslib.base.bf16 import fast_bf16
+from afdslib.base.errors import AFDSError, DivergedError
+from afdslib.base.onednn import safe_gradients
+from afdslib.training import distributed
+
+if TYPE_CHECKING:
+    from afdslib.runs import Run
+    from afdslib.training.objective import Objective
+
+__all__ = ["Evaluation", "Optimisation", "autocast", "device", "evaluate", "fit", "monitor_gates", "recalibrate"]
+
+_PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed", "fp64": "64-true"}
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """How one stage is trained: SGD with momentum and a schedule over a fixed number of steps.
+
+    Attributes:
+        steps: optimiser steps.
+        batch_size: images per step.
+        lr: learning rate at the start (after the warm-up).
+        momentum: of SGD.
+        nesterov: Nesterov momentum.
+        schedule: "cosine" to 0 over the stage; "step": times `drop` at `milestone` of each half [code: seed];
+            "milestones": times `drop` at each of `milestones`.
+        milestone: share of each half after which the rate drops.
+        drop: factor of the drop.
+        second_half: factor on the rate of the second half; 0.1 in our reading of the paper. [recall]
+        warmup: share of the steps in which the rate rises linearly from 0.
+        predictor_lr: multiplier on the learning rate of the gates' predictors. [ours]
+        label_smoothing: of the cross-entropy.
+        precision: "fp32", "bf16" or "fp16" (the last two with autocast; gates always in float32), or "fp64" to compare
+            arithmetic.
+        channels_last: memory format of images and weights.
+        log_rows: rows of the learning curve, spread over the stage (at most one per step).
+        recalibrate: re-estimate the batch norms' statistics on this many batches after each mask update; 0 for never.
+        milestones: shares of the stage at which the rate drops, increasing, for the schedule "milestones".
+        sync_norm: with several processes, whether batch norm normalises by the images of all of them, as one process
+            would; else each by its own, so that the number of processes matters.
+    """
+
+    steps: int
+    batch_size: int = 48
+    lr: float = 0.01
+    momentum: float = 0.9
+    nesterov: bool = False
+    schedule: str = "step"
+    milestone: float = 0.67
+    drop: float = 0.1
+    second_half: float = 1.0
+    warmup: float = 0.0
+    predictor_lr: float = 1.0
+    label_smoothing: float = 0.0
+    precision: str = "fp32"
+    channels_last: bool = True
+    log_rows: int = 20
+    recalibrate: int = 0
+    milestones: tuple[float, ...] = runs.added(())
+    sync_norm: bool = runs.added(True)
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 0), ("batch_size", 1), ("log_rows", 1), ("recalibrate", 0)):
+            value = getattr(self, name)
+            if not (isinstance(value, int) and not isinstance(value, bool) and value >= least):
+                raise AFDSError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        if self.precision not in _PRECISIONS:
+            raise AFDSError(f"precision must be one of {', '.join(_PRECISIONS)}, got {self.precision!r}")
+        if self.schedule not in ("step", "cosine", "milestones"):
+            raise AFDSError(f"schedule must be 'step', 'cosine' or 'milestones', got {self.schedule!r}")
+        shares = self.milestones
+        rising = all(x < y for x, y in zip((0.0, *shares), (*shares, 1.0), strict=True))
+        if bool(shares) != (self.schedule == "milestones") or (shares and not rising):
+            raise AFDSError(
+                f"milestones must be increasing shares between 0 and 1 for the schedule 'milestones' and empty for the "
+                f"others, got {shares!r} for {self.schedule!r}"
+            )
+        for name in ("lr", "predictor_lr"):
+            value = getattr(self, name)
+            if not (isinstance(value, (int, float)) and 0 < value < math.inf):
+                raise AFDSError(f"{name} must be a positive number, got {value!r}")
+        for name in ("momentum", "warmup", "label_smoothing"):
+            value = getattr(self, name)
+            if not (isinstance(value, (int, float)) and 0 <= value < 1):
+                raise AFDSError(f"{name} must be a number in [0, 1), got {value!r}")
+        for name in ("milestone", "drop", "second_half"):
+            value = getattr(self, name)
+            if not (isinstance(value, (int, float)) and 0 <= value <= 1):
+                raise AFDSError(f"{name} must be a number in [0, 1], got {value!r}")
+        if self.nesterov and not self.momentum:
+            raise AFDSError("nesterov needs a momentum above 0, such as 0.9")
+
+    def factor(self, step: int) -> float:
+        """The learning rate at a step, as a share of `lr`."""
+        warm = round(self.warmup * self.steps)
+        if step < warm:
+            return (step + 1) / warm
+        if self.schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
+        if self.schedule == "milestones":
+            return self.drop ** sum(step >= round(share * self.steps) for share in self.milestones)
+        half = (self.steps + 1) // 2
+        within, length = (step, half) if step < half else (step - half, self.steps - half)
+        rate = 1.0 if step < half else self.second_half
+        return rate * (self.drop if within >= self.milestone * length else 1.0)
+
+
+def device() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processes() -> int:
+    """How many processes should train at a time, one thread each: one per core on a CPU, one on a GPU."""
+    return 1 if device().type != "cpu" else cores()
+
+
+@contextmanager
+def autocast(where: torch.device, precision: str) -> Iterator[None]:
+    """The autocast context of a precision's name."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    with fast_bf16(where, precision), torch.autocast(where.type, dtype=dtype, enabled=dtype is not None):
+        yield
+
+
+def workers(dataset: data.ImageDataset) -> int:
+    """Loader processes: none for images in memory, else one per core (shared by this machine's processes) up to 8."""
+    images = dataset
+    while isinstance(images, _Some):
+        images = images.dataset
+    return 0 if isinstance(images, data.ArrayImages) else max(1, min(8, cores() // distributed.local_world()))
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluation
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one pass over a split says.
+
+    Attributes:
+        accuracy: share of images whose top class is right.
+        mean_class_accuracy: mean over classes of the share within the class.
+        loss: mean cross-entropy, nats.
+        confusion: images by (true class, predicted class).
+        macs: mean per image, if asked for.
+        top5_accuracy: share of images whose class is among the five top ones (all of them for fewer classes).
+    """
+
+    accuracy: float
+    mean_class_accuracy: float
+    loss: float
+    confusion: list[list[int]]
+    macs: macs.MACs | None
+    top5_accuracy: float = math.nan
+
+
+def evaluate(
+    model: nn.Module,
+    dataset: data.ImageDataset,
+    *,
+    batch_size: int = 256,
+    precision: str = "fp32",
+    count_macs: bool = False,
+) -> Evaluation:
+    """Accuracy (and the gates' measured MACs) of a network on a split, in eval mode; the mode is restored.
+
+    Several processes evaluate a part each, and all get the whole result; MACs are measured by one process alone.
+    """
+    where = next(model.parameters()).device
+    classes = len(dataset.classes)
+    confusion = torch.zeros(classes, classes, dtype=torch.int64)
+    loss, near = 0.0, 0
+    part: Any = dataset
+    if distributed.world() > 1:
+        if count_macs:
+            raise AFDSError("MACs are not counted by several processes; evaluate in one")
+        part = _Part(dataset, distributed.rank(), distributed.world())
+    meter = macs.Meter(model) if count_macs else None
+    with eval_mode(model), torch.no_grad(), autocast(where, precision), meter or nullcontext():
+        for images, labels in data.loader(part, batch_size, workers=workers(dataset)):
+            logits = model(_to(images, where, channels_last=True, precision=precision)).float().cpu()
+            near += int((logits.topk(min(5, classes)).indices == labels[:, None]).sum())
+            loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
+            pairs = labels * classes + logits.argmax(1)
+            confusion += torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+    if distributed.world() > 1:
+        confusion = distributed.total(confusion)
+        loss = float(distributed.total(torch.tensor(loss, dtype=torch.float64)))
+        near = int(distributed.total(torch.tensor(near)))
+    images_seen = int(confusion.sum())
+    if not images_seen:
+        raise AFDSError("the split to evaluate has no image")
+    per_class = confusion.diag() / confusion.sum(1)
+    return Evaluation(
+        accuracy=float(confusion.diag().sum()) / images_seen,
+        mean_class_accuracy=float(per_class[confusion.sum(1) > 0].mean()),
+        loss=loss / images_seen,
+        confusion=confusion.tolist(),
+        macs=meter.macs() if meter else None,
+        top5_accuracy=near / images_seen,
+    )
+
+
+def monitor_gates(model: nn.Module, dataset: data.ImageDataset, *, images: int = 128) -> dict[str, float]:
+    """Two warning signs over some training images; empty for a network without gates.
+
+    Returns:
+        "dead_gates": share of living dynamic channels that no image computes. "gate_variance": mean over living dynamic
+        channels of Var[pi] / E[eta]^2, the squared coefficient of variation that delta_s is compared with.
+    """
+    found = {name: layer for name, layer in model.named_modules() if isinstance(layer, AFSConvBN)}
+    if not found:
+        return {}
+    subset = first(dataset, images)
+    statistics = collect_statistics(model, data.loader(subset, len(subset)))
+    dead, variation = [], []
+    for name, layer in found.items():
+        dynamic = (layer.m * layer.s).bool().cpu()
+        s = statistics[name]
+        dead.append((s.active_rate == 0)[dynamic])
+        variation.append((s.p / s.q.square().clamp_min(1e-12))[dynamic & (s.q > 0)])
+    gates, ratio = torch.cat(dead), torch.cat(variation)
+    return {
+        "dead_gates": float(gates.double().mean()) if len(gates) else 0.0,
+        "gate_variance": float(ratio.mean()) if len(ratio) else 0.0,
+    }
+
+
+class _Some(torch.utils.data.Dataset):
+    """Some images of a split."""
+
+    def __init__(self, dataset: data.ImageDataset, indices: list[int]):
+        self.dataset, self.indices = dataset, indices
+        self.classes, self.size = dataset.classes, dataset.size
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.dataset[self.indices[index]]
+
+    def __getitems__(self, indices: list[int]) -> Any:
+        return self.dataset.__getitems__([self.indices[i] for i in indices])
+
+
+class _First(_Some):
+    """Evenly spaced images of a split, so that every class is among them."""
+
+    def __init__(self, dataset: data.ImageDataset, images: int, shuffle: int | None = None):
+        count = min(images, len(dataset))
+        positions = [i * len(dataset) // count for i in range(count)]
+        if shuffle is not None:
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(shuffle))
+            positions = [positions[i] for i in order.tolist()]
+        super().__init__(dataset, positions)
+
+
+class _Part(_Some):
+    """Every n-th image of a split: one process's part of an evaluation."""
+
+    def __init__(self, dataset: Any, rank: int, world: int):
+        super().__init__(dataset, list(range(rank, len(dataset), world)))
+
+
+def first(dataset: data.ImageDataset, images: int, *, shuffle: int | None = None) -> Any:
+    """A fixed subset of a split: at most `images`, evenly spaced; in the random order of a seed, if one is given."""
+    return _First(dataset, images, shuffle)
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], precision: str = "fp32") -> None:
+    """Re-estimates every batch norm's running statistics as plain averages over some training batches."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [m.momentum for m in norms]
+    modes = {m: m.training for m in model.modules()}
+    where = next(model.parameters()).device
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None
+        model.train()
+        with autocast(where, precision):
+            for images, _ in batches:
+                model(_to(images, where, channels_last=True))
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for module, mode in modes.items():
+            module.training = mode
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def _to(images: Tensor, where: torch.device, *, channels_last: bool, precision: str = "fp32") -> Tensor:
+    images = images.to(where, non_blocking=True)
+    images = images.double() if precision == "fp64" else images
+    return images.contiguous(memory_format=torch.channels_last) if channels_last else images
+
+
+def _batches(dataset: data.ImageDataset, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """One epoch's batches: a permutation of (seed, epoch) alone. A last, smaller batch is left out if others exist."""
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    return batches[:-1] if len(batches) > 1 and len(batches[-1]) < batch_size else batches
+
+
+def batches_from(
+    dataset: data.ImageDataset, batch_size: int, seed: int, step: int
+) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+    """Endless (epoch, batch) from a step on, the same whether or not the run was interrupted before it.
+
+    Of several processes each gets its share of the same batches.
+    """
+    per_epoch = len(_batches(dataset, batch_size, seed, 0))
+    epoch, position = divmod(step, per_epoch)
+    while True:
+        dataset.set_epoch(epoch)
+        todo = [distributed.share(batch) for batch in _batches(dataset, batch_size, seed, epoch)[position:]]
+        # With a generator of its own a loader draws nothing from torch's, which a resumed run would draw twice.
+        loader = DataLoader(
+            dataset,
+            batch_sampler=todo,
+            collate_fn=data.collate,
+            num_workers=workers(dataset),
+            generator=torch.Generator(),
+        )
+        for batch in loader:
+            yield epoch, batch
+        epoch, position = epoch + 1, 0
+
+
+def first_batches(
+    dataset: data.ImageDataset, batch_size: int, seed: int, count: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The first training batches of a seed, augmented, for what is fitted beside the steps of a stage.
+
+    The data set is copied: setting its epoch must not change the augmentation of a stage that goes on.
+    """
+    stream = batches_from(copy.copy(dataset), batch_size, seed, 0)
+    return (batch for _, batch in itertools.islice(stream, count))
+
+
+def _groups(model: nn.Module, objective: Objective, settings: Optimisation) -> list[dict[str, Any]]:
+    """Parameter groups: backbone, classifier, predictors (own rate), and what the objective learns (no decay)."""
+    classifier = {id(p) for p in objective.classifier(model).parameters()}
+    predictors = {id(p) for m in model.modules() if isinstance(m, AFSConvBN) for p in m.predictor.parameters()}
+    groups: dict[str, list[nn.Parameter]] = {"backbone": [], "classifier": [], "predictors": []}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            kind = (
+                "classifier"
+                if id(parameter) in classifier
+                else "predictors"
+                if id(parameter) in predictors
+                else "backbone"
+            )
+            groups[kind].append(parameter)
+    extra = [p for p in objective.parameters() if p.requires_grad]
+    wanted = [
+        ("backbone", groups["backbone"], 1.0, objective.weight_decay),
+        ("classifier", groups["classifier"], 1.0, objective.classifier_decay),
+        ("predictors", groups["predictors"], settings.predictor_lr, objective.weight_decay),
+        ("objective", extra, 1.0, 0.0),
+    ]
+    return [
+        {"params": params, "lr": settings.lr * scale, "scale": scale, "weight_decay": decay, "name": name}
+        for name, params, scale, decay in wanted
+        if params
+    ]
+
+
+@torch.enable_grad()  # a notebook's look at a network may be what computes the run
+def fit(
+    model: nn.Module,
+    dataset: data.ImageDataset,
+    objective: Objective,
+    settings: Optimisation,
+    run: Run,
+    *,
+    seed: int,
+    monitor: data.ImageDataset | None = None,
+    events: Mapping[int, Callable[[], Mapping[str, float]]] | None = None,
+    evaluation: Callable[[], Mapping[str, float]] | None = None,
+    label: str = "",
+) -> nn.Module:
+    """Trains a network in place, resuming from the run's checkpoint if there is one.
+
+    Called by every process that a launcher started, it trains one network with all of them: each takes its share of
+    every batch, and the first writes. Their random draws inside the network (dropout) are not those of one process.
+
+    Args:
+        model: the network; moved to the accelerator if there is one.
+        dataset: the fitting images, with augmentation.
+        objective: the loss, its named terms, and the decay of each parameter group.
+        settings: optimiser, schedule, precision.
+        run: where checkpoints and the learning curve go.
+        seed: of data order and augmentation; also of torch's generator during the stage.
+        monitor: training images under the test-time transform, for the gates' warning signs.
+        events: called before the step of their key, for instance a mask update; what they return is logged.
+        evaluation: called for each row of the learning curve; what it returns is logged.
+        label: for the progress display.
+
+    Returns:
+        The network, on the device it was trained on.
+
+    Raises:
+        AFDSError: when the loss is not finite, naming the step and the term; nothing of that step is saved.
+    """
+    fabric = distributed.fabric(_PRECISIONS[settings.precision])
+    torch.manual_seed(seed)
+    if settings.precision == "fp16" and fabric.device.type == "cpu":
+        raise AFDSError("precision 'fp16' needs a GPU; use bf16 or fp32 on this CPU")
+    events = dict(events or {})
+    layout = torch.channels_last if settings.channels_last else torch.preserve_format
+    model.to(device=fabric.device, memory_format=layout)  # type: ignore[call-overload]
+    objective.place(fabric.device)
+    wide = torch.float64 if settings.precision == "fp64" else torch.float32
+    if settings.precision == "fp64":
+        model.double()
+        objective.double()
+        if (teacher := getattr(objective, "teacher", None)) is not None:
+            teacher.model.double()
+    if distributed.world() > 1 and not getattr(objective, "calls_wrapper", True):
+        raise AFDSError("the objective differentiates the network twice, which several processes cannot share; use one")
+    optimiser = torch.optim.SGD(
+        _groups(model, objective, settings), lr=settings.lr, momentum=settings.momentum, nesterov=settings.nesterov
+    )
+    wrapped, optimiser = fabric.setup(model, optimiser)
+    own = list(objective.parameters())  # unknown to the wrapper
+    scaler = fabric.strategy.precision
+
+    state = run.load_checkpoint()
+    step = 0
+    if state is not None:
+        with run.restoring():
+            model.load_state_dict(state["model"])
+            objective.load_state_dict(state["objective"])
+            optimiser.load_state_dict(state["optimiser"])
+            scaler.load_state_dict(state["scaler"])
+            step = state["step"]
+        objective.masks_changed(model)
+        _restore_rng(state["rng"])
+        run.truncate_log(step)
+
+    def save() -> None:
+        run.save_checkpoint(
+            {
+                "step": step,
+                "model": model.state_dict(),
+                "objective": objective.state_dict(),
+                "optimiser": optimiser.state_dict(),
+                "scaler": scaler.state_dict(),
+                "rng": _rng_state(),
+            }
+        )
+
+    per_epoch = len(_batches(dataset, settings.batch_size, seed, 0))
+    rows = {round((i + 1) * settings.steps / settings.log_rows) for i in range(settings.log_rows)} | {settings.steps}
+    progress = _Progress(label or run.id, settings.steps, step, silent=distributed.rank() > 0)
+    pending: list[Tensor] = []
+    looked_at = 0
+    names: list[str] = []
+    correct = seen = 0
+    happened: dict[str, float] = {}
+    checkpoints = _Throttle(seconds=30)
+    stream = batches_from(dataset, settings.batch_size, seed, step)
+    model.train()
+    safe = safe_gradients(model, fabric.device)
+    while step < settings.steps:
+        if step in events:
+            happened.update(events[step]())
+            model.train()
+        factor = settings.factor(step)
+        for group in optimiser.param_groups:
+            group["lr"] = settings.lr * group["scale"] * factor
+        epoch, (images, labels) = next(stream)
+        images = _to(images, fabric.device, channels_last=settings.channels_last, precision=settings.precision)
+        labels = labels.to(fabric.device, non_blocking=True)
+        try:
+            half = fast_bf16(fabric.device, settings.precision)
+            with safe, half, fabric.autocast(), distributed.synchronised_norms(model, settings.sync_norm):
+                loss, terms, logits = objective(wrapped, images, labels)
+        except AFDSError as error:  # a term that refuses its input does not know the step
+            raise type(error)(f"the loss cannot be computed at step {step + 1}: {error}") from error
+        optimiser.zero_grad()
+        fabric.backward(loss)
+        distributed.average_gradients(own)
+        optimiser.step()
+        step += 1
+        names = ["loss", *terms]
+        pending.append(torch.stack([loss.detach().to(wide), *(t.detach().to(wide) for t in terms.values())]))
+        correct = correct + (logits.detach().argmax(1) == labels).sum()
+        seen += len(labels)
+        # On a GPU, looking at the loss waits for it; so it is looked at every 50 steps, and the step is still named.
+        if fabric.device.type == "cpu" or len(pending) - looked_at >= 50 or step in rows:
+            pending[looked_at:] = distributed.average(torch.stack(pending[looked_at:])).unbind()
+            _refuse_non_finite(pending[looked_at:], names, step, optimiser.param_groups[0]["lr"])
+            looked_at = len(pending)
+        if step in rows:
+            means = torch.stack(pending).double().mean(0).tolist()
+            row: dict[str, float] = {"step": step, "epoch": step / per_epoch, "lr": settings.lr * factor}
+            right = distributed.average(torch.as_tensor(correct, dtype=torch.float64))
+            row |= dict(zip(names, means, strict=True)) | {"train_accuracy": float(right) / seen}
+            row |= objective.diagnostics(model) | happened
+            if monitor is not None:
+                row |= monitor_gates(model, monitor)
+            if evaluation is not None:
+                row |= evaluation()
+            run.log(row)
+            progress.row(row)
+            pending, looked_at, correct, seen, happened = [], 0, 0, 0, {}
+            model.train()
+            # Only here, where no partial sums are pending, does a resumed run log the same rows.
+            if step < settings.steps and checkpoints.due():
+                save()
+        progress.step(step)
+    progress.close()
+    return model
+
+
+def _refuse_non_finite(pending: list[Tensor], names: list[str], step: int, lr: float) -> None:
+    values = torch.stack(pending)
+    if bool(values.isfinite().all()):
+        return
+    index = int((~values.isfinite().all(1)).nonzero()[0])
+    bad = [names[i] for i in (~values[index].isfinite()).nonzero().flatten().tolist() if names[i] != "loss"] or ["loss"]
+    value = float(values[index][names.index(bad[0])])
+    raise DivergedError(
+        f"the loss term {bad[0]!r} is {value} at step {step - len(pending) + index + 1} (learning rate {lr:g}); lower "
+        "the learning rate or the term's strength, or use fp32"
+    )
+
+
+class _Throttle:
+    """True at most once in so many seconds, so that short runs are not slowed down by checkpoints."""
+
+    def __init__(self, seconds: float):
+        self._clock, self._seconds = time.monotonic, seconds
+        self._last = self._clock()
+
+    def due(self) -> bool:
+        now = self._clock()
+        if now - self._last < self._seconds:
+            return False
+        self._last = now
+        return True
+
+
+def _rng_state() -> dict[str, Any]:
+    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _restore_rng(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+class _Progress:
+    """A tqdm bar in a terminal; elsewhere one line on stderr per row of a long stage, one line for a short one."""
+
+    def __init__(self, label: str, steps: int, start: int, *, silent: bool = False):
+        self._label, self._steps, self._long, self._silent = label, steps, steps > 400, silent
+        self._bar = None
+        self._last: Mapping[str, float] = {}
+        if sys.stderr.isatty() and not silent:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=steps, initial=start, desc=label, mininterval=1, leave=False)
+
+    def step(self, step: int) -> None:
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
+    def row(self, row: Mapping[str, float]) -> None:
+        self._last = row
+        if self._bar is not None:
+            self._bar.set_postfix(loss=f"{row['loss']:.3f}")
+        elif self._long:
+            self._print()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        elif self._last and not self._long:
+            self._print()
+
+    def _print(self) -> None:
+        if self._silent:
+            return
+        shown = {
+            k: v
+            for k, v in self._last.items()
+            if k in ("loss", "cross_entropy", "train_accuracy", "validation_accuracy")
+        }
+        values = "  ".join(f"{k} {v:.3f}" for k, v in shown.items())
+        print(f"{self._label}: step {self._last['step']}/{self._steps}  {values}", file=sys.stderr, flush=True)

@@ -1,0 +1,170 @@
+"""MACs: dense counts against torchvision's metadata, gated counts against channels literally removed."""
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from afdslib import afs, backbones
+from afdslib.afs import macs
+from afdslib.base.errors import AFDSError
+
+WEIGHTS = {
+    f"resnet{n}": getattr(torchvision.models, f"ResNet{n}_Weights").IMAGENET1K_V1 for n in (18, 34, 50, 101, 152)
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_dense_counts_equal_torchvision_metadata(name):
+    counted = macs.count(backbones.build(name, 1000), (3, 224, 224)).total
+    printed = WEIGHTS[name].meta["_ops"]
+    assert f"{counted / 1e9:.3f}" == f"{printed:.3f}"
+
+
+def test_dense_count_is_half_of_torch_flop_counter():
+    model = backbones.build("mobilenet_v2", 10).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, 3, 64, 64))
+    assert macs.count(model, (3, 64, 64)).total * 2 == counter.get_total_flops()
+
+
+def test_gates_do_not_change_the_dense_count():
+    model = backbones.build("resnet14", 4, stem="cifar", width=0.25)
+    dense, gated = macs.count(model, (3, 16, 16)), macs.count(afs.convert(model), (3, 16, 16))
+    assert gated == dense and sum(gated.by_layer.values()) == gated.total
+
+
+class Tiny(nn.Module):
+    """Stem, one residual block with a shortcut convolution, pooling, flattening, classifier."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.bn0 = nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.a, self.bn1 = nn.Conv2d(6, 5, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(5)
+        self.b, self.bn2 = nn.Conv2d(5, 7, 3, padding=1, bias=False), nn.BatchNorm2d(7)
+        self.shortcut, self.bn3 = nn.Conv2d(6, 7, 1, stride=2, bias=False), nn.BatchNorm2d(7)
+        self.fc = nn.Linear(7 * 4, 3)
+
+    def forward(self, x):
+        x = self.bn0(self.stem(x)).relu()
+        y = self.bn2(self.b(self.bn1(self.a(x)).relu()))
+        x = (y + self.bn3(self.shortcut(x))).relu()
+        return self.fc(torch.flatten(nn.functional.adaptive_avg_pool2d(x, 2), 1))
+
+
+def brute_force(model: nn.Module, image: torch.Tensor) -> tuple[float, float]:
+    """MACs of one image: layers rebuilt with only the channels that are computed, counted by torch's own counter."""
+    active = {}
+    handles = [
+        layer.register_forward_hook(lambda m, a, o, n=n: active.update({n: (m.gates(a[0]).active[0] > 0, a[0], o)}))
+        for n, layer in afs.layers(model).items()
+    ]
+    with torch.no_grad():
+        model(image)
+    for handle in handles:
+        handle.remove()
+    everything = torch.ones(3, dtype=torch.bool)
+    stem, a, b, shortcut = (active[n][0] for n in ("stem", "a", "b", "shortcut"))
+    streams = {"stem": everything, "a": stem, "b": a, "shortcut": stem}
+    total = predictors = 0.0
+    for name, inputs in streams.items():
+        outputs, x, _ = active[name]
+        layer = afs.layers(model)[name]
+        conv = layer.conv
+        if inputs.any() and outputs.any():
+            cut = nn.Conv2d(
+                int(inputs.sum()), int(outputs.sum()), conv.kernel_size, conv.stride, conv.padding, bias=False
+            )
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                cut(x[:, inputs])
+            total += counter.get_total_flops() / 2
+        predictors += int(inputs.sum()) * int((layer.m * layer.s).sum())
+    stream = b | shortcut
+    total += int(stream.sum()) * 4 * 3
+    return total, predictors
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_gated_count_is_the_mean_of_what_each_image_costs_with_its_channels_removed(seed):
+    torch.manual_seed(seed)
+    model = afs.convert(Tiny()).eval()
+    afs.set_density(model, 0.6)
+    for layer in afs.layers(model).values():
+        nn.init.normal_(layer.predictor.weight, std=3)
+        nn.init.normal_(layer.predictor.bias, 0.1)
+        layer.m[torch.randint(0, layer.m.numel(), (1,))] = 0
+        layer.s[torch.randint(0, layer.m.numel(), (2,))] = 0
+    images = torch.randn(9, 3, 8, 8) + torch.randn(9, 3, 1, 1)
+    singles = [brute_force(model, image[None]) for image in images]
+    measured = macs.expected(model, [(images[:4], None), (images[4:], None)])
+    predictors = sum(p for _, p in singles) / 9
+    assert measured.predictors == pytest.approx(predictors)
+    assert measured.total == pytest.approx(sum(t for t, _ in singles) / 9 + predictors)
+    assert len({t for t, _ in singles}) > 1  # the images do cost differently
+
+
+def test_the_mean_is_of_products_not_the_product_of_means():
+    torch.manual_seed(0)
+    model = afs.convert(Tiny()).eval()
+    for layer in (model.stem, model.a):
+        with torch.no_grad():
+            layer.predictor.weight.zero_()
+            layer.predictor.weight[:, 0] = 10.0  # all channels on or off with the sign of the first input's mean
+            layer.predictor.bias.zero_()
+    images = torch.zeros(2, 3, 8, 8)
+    images[0, 0], images[1, 0] = 1.0, -1.0
+    one, other = (macs.expected(model, [(image[None], None)]).by_layer["a"] for image in images)
+    assert one > 0 and other == 0
+    assert macs.expected(model, [(images, None)]).by_layer["a"] == pytest.approx((one + other) / 2)
+
+
+def test_an_ungated_addend_makes_the_whole_stream_active():
+    model = afs.convert(backbones.build("resnet14", 4, stem="cifar", width=0.25), gates="blocks").eval()
+    for name, layer in afs.layers(model).items():
+        if name.endswith("conv3"):
+            layer.m[1:] = 0
+    measured, dense = macs.expected(model, [(torch.randn(2, 3, 16, 16), None)]), macs.count(model, (3, 16, 16))
+    assert measured.by_layer["layer2.0.conv1"] == dense.by_layer["layer2.0.conv1"]
+    assert measured.by_layer["fc"] == dense.by_layer["fc"]
+    assert measured.by_layer["layer2.0.conv3"] == dense.by_layer["layer2.0.conv3"] / 128
+
+
+def test_plain_network_costs_its_dense_count():
+    model = backbones.build("resnet14", 4, stem="cifar", width=0.25)
+    measured = macs.expected(model, [(torch.randn(2, 3, 16, 16), None)])
+    assert measured.total == macs.count(model, (3, 16, 16)).total and measured.predictors == 0
+    assert model.training  # the mode is restored
+
+
+def test_grouped_convolutions_count_pairs_within_groups():
+    model = afs.convert(backbones.build("mobilenet_v2", 4)).eval()
+    layer = afs.layers(model)["features.1.conv.0.0"]
+    layer.m[:10] = 0
+    measured = macs.expected(model, [(torch.randn(1, 3, 32, 32), None)])
+    dense = macs.count(model, (3, 32, 32))
+    assert measured.by_layer["features.1.conv.0.0"] == dense.by_layer["features.1.conv.0.0"] * 22 / 32
+
+
+def test_an_empty_loader_is_refused():
+    with pytest.raises(AFDSError, match="empty"):
+        macs.expected(backbones.build("resnet14", 4, stem="cifar", width=0.25), [])
+    with pytest.raises(AFDSError, match="input_size"):
+        macs.count(nn.Linear(2, 2), (3, 32))
+
+
+def test_parameters_are_those_of_the_network_with_its_removed_channels_cut_out():
+    model = afs.convert(Tiny()).eval()
+    plain = sum(p.numel() for p in Tiny().parameters())
+    everything_static = {"stem": 6, "a": 5, "b": 7, "shortcut": 7}
+    for name, layer in afs.layers(model).items():
+        layer.s.zero_()
+        assert layer.m.numel() == everything_static[name]
+    assert macs.parameters(model, (3, 8, 8)) == plain  # gamma and beta are the batch norm's scale and shift
+    model.stem.m[:2] = 0
+    cut = 2 * 3 * 9 + 2 * 2 + 2 * 5 * 9 + 2 * 7  # its filters, scale and shift, and the inputs of a and of the shortcut
+    assert macs.parameters(model, (3, 8, 8)) == plain - cut
+    model.b.m[0] = 0  # the shortcut still writes channel 0, so the classifier keeps it
+    assert macs.parameters(model, (3, 8, 8)) == plain - cut - (5 * 9 + 2)
+    model.a.s[:3] = 1  # dynamic channels: a row of the predictor and its bias in place of gamma
+    assert macs.parameters(model, (3, 8, 8)) == plain - cut - (5 * 9 + 2) + 3 * (4 + 1) - 3

@@ -1,0 +1,380 @@
+"""Students beside teachers: the loss as it is written, the frozen teacher, the runs, and what is refused."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from afdslib import backbones, data, runs, training
+from afdslib.base.errors import AFDSError, DivergedError
+from afdslib.experiments.afs import DataSource, Network
+from afdslib.experiments.student import Distillation, DistillationObjective, StudentRun, tapped
+from afdslib.losses import BetaSchedule, _checks, at_loss, kd_loss
+from afdslib.training.features import Teacher
+
+SIZE = (3, tiny.SIZE, tiny.SIZE)
+
+
+def network(name="wrn-10-1", seed=0):
+    torch.manual_seed(seed)
+    return backbones.build(name, 3)
+
+
+def weighed(beta, kind="constant"):
+    return BetaSchedule(kind, beta=beta)
+
+
+METHODS = {
+    "alone": Distillation(),
+    "at": Distillation("at", weighed(100.0)),
+    "gradient-at": Distillation("gradient-at", weighed(0.1)),
+    "hint": Distillation("hint", weighed(0.1)),
+    "kd": Distillation(hard=0.1, soft=0.9),
+    "at-kd": Distillation("at", weighed(100.0, "cosine"), hard=0.1, soft=0.9),
+    **{f"nst-{k}": Distillation("nst", weighed(5.0), kernel=k, taps="last") for k in ("poly", "linear", "gaussian")},
+    "nst-kd": Distillation("nst", weighed(5.0), soft=1.0, taps="before-relu"),
+}
+
+
+def objective(method, model, teacher=None, steps=4):
+    torch.manual_seed(0)
+    return DistillationObjective(model, method, teacher, SIZE, steps=steps, weight_decay=1e-4)
+
+
+def batch(count=6):
+    images, labels = tiny.images(count).__getitems__(list(range(count)))
+    return images, labels
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_loss_is_the_sum_of_its_logged_terms_and_trains_the_student_alone(name):
+    method, student, teacher = METHODS[name], network(), network("wrn-10-2", 1)
+    made = objective(method, student, teacher if method.needs_teacher else None)
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    loss, terms, _ = made(student, *batch())
+    transfer = [v for k, v in terms.items() if k not in ("cross_entropy", "soft", "beta")]
+    assert len(transfer) == {"none": 0, "nst": 1, "gradient-at": 1}.get(method.transfer, 3)
+    total = method.hard * terms["cross_entropy"] + method.soft * terms.get("soft", 0)
+    total = total + method.weight.beta * sum(transfer)
+    assert torch.allclose(loss, total, rtol=1e-5)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters())
+    assert all(p.grad is None for p in teacher.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())  # no batch norm has learned
+    if made.teacher is not None:
+        assert made.teacher.model is not teacher
+        kept = made.teacher.model.state_dict()
+        assert all(torch.equal(v, before[k]) for k, v in kept.items())
+
+
+def test_kd_is_the_loss_of_that_name():
+    student, teacher = network(), network("wrn-10-2", 1)
+    made = objective(METHODS["kd"], student.eval(), teacher)
+    images, labels = batch()
+    loss, _, logits = made(student, images, labels)
+    with torch.no_grad():
+        theirs = teacher.eval()(images)
+    assert torch.allclose(loss, kd_loss(logits, theirs, labels, T=4.0, alpha=0.9))
+
+
+def test_the_papers_beta_counts_half_and_the_codes_does_not():
+    student, teacher = network().eval(), network("wrn-10-2", 1).eval()
+    images, labels = batch()
+    for mode, share in (("code", 1.0), ("paper", 0.5)):
+        method = Distillation("at", weighed(10.0), mode=mode)
+        loss, terms, _ = objective(method, student, teacher)(student, images, labels)
+        at = sum(v for k, v in terms.items() if k.startswith("at_"))
+        assert torch.allclose(loss - terms["cross_entropy"], share * 10 * at, rtol=1e-5)
+    layers = backbones.stages(student)
+    from afdslib.training.features import taps
+
+    with torch.no_grad(), taps(student, layers) as mine, taps(teacher, layers) as theirs:
+        student(images), teacher(images)
+    assert torch.allclose(terms["at_2"], at_loss(mine[layers[1]], theirs[layers[1]], mode="paper"), rtol=1e-5)
+
+
+def test_a_decaying_weight_falls_step_by_step_and_goes_on_after_a_resume():
+    student, teacher = network(), network("wrn-10-2", 1)
+    method = Distillation("at", weighed(8.0, "linear"))
+    made = objective(method, student, teacher, steps=4)
+    seen = [float(made(student, *batch())[1]["beta"]) for _ in range(3)]
+    assert seen == [8.0, 6.0, 4.0]
+    resumed = objective(method, student, teacher, steps=4)
+    resumed.load_state_dict(made.state_dict())
+    assert float(resumed(student, *batch())[1]["beta"]) == 2.0
+
+
+def test_a_teacher_that_was_thawed_is_one_sentence():
+    student, teacher = network(), network("wrn-10-2", 1)
+    made = objective(METHODS["at"], student, teacher)
+    made.teacher.model.train()
+    with pytest.raises(AFDSError, match=r"^The teacher is in train mode.*call teacher.model.eval\(\)\.$"):
+        made(student, *batch())
+    made.teacher.model.eval().requires_grad_(True)
+    with pytest.raises(AFDSError, match=r"^The teacher's parameters require gradients.*requires_grad_\(False\)\.$"):
+        made(student, *batch())
+
+
+def test_a_teachers_input_gradient_has_no_graph_and_leaves_no_gradient():
+    teacher = Teacher(network("wrn-10-2", 1))
+    images, labels = batch()
+    with torch.no_grad():
+        gradient = teacher.input_gradient(images, labels)
+    assert gradient.shape == images.shape and not gradient.requires_grad and float(gradient.abs().max()) > 0
+    assert all(p.grad is None for p in teacher.model.parameters()) and not images.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [
+        ("wrn-10-1", "bn", "relu"),
+        ("inception_bn", "in5b.before_relu", "in5b"),
+        ("resnet14", "layer4.0.bn3", "layer4.0"),
+    ],
+)
+def test_taps_lie_before_and_after_the_last_relu(name, before, after):
+    model = backbones.build(name, 3, stem="cifar", **({} if name.startswith("wrn") else {"width": 1 / 16}))
+    assert tapped(model, "before-relu") == [before] and tapped(model, "after-relu") == [after]
+    assert tapped(model, "groups") == backbones.stages(model) and tapped(model, "last") == backbones.stages(model)[-1:]
+    made = objective(Distillation("nst", weighed(1.0), taps="after-relu"), model, network("wrn-10-2"))
+    assert made.compared[0] == min(made.compared[0], (4, 4))
+
+
+def test_networks_of_different_families_and_map_sizes_are_compared_at_the_smaller_size(recwarn):
+    student = backbones.build("inception_bn", 3, stem="cifar", width=1 / 16)
+    made = objective(METHODS["nst-kd"], student, network("wrn-10-2", 1))
+    loss, _, _ = made(student, *batch())
+    assert made.compared == [(2, 2)] and math.isfinite(float(loss))
+    assert not [w for w in recwarn if "area averaging" in str(w.message)]  # said once, in the result
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"transfer": "fsp"}, "transfer 'fsp' is unknown; use one of none, at,"),
+        ({"kernel": "rbf"}, "kernel 'rbf' is unknown; use one of poly, linear, gaussian"),
+        ({"mode": "torch"}, "mode 'torch' is unknown; use one of code, paper"),
+        ({"taps": "all"}, "taps 'all' is unknown"),
+        ({"temperature": 0}, "temperature must be a number above 0, got 0"),
+        ({"temperature": float("nan")}, "temperature must be a number above 0, got nan"),
+        ({"exponent": 0.0}, "exponent must be a number above 0"),
+        ({"degree": 0}, "degree must be a whole number of at least 1, got 0"),
+        ({"offset": -1.0}, "offset must be a number of at least 0"),
+        ({"hard": -0.1}, "hard must be a number of at least 0"),
+        ({"hard": 0.0}, "hard and soft are both 0"),
+        ({"weight": 1000.0}, "weight must be a BetaSchedule"),
+    ],
+)
+def test_a_setting_out_of_range_is_one_sentence(change, sentence):
+    with pytest.raises(AFDSError) as error:
+        Distillation(**change)
+    assert str(error.value).startswith(sentence) and "\n" not in str(error.value)
+
+
+def test_stages_that_do_not_match_are_one_sentence():
+    with pytest.raises(AFDSError, match="the student has 3 stages and the teacher 4; use taps 'last'"):
+        objective(METHODS["at"], network(), tiny.network())
+    with pytest.raises(AFDSError, match="needs a teacher"):
+        objective(METHODS["at"], network(), None)
+
+
+def test_a_hint_between_maps_of_two_sizes_is_refused_before_any_step():
+    student = backbones.build("inception_bn", 3, stem="cifar", width=1 / 16)
+    with pytest.raises(AFDSError, match="a hint compares maps of one size, but the student's 'in5b' is 2x2 and "):
+        objective(Distillation("hint", weighed(1.0), taps="last"), student, network("wrn-10-2"))
+
+
+def test_logits_of_other_classes_are_one_sentence():
+    student = network()
+    made = objective(METHODS["kd"], student, backbones.build("wrn-10-1", 5))
+    with pytest.raises(AFDSError, match="this loss needs equal shapes"):
+        made(student, *batch())
+
+
+# runs
+
+TEACHER = StudentRun(DataSource("tiny-source"), Network("wrn-10-2"), tiny.settings(3, log_rows=1))
+
+
+def student_run(method, steps=4, **kwargs):
+    return StudentRun(
+        DataSource("tiny-source"), Network("wrn-10-1"), tiny.settings(steps, log_rows=2), method,
+        TEACHER if method.needs_teacher else None, **kwargs,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    with tiny.served():
+        runs.get_or_run(TEACHER, store=folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["alone", "at-kd", "gradient-at", "hint"])
+def test_a_student_is_trained_once_and_every_term_is_logged(store, name):
+    config = student_run(METHODS[name])
+    with tiny.served():
+        result = runs.get_or_run(config, store=store)
+        assert runs.get_or_run(config, store=store).path == result.path
+    log = result.history()
+    wanted = {
+        "alone": [], "at-kd": ["soft", "at_1", "at_2", "at_3", "beta"], "gradient-at": ["gradient_at", "beta"],
+        "hint": ["hint_1", "hint_2", "hint_3", "beta"],
+    }[name]  # fmt: skip
+    assert [c for c in log if c in {*wanted, "soft", "beta"}] == wanted
+    assert {"cross_entropy", "lr", "validation_accuracy", "l2"} <= set(log) and len(log) == 2
+    m = result.metrics
+    assert m["steps"] == 4 and 0 <= m["test_accuracy"] <= 1 and sum(map(sum, m["confusion"])) == 24
+    teacher = runs.lookup(TEACHER, store=store).metrics["macs"] if name != "alone" else 0
+    assert m["training_macs"] == (3 * m["macs"] + teacher) * 4 * 8
+
+
+def test_a_killed_student_resumes_to_the_same_numbers(store, tmp_path, monkeypatch):
+    config = student_run(METHODS["at-kd"])
+    with tiny.served():
+        whole = runs.get_or_run(config, store=store)
+        runs.get_or_run(TEACHER, store=tmp_path)
+        monkeypatch.setattr(training._Throttle, "due", lambda self: True)
+        rows = itertools.count()
+        log = runs.Run.log
+
+        def killed(self, row):
+            if next(rows) == 1:
+                raise KeyboardInterrupt
+            log(self, row)
+
+        monkeypatch.setattr(runs.Run, "log", killed)
+        with pytest.raises(KeyboardInterrupt):
+            runs.get_or_run(config, store=tmp_path)
+        monkeypatch.setattr(runs.Run, "log", log)
+        resumed = runs.get_or_run(config, store=tmp_path)
+    assert resumed.metrics == whole.metrics
+    assert resumed.history().equals(whole.history())
+
+
+def test_a_trial_reads_no_test_image(store):
+    with tiny.served():
+        result = runs.get_or_run(student_run(METHODS["alone"], seed=7, use_test=False), store=store)
+    assert not [key for key in result.metrics if "test" in key] and "validation_accuracy" in result.metrics
+
+
+def test_without_validation_images_the_test_set_is_still_read_once_and_nothing_else(store):
+    whole = replace(tiny.splits(), validation=None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "load", lambda *_, **__: whole)
+        result = runs.get_or_run(student_run(METHODS["alone"], seed=8), store=store)
+    assert "validation_accuracy" not in result.metrics and "validation_accuracy" not in result.history()
+    assert "test_accuracy" in result.metrics
+
+
+def test_a_map_that_is_not_finite_makes_a_result_that_says_so(store, monkeypatch):
+    def broken(self, *args):
+        raise DivergedError("the loss cannot be computed")
+
+    monkeypatch.setattr(DistillationObjective, "forward", broken)
+    with tiny.served():
+        result = runs.get_or_run(student_run(METHODS["at"], seed=9), store=store)
+    assert result.metrics["steps"] == 0
+    assert result.metrics["diverged"] == "the loss cannot be computed at step 1: the loss cannot be computed"
+
+
+def test_nan_in_a_map_is_a_divergence():
+    student, teacher = network(), network("wrn-10-2", 1)
+    made = objective(METHODS["at"], student, teacher)
+    with torch.no_grad():
+        student.conv1.weight.fill_(float("nan"))
+    with pytest.raises(DivergedError, match="^Student map holds .* NaN or infinite"):
+        made(student, *batch())
+
+
+def test_the_training_loop_names_the_term_where_the_losses_do_not_look_for_nan(tmp_path, monkeypatch):
+    """As on an accelerator, where a loss that is not finite is returned."""
+    student, teacher = network(), network("wrn-10-2", 1)
+    made = objective(METHODS["at"], student, teacher)
+    with torch.no_grad():
+        made.teacher.model.get_submodule(made.pairs[2][1]).conv2.weight.fill_(float("nan"))
+    with pytest.raises(DivergedError, match="cannot be computed at step 1: Teacher map holds"):
+        tiny.fit(tmp_path / "cpu", student, made)
+    monkeypatch.setattr(_checks, "finite", lambda loss, **_: loss)
+    with pytest.raises(DivergedError, match="the loss term 'at_3' is nan at step 1 "):
+        tiny.fit(tmp_path / "accelerator", student, made)
+
+
+def test_runs_that_make_no_sense_are_one_sentence():
+    with pytest.raises(AFDSError, match="the method 'at' needs a teacher; give the run of one"):
+        replace(student_run(METHODS["at"]), teacher=None)
+    with pytest.raises(AFDSError, match="a teacher is given but the method compares nothing"):
+        replace(student_run(METHODS["at"]), method=Distillation())
+    longer = Distillation("at", BetaSchedule("linear", beta=1.0, length=5))
+    with pytest.raises(AFDSError, match="The linear beta schedule takes 5 and the run only 4"):
+        student_run(longer)
+    with pytest.raises(AFDSError, match="weight_decay must be a number of at least 0"):
+        student_run(METHODS["at"], weight_decay=-1.0)
+
+
+def test_a_configuration_survives_json_and_names_the_same_run():
+    config = student_run(METHODS["nst-kd"])
+    assert runs.from_json(runs.to_json(config)) == config
+    assert runs.run_id(runs.from_json(runs.to_json(config))) == runs.run_id(config)
+    assert runs.run_id(student_run(METHODS["nst-poly"])) != runs.run_id(student_run(METHODS["nst-linear"]))
+
+
+# the recipe's schedule and crops
+
+
+def test_milestones_drop_the_rate_at_shares_of_the_run():
+    recipe = training.Optimisation(steps=200, lr=0.1, schedule="milestones", milestones=(0.3, 0.6, 0.8), drop=0.2)
+    rates = [recipe.factor(step) for step in (0, 59, 60, 119, 120, 159, 160, 199)]
+    assert rates == pytest.approx([1, 1, 0.2, 0.2, 0.04, 0.04, 0.008, 0.008])
+
+
+@pytest.mark.parametrize("milestones", [(), (0.6, 0.3), (0.0, 0.5), (0.5, 1.0)])
+def test_milestones_out_of_range_are_one_sentence(milestones):
+    with pytest.raises(AFDSError, match="milestones must be increasing shares between 0 and 1"):
+        training.Optimisation(steps=10, schedule="milestones", milestones=milestones)
+    with pytest.raises(AFDSError, match="empty for the others"):
+        training.Optimisation(steps=10, schedule="cosine", milestones=(0.5,))
+
+
+def test_new_fields_leave_the_names_of_old_runs_alone():
+    encoded = runs.to_json(tiny.SOURCE, hashed_only=True)
+    assert "milestones" not in encoded["optimisation"] and "padding" not in encoded["data"]
+    reflected = replace(tiny.SOURCE, data=replace(tiny.SOURCE.data, padding="reflect"))
+    assert runs.run_id(reflected) != runs.run_id(tiny.SOURCE)
+
+
+def test_reflected_crops_mirror_the_image_at_its_edge():
+    plain = tiny.images(40, augment=True)
+    mirrored = data.ArrayImages(
+        plain._images, plain._rows, plain.targets, plain.classes, augment=True, flip=False, reflect=True
+    )
+    still = data.ArrayImages(plain._images, plain._rows, plain.targets, plain.classes, augment=False)
+    corner = (mirrored._uniforms[:, :2] * 9).astype(int)
+    index = int((corner[:, 0] == 0).nonzero()[0][0])  # four rows above the image
+    shift = int(corner[index, 1]) - 4
+    columns = slice(max(0, -shift), min(tiny.SIZE, tiny.SIZE - shift))
+    source = slice(columns.start + shift, columns.stop + shift)
+    crop, image = mirrored[index][0], still[index][0]
+    assert torch.equal(crop[:, 4, columns], image[:, 0, source])
+    for above in range(1, 5):
+        assert torch.equal(crop[:, 4 - above, columns], image[:, above, source])
+
+
+def test_an_unknown_padding_is_one_sentence():
+    with pytest.raises(AFDSError, match="padding must be 'constant' or 'reflect', not 'zero'"):
+        data.load("digits", padding="zero")
+
+
+def test_student_parameters_and_adapters_are_optimised_and_the_teachers_are_not():
+    student = network()
+    made = objective(METHODS["hint"], student, network("wrn-10-2", 1))
+    groups = training._groups(student, made, tiny.settings())
+    ids = {id(p) for group in groups for p in group["params"]}
+    assert {id(p) for p in student.parameters()} <= ids and {id(p) for p in made.adapters.parameters()} <= ids
+    assert not ids & {id(p) for p in made.teacher.model.parameters()}
+    assert all(isinstance(m.adapter, nn.Conv2d) for m in made.adapters)

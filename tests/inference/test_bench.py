@@ -1,0 +1,267 @@
+"""The bench measures what it says: no assertion here is about how long anything took."""
+
+import csv
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from afdslib import afs, cli
+from afdslib.afs import compact, macs
+from afdslib.base.errors import AFDSError
+from afdslib.inference import bench
+from afdslib.studies import speed
+
+QUICK = bench.Settings(
+    networks=("resnet14",),
+    size=32,
+    width=0.125,
+    repeats=2,
+    warmup=0,
+    steady=0.0,
+    multiple=2,
+    train_size=32,
+    train_batch=4,
+)  # fmt: skip
+
+
+def test_variants_take_turns_after_the_warm_up() -> None:
+    calls: list[tuple[str, int]] = []
+    seconds = bench.interleave(
+        {"a": lambda i: calls.append(("a", i)), "b": lambda i: calls.append(("b", i))}, repeats=2, warmup=1
+    )
+    assert calls == [("a", -1), ("b", -1), ("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 2, "b": 2}
+
+
+def test_untimed_calls_on_another_image_go_before_each_timed_one() -> None:
+    calls: list[int] = []
+
+    def call(number: int) -> None:
+        calls.append(number)
+        time.sleep(0.06)
+
+    seconds = bench.interleave({"a": call}, repeats=2, warmup=0, before=0.05)
+    assert calls == [1, 0, 2, 1] and len(seconds["a"]) == 2
+
+
+def test_ratios_are_taken_within_a_repeat() -> None:
+    row = bench.Row("case", "net", "eager", 1, "", "dense")
+    dense, fast = bench._rows({"dense": [1.0, 10.0, 100.0], "fast": [0.5, 5.0, 50.0]}, row)
+    assert (dense.speedup, fast.speedup, fast.speedup_q1) == (1, 2, 2)
+    assert (fast.median_ms, fast.q1_ms, fast.q3_ms) == (5000, 2750, 27500)
+
+
+def test_each_repeat_sees_another_batch() -> None:
+    seen: list[bytes] = []
+
+    class Look(torch.nn.Module):
+        def forward(self, x):
+            seen.append(x.numpy().tobytes())
+            return x
+
+    settings = bench.Settings(repeats=12, warmup=0, steady=0.0, size=8)
+    for batch in (1, 2, 16):
+        seen.clear()
+        row = bench.Row("case", "net", "eager", batch, "", "look")
+        bench.compare({"look": Look()}, settings, row, {}, bench._images(settings, batch))
+        assert len(set(seen[1:])) == 12
+
+
+def test_what_a_runtime_refuses_is_a_row_with_the_reason() -> None:
+    class Broken(torch.nn.Module):
+        def __init__(self, error):
+            super().__init__()
+            self.error = error
+
+        def forward(self, x):
+            raise self.error
+
+    row = bench.Row("case", "net", "eager", 1, "", "dense")
+    models = {"dense": torch.nn.Identity(), "a": Broken(RuntimeError("no such kernel")), "b": Broken(AssertionError())}
+    found = bench.compare(models, QUICK, row, {}, torch.zeros(8, 3, 4, 4))
+    assert [r.variant for r in found] == ["dense", "a", "b"]
+    assert "no such kernel" in found[1].note and found[1].speedup is None
+    assert found[2].note == "not in this runtime: AssertionError"
+
+
+def test_every_batch_size_is_compiled_for_itself(monkeypatch) -> None:
+    compiled = []
+    real = torch.compile
+
+    def look(model, **options):
+        compiled.append(options)
+        return real(model, backend="eager", **options)
+
+    monkeypatch.setattr(torch, "compile", look)
+    for batch in (1, 2):
+        row = bench.Row("case", "net", "compiled", batch, "", "dense")
+        bench.compare({"dense": torch.nn.Identity()}, QUICK, row, {}, torch.zeros(8, 3, 4, 4))
+    assert compiled == [{"dynamic": False}] * 2
+
+
+def test_random_gates_depend_on_the_image_and_stay_finite() -> None:
+    model = afs.convert(tiny.network(stem="cifar"))
+    afs.set_density(model, 0.3)
+    bench.random_gates(model, bench.photographs(12, 32, 0))
+    images = bench.photographs(6, 32, 1)
+    assert bench.jaccard(model, images) <= 0.6
+    with torch.no_grad():
+        assert bool(model(images).isfinite().all())
+
+
+def test_random_gates_do_not_tie_in_the_first_layer() -> None:
+    """It has three inputs, which are almost dependent."""
+    model = afs.convert(tiny.network(stem="cifar"))
+    bench.random_gates(model, bench.photographs(16, 32, 2))
+    first = next(iter(afs.layers(model).values()))
+    with torch.no_grad():
+        importances = first.predictor(bench.photographs(4, 32, 1).mean((2, 3)))
+    for each in importances:
+        assert len(each.mul(1e4).round().unique()) == len(each)
+
+
+def test_constant_gates_keep_the_same_channels_for_every_image() -> None:
+    model = afs.convert(tiny.network()).eval()
+    afs.set_density(model, 0.3)
+    assert bench.jaccard(model, bench.photographs(3, 32, 0)) == 1
+
+
+def test_cut_keeps_the_shares_and_couples_the_streams() -> None:
+    model = afs.convert(bench._plain(bench.Settings(width=0.25), "resnet14"))
+    bench.cut(model, keep=0.5, stream=0.75, multiple=4)
+    layers = afs.layers(model)
+    assert int(layers["layer2.0.conv2"].m.sum()) == 16
+    assert int(layers["layer2.0.conv3"].m.sum()) == 96
+    assert torch.equal(layers["layer2.0.conv3"].m, layers["layer2.0.downsample.0"].m)
+    assert all(int(layer.m.sum()) % 4 == 0 for layer in layers.values())
+
+
+def test_torch_pruning_meets_the_budget_in_multiples() -> None:
+    plain = bench._plain(bench.Settings(width=0.25), "resnet14")
+    dense = macs.count(plain, (3, 32, 32)).total
+    pruned = bench.torch_pruned(plain, 32, dense / 3, 4)
+    assert macs.count(pruned, (3, 32, 32)).total <= dense / 3
+    widths = [m.out_channels for m in pruned.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert all(width % 4 == 0 for width in widths)
+
+
+@pytest.mark.parametrize("name", ["AFD", "AT", "NST"])
+def test_naive_losses_are_the_same_losses(name: str) -> None:
+    shape = (3, 6, 5, 5)
+    torch.manual_seed(1)
+    student, source = torch.rand(shape), torch.rand(shape)
+    from afdslib.losses import at_loss, nst_loss
+    from afdslib.losses.afd import AFDLoss
+
+    afd = AFDLoss({"map": shape[1:]})  # type: ignore[arg-type]
+    torch.nn.init.normal_(afd.attentions["map"].w2)
+    pairs = {
+        "AFD": lambda: (
+            afd({"map": student}, {"map": source})["afd"],
+            bench.naive_afd(student, source, afd.attentions["map"]),
+        ),
+        "AT": lambda: (at_loss(student, source), bench.naive_at(student, source)),
+        "NST": lambda: (nst_loss(student, source), bench.naive_nst(student, source)),
+    }
+    ours, naive = pairs[name]()
+    torch.testing.assert_close(ours, naive, rtol=1e-4, atol=1e-6)
+
+
+def test_peak_memory_is_that_of_the_call() -> None:
+    peak = bench._peak(_allocate, 64)
+    assert peak is None or 60 <= peak <= 90
+
+
+def _allocate(mebibytes: int):
+    return lambda: torch.ones(mebibytes * 2**18).sum()
+
+
+@pytest.mark.parametrize("case", ["networks", "dynamic", "gates", "training", "loading"])
+def test_cases_compare_with_their_baseline(case: str) -> None:
+    found = bench.run([case], QUICK)
+    baseline = {row.baseline for row in found}
+    assert len(baseline) == 1 and baseline <= {row.variant for row in found}
+    assert all(row.median_ms is not None and row.median_ms > 0 and row.speedup for row in found)
+    if case == "networks":
+        reductions = {row.variant: row.reduction for row in found}
+        assert reductions["dense"] == 1 and reductions["torch-pruning"] >= reductions["compact"] > 1
+
+
+def test_the_command_writes_rows_with_device_threads_and_versions(tmp_path: Path, capsys) -> None:
+    out = tmp_path / "bench.csv"
+    arguments = "--case networks --network resnet14 --size 32 --width 0.125 --multiple 2 --repeats 2".split()
+    assert cli.main(["bench", *arguments, "--out", str(out)]) == 0
+    rows = list(csv.DictReader(out.open()))
+    assert [row["variant"] for row in rows] == ["dense", "compact", "torch-pruning"]
+    assert {(row["size"], row["width"]) for row in rows} == {("32", "0.125")}
+    assert all(
+        row["device"] and row["threads"] == "1" and row["torch"] == torch.__version__.split("+")[0] for row in rows
+    )
+    said = capsys.readouterr().out
+    assert "as fast as" in said or "the time of" in said
+
+
+def test_committed_masks_rebuild_the_network_that_is_timed(tmp_path: Path) -> None:
+    model = afs.convert(bench._plain(bench.Settings(width=0.25), "resnet14"))
+    bench.cut(model, keep=0.5, stream=0.5, multiple=4)
+    files = [str(tmp_path / f"{name}.json") for name in "ab"]
+    speed.write_json(files[0], {"architecture": model.architecture, "masks": compact.masks(model)})
+    wanted = {"a": macs.count(compact.compact(model.eval()), (3, 32, 32)).total}
+    bench.cut(model, keep=0.25, stream=0.5, multiple=4)
+    speed.write_json(files[1], {"architecture": model.architecture, "masks": compact.masks(model)})
+    wanted["b"] = macs.count(compact.compact(model.eval()), (3, 32, 32)).total
+    found = bench.run(["networks"], bench.replace(QUICK, masks=tuple(files), multiple=4))
+    assert {row.network: row.macs for row in found if row.variant == "compact"} == wanted and wanted["b"] < wanted["a"]
+
+
+def test_rows_are_written_as_they_come(tmp_path: Path, monkeypatch) -> None:
+    def case(settings):
+        yield bench.Row("toy", "net", "eager", 1, "dense", "dense", 32, 1.0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(bench.CASES, "toy", case)
+    out = tmp_path / "bench.csv"
+    assert cli.main(["bench", "--case", "toy", "--out", str(out)]) == 130
+    assert [row["case"] for row in csv.DictReader(out.open())] == ["toy"]
+    assert cli.main(["bench", "--case", "toy", "--out", str(tmp_path)]) == 2
+
+
+def test_a_quick_look_at_the_speed_study_never_writes_among_the_results(monkeypatch) -> None:
+    monkeypatch.setattr(speed.runs, "get_or_run", lambda *a, **k: pytest.fail("refused before anything is trained"))
+    with pytest.raises(AFDSError, match="give another folder"):
+        speed.train(bench.replace(speed.Speed(), width=0.125))
+
+
+def test_refusals(tmp_path: Path, capsys) -> None:
+    with pytest.raises(AFDSError, match="unknown case 'speed'"):
+        bench.run(["speed"], QUICK)
+    with pytest.raises(AFDSError, match="unknown runtime 'jax'"):
+        bench.Settings(runtimes=("jax",))
+    with pytest.raises(AFDSError, match="density"):
+        bench.Settings(density=0)
+    (tmp_path / "foreign.json").write_text("[]")
+    (tmp_path / "empty.json").write_text('{"architecture": {}, "masks": {}}')
+    for name in ("foreign.json", "missing.json", "empty.json"):
+        assert cli.main(["bench", "--case", "networks", "--masks", str(tmp_path / name)]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_onnxruntime_runs_networks_whose_gates_select() -> None:
+    model = afs.convert(tiny.network(stem="cifar"))
+    afs.set_density(model, 0.5)
+    images = bench.photographs(16, 32, 0)
+    bench.random_gates(model, images)
+    row = bench.Row("gates", "tiny", "onnxruntime", 2, "", "gated")
+    (found,) = bench.compare({"gated": model.eval()}, QUICK, row, {}, images)
+    assert found.note == "" and found.median_ms is not None
+
+
+def test_without_onnxruntime_the_bench_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    row = bench.Row("case", "net", "onnxruntime", 1, "", "dense")
+    with pytest.raises(AFDSError, match=r"onnxruntime is not installed; install it with"):
+        bench.compare({"dense": torch.nn.Identity()}, QUICK, row, {}, torch.zeros(8, 3, 4, 4))

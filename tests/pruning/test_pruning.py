@@ -1,0 +1,199 @@
+"""Static pruning: groups, MACs as counted, budgets met, networks saved and compared channel by channel."""
+
+import copy
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from afdslib import afs, backbones
+from afdslib.afs import macs
+from afdslib.afs.shrink import Cost, groups, shrink
+from afdslib.base.errors import AFDSError, UnreachableError
+from afdslib.pruning import CRITERIA, choose, scores
+from afdslib.pruning.budget import LEAST
+from afdslib.training.features import feature_names
+from afdslib.training.kept_channels import matching
+
+SIZE = (3, 32, 32)
+NETWORKS = {
+    "resnet14": {"stem": "cifar", "width": 1 / 8},
+    "resnet18": {"stem": "cifar", "width": 1 / 8},
+    "wrn-16-1": {},
+    "mobilenet_v2": {"width": 0.25},
+}
+
+
+def network(name: str = "resnet14", seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    model = backbones.build(name, 5, **NETWORKS[name]).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.2)
+    return model
+
+
+def batches(seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    torch.manual_seed(seed)
+    return [(torch.randn(6, *SIZE), torch.randint(0, 5, (6,))) for _ in range(2)]
+
+
+def pruned(model: nn.Module, criterion: str = "l1", budget: float = 0.4):
+    found = groups(model, SIZE)
+    ranked = scores(criterion, model, found, batches=batches(), normalise="mean")
+    return choose(model, found, ranked, budget, SIZE)
+
+
+def silenced(model: nn.Module, kept) -> nn.Module:
+    """The dense network with the removed channels set to zero: what the shrunken one must compute."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for group in groups(model, SIZE):
+            gone = [c for c in range(group.width) if c not in kept[group.name]]
+            for layer in (model.get_submodule(name) for name in group.outputs):
+                for parameter in (layer.weight, layer.bias):
+                    if parameter is not None:
+                        parameter[gone] = 0
+    return model
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_shrunken_network_computes_what_the_dense_one_does_with_those_channels_at_zero(name):
+    model = network(name)
+    kept = pruned(model)
+    small = shrink(model, kept, SIZE)
+    x = torch.randn(3, *SIZE)
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
+    torch.testing.assert_close(small(x), silenced(model, kept)(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("budget", [0.6, 0.15])
+def test_the_budget_is_met_and_the_macs_are_those_of_afdslib(name, budget):
+    model = network(name)
+    found, dense = groups(model, SIZE), macs.count(model, SIZE).total
+    kept = pruned(model, budget=budget)
+    counted = macs.count(shrink(model, kept, SIZE), SIZE).total
+    assert LEAST * budget <= counted / dense <= budget
+    gone = [torch.tensor([c not in kept[g.name] for c in range(g.width)]) for g in found]
+    assert Cost(model, found, SIZE)(gone) == pytest.approx(counted)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_the_least_important_channels_of_the_whole_network_go(criterion):
+    model = network()
+    found = groups(model, SIZE)
+    ranked = scores(criterion, model, found, batches=batches(), normalise="mean")
+    kept = choose(model, found, ranked, 0.4, SIZE)
+    inside = torch.cat([v[list(kept[g.name])] for g, v in zip(found, ranked, strict=True) if len(kept[g.name]) > 1])
+    outside = torch.cat(
+        [v[[c for c in range(g.width) if c not in kept[g.name]]] for g, v in zip(found, ranked, strict=True)]
+    )
+    # One threshold, but for the few that came back to fill the budget.
+    assert float((outside > inside.quantile(0.05)).double().mean()) < 0.05
+    assert all(kept[g.name] for g in found)
+
+
+def test_the_criteria_are_their_formulas():
+    model = network()
+    found = {g.name: (g, i) for i, g in enumerate(groups(model, SIZE))}
+    everything = [g for g, _ in found.values()]
+    inner, i = found["layer1.0.conv1"]
+    conv, norm = model.layer1[0].conv1, model.layer1[0].bn1
+
+    def of(criterion):
+        return scores(criterion, model, everything, batches=batches())[i]
+
+    torch.testing.assert_close(of("slimming"), norm.weight.detach().abs().double())
+    torch.testing.assert_close(of("l1"), conv.weight.detach().abs().sum((1, 2, 3)).double())
+    expected = torch.zeros(inner.width, dtype=torch.float64)
+    for images, labels in batches():
+        loss = nn.functional.cross_entropy(model(images), labels)
+        gradient = torch.autograd.grad(loss, conv.weight)[0]
+        expected += (conv.weight.detach() * gradient).sum((1, 2, 3)).double().square() / 2
+    torch.testing.assert_close(of("taylor"), expected)
+    assert not torch.equal(of("random"), scores("random", model, everything, seed=1)[i])
+    # A residual stream: the shortcut's and the last convolution's filters share their channels.
+    stream, j = found["layer1.0.conv3"]
+    both = [model.layer1[0].conv3, model.layer1[0].downsample[0]]
+    mean = sum(c.weight.detach().abs().sum((1, 2, 3)) for c in both) / 2
+    torch.testing.assert_close(scores("l1", model, everything)[j], mean.double())
+
+
+def test_taylor_leaves_the_network_and_its_gradients_as_they_were():
+    model = network().train()
+    before = copy.deepcopy(model.state_dict())
+    scores("taylor", model, groups(model, SIZE), batches=batches())
+    assert all(torch.equal(before[n], v) for n, v in model.state_dict().items()) and model.training
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_pruned_network_is_saved_with_its_channels_and_pruned_again_keeps_their_names(tmp_path):
+    model = network()
+    first = pruned(model, budget=0.5)
+    small = shrink(model, first, SIZE)
+    second = pruned(small, "random", budget=0.5)
+    smaller = shrink(small, second, SIZE)
+    kept = smaller.architecture["kept"]
+    assert all(kept[name] == [first[name][c] for c in second[name]] for name in first)
+    afs.save(smaller, tmp_path / "net.safetensors")
+    loaded = afs.load(tmp_path / "net.safetensors")
+    x = torch.randn(2, *SIZE)
+    assert torch.equal(loaded(x), smaller(x)) and loaded.architecture == smaller.architecture
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_kept_channels_of_tapped_layers_are_those_of_the_source(name):
+    """The silenced source's features at the kept channels are the pruned network's features."""
+    from afdslib.training.features import Teacher
+
+    model = network(name)
+    kept = pruned(model)
+    names = feature_names(model, "block")
+    channels = matching(model, kept, names, SIZE)
+    small = shrink(model, kept, SIZE)
+    assert [p.shape for p in channels.reference.parameters()] == [p.shape for p in small.parameters()]
+    x = torch.randn(2, *SIZE)
+    _, dense_features = Teacher(silenced(model, kept), names)(x)
+    _, features = Teacher(small, names)(x)
+    for layer in names:
+        torch.testing.assert_close(
+            features[layer], dense_features[layer][:, channels.kept[layer]], rtol=1e-3, atol=1e-4
+        )
+
+
+def test_a_budget_below_the_fixed_layers_names_the_smallest_that_can_be_reached():
+    model = network()
+    with pytest.raises(UnreachableError, match=r"budget 0.001 cannot be reached.*cost 0\.\d+ of the dense") as caught:
+        pruned(model, budget=0.001)
+    smallest = float(str(caught.value).split("cost ")[1].split()[0])
+    kept = pruned(model, budget=smallest + 1e-4)
+    assert all(len(positions) == 1 for positions in kept.values())
+    with pytest.raises(UnreachableError):
+        pruned(model, budget=smallest - 1e-3)
+
+
+def test_networks_that_cannot_be_pruned_are_refused_in_one_sentence():
+    plain = nn.Sequential()
+    plain.add_module("features", nn.Conv2d(3, 8, 3))
+    plain.add_module("pool", nn.AdaptiveAvgPool2d(1))
+    plain.add_module("flatten", nn.Flatten())
+    plain.add_module("fc", nn.Linear(8, 3))
+    with pytest.raises(AFDSError, match="slimming cannot rank.*'features'.*batch norm"):
+        scores("slimming", plain, groups(plain, SIZE))
+    with pytest.raises(AFDSError, match="'conv1' is gated"):
+        groups(tiny.gated(), (3, tiny.SIZE, tiny.SIZE))
+    plain.features = nn.Conv2d(3, 6, 3)
+    plain.grouped = nn.Conv2d(6, 6, 3, groups=2)
+    with pytest.raises(AFDSError, match="'grouped' is a convolution of 2 groups"):
+        groups(plain, SIZE)
+    model = network()
+    for kept, words in (({"x": (0,)}, "no group"), ({"conv1": ()}, "at least one"), ({"conv1": (99,)}, "below 8")):
+        with pytest.raises(AFDSError, match=words):
+            shrink(model, kept, SIZE)
+    with pytest.raises(AFDSError, match="unknown selection 'magic'"):
+        scores("magic", model, groups(model, SIZE))
+    with pytest.raises(AFDSError, match="loader is empty"):
+        scores("taylor", model, groups(model, SIZE))

@@ -1,0 +1,459 @@
+"""Every rule reaches each of its verdicts on written CSVs, and a changed CSV changes the verdict."""
+
+import math
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from afdslib.base import paths
+from afdslib.base.errors import AFDSError
+from afdslib.report import claims
+from afdslib.report.claims import INCONCLUSIVE, NOT_REPLICATED, REPLICATED, UNTESTED
+from afdslib.report.numbers import Number
+from afdslib.studies import profiles, protocol
+
+NOISE = np.array([0.002, -0.002, 0.001, -0.001, 0.0, 0.003, -0.003, 0.002, -0.002, 0.0])
+WIDE = 60 * NOISE
+FOUR = (REPLICATED, NOT_REPLICATED, INCONCLUSIVE, UNTESTED)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """A project without any result."""
+    monkeypatch.setenv("AFDS_HOME", str(tmp_path))
+    return tmp_path
+
+
+def write(file: str, rows) -> None:
+    target = paths.results("any").parent / file
+    target.parent.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(rows).to_csv(target, index=False)
+
+
+def comparison(profile: str, target: str, gain, *, seeds=10, macs=0.1, budget="standard", drop=0.2) -> None:
+    """AFDS, its rival and a better test accuracy that is worse on validation; AFDS is `gain` above at 10x."""
+    gain = np.broadcast_to(gain, seeds)
+    rows = []
+    for seed in range(seeds):
+        for share in (1.0, 0.5, 0.1):
+            base = 0.8 - drop * (1 - share) + NOISE[seed]
+            for method, role, test, validation in (
+                ("afd+afs", "afds", base + gain[seed] * (share < 1), 0.9),
+                ("l2+taylor", "competitor", base, 0.7),
+                ("l2sp+slimming", "competitor", 0.99, 0.6),
+                ("l2+afs", "part", 0.99, 0.95),
+            ):
+                rows.append(
+                    {"target": target, "method": method, "role": role, "seed": seed, "budget": share}
+                    | {"test_accuracy": test, "validation_accuracy": validation}
+                    | {"macs": macs + NOISE[seed] / 100 if share == 0.1 else share}
+                )
+    write(f"{profile}/{budget}/comparison-{target}/comparison.csv", rows)
+
+
+def sweep(gain, other="l2", *, seeds=6, budget="standard") -> None:
+    gain = np.broadcast_to(gain, seeds)
+    rows = [
+        {"target": claims.CIFAR, "method": m, "seed": s, "budget": b}
+        | {"test_accuracy": 0.5 + (gain[s] if m == "afd" else 0)}
+        for m in ("afd", other)
+        for s in range(seeds)
+        for b in (1.0, 0.1)
+    ]  # fmt: skip
+    write(f"imagenet32/{budget}/sweep.csv", rows)
+
+
+def students(file: str, gains, *, seeds=4, teacher="wrn-16-2", student="wrn-16-1") -> None:
+    """Accuracies of methods: a gain over the student alone."""
+    rows = [{"teacher": "", "student": teacher, "method": "teacher", "seed": 0, "test_accuracy": 0.9, "run": "t"}]
+    for method, gain in gains.items():
+        for seed, value in enumerate(np.broadcast_to(gain, seeds)):
+            rows.append(
+                {"teacher": "" if method == "alone" else teacher, "student": student, "method": method, "seed": seed}
+                | {"test_accuracy": 0.7 + value, "run": f"{method}-{seed}"}
+            )
+    write(file, rows)
+
+
+def curves(profile: str, halves, *, seeds=4) -> None:
+    """Learning curves that reach 0.5 of the training images after so many steps, and 0.8 in the end."""
+    for method, half in halves.items():
+        for seed, steps in enumerate(np.broadcast_to(half, seeds)):
+            rows = [{"step": s, "train_accuracy": 0.8 * (1 - 0.5 ** (s / steps))} for s in range(20, 401, 20)]
+            write(f"{profile}/runs/{method}-{seed}.csv", rows)
+
+
+def times(
+    dense=(30, 31, 32),
+    compact=(3, 3.1, 3.2),
+    *,
+    batch=1,
+    repeats=5,
+    note="masks of resnet101-10x.json",
+    name="a",
+    size=224,
+):
+    row = {"case": "networks", "network": "resnet101-10x", "batch": batch, "device": "CPU", "threads": 1}
+    row |= {"size": size, "width": 1.0}
+    row |= {"repeats": repeats}
+    rows = [
+        row | {"variant": v, "runtime": r, "q1_ms": f * t[0], "median_ms": f * t[1], "q3_ms": f * t[2], "note": n}
+        for v, t, n in (("dense", dense, "batch norm folded"), ("compact", compact, note))
+        for r, f in (("onnxruntime", 1.0), ("eager", 1.5))
+    ]
+    rows.append(row | {"variant": "compact", "runtime": "compiled", "note": "not in this runtime"})
+    write(f"speed/{name}.csv", rows)
+
+
+def verdict(title: str) -> str:
+    return {c.title: c for c in claims.claims()}[title].judge().verdict
+
+
+# pure rules
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "n", "margin", "expected"),
+    [
+        (0.1, 3, 5, 0, REPLICATED),
+        (-3, -0.1, 5, 0, NOT_REPLICATED),
+        (-1, 3, 5, 0, INCONCLUSIVE),
+        (0, 3, 5, 0, INCONCLUSIVE),
+        (-3, 0, 5, 0, INCONCLUSIVE),
+        (0.1, 3, 4, 0, INCONCLUSIVE),
+        (math.nan, math.nan, 5, 0, INCONCLUSIVE),
+        (8, 12, 5, 11.07, REPLICATED),
+        (13, 15, 5, 11.07, REPLICATED),
+        (5, 11, 5, 11.07, NOT_REPLICATED),
+        (-5, 11, 5, 11.07, NOT_REPLICATED),
+        (-5, 12, 5, 11.07, INCONCLUSIVE),
+        (5, 11, 4, 11.07, INCONCLUSIVE),
+    ],
+)
+def test_an_interval_speaks_for_against_or_not_at_all(low, high, n, margin, expected):
+    assert claims.of_interval(Number((low + high) / 2, low=low, high=high, n=n), margin=margin) == expected
+
+
+def test_nothing_measured_is_not_tested():
+    assert claims.of_interval(None) == UNTESTED and claims.of_interval(None, margin=11.07) == UNTESTED
+    assert claims.matters({}, 0.1, seeds=3) == UNTESTED and claims.matters({1: 0.1, 2: 0.2, 3: 0.3}, None, seeds=3) == (
+        UNTESTED
+    )
+
+
+def test_a_step_beside_the_best_weight_is_held_against_the_seeds():
+    tried = {1: 0.70, 10: 0.80, 100: 0.79, 1000: 0.60}
+    assert claims.matters(tried, 0.05, seeds=3) == REPLICATED
+    assert claims.matters(tried, 0.15, seeds=3) == INCONCLUSIVE  # only far away it costs more
+    assert claims.matters(tried, 0.25, seeds=3) == NOT_REPLICATED
+    assert claims.matters(tried, 0.05, seeds=2) == INCONCLUSIVE
+    assert claims.matters(tried | {100: math.nan}, 0.25, seeds=3) == REPLICATED  # it diverged
+
+
+# each rule reaches each verdict
+
+
+def test_without_results_no_claim_is_tested():
+    found = claims.judge()
+    assert {f.verdict for f in found.values()} == {UNTESTED} and not any(f.files for f in found.values())
+    assert all(f.why.startswith("No committed result file has") for f in found.values())
+
+
+SIGNS = {
+    "sign at 10x, 32 px": ("imagenet32", claims.CIFAR),
+    "sign at 10x, disjoint classes": ("imagenet32-disjoint", claims.DISJOINT),
+}
+
+
+@pytest.mark.parametrize("title", SIGNS)
+def test_the_sign_against_the_rival(title):
+    seen = [verdict(title)]
+    every = {"sign at 10x, 32 px": 10, "sign at 10x, disjoint classes": 5}[title]
+    noise, wide = NOISE[::-1][:every], WIDE[:every]
+    for gain, seeds in ((0.02 + noise, every), (-0.02 + noise, every), (wide, every), (0.02, every - 1)):
+        comparison(*SIGNS[title], gain, seeds=seeds)
+        seen.append(verdict(title))
+    assert seen == [UNTESTED, REPLICATED, NOT_REPLICATED, INCONCLUSIVE, INCONCLUSIVE]
+
+
+def test_the_margin_of_the_paper_is_held_against_stanford_dogs_only():
+    title = f"+{claims.AFDS_MARGIN} points"
+    comparison("imagenet32", claims.CIFAR, 0.12)
+    comparison("paper", "mit-indoors", 0.12)
+    seen = [verdict(title)]
+    for gain in (0.12, 0.05 + NOISE, -0.05, 0.1107 + 2 * WIDE):
+        comparison("paper", claims.DOGS, gain)
+        seen.append(verdict(title))
+    assert seen == [UNTESTED, REPLICATED, NOT_REPLICATED, NOT_REPLICATED, INCONCLUSIVE]
+
+
+def test_ten_times_fewer_macs_are_measured():
+    seen = [verdict("10x fewer MACs")]
+    for macs, seeds in ((0.0995, 10), (0.12, 10), (0.102, 10), (0.0995, 9)):
+        comparison("paper", claims.DOGS, 0.0, macs=macs, seeds=seeds)
+        seen.append(verdict("10x fewer MACs"))
+    assert seen == [UNTESTED, REPLICATED, NOT_REPLICATED, INCONCLUSIVE, INCONCLUSIVE]
+
+
+@pytest.mark.parametrize(
+    ("title", "profile", "target"),
+    [
+        ("computation at the same accuracy", "paper", claims.DOGS),
+        ("MACs at the same accuracy, 32 px", "imagenet32", claims.CIFAR),
+    ],
+)
+def test_macs_at_the_same_accuracy(title, profile, target):
+    seen = [verdict(title)]
+    for gain in (0.08 + NOISE, -0.08 + NOISE, WIDE):
+        comparison(profile, target, gain)
+        seen.append(verdict(title))
+    assert seen == [UNTESTED, REPLICATED, NOT_REPLICATED, INCONCLUSIVE]
+
+
+def test_macs_at_the_same_accuracy_are_held_against_the_most_frugal_competitor():
+    # l2+width is best at 10x, so the rival; l2+taylor needs 25 % of the MACs for 0.59, a point below the rival's 0.6.
+    curves = {
+        "afd+afs": {1.0: 0.62, 0.5: 0.59, 0.1: 0.4},
+        "l2+width": {1.0: 0.60, 0.5: 0.55, 0.1: 0.5},
+        "l2+taylor": {1.0: 0.61, 0.25: 0.59, 0.1: 0.3},
+    }
+    rows = [
+        {"target": claims.CIFAR, "method": m, "role": "afds" if m == "afd+afs" else "competitor", "seed": seed}
+        | {"budget": b, "macs": b, "test_accuracy": a + NOISE[seed] / 100, "validation_accuracy": a}
+        for m, curve in curves.items()
+        for b, a in curve.items()
+        for seed in range(10)
+    ]
+    write(f"imagenet32/quick/comparison-{claims.CIFAR}/comparison.csv", rows)
+    (found,) = (c.judge() for c in claims.claims() if c.title == "MACs at the same accuracy, 32 px")
+    assert found.verdict == NOT_REPLICATED
+    assert found.why.startswith("MACs that L2 + Taylor needs minus those that AFDS needs: -25.0 [")
+    assert "L2 + narrower network, the rival at 10x, minus AFDS: +4" in found.why
+    short = [row for row in rows if row["method"] != "l2+taylor" or row["seed"] < 3]  # too few seeds to be asked
+    write(f"imagenet32/quick/comparison-{claims.CIFAR}/comparison.csv", short)
+    assert verdict("MACs at the same accuracy, 32 px") == REPLICATED
+
+
+@pytest.mark.parametrize(("title", "other"), [("AFD over L2, 32 px", "l2"), ("attention, 32 px", "feature-map")])
+def test_the_same_selection(title, other):
+    seen = [verdict(title)]
+    for gain, seeds in ((0.02 + NOISE[:6], 6), (-0.02 + NOISE[:6], 6), (WIDE[:6], 6), (0.02, 2)):
+        sweep(gain, other, seeds=seeds)
+        seen.append(verdict(title))
+    assert seen == [UNTESTED, REPLICATED, NOT_REPLICATED, INCONCLUSIVE, INCONCLUSIVE]
+
+
+def test_measured_time():
+    seen = [verdict("faster CNNs")]
+    times()
+    seen.append(verdict("faster CNNs"))
+    times((3, 3.1, 3.2), (30, 31, 32), batch=16, name="b")
+    seen.append(verdict("faster CNNs"))
+    times((3, 3.1, 3.2), (3, 3.1, 3.2), batch=16, name="b")
+    seen.append(verdict("faster CNNs"))
+    times(batch=16, repeats=4, name="b")
+    seen.append(verdict("faster CNNs"))
+    assert seen == [UNTESTED, REPLICATED, NOT_REPLICATED, INCONCLUSIVE, INCONCLUSIVE]
+
+
+def test_times_of_random_masks_are_no_evidence_and_each_network_has_its_best_runtime():
+    times(note="random masks: 0.2 inner")
+    assert verdict("faster CNNs") == UNTESTED
+    times(size=64)
+    assert verdict("faster CNNs") == UNTESTED
+    times((30, 31, 32), (25, 26, 27))
+    (found,) = (c.judge() for c in claims.claims() if c.title == "faster CNNs")
+    assert found.verdict == REPLICATED  # eager compact (37.5 ms) does not count
+    assert "batch 1 on CPU: 1.2x as fast, 26.0 [25.0, 27.0] ms in onnxruntime against 31.0 [30.0, 32.0] ms" in found.why
+    assert found.files == ("speed/a.csv",)
+
+
+GAINS = {  # title: file, pair, methods, margin
+    "AT on CIFAR-10": ("paper/standard/attention.csv", ("wrn-16-2", "wrn-16-1"), ("at", "alone"), 0.0084),
+    "AT, few epochs": ("imagenet32/quick/attention.csv", ("wrn-16-2", "wrn-16-1"), ("at", "alone"), 0),
+    "AT on ImageNet": ("paper/quick/attention.csv", ("resnet34", "resnet18"), ("at", "alone"), 0.011),
+    "NST on ImageNet": ("paper/standard/selectivity.csv", ("resnet101", "inception_bn"), ("nst-poly", "alone"), 0.0093),
+    "NST + KD on ImageNet": (
+        "paper/quick/selectivity.csv", ("resnet101", "inception_bn"), ("nst-poly+kd", "nst-poly"), 0.0047,
+    ),
+    "NST, CIFAR-10": ("imagenet32/standard/attention.csv", ("wrn-16-2", "wrn-16-1"), ("nst", "alone"), 0),
+    "NST + KD, CIFAR-10": (
+        "imagenet32/quick/selectivity.csv", ("wrn-16-2", "inception_bn"), ("nst-poly+kd", "nst-poly"), 0,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("title", GAINS)
+def test_gains_of_students(title):
+    file, pair, (one, other), margin = GAINS[title]
+    seen = []
+    students(file, {one: 0.05, other: 0.0}, teacher="another", student=pair[1])
+    seen.append(verdict(title))
+    for gain, seeds in ((0.02 + NOISE[:4], 4), (margin / 2 - 0.02 + NOISE[:4], 4), (WIDE[:4], 4), (0.02, 2)):
+        students(file, {one: gain, other: 0.0}, seeds=seeds, teacher=pair[0], student=pair[1])
+        seen.append(verdict(title))
+    assert seen == [UNTESTED, REPLICATED, NOT_REPLICATED, INCONCLUSIVE, INCONCLUSIVE]
+
+
+def test_two_hundred_epochs_are_what_the_attention_claim_names():
+    for file in ("paper/quick/attention.csv", "imagenet32/standard/attention.csv"):
+        students(file, {"at": 0.02 + NOISE[:4], "alone": 0.0})
+    assert verdict("AT on CIFAR-10") == UNTESTED and verdict("AT, few epochs") == REPLICATED
+
+
+def test_convergence():
+    title, file = "AT converges faster", "imagenet32/quick/attention.csv"
+    seen = [verdict(title)]
+    slow, fast = np.array([100, 103, 97, 101]), np.array([50, 49, 51, 50])
+    for alone, at, seeds in ((slow, fast, 4), (fast, slow, 4), (slow, [103, 97, 100, 101], 4), (slow[:2], fast[:2], 2)):
+        students(file, {"at": 0.0, "alone": 0.0}, seeds=seeds)
+        curves("imagenet32", {"alone": alone, "at": at}, seeds=seeds)
+        seen.append(verdict(title))
+    assert seen == [UNTESTED, REPLICATED, NOT_REPLICATED, INCONCLUSIVE, INCONCLUSIVE]
+    (paths.results("imagenet32") / "runs" / "at-1.csv").unlink()
+    with pytest.raises(AFDSError, match="at-1.csv does not exist"):
+        verdict(title)
+
+
+def test_the_weight_of_attention_transfer():
+    title, file = "AT's weight matters", "imagenet32/quick/attention.csv"
+    students(file, {"at": NOISE[:4], "alone": 0.0})
+    seen = [verdict(title)]
+    for values in ((0.70, 0.80, 0.70), (0.800, 0.801, 0.802), (0.790, 0.801, 0.802)):
+        trials = [
+            {"method": "at", "strength": w, "validation_accuracy": v} for w, v in zip((1, 10, 100), values, strict=True)
+        ]
+        write(file.replace(".csv", "_trials.csv"), trials)
+        seen.append(verdict(title))
+    assert seen == [UNTESTED, REPLICATED, NOT_REPLICATED, INCONCLUSIVE]
+
+
+# what a rule reads
+
+
+def test_a_changed_file_changes_the_verdict_and_its_sentence():
+    comparison("imagenet32", claims.CIFAR, 0.0206 + NOISE)
+    file = paths.results("imagenet32") / "standard" / f"comparison-{claims.CIFAR}" / "comparison.csv"
+    (claim,) = (c for c in claims.claims() if c.title == "sign at 10x, 32 px")
+    before = claim.judge()
+    table = pd.read_csv(file)
+    table.loc[(table.method == "afd+afs") & (table.budget == 0.1), "test_accuracy"] -= 0.05
+    table.to_csv(file, index=False)
+    after = claim.judge()
+    assert (before.verdict, after.verdict) == (REPLICATED, NOT_REPLICATED)
+    assert ": +2.1 [" in before.why and ": -2.9 [" in after.why
+    assert before.files == (f"imagenet32/standard/comparison-{claims.CIFAR}/comparison.csv",)
+
+
+def test_the_rival_is_chosen_on_validation_and_parts_of_afds_are_no_rivals():
+    comparison("imagenet32", claims.CIFAR, 0.02 + NOISE)
+    (claim,) = (c for c in claims.claims() if c.title == "sign at 10x, 32 px")
+    assert "AFDS minus its rival, L2 + Taylor, at 10x" in claim.judge().why
+    file = paths.results("imagenet32") / "standard" / f"comparison-{claims.CIFAR}" / "comparison.csv"
+    table = pd.read_csv(file)
+    first = table.seed.isin(protocol.protocol(profiles.get("imagenet32", "standard")).seeds[:3])
+    table.loc[(table.method == "l2sp+slimming") & first, "validation_accuracy"] = 0.71
+    table.to_csv(file, index=False)
+    found = claim.judge()
+    assert "L2-SP + network slimming" in found.why and found.verdict == NOT_REPLICATED
+
+
+def test_the_larger_budget_counts_where_it_has_the_rows():
+    sweep(-0.02 + NOISE[:6], budget="quick")
+    assert verdict("AFD over L2, 32 px") == NOT_REPLICATED
+    sweep(0.02 + NOISE[:6], budget="standard")
+    assert verdict("AFD over L2, 32 px") == REPLICATED
+    sweep(0.02, "feature-map", budget="standard")
+    assert verdict("AFD over L2, 32 px") == NOT_REPLICATED
+
+
+def test_seeds_that_diverged_are_told():
+    comparison("imagenet32", claims.CIFAR, 0.02 + NOISE)
+    rows = [{"target": "x", "method": m, "seed": 9, "budget": b} for m in ("afd+afs", "l2+width") for b in (0.1, 0.5)]
+    write(f"imagenet32/standard/comparison-{claims.CIFAR}/missing.csv", rows)
+    (claim,) = (c for c in claims.claims() if c.title == "sign at 10x, 32 px")
+    assert claim.judge().why.endswith("Seeds without a network at 10x: AFD + AFS 1.")
+
+
+def test_a_comparison_is_judged_when_every_seed_is_there_or_known_to_be_lost():
+    file = f"imagenet32/standard/comparison-{claims.CIFAR}/missing.csv"
+    comparison("imagenet32", claims.CIFAR, 0.02 + NOISE[:9], seeds=9)
+    assert verdict("sign at 10x, 32 px") == INCONCLUSIVE
+    write(file, [{"target": "x", "method": "l2+taylor", "seed": 9, "budget": 0.5}])
+    assert verdict("sign at 10x, 32 px") == INCONCLUSIVE
+    write(file, [{"target": "x", "method": "l2+taylor", "seed": 9, "budget": 0.1}])
+    assert verdict("sign at 10x, 32 px") == REPLICATED
+    comparison("imagenet32", claims.CIFAR, 0.02 + NOISE[:4], seeds=4)
+    write(file, [{"target": "x", "method": "afd+afs", "seed": s, "budget": 0.1} for s in range(4, 10)])
+    assert verdict("sign at 10x, 32 px") == INCONCLUSIVE
+
+
+def test_a_comparison_without_afds_or_without_competitors_is_no_test():
+    for keep in ("competitor", "afds"):
+        comparison("imagenet32", claims.CIFAR, 0.02)
+        file = paths.results("imagenet32") / "standard" / f"comparison-{claims.CIFAR}" / "comparison.csv"
+        table = pd.read_csv(file)
+        table[table.role == keep].to_csv(file, index=False)
+        assert verdict("sign at 10x, 32 px") == UNTESTED
+        assert verdict("MACs at the same accuracy, 32 px") == UNTESTED
+
+
+def test_a_damaged_file_is_one_sentence():
+    file = paths.results("imagenet32") / "quick" / "sweep.csv"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"\xff\x81")
+    with pytest.raises(AFDSError, match="is no table"):
+        claims.judge()
+
+
+# rendering
+
+
+def test_every_claim_has_a_number_a_source_a_rule_and_a_verdict():
+    made = claims.claims()
+    assert [c.number for c in made] == list(range(1, len(made) + 1)) and len({c.title for c in made}) == len(made)
+    for claim in made:
+        assert re.match(r"\[(paper|ours|AT's paper|NST's paper)\]", claim.source), claim
+        shared = claim.rule.startswith(("The sign of", "The size of"))
+        assert shared or all(v in claim.rule for v in ("[Re] if", "[¬Re] if", "[inconclusive]")), claim
+    text, table = str(claims.rules_text()), claims.verdict_table()
+    assert all(text.count(f"\n{c.number}. **{c.title}** {c.source}: ") == 1 and c.rule in text for c in made)
+    assert text.count("**The sign of**") == text.count("**The size of**") == 1
+    assert len(table.rows) == len(made)
+    assert {row[2] for row in table.rows} == {"**[?]**"} and "|" not in "".join(sum(table.rows, []))
+
+
+def test_the_table_holds_the_verdicts_and_the_sentence_counts_them():
+    comparison("imagenet32", claims.CIFAR, 0.02 + NOISE)
+    sweep(0.02, seeds=2, budget="quick")
+    rows = {row[1]: row for row in claims.verdict_table().rows}
+    assert rows["sign at 10x, 32 px"][2] == "**[Re]**" and rows["AFD over L2, 32 px"][2] == "**[inconclusive]**"
+    assert "`imagenet32/quick/sweep.csv`" in rows["AFD over L2, 32 px"][4]
+    paper, own, around = claims.verdicts_text().splitlines()
+    assert paper == "- 4 claims of the paper: 4 not tested [?] (no. 1, 2, 3, 4)."
+    assert "questions of our own about AFDS" in own and "2 replicated [Re] (no. 5, 7), 1 inconclusive" in own
+    assert around.startswith("- 9 claims and questions about the systems around it: 9 not tested [?]")
+
+
+def test_what_to_think_follows_the_verdicts():
+    assert "is not tested here" in claims.conclusion_text() and "no. 5" not in claims.conclusion_text()
+    comparison("imagenet32", claims.CIFAR, 0.02 + NOISE)
+    assert "AFDS is the most accurate of our methods at a tenth of the MACs (no. 5)." in claims.conclusion_text()
+    comparison("imagenet32", claims.CIFAR, -0.02 + NOISE)
+    text = claims.conclusion_text()
+    assert "AFDS is not the most accurate" in text and "is the most" not in text
+
+
+def test_every_conclusion_is_about_a_claim():
+    titles = {claim.title for claim in claims.claims()}
+    assert set(claims.CONCLUSIONS) <= titles and all(set(v) <= set(FOUR) for v in claims.CONCLUSIONS.values())
+
+
+def test_the_committed_results_can_be_judged(monkeypatch):
+    monkeypatch.delenv("AFDS_HOME")
+    assert {f.verdict for f in claims.judge().values()} <= set(FOUR)
+    paper = [c for c in claims.claims() if c.number <= 3]
+    if not list(paths.results("paper").glob(f"*/comparison-{claims.DOGS}")):
+        assert {c.judge().verdict for c in paper} == {UNTESTED}

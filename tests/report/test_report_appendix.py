@@ -1,0 +1,82 @@
+"""What stands behind the report is read from files, and the faults it names are those that the tests catch."""
+
+import json
+import re
+
+import pandas as pd
+import pytest
+from test_mutants import FAULTS
+
+from afdslib import runs
+from afdslib.report import appendix as evidence
+from afdslib.report import pipeline
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("AFDS_HOME", str(tmp_path))
+    monkeypatch.setenv("AFDS_FIGURES", str(tmp_path / "figures"))
+    return tmp_path
+
+
+def test_each_fault_names_mutants_that_a_test_catches():
+    named = [mutant for _, mutants in evidence.FAULTS for mutant in mutants]
+    caught = {mutant.__name__ for mutant, _, _ in FAULTS}
+    assert len(named) == len(set(named)) and set(named) <= caught
+    # The rest are faults of a careless MACs counter or sweep, not of the public reproduction.
+    assert caught - set(named) == {
+        "product_of_means", "stream_without_its_shortcut", "predictors_for_free", "each_budget_starts_from_the_source"
+    }  # fmt: skip
+    assert "`masks_per_layer`" in evidence.faults_table()._repr_markdown_()
+
+
+def test_every_committed_table_is_shown_under_its_own_profile(home):
+    assert "No result is committed" in evidence.committed_text()
+    folder = home / "data/results/imagenet32/quick"
+    folder.mkdir(parents=True)
+    sweep = {"target": "t", "method": "l2", "seed": [0, 1], "budget": 0.1, "test_accuracy": [0.5, 0.6], "macs": 0.1}
+    pd.DataFrame(sweep).to_csv(folder / "sweep.csv")
+    (folder / "comparison-t").mkdir()
+    pd.DataFrame(sweep | {"method": "afd+afs"}).to_csv(folder / "comparison-t" / "comparison.csv")
+    students = {"student": "s", "teacher": ["", "t"], "method": ["alone", "at"], "test_accuracy": [0.7123, 0.75]}
+    pd.DataFrame(students).to_csv(folder / "attention.csv")
+    text = evidence.committed_text()
+    assert "| 10x | 10.0 % | 55.0 ± 7.1 |" in text and "| AFD + AFS | 55.0 ± 7.1 |" in text
+    assert "| s, AT from t | 75.0 | 75.0 to 75.0 | 1 |" in text and "71.2" in text
+    assert "the comparison on t:" in text and text.count("**imagenet32, quick**") == 3
+    assert "afds students --study attention" in text
+
+
+def test_the_cost_is_the_sum_of_what_the_runs_took(home):
+    folder = home / "data/results/imagenet32/runs"
+    folder.mkdir(parents=True)
+    for name, times in (("a", {"seconds": 1800}), ("b", {"seconds": 5400}), ("c", {})):
+        record = {"kind": "SourceRun", "environment": runs.environment(), "times": times}
+        (folder / f"{name}.json").write_text(json.dumps(record))
+    ((profile, kind, _, count, hours),) = evidence.cost_table().rows
+    assert (profile, kind, count, hours) == ("imagenet32", "source networks", "3", "2.00")
+
+
+def test_every_figure_that_a_notebook_saves_has_its_command(monkeypatch, tmp_path):
+    monkeypatch.setenv("AFDS_FIGURES", str(tmp_path))
+    rows = evidence.figures_table("demo", "quick").rows
+    saved = sum(path.read_text().count("plots.save(") for path in pipeline.notebooks())
+    assert sum(len(row[0].split(", ")) for row in rows) == saved
+    assert all("--profile demo --budget quick --notebook" in row[1] and row[2] == "not kept" for row in rows)
+
+
+def test_every_reference_names_its_authors_title_year_and_where_it_is():
+    lines = evidence.references().splitlines()
+    assert len(lines) == len(evidence.CITED) and "{" not in evidence.references()
+    form = re.compile(r"- .+: \*.+\*, (19|20)\d\d\. (arXiv \d{4}\.\d{4,5}|https://\S+)")
+    assert not [line for line in lines if not form.fullmatch(line)]
+    assert lines[0].startswith("- Wang et al.: *Pay Attention to Features, Transfer Learn Faster CNNs*, 2020.")
+
+
+def test_every_kind_of_run_that_trains_has_a_name_for_readers():
+    from afdslib.experiments import student as distillation  # noqa: F401  (they register the kinds of runs)
+
+    kinds = {
+        name for name, kind in runs._registry.items() if kind.__module__.startswith("afdslib") and name.endswith("Run")
+    }
+    assert kinds == set(evidence.KINDS)

@@ -1,0 +1,123 @@
+"""A number of the report is in a result file, or there is one sentence about what is missing."""
+
+import math
+import re
+
+import pandas as pd
+import pytest
+from scipy import stats
+
+from afdslib.base import paths
+from afdslib.base.errors import AFDSError
+from afdslib.report import numbers as cited
+
+FILE = "toy/quick/sweep.csv"
+
+
+@pytest.fixture(autouse=True)
+def table(tmp_path, monkeypatch):
+    """Two methods, three seeds, two budgets; one cell is empty."""
+    monkeypatch.setenv("AFDS_HOME", str(tmp_path))
+    rows = [
+        {"method": m, "teacher": None if m == "l2" else "big", "seed": s, "budget": b}
+        | {"test_accuracy": a + s / 100 + b / 10}
+        for m, a in (("l2", 0.5), ("afd", 0.53))
+        for s in range(3)
+        for b in (1.0, 0.1)
+    ]
+    rows[-1]["test_accuracy"] = math.nan
+    file = paths.results("toy") / "quick" / "sweep.csv"
+    file.parent.mkdir(parents=True)
+    pd.DataFrame(rows).to_csv(file, index=False)
+    return file
+
+
+def sentence(info) -> str:
+    text = str(info.value)
+    assert "\n" not in text
+    return text
+
+
+def test_a_number_is_the_cell_with_its_unit():
+    found = cited.number(FILE, "test_accuracy", unit="%", method="l2", seed=1, budget=0.1)
+    assert str(found) == "52.0 %" and found.file == FILE and f"{found}" == "52.0 %"
+    assert float(found) == pytest.approx(52)
+    assert str(cited.number(FILE, "test_accuracy", digits=3, method="l2", seed=1, budget=0.1)) == "0.520"
+    assert str(cited.number(FILE, "test_accuracy", unit="%", scale=1, digits=2, method="l2", seed=1, budget=0.1)) == (
+        "0.52 %"
+    )
+
+
+def test_it_follows_the_file(table):
+    changed = pd.read_csv(table)
+    changed.loc[(changed.method == "l2") & (changed.seed == 1) & (changed.budget == 0.1), "test_accuracy"] = 0.3
+    changed.to_csv(table, index=False)
+    assert str(cited.number(FILE, "test_accuracy", unit="%", method="l2", seed=1, budget=0.1)) == "30.0 %"
+
+
+def test_an_interval_is_taken_from_the_row(table):
+    pd.DataFrame({"method": ["a"], "d": [0.012], "low": [-0.01], "high": [0.034]}).to_csv(table, index=False)
+    found = cited.number(FILE, "d", unit="points", interval=("low", "high"), method="a")
+    assert str(found) == "1.2 [-1.0, 3.4] points"
+    with pytest.raises(AFDSError, match="no column 'lower'"):
+        cited.number(FILE, "d", interval=("lower", "high"), method="a")
+
+
+def test_an_empty_cell_is_matched_by_empty_text():
+    assert len(cited.rows(FILE, "test_accuracy", teacher="")) == 6
+    assert set(cited.rows(FILE, "test_accuracy", teacher="big").method) == {"afd"}
+
+
+@pytest.mark.parametrize(
+    ("column", "row", "words"),
+    [
+        ("accuracy", {"method": "l2"}, "has no column 'accuracy'; it has method, teacher, seed"),
+        ("test_accuracy", {"way": "l2"}, "has no column 'way'"),
+        ("test_accuracy", {"method": "l3"}, "has no row with method = 'l3'"),
+        ("test_accuracy", {"method": "l2", "seed": 7}, "has no row with method = 'l2', seed = 7"),
+        ("test_accuracy", {"method": "l2", "seed": 0}, "has 2 rows with method = 'l2', seed = 0; name more columns"),
+        ("test_accuracy", {"method": 3}, "holds text"),
+        ("test_accuracy", {"method": "afd", "seed": 2, "budget": 0.1}, "no number in column 'test_accuracy'"),
+        ("method", {"method": "l2", "seed": 0, "budget": 0.1}, "no number in column 'method'"),
+        ("test_accuracy", {}, "12 rows with any value"),
+    ],
+)
+def test_what_is_missing_or_ambiguous_is_one_sentence(column, row, words):
+    with pytest.raises(AFDSError) as info:
+        cited.number(FILE, column, **row)
+    assert words in sentence(info) and FILE in sentence(info)
+
+
+def test_a_missing_or_damaged_file_is_one_sentence(table):
+    with pytest.raises(AFDSError, match=re.escape("toy/none.csv does not exist")) as info:
+        cited.number("toy/none.csv", "a")
+    assert sentence(info)
+    for content in (b"", b"\xff\xfe\x00\x81", b'a,b\n1,2\n1,2,3,"\n'):
+        table.write_bytes(content)
+        with pytest.raises(AFDSError, match="is no table") as info:
+            cited.number(FILE, "a")
+        assert sentence(info)
+
+
+def test_a_mean_has_students_interval_over_seeds():
+    found = cited.mean(FILE, "test_accuracy", unit="%", method="l2", budget=1)
+    low, high = stats.t.interval(0.95, 2, loc=61, scale=stats.sem([60, 61, 62]))
+    assert (found.value, found.low, found.high, found.n) == pytest.approx((61, low, high, 3))
+    assert str(found) == f"61.0 [{low:.1f}, {high:.1f}] %"
+    with pytest.raises(AFDSError, match="several rows per seed"):
+        cited.mean(FILE, "test_accuracy", method="l2")
+
+
+def test_a_difference_is_paired_and_signed(table):
+    found = cited.difference(FILE, "test_accuracy", {"method": "afd"}, {"method": "l2"}, budget=1.0)
+    assert str(found) == "+3.0 [+3.0, +3.0] points" and found.n == 3
+    with pytest.raises(AFDSError, match="no number"):
+        cited.difference(FILE, "test_accuracy", {"method": "afd"}, {"method": "l2"}, budget=0.1)
+    changed = pd.read_csv(table)
+    changed[(changed.method == "l2") | (changed.seed == 0)].to_csv(table, index=False)
+    one = cited.difference(FILE, "test_accuracy", {"method": "afd"}, {"method": "l2"}, budget=0.1)
+    assert one.n == 1 and str(one) == "+3.0 points"  # one seed has no interval
+
+
+def test_a_number_that_rounds_to_zero_has_no_minus():
+    assert str(cited.Number(-0.04, "points", signed=True)) == "+0.0 points"

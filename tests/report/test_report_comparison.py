@@ -1,0 +1,174 @@
+"""What notebook 4 and the report show of a comparison, from tables made by hand."""
+
+import itertools
+
+import pandas as pd
+import pytest
+
+from afdslib.report import comparison as competitors
+from afdslib.report import plots
+from afdslib.studies import profiles, statistics
+from afdslib.studies.protocol import Method
+
+
+def table(accuracy):
+    """Rows of a comparison; `accuracy` maps (method, budget, seed) to a share."""
+    rows = []
+    for (key, budget, seed), value in accuracy.items():
+        method = Method.parse(key)
+        rows.append({
+            "target": "t", "method": key, "role": method.role, "regulariser": method.regulariser,
+            "selection": method.selection, "seed": seed, "budget": budget, "macs": budget, "test_accuracy": value,
+            "validation_accuracy": value,
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+@pytest.fixture
+def compared():
+    start = {"afd+afs": 0.60, "l2+taylor": 0.50, "l2+width": 0.70, "l2+width-kd": 0.72}
+    found = {}
+    for (key, value), budget, seed in itertools.product(start.items(), (1.0, 0.1), (0, 1)):
+        found[key, budget, seed] = value - 0.2 * (budget < 1) + 0.02 * seed
+    return table(found)
+
+
+def test_tables_name_methods_and_give_mean_spread_and_paired_difference(compared):
+    shown = repr(competitors.accuracy_table(compared)).splitlines()
+    assert shown[0].split() == ["method", "1x", "10x"]
+    assert shown[1].split("  ")[0] == "AFD + AFS" and "61.0 ± 1.4" in shown[1] and "41.0 ± 1.4" in shown[1]
+    paired = repr(competitors.paired_table(statistics.paired_table(compared))).splitlines()
+    row = next(line for line in paired if line.startswith("L2 + Taylor"))
+    assert "31.0" in row and "+10.0" in row and row.rstrip().endswith("2")
+    assert "-12.0" in next(line for line in paired if "with KD" in line)
+
+
+def test_sizes_are_those_at_the_endpoint(compared):
+    known = {"macs_predictors": 0.004, "train_macs": 0.099, "parameters": 12_345, "dynamic": 7, "static": 3}
+    shown = competitors.size_table(compared.assign(**known), 0.1)
+    assert shown.rows[0] == ["AFD + AFS", "10.00 %", "0.40 %", "9.90 %", "12", "7"] and len(shown.rows) == 4
+
+
+def test_a_panel_per_selection_with_afds_in_every_other(compared):
+    figure = plots.competitors(compared, chance=0.1, title="t")
+    axes = [ax for ax in figure.axes if ax.axison]
+    assert [ax.get_title(loc="left") for ax in axes] == ["AFS", "Taylor", "narrower networks"]
+    lines = [[label for label in ax.get_legend_handles_labels()[1]] for ax in axes]
+    assert lines == [["AFD"], ["AFDS", "L2"], ["AFDS", "narrower network", "narrower network with KD"]]
+    assert len({ax.get_xlim() for ax in axes}) == 1 and len({ax.get_ylim() for ax in axes}) == 1
+
+
+def test_every_line_of_a_panel_has_a_label_and_a_look_of_its_own():
+    keys = ("afd+afs", "afd-detached+afs", "l2+width", "afd+width", "l2+width-kd", "afd+width-kd")
+    figure = plots.competitors(table({(key, b, 0): 0.5 for key in keys for b in (1.0, 0.1)}))
+    for ax in (ax for ax in figure.axes if ax.axison):
+        handles, labels = ax.get_legend_handles_labels()
+        looks = [(h.lines[0].get_color(), h.lines[0].get_linestyle(), h.lines[0].get_marker()) for h in handles]
+        assert len(set(labels)) == len(labels) == len(set(looks)) and len(labels) >= 2
+    assert {"AFD", "AFD (detached)"} <= set(figure.axes[0].get_legend_handles_labels()[1])
+
+
+def test_the_paired_figure_has_a_row_per_method_at_its_difference(compared):
+    found = statistics.paired_table(compared)
+    (axis,) = plots.paired(found).axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == [
+        "L2 + narrower network with KD (2)", "L2 + narrower network (2)", "L2 + Taylor (2)",
+    ]  # fmt: skip
+    drawn = axis.containers[0].lines[0].get_xdata()
+    assert list(drawn) == pytest.approx([-12, -10, 10])
+
+
+def test_every_trial_is_drawn_and_those_without_a_value_are_counted():
+    rows = [
+        ("regulariser", "l2", 0.4),
+        ("regulariser", "l2", 0.5),
+        ("selection", "afs", None),
+        ("strength", "l2+afs", 0.3),
+    ]
+    trials = pd.DataFrame(rows, columns=["stage", "name", "validation_accuracy"])
+    axes = plots.competitor_trials(trials).axes
+    assert [[label.get_text() for label in ax.get_yticklabels()] for ax in axes] == [["L2"], ["AFS"], ["L2 + AFS"]]
+    assert [text.get_text() for ax in axes for text in ax.texts] == ["1 without a value"]
+    points, chosen = (line.get_xdata() for line in axes[0].lines)
+    assert list(points) == [0.4, 0.5] and list(chosen) == [0.5]
+
+
+def test_ablations_are_set_against_afds_seed_by_seed_and_lost_seeds_are_counted():
+    rows = [("both (AFDS)", s, 0.1, 0.4 + s / 10) for s in (0, 1)] + [
+        ("static only", 0, 0.1, 0.3),
+        ("static only", 1, 0.1, None),
+        ("multiples", 0, 0.25, 0.6),
+        ("both (AFDS)", 0, 0.25, 0.7),
+        ("unpruned", 0, 1.0, 0.5),
+    ]
+    shown = competitors.ablation_table(pd.DataFrame(rows, columns=["variant", "seed", "budget", "test_accuracy"]))
+    assert shown.rows == [
+        ["both (AFDS)", "10x", "45.0 ± 7.1", "–", "–", "2 of 2"],
+        ["static only", "10x", "30.0", "-10.0", "–", "1 of 2"],
+        ["multiples", "4x", "60.0", "-10.0", "–", "1 of 1"],
+        ["both (AFDS)", "4x", "70.0", "–", "–", "1 of 1"],
+        ["unpruned", "1x", "50.0", "+10.0", "–", "1 of 1"],
+    ]
+
+
+def test_p_values_of_the_ablations_are_corrected_within_the_table():
+    accuracies = {"both (AFDS)": (0.40, 0.41, 0.42), "a": (0.41, 0.42, 0.50), "b": (0.50, 0.40, 0.10)}
+    rows = [(name, seed, 0.1, value) for name, values in accuracies.items() for seed, value in enumerate(values)]
+    table = pd.DataFrame(rows, columns=["variant", "seed", "budget", "test_accuracy"])
+    shown = [row[4] for row in competitors.ablation_table(table).rows]
+    whole, *others = (dict(enumerate(values)) for values in accuracies.values())
+    corrected = statistics.holm([statistics.paired(mine, whole).p for mine in others])
+    assert shown == ["–", *(f"{p:.2g}" for p in corrected)] and max(corrected) <= 1
+
+
+def test_variants_that_beat_afds_are_named_with_their_distance_to_the_rival():
+    def rows(name, *accuracies, budget=0.1):
+        return [(name, seed, budget, value) for seed, value in enumerate(accuracies)]
+
+    columns = ["variant", "seed", "budget", "test_accuracy"]
+    afds = rows("both (AFDS)", 0.50, 0.51, 0.52)
+    table = [*afds, *rows("detached", 0.54, 0.55, 0.56), *rows("noisy", 0.40, 0.52, 0.70)]
+    table += [*rows("worse", 0.4, 0.41, 0.42), *rows("detached", 0.9, 0.9, 0.9, budget=0.25)]
+    table += rows("L2 + Taylor, unextended start", 0.9, 0.91, 0.92)
+    main = [("l2+taylor", "competitor", s, 0.1, v, v) for s, v in enumerate((0.55, 0.53, 0.55))]
+    main += [("l2+fbs", "competitor", s, 0.1, 0.9, 0.1) for s in range(3)]
+    names = ["method", "role", "seed", "budget", "test_accuracy", "validation_accuracy"]
+    made = competitors.better_text(
+        pd.DataFrame(table, columns=columns), pd.DataFrame(main, columns=names), budget=0.1, seeds=(0, 1, 2)
+    )
+    assert "- detached: +4.0 [+4.0, +4.0] points from AFDS and +0.7 [" in made
+    assert "from the rival, L2 + Taylor, on the same 3 seeds" in made
+    assert made.count("\n- ") == 1 and "Exploratory" in made
+    none = competitors.better_text(
+        pd.DataFrame(afds, columns=columns), pd.DataFrame(main, columns=names), budget=0.1, seeds=(0, 1, 2)
+    )
+    assert none == ""
+
+
+def test_an_ablation_says_why_a_variant_has_no_network():
+    rows = [
+        ("random predictors", 0.1, "in the source stage, the loss is nan"),
+        ("random predictors", 0.1, "in the source stage, the loss is nan"),
+        ("multiples", 0.25, "out of reach"),
+        ("both (AFDS)", 0.1, None),
+    ]
+    shown = competitors.untrained_text(pd.DataFrame(rows, columns=["variant", "budget", "diverged"]))
+    assert "- random predictors at 10x, 2 seeds: in the source stage, the loss is nan\n" in shown
+    assert "- multiples at 4x, 1 seed: out of reach\n" in shown and "AFDS" not in shown
+    assert competitors.untrained_text(pd.DataFrame(rows[-1:], columns=["variant", "budget", "diverged"])) == ""
+
+
+def test_a_comparison_that_was_not_run_says_how_to_run_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("AFDS_HOME", str(tmp_path))
+    none = competitors.Competitors(profiles.get("imagenet32"))
+    assert not list(none)
+    assert none.sentence().endswith("afds compare --profile imagenet32 --budget quick --workers 2")
+    assert not any((none.accuracy(), none.paired(), none.sizes(), none.costs(), none.ablations(), none.missing()))
+    assert list(none.figures(lambda *_: pytest.fail("nothing to draw"))) == [""]
+
+
+def test_what_is_missing_is_counted_by_method_and_reason():
+    rows = [("l2+width", "out of reach"), ("l2+width", "out of reach"), ("afd+afs", "diverged")]
+    shown = competitors.missing_text(pd.DataFrame(rows, columns=["method", "reason"]))
+    assert "- L2 + narrower network: 2 points: out of reach" in shown and "- AFD + AFS: 1 point: diverged" in shown
+    assert competitors.missing_text(pd.DataFrame(columns=["method", "reason"])) == "Every planned point has a network."

@@ -1,0 +1,61 @@
+"""No number of a result is typed into the report's text: results come from files, quotations from the list below."""
+
+import re
+
+import nbformat
+import pytest
+
+from afdslib.base import paths
+from afdslib.report import pipeline
+
+REPORT = pipeline.notebooks(paths.root() / "notebooks")[-1]
+
+# Number with unit, as it stands in the text -> why it may be typed.
+ALLOWED = {
+    "11.07 points": "the abstract's claim [paper], method.md 1",
+    "12.51": "an earlier version of the abstract [paper], method.md 1",
+    "10x": "the claim's budget [paper], method.md 1",
+    "100 %": "what a uniform attention's entropy is by definition",
+    "0 %": "what a collapsed attention's entropy is by definition",
+    "95 %": "the level of the intervals, fixed beforehand",
+    "224 px": "the paper profile's images, a setting",
+    "32 px": "the small profile's images, a setting",
+    "64 px": "the speed study's images, a setting",
+}
+UNIT = r"(?:%|percent\b|(?:percentage )?points?\b|px\b|ms\b|seconds?\b|minutes?\b|hours?\b|[MG] MACs|[x×](?![\w]))"
+RESULT = re.compile(rf"(?<![\w.])[-+−±]?\d+(?:[.,]\d+)?\s*{UNIT}|(?<![\w.])[-+−±]?\d+[.,]\d{{2,}}(?![\w.])")
+
+
+def results(text: str) -> list[str]:
+    """What looks like a result in Markdown: numbers with a unit or several decimals; not in code, formulas, links."""
+    text = re.sub(r"arXiv[: ]\d{4}\.\d{5}", " ", text)
+    text = re.sub(r"```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$]*\$|\]\([^)]*\)", " ", text, flags=re.S)
+    return [" ".join(found.split()) for found in RESULT.findall(text)]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("it gains 3.1 points", ["3.1 points"]),
+        ("11.07 points, 12.51 before", ["11.07 points", "12.51"]),
+        ("at 57.4 % and +0.3%", ["57.4 %", "+0.3%"]),
+        ("is −2 percentage points and 4.2x faster, 31 ms", ["−2 percentage points", "4.2x", "31 ms"]),
+        ("0.573 of the images", ["0.573"]),
+        ("`0.573` and $0.123$ and [a](b-1.234)", []),
+        ("step 1 of 3, ResNet-101, CIFAR-10, 4500 steps, d = 0.5, arXiv 1612.03928", []),
+        ("7x7 maps, version 2.11.0", []),
+    ],
+)
+def test_a_typed_result_is_seen(text, found):
+    assert results(text) == found
+
+
+def test_the_reports_text_holds_no_typed_result():
+    cells = [c for c in nbformat.read(REPORT, as_version=4).cells if c.cell_type == "markdown"]
+    typed = [(found, cell.source[:60]) for cell in cells for found in results(cell.source) if found not in ALLOWED]
+    assert not typed, "take these from a result file (afdslib.report.numbers.number), or allow them with a reason"
+
+
+def test_every_allowed_number_has_a_reason():
+    assert all(len(reason.split()) > 3 for reason in ALLOWED.values())
+    assert all(results(text) == [text] for text in ALLOWED)  # or the list would allow nothing

@@ -1,0 +1,77 @@
+"""Numbers of others stand in one list; notebooks 06 and 07, the students' tables and the recipes quote nothing else."""
+
+import re
+
+import nbformat
+import pytest
+from test_report_numbers import results
+
+from afdslib.base import paths
+from afdslib.report import claims, pipeline, students
+from afdslib.studies import recipes
+
+# (data, student): method -> top-1 (and top-5), as their sources print them. Nothing else may be quoted.
+ACCURACY = {
+    ("CIFAR-10", "WRN-16-1"): {"teacher": "93.69", "alone": "91.23", "at": "92.07"},  # AT's paper
+    ("CIFAR-100", "WRN-16-2"): {"alone": "73.26", "kd": "74.92", "at": "74.08", "nst": "73.68"},  # RepDistiller
+    ("CIFAR-10", "ResNet-20"): {"alone": "92.37", "kd": "92.82", "at": "93.21", "nst": "92.83"},  # the Zoo
+}
+ERROR = {
+    ("ImageNet", "ResNet-18"): {"alone": "30.4/10.8", "at": "29.3/10.0"},  # AT's paper
+    ("ImageNet", "Inception-BN"): {"alone": "25.74/8.07", "nst": "24.81/7.55", "nst-poly+kd": "24.34/7.11"},  # NST's
+    ("ImageNet", "modified ResNet-50"): {"nst-poly+kd": "21.05/5.56"},  # NST's paper
+}
+RECIPES = {
+    "wrn-16-2": "93.69", "wrn-16-1": "91.23", "wrn-16-1-at": "92.07", "resnet18": "30.4/10.8",
+    "resnet18-at": "29.3/10.0", "inception-bn": "25.74/8.07", "inception-bn-nst": "24.81/7.55",
+    "inception-bn-nst-kd": "24.34/7.11", "resnet50-senet-nst-kd": "21.05/5.56",
+}  # fmt: skip
+ALLOWED = {
+    "0.0025": "an example of the two scales, computed in the same sentence",
+    "6.25": "an example of the two scales, computed in the same sentence",
+    "90 %": "the share of the plain student's accuracy, a setting",
+    "16 x": "the weight of NST's soft term [code], a setting",
+}
+NOTEBOOKS = [file for file in pipeline.notebooks(paths.root() / "notebooks") if file.name[:2] in ("06", "07")]
+
+
+def test_the_quotations_are_those_of_the_list_and_no_others():
+    found = {}
+    for q in students.QUOTED:
+        numbers = {m: "/".join(f"{n:.{q.digits}f}" for n in values) for m, values in q.numbers.items()}
+        found[q.measure, q.data, re.sub("^the ", "", q.networks.partition(" to ")[2])] = numbers
+        assert q.source
+    assert found == {("accuracy", *k): v for k, v in ACCURACY.items()} | {("error", *k): v for k, v in ERROR.items()}
+
+
+def test_the_students_table_quotes_the_list():
+    listed = ACCURACY["CIFAR-10", "WRN-16-1"]
+    assert {method: f"{n:.2f}" for (*_, method), n in students.REPORTED.items()} == listed
+    assert {(data, student) for data, _, student, _ in students.REPORTED} == {
+        ("cifar10", "wrn-16-2"), ("cifar10", "wrn-16-1"),
+    }  # fmt: skip
+
+
+def test_the_recipes_quote_the_list():
+    reported = {name: recipe.reported for name, recipe in recipes.RECIPES.items() if recipe.reported}
+    numbers = {name: re.findall(r"\d+\.\d+(?:/\d+\.\d+)?", text) for name, text in reported.items()}
+    assert numbers == {name: [number] for name, number in RECIPES.items()}
+
+
+def test_the_claims_quote_the_list():
+    tops = [[float(text.partition("/")[0]) for text in numbers.values()] for numbers in ERROR.values()]
+    assert [*claims.AT_IMAGENET] == tops[0] and [*claims.NST_IMAGENET] == tops[1]
+    assert [f"{n:.2f}" for n in claims.AT_CIFAR] == ["91.23", "92.07"]
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+def test_the_notebooks_text_types_no_number_of_a_result(file):
+    cells = [c.source for c in nbformat.read(file, as_version=4).cells if c.cell_type == "markdown"]
+    typed = [(found, text[:60]) for text in cells for found in results(text) if found not in ALLOWED]
+    assert not typed, "take it from students.QUOTED or from a result"
+
+
+def test_both_notebooks_show_the_quotations():
+    assert len(NOTEBOOKS) == 2
+    for file in NOTEBOOKS:
+        assert "students.quoted_table(study)" in file.read_text(encoding="utf-8")

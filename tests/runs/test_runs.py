@@ -1,0 +1,579 @@
+"""The run store: computed once, resumed after any kill, and every damaged file told in one sentence."""
+
+import dataclasses
+import errno
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+import toy_runs
+from toy_runs import Schedule, ToySource, ToyTrain
+
+from afdslib import runs
+from afdslib.base import paths
+from afdslib.base.errors import AFDSError, BusyError
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    """An empty store in an empty project."""
+    monkeypatch.setenv("AFDS_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("AFDS_FRESH", raising=False)
+    monkeypatch.delenv("AFDS_RUNS", raising=False)
+    return tmp_path / "runs"
+
+
+def unexpected(*_):
+    raise AssertionError("executed again")
+
+
+def sentence(info) -> str:
+    text = str(info.value)
+    assert "\n" not in text and text
+    return text
+
+
+# identity
+
+
+def test_id_of_a_known_configuration_never_changes(monkeypatch):
+    monkeypatch.setattr(runs, "RESULTS_VERSION", 1)
+    config = ToyTrain("golden", 8, schedule=Schedule(0.25, (3, 5), None), source=ToySource(4, seed=1))
+    assert runs.run_id(config) == "abffcc2ed981"
+
+
+def test_id_is_the_same_in_another_process_with_another_hash_seed():
+    code = "import toy_runs; from afdslib import runs; print(runs.run_id(toy_runs.ToyTrain()))"
+    folders = f"{paths.root()}:{Path(toy_runs.__file__).parent}"
+    environment = {**os.environ, "PYTHONHASHSEED": "77", "PYTHONPATH": folders}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == runs.run_id(ToyTrain())
+
+
+def test_id_does_not_depend_on_the_order_of_fields():
+    def make(names):
+        return dataclasses.make_dataclass("Ordered", [(name, int) for name in names], frozen=True)
+
+    assert runs.run_id(make("abc")(a=1, b=2, c=3)) == runs.run_id(make("cab")(a=1, b=2, c=3))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        ToyTrain(steps=7),
+        ToyTrain(name="toy2"),
+        ToyTrain(schedule=Schedule(lr=0.25)),
+        ToyTrain(schedule=Schedule(milestones=(2,))),
+        ToyTrain(schedule=Schedule(decay=0.0)),
+        ToyTrain(source=ToySource()),
+        ToyTrain(source=ToySource(seed=1)),
+    ],
+    ids=str,
+)
+def test_every_changed_field_gives_another_id(other):
+    assert runs.run_id(other) != runs.run_id(ToyTrain())
+
+
+def test_class_and_results_version_are_part_of_the_id(monkeypatch):
+    same_fields = dataclasses.make_dataclass("Other", [("steps", int, 3), ("seed", int, 0)], frozen=True)
+    assert runs.run_id(same_fields()) != runs.run_id(ToySource())
+    before = runs.run_id(ToySource())
+    monkeypatch.setattr(runs, "RESULTS_VERSION", runs.RESULTS_VERSION + 1)
+    assert runs.run_id(ToySource()) != before
+
+
+def test_a_field_added_later_changes_the_id_only_where_it_is_not_its_default():
+    assert "shift" not in runs.to_json(ToyTrain(), hashed_only=True)
+    assert runs.to_json(ToyTrain())["shift"] == 0.0
+    assert runs.run_id(ToyTrain(shift=0.5)) != runs.run_id(ToyTrain()) == runs.run_id(ToyTrain(shift=0))
+
+
+def test_unhashed_fields_and_integers_for_floats_keep_the_id():
+    assert runs.run_id(ToyTrain(folder="elsewhere", pause=3.0)) == runs.run_id(ToyTrain())
+    assert runs.run_id(ToyTrain(schedule=Schedule(lr=1))) == runs.run_id(ToyTrain(schedule=Schedule(lr=1.0)))
+
+
+def test_configuration_survives_json():
+    config = ToyTrain("x", 3, schedule=Schedule(float("inf"), (1,), 0.5), source=ToySource(seed=4), folder="f")
+    data = json.loads(json.dumps(runs.to_json(config), allow_nan=False))
+    assert runs.from_json(data) == config
+    assert runs.from_json({**data, "source": None}) == dataclasses.replace(config, source=None)
+    with pytest.raises(AFDSError, match="unknown kind of run 'Nobody'"):
+        runs.from_json({"class": "Nobody"})
+    with pytest.raises(AFDSError, match="no field 'colour'"):
+        runs.from_json({**data, "colour": 1})
+
+
+def test_values_without_a_canonical_form_are_refused():
+    for value in ([1], {"a": 1}, float("nan"), numpy.zeros(2)):
+        with pytest.raises(TypeError, match="ToyTrain.name"):
+            runs.run_id(ToyTrain(name=value))
+
+
+def test_only_frozen_dataclasses_with_unused_names_are_registered():
+    with pytest.raises(TypeError, match="frozen"):
+        runs.register(dataclass(type("Mutable", (), {})))
+    with pytest.raises(TypeError, match="already registered"):
+        runs.register(dataclasses.make_dataclass("ToyTrain", [("a", int)], frozen=True))
+
+
+# computing once
+
+
+def test_second_call_returns_the_stored_result_without_executing(store, monkeypatch):
+    first = runs.get_or_run(ToyTrain(), store=store)
+    monkeypatch.setattr(ToyTrain, "execute", unexpected)
+    second = runs.get_or_run(ToyTrain(folder="/nowhere"), store=store)
+    assert second == first == runs.lookup(ToyTrain(), store=store)
+    assert first.metrics["pair"] == [1, 2] and first.path == store / first.id
+    names = {file.name for file in first.path.iterdir()}
+    assert names == {"config.json", "environment.json", "metrics.csv", "times.json", "result.json", "model.txt"}
+    record = json.loads((first.path / "result.json").read_text())
+    assert record == {"id": first.id, "kind": "ToyTrain", "version": runs.RESULTS_VERSION, "metrics": first.metrics}
+    assert "torch" in json.loads((first.path / "environment.json").read_text())["versions"]
+    assert list(first.history()["step"]) == [1, 2, 3, 4, 5, 6]
+
+
+def test_store_defaults_to_the_folder_of_the_environment(store, monkeypatch):
+    monkeypatch.setenv("AFDS_RUNS", str(store / "elsewhere"))
+    assert runs.get_or_run(ToySource()).path.parent == store / "elsewhere"
+
+
+def test_nested_parent_is_computed_once_and_shared(store):
+    child = runs.get_or_run(ToyTrain(source=ToySource()), store=store)
+    parent = runs.lookup(ToySource(), store=store)
+    assert parent is not None and parent.path.parent == child.path.parent
+    runs.get_or_run(ToyTrain(source=ToySource(), steps=2), store=store)
+    assert sorted(summary.kind for summary in runs.list_runs(store)) == ["ToySource", "ToyTrain", "ToyTrain"]
+
+
+def test_finished_run_without_the_needed_artifact_is_computed_again(store):
+    first = runs.get_or_run(ToyTrain(), store=store)
+    first.artifact("model.txt").unlink()
+    assert runs.lookup(ToyTrain(), store=store, needs=("model.txt",)) is None
+    with pytest.raises(AFDSError, match="has no model.txt"):
+        first.artifact("model.txt")
+    again = runs.get_or_run(ToyTrain(), store=store, needs=("model.txt",))
+    assert again.metrics == first.metrics and again.artifact("model.txt").read_text() == repr(first.metrics["weight"])
+    assert list(again.history()["step"]) == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(AFDSError, match="ended without writing other.txt"):
+        runs.get_or_run(ToyTrain(steps=1), store=store, needs=("other.txt",))
+
+
+def test_metrics_become_plain_json(store):
+    @dataclass(frozen=True)
+    class Numbers:
+        def execute(self, run):
+            return {"a": numpy.float32(0.5), "b": torch.tensor([1, 2]), "c": float("nan"), 4: [float("inf"), True]}
+
+    assert runs.get_or_run(Numbers(), store=store).metrics == {"a": 0.5, "b": [1, 2], "c": None, "4": [None, True]}
+
+
+@needs_fork
+def test_two_processes_compute_a_run_once(store, tmp_path):
+    config = ToyTrain(folder=str(tmp_path), pause=0.05)
+    children = [fork(lambda: runs.get_or_run(config, store=store)) for _ in range(2)]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    assert (tmp_path / "executions.txt").read_text() == "started\n"
+    assert runs.lookup(config, store=store) is not None
+
+
+# resuming
+
+
+def test_killed_process_resumes_to_the_numbers_of_an_uninterrupted_run(store, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": f"{paths.root()}:{Path(toy_runs.__file__).parent}"}
+    command = [sys.executable, str(Path(toy_runs.__file__)), str(store), "0.2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        for line in process.stdout:
+            if line == "step 5\n":
+                (interrupted,) = runs.list_runs(store)
+                assert interrupted.state == "running"
+                process.send_signal(signal.SIGKILL)
+    (interrupted,) = runs.list_runs(store)
+    assert process.returncode == -signal.SIGKILL and interrupted.state == "interrupted"
+    resumed = runs.resume(interrupted.id[:6], store=store)
+    whole = runs.get_or_run(ToyTrain(), store=tmp_path / "whole")
+    assert resumed.metrics == whole.metrics
+    assert (resumed.path / "metrics.csv").read_bytes() == (whole.path / "metrics.csv").read_bytes()
+    assert json.loads((resumed.path / "times.json").read_text())["sessions"] == 2
+
+
+@needs_fork
+def test_kill_before_any_file_operation_loses_nothing(store, tmp_path):
+    """Kills the process before its n-th operation on the store, for every n, then calls again."""
+    config = ToyTrain(steps=3, source=ToySource())
+    whole = runs.get_or_run(config, store=tmp_path / "whole")
+    log = (whole.path / "metrics.csv").read_bytes()
+    for moment in range(1, 1000):
+        folder = tmp_path / f"killed{moment}"
+        status = os.waitpid(fork(functools.partial(killed_at, moment, folder, config)), 0)[1]
+        if status == 0:
+            break
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        resumed = runs.get_or_run(config, store=folder)
+        assert resumed.metrics == whole.metrics, f"killed before operation {moment}"
+        assert (resumed.path / "metrics.csv").read_bytes() == log, f"killed before operation {moment}"
+        assert not list(resumed.path.glob(".*")), f"killed before operation {moment}"
+    assert 30 < moment < 999
+
+
+def fork(work) -> int:
+    """Runs `work` in a child process that exits with 0, or with 1 on an exception."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return child
+
+
+def killed_at(moment: int, store: Path, config) -> None:
+    counter = iter(range(1, 10**6))
+
+    def watch(event, arguments):
+        if event in ("open", "os.rename", "os.remove", "os.mkdir") and str(arguments[0]).startswith(str(store)):
+            if next(counter) == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+    runs.get_or_run(config, store=store)
+
+
+def test_checkpoint_of_an_older_version_is_not_resumed(store, monkeypatch):
+    id = interrupt(store)
+    monkeypatch.setattr(runs, "RESULTS_VERSION", runs.RESULTS_VERSION + 1)
+    with pytest.raises(AFDSError, match=f"another version of afdslib; delete it with: afds runs rm {id}"):
+        runs.resume(id, store=store)
+
+
+def interrupt(store: Path, config=None) -> str:
+    """Leaves a run that stopped after its checkpoint at step 4."""
+    config = config or ToyTrain()
+    original, runs.Run.write_artifact = runs.Run.write_artifact, unexpected
+    try:
+        with pytest.raises(AssertionError):
+            runs.get_or_run(config, store=store)
+    finally:
+        runs.Run.write_artifact = original
+    return runs.run_id(config)
+
+
+# the log
+
+
+@pytest.fixture
+def run(store):
+    path = store / ("0" * 12)
+    path.mkdir(parents=True)
+    return runs.Run(path.name, path, store)
+
+
+def test_rows_with_different_columns_share_a_header(run):
+    run.log({"step": 1, "loss": 0.5})
+    run.log({"step": 2, "accuracy": torch.tensor(0.25), "note": "two\nlines, one row"})
+    run.log({"step": 3, "loss": numpy.float64(0.125)})
+    assert (run.path / "metrics.csv").read_text().splitlines() == [
+        "step,loss,accuracy,note",
+        "1,0.5,,",
+        '2,,0.25,"two lines, one row"',
+        "3,0.125,,",
+    ]
+    with pytest.raises(ValueError, match="step"):
+        run.log({"loss": 1.0})
+
+
+def test_truncating_drops_later_rows_and_a_torn_last_line(run):
+    for step in range(1, 5):
+        run.log({"step": step, "loss": step / 2})
+    file = run.path / "metrics.csv"
+    file.write_text(file.read_text() + "5,2.")
+    run.truncate_log(2)
+    assert file.read_text() == "step,loss\n1,0.5\n2,1.0\n"
+    run.log({"step": 3, "loss": 1.5})
+    assert file.read_text().endswith("2,1.0\n3,1.5\n")
+
+
+def test_logging_after_a_torn_line_starts_a_new_one(run):
+    (run.path / "metrics.csv").write_text("step,loss\n1,0.5\n2,0.")
+    run.log({"step": 2, "loss": 0.25})
+    assert (run.path / "metrics.csv").read_text() == "step,loss\n1,0.5\n2,0.25\n"
+
+
+# artifacts and checkpoints
+
+
+def test_artifact_is_whole_or_absent(run):
+    run.write_artifact("a.txt", lambda path: path.write_text("old"))
+
+    def broken(path):
+        path.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.write_artifact("a.txt", broken)
+    assert run.artifact("a.txt").read_text() == "old" and [file.name for file in run.path.iterdir()] == ["a.txt"]
+    for name in ("../a", "result.json", ".hidden", "a/b", ""):
+        with pytest.raises(ValueError, match="artifact"):
+            run.artifact(name)
+
+
+def test_checkpoint_returns_tensors_and_plain_data(run):
+    assert run.load_checkpoint() is None
+    state = {"step": 3, "model": {"w": torch.arange(3.0)}, "rng": torch.get_rng_state(), "order": [2, 0, 1]}
+    run.save_checkpoint(state)
+    loaded = run.load_checkpoint()
+    assert loaded["order"] == [2, 0, 1] and torch.equal(loaded["model"]["w"], state["model"]["w"])
+
+
+def test_checkpoint_of_another_architecture_is_one_sentence(run):
+    run.save_checkpoint({"model": torch.nn.Linear(3, 2).state_dict()})
+    state = run.load_checkpoint()
+    with pytest.raises(AFDSError) as info, run.restoring():
+        torch.nn.Linear(4, 2).load_state_dict(state["model"])
+    assert "does not fit this network" in sentence(info) and f"afds runs rm {run.id}" in sentence(info)
+    with pytest.raises(AFDSError, match="does not fit"), run.restoring():
+        state["optimizer"]
+
+
+# damage
+
+
+def damage(file: Path, how: str) -> None:
+    content = file.read_bytes()
+    if how == "truncated":
+        file.write_bytes(content[: len(content) // 2])
+    elif how == "empty":
+        file.write_bytes(b"")
+    elif how == "binary":
+        file.write_bytes(os.urandom(64))
+    else:
+        file.write_text(how)
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "binary", "[]", "{}", '{"id": "000000000000", "metrics": {}}'])
+def test_corrupted_result_is_one_sentence_and_rm_helps(store, how):
+    first = runs.get_or_run(ToyTrain(), store=store)
+    damage(first.path / "result.json", how)
+    with pytest.raises(AFDSError) as info:
+        runs.get_or_run(ToyTrain(), store=store)
+    assert str(first.path / "result.json") in sentence(info) and f"afds runs rm {first.id}" in sentence(info)
+    assert [summary.state for summary in runs.list_runs(store)] == ["corrupted"]
+    runs.remove(first.id, store=store)
+    assert runs.get_or_run(ToyTrain(), store=store).metrics == first.metrics
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "binary", "hello"])
+def test_corrupted_checkpoint_is_one_sentence_and_rm_helps(store, how):
+    id = interrupt(store)
+    file = store / id / "checkpoint.pt"
+    damage(file, how)
+    with pytest.raises(AFDSError) as info:
+        runs.get_or_run(ToyTrain(), store=store)
+    assert str(file) in sentence(info) and f"afds runs rm {id}" in sentence(info)
+    assert file.exists()
+    runs.remove(id, store=store)
+    assert runs.get_or_run(ToyTrain(), store=store).metrics["steps"] == 6
+
+
+def test_single_flipped_bit_in_a_tensor_is_noticed(run):
+    run.save_checkpoint({"w": torch.full((64,), 1.25)})
+    content = bytearray(run.checkpoint_path.read_bytes())
+    content[content.index(torch.full((64,), 1.25).numpy().tobytes()) + 100] ^= 1
+    run.checkpoint_path.write_bytes(content)
+    with pytest.raises(AFDSError, match="corrupted"):
+        run.load_checkpoint()
+
+
+def test_checkpoint_with_code_in_it_is_refused_not_run(run):
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(run.path / "pwned"),))
+
+    torch.save({"step": Evil()}, run.checkpoint_path)
+    with pytest.raises(AFDSError, match="corrupted"):
+        run.load_checkpoint()
+    assert not (run.path / "pwned").exists()
+
+
+def test_store_that_cannot_be_made_is_one_sentence(store):
+    store.parent.mkdir(parents=True, exist_ok=True)
+    store.write_text("a file where a folder should be")
+    with pytest.raises(AFDSError) as info:
+        runs.get_or_run(ToyTrain(), store=store)
+    assert str(store) in sentence(info) and "AFDS_RUNS" in sentence(info)
+
+
+def test_full_disk_is_one_sentence_and_keeps_the_last_checkpoint(store, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    id = interrupt(store)
+    run = runs.Run(id, store / id, store)
+    before = run.load_checkpoint()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(AFDSError) as info:
+            run._save(run.checkpoint_path, lambda part: part.write_text("new"))
+        assert "No space left" in sentence(info) and str(run.checkpoint_path) in sentence(info)
+        with pytest.raises(AFDSError, match="No space left"):
+            runs.get_or_run(ToyTrain(), store=store)
+    assert run.load_checkpoint() == before
+    assert runs.get_or_run(ToyTrain(), store=store).metrics["steps"] == 6
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "[enforce fail at inline_container.cc:671] . unexpected pos 832 vs 726",  # torch.save
+        "Error while serializing: I/O error: No space left on device (os error 28)",  # safetensors
+    ],
+)
+def test_writers_that_report_a_full_disk_in_their_own_way_are_understood(run, message):
+    class WriterError(Exception):
+        pass
+
+    def writer(path):
+        raise WriterError(message)
+
+    with pytest.raises(AFDSError, match="cannot write .*a.bin: No space left on device"):
+        run.write_artifact("a.bin", writer)
+
+
+def test_bug_in_a_writer_stays_a_bug(run):
+    def writer(path):
+        raise RuntimeError("shape mismatch")
+
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        run.write_artifact("a.bin", writer)
+
+
+# committed results
+
+
+def test_the_time_of_a_run_leaves_out_the_runs_it_computes_on_the_way(store, monkeypatch):
+    def slow(self, run):
+        time.sleep(0.5)
+        run.write_artifact("model.txt", lambda path: path.write_text("0.3"))
+        return {"steps": 1}
+
+    monkeypatch.setattr(ToySource, "execute", slow)
+    child = runs.get_or_run(ToyTrain(source=ToySource()), store=store)
+    assert runs.seconds(runs.lookup(ToySource(), store=store)) >= 0.5 > 0.4 > runs.seconds(child)
+
+
+def test_a_committed_result_is_finished_beside_an_interrupted_run_of_the_same_id(store):
+    id = runs.get_or_run(ToyTrain(), store=store).id
+    runs.publish(runs.get_or_run(ToyTrain(), store=store), "tiny")
+    (store / id / "result.json").unlink()
+    config, result = runs.finished(id, store=store)
+    assert config == ToyTrain() and result.committed
+
+
+def test_published_result_is_found_without_a_store(store, monkeypatch):
+    first = runs.get_or_run(ToyTrain(folder=str(store.parent)), store=store)
+    file = runs.publish(first, "tiny")
+    record = json.loads(file.read_text())
+    assert file == paths.results("tiny") / "runs" / f"{first.id}.json"
+    assert set(record) == {"id", "kind", "version", "config", "metrics", "environment", "times"}
+    assert "folder" not in record["config"] and str(store.parent) not in file.read_text()
+    monkeypatch.setattr(ToyTrain, "execute", unexpected)
+    found = runs.get_or_run(ToyTrain(), store=store / "empty")
+    assert found.metrics == first.metrics and found.committed and not first.committed
+    assert found.history().equals(first.history())
+    assert runs.publish(found, "tiny") == file
+    with pytest.raises(AFDSError, match="AFDS_FRESH"):
+        found.artifact("model.txt")
+    assert runs.computed_steps(store / "empty") == 0
+
+
+def test_committed_result_is_computed_again_when_fresh_or_when_an_artifact_is_needed(store, monkeypatch):
+    file = runs.publish(runs.get_or_run(ToyTrain(), store=store), "tiny")
+    written = file.stat().st_mtime_ns, file.stat().st_ino
+    again = runs.get_or_run(ToyTrain(), store=store / "a", needs=("model.txt",))
+    assert not again.committed
+    assert runs.publish(again, "tiny") == file and (file.stat().st_mtime_ns, file.stat().st_ino) == written
+    monkeypatch.setenv("AFDS_FRESH", "1")
+    assert runs.publish(again, "tiny") == file and file.stat().st_ino != written[1]  # written anew
+    assert runs.lookup(ToyTrain(), store=store / "b") is None
+    assert not runs.get_or_run(ToyTrain(), store=store / "b").committed
+    assert runs.computed_steps(store / "b") == 6
+
+
+def test_corrupted_committed_result_names_the_file(store):
+    file = runs.publish(runs.get_or_run(ToyTrain(), store=store), "tiny")
+    file.write_text("{")
+    with pytest.raises(AFDSError) as info:
+        runs.lookup(ToyTrain(), store=store / "empty")
+    assert str(file) in sentence(info) and "git checkout" in sentence(info)
+
+
+# listing and removing
+
+
+def test_listing_survives_runs_of_unknown_kind_and_strange_folders(store):
+    runs.get_or_run(ToyTrain(source=ToySource()), store=store)
+    (store / "notes").mkdir()
+    old = store / "0123456789ab"
+    old.mkdir()
+    (old / "config.json").write_text('{"class": "FromAnotherAge", "x": 1}')
+    (store / "ba9876543210").mkdir()
+    listed = {summary.id: summary for summary in runs.list_runs(store)}
+    assert len(listed) == 4 and listed["0123456789ab"].kind == "FromAnotherAge" and not listed["0123456789ab"].known
+    assert listed["ba9876543210"].state == "corrupted"
+    with pytest.raises(AFDSError, match="unknown kind of run 'FromAnotherAge'"):
+        runs.resume("0123456789ab", store=store)
+    assert runs.show("0123", store=store)["config"]["x"] == 1
+    assert runs.list_runs(store / "nothing") == []
+
+
+def test_steps_are_summed_over_the_store_by_kind(store):
+    assert runs.computed_steps(store) == 0
+    runs.get_or_run(ToyTrain(source=ToySource()), store=store)
+    runs.get_or_run(ToyTrain(steps=2), store=store)
+    assert runs.steps_by_kind(store) == {"ToySource": 3, "ToyTrain": 8} and runs.computed_steps(store) == 11
+
+
+def test_show_tells_state_configuration_metrics_and_files(store):
+    first = runs.get_or_run(ToyTrain(), store=store)
+    shown = runs.show(first.id[:4], store=store)
+    assert shown["state"] == "finished" and shown["config"]["schedule"]["lr"] == 0.5
+    assert shown["result"]["metrics"] == first.metrics and shown["files"]["model.txt"] > 0
+
+
+@pytest.mark.parametrize("id", ["../../etc", "", "*", "ffffffffffff", "0123456789abc"])
+def test_only_ids_of_the_store_are_removed(store, id):
+    first = runs.get_or_run(ToyTrain(), store=store)
+    with pytest.raises(AFDSError, match="afds runs list"):
+        runs.remove(id, store=store)
+    assert first.path.exists()
+
+
+@needs_fork
+def test_running_run_is_not_removed(store):
+    child = fork(lambda: runs.get_or_run(ToyTrain(pause=0.1), store=store))
+    id = runs.run_id(ToyTrain())
+    deadline = time.monotonic() + 10
+    while not (store / id / "config.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    with pytest.raises(AFDSError, match="another process"):
+        runs.remove(id, store=store)
+    with pytest.raises(BusyError, match="another process"):
+        runs.get_or_run(ToyTrain(pause=0.1), store=store, wait=False)
+    assert os.waitpid(child, 0)[1] == 0
+    runs.remove(id, store=store)
+    assert not (store / id).exists() and runs.list_runs(store) == []

@@ -1,0 +1,70 @@
+"""The width of AFD's attention from budget to budget, and what is said of it."""
+
+import math
+
+import pandas as pd
+import pytest
+
+from afdslib.experiments.afs import Network
+from afdslib.report import plots
+from afdslib.studies import collapse
+
+
+def widths(**accuracies):
+    """Three seeds of each kind of attention, unpruned and at 10x: accuracies at 10x."""
+    ends = {"joint": 5.0, "detached": 50.0}
+    rows = [
+        (name, seed, budget, ends[name] if budget < 1 else 90.0, 100.0, budget, value if budget < 1 else 0.6, "run")
+        for name, values in accuracies.items()
+        for seed, value in enumerate(values)
+        for budget in (1.0, 0.1)
+    ]
+    return pd.DataFrame(rows, columns=collapse.COLUMNS)
+
+
+def points(**accuracies):
+    """Of a comparison at 10x, by method with "_" for "+"."""
+    rows = [
+        (name.replace("_", "+"), seed, 0.1, value)
+        for name, values in accuracies.items()
+        for seed, value in enumerate(values)
+    ]
+    return pd.DataFrame(rows, columns=["method", "seed", "budget", "test_accuracy"])
+
+
+def test_a_uniform_attention_is_as_wide_as_the_geometric_mean_of_its_layers():
+    width = collapse.uniform_width(Network("resnet14", stem="cifar", width=0.25))
+    assert width == pytest.approx(math.exp(sum(map(math.log, (64, 128, 256, 512))) / 4))
+
+
+def test_the_text_has_the_widths_and_the_paired_gain():
+    table = widths(joint=(0.50, 0.51, 0.52), detached=(0.53, 0.54, 0.56))
+    text = collapse.text(table, points(delta_afs=(0.51, 0.52, 0.53)), budget=0.1)
+    assert "100 channels" in text and "90 wide in the unpruned network and 5.0 at 10x" in text
+    assert "50 wide there" in text and "detached minus joint: +3.3 [+1.9, +4.8] points, 3 paired seeds" in text
+    assert "minus AFD, both with AFS: +1.0 [" in text
+
+
+def test_what_was_not_computed_is_not_mentioned():
+    text = collapse.text(widths(joint=(0.5, 0.6)), points(l2_taylor=(0.5,)), budget=0.1)
+    assert "5.0 at 10x" in text and "detached" not in text and "DELTA" not in text
+    assert collapse.text(widths(joint=(0.5,)), points(), budget=0.2) == ""
+
+
+@pytest.mark.parametrize(
+    ("detached", "verdict"), [((0.54, 0.55, 0.57), "is confirmed"), ((0.40, 0.55, 0.60), "is not confirmed")]
+)
+def test_detached_attention_is_confirmed_by_an_interval_above_zero_once_all_seeds_are_there(detached, verdict):
+    table, main = widths(joint=(0.50, 0.51, 0.52), detached=detached), points(l2_taylor=(0.53, 0.53, 0.53))
+    text = collapse.confirmation_text(table, main, budget=0.1, rival="l2+taylor", seeds=(0, 1, 2))
+    assert verdict in text and "from the rival, L2 + Taylor, 3 paired seeds" in text
+    text = collapse.confirmation_text(table, main, budget=0.1, rival="l2+taylor", seeds=(0, 1, 2, 3))
+    assert text == "Detached attention: 3 of 4 seeds are there, so nothing is said of it yet."
+
+
+def test_the_figure_shows_both_kinds_at_every_budget():
+    table = widths(joint=(0.5, 0.51), detached=(0.53, 0.54))
+    left, right = plots.attention_width(table, title="t").axes[:2]
+    assert left.get_legend_handles_labels()[1] == ["joint attention", "detached attention"]
+    assert list(left.containers[0].lines[0].get_ydata()) == [5, 90] and left.get_yscale() == "log"
+    assert list(right.containers[1].lines[0].get_ydata()) == pytest.approx([0.535, 0.6])

@@ -1,0 +1,402 @@
+"""A whole study of students and teachers in miniature; the tables, the order of runs, and what is refused."""
+
+import json
+import math
+import re
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+
+from afdslib import cli, runs
+from afdslib.base.errors import AFDSError
+from afdslib.experiments.afs import DataSource, Network
+from afdslib.experiments.student import Distillation
+from afdslib.inference import bench
+from afdslib.losses import BetaSchedule
+from afdslib.report import claims, students
+from afdslib.report.plots import students as figures
+from afdslib.studies import students as distillation_study
+from afdslib.studies.students import DistillationProfile, DistillationStudy, Method, Pair, steps_to_reach
+
+METHODS = (
+    Method("alone", Distillation()),
+    Method("at", Distillation("at", BetaSchedule(beta=0.0)), (1.0, 100.0)),
+    Method("kd", Distillation(hard=0.1, soft=0.9)),
+    Method("at-kd", Distillation("at", BetaSchedule("cosine", beta=0.0), hard=0.1, soft=0.9), like="at"),
+)
+STUDENT = Network("wrn-10-1")
+
+
+def miniature(**changes) -> DistillationProfile:
+    data = DataSource("tiny-source")
+    return DistillationProfile(
+        **{
+            "name": "demo", "budget": "quick", "study": "attention", "data": data, "trial_data": data,
+            "methods": METHODS,
+            "pairs": (
+                Pair(Network("wrn-10-2"), STUDENT, ("alone", "at", "kd", "at-kd"), (0, 1)),
+                Pair(Network("wrn-16-1"), STUDENT, ("alone", "at"), (0,)),
+            ),
+            "teacher_training": tiny.settings(3, log_rows=1), "student_training": tiny.settings(4, log_rows=2),
+            "trial": tiny.settings(2, log_rows=1), "curves": ("alone", "at"), "committed": False,
+        }
+        | changes
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch, tiny.served():
+        home = tmp_path_factory.mktemp("home")
+        patch.setenv("AFDS_HOME", str(home))
+        patch.setenv("AFDS_RUNS", str(home / "runs"))
+        patch.delenv("AFDS_FIGURES", raising=False)
+        patch.delenv("AFDS_FRESH", raising=False)
+        made = DistillationStudy(miniature(), workers=1)
+        made.said = list(made.compute())
+        yield made
+
+
+def test_every_run_is_computed_once_and_a_trial_comes_before_the_student_it_serves(study):
+    jobs = [job for job, _ in study.results()]
+    names = [runs.run_id(job.config) for job in jobs]
+    assert len(names) == len(set(names)) == len(study.said)
+    kinds = [(job.kind, job.method) for job in jobs]
+    assert kinds[0] == ("teacher", "") and kinds.count(("trial", "at")) == 2
+    assert max(i for i, k in enumerate(kinds) if k[0] == "trial") < kinds.index(("student", "at"))
+    assert [j.config.seed for j in jobs if j.kind == "student"] == [0, 0, 0, 0, 1, 1, 1, 1, 0]
+    assert sum(kind == "teacher" for kind, _ in kinds) == 2
+
+
+def test_the_table_has_a_row_per_network_and_equals_its_file(study):
+    table = study.table()
+    assert len(table) == 2 + 8 + 1 and students.stored_like_table(study)
+    assert table.run.nunique() == len(table) and table.test_accuracy.between(0, 1).all()
+    assert set(table[table.method == "at"].teacher) == {"wrn-10-2", "wrn-16-1"}
+    assert (table[table.method == "at"].weight == study.weight("at")).all()
+    assert (table[table.method == "kd"].weight == 0).all()
+
+
+def test_the_weight_is_the_best_trials_and_the_smaller_one_in_a_tie(study, monkeypatch):
+    trials = study.trials()
+    best = trials.sort_values(["validation_accuracy", "strength"], ascending=[False, True]).strength.iloc[0]
+    assert study.weight("at") == study.weight("at-kd") == best
+    again = DistillationStudy(miniature(), workers=1)
+    tied = runs.Result("0" * 12, {"validation_accuracy": 0.5}, study.folder())
+    monkeypatch.setattr(again, "result", lambda config: tied)
+    assert again.weight("at") == 1.0
+
+
+def test_trials_and_curves_read_no_test_image(study):
+    assert students.no_test_in_trials(study)
+    assert study.trial_run("at", 1.0).use_test is False and study.curve_run("at").use_test is False
+    assert study.trial_run("at", 1.0).seed == study.profile.trial_seed not in study.profile.pairs[0].seeds
+
+
+def test_curves_come_from_runs_of_their_own_where_the_reported_ones_hold_nothing_back():
+    whole = miniature(data=DataSource("tiny-target"))
+    jobs = [job for job in DistillationStudy(replace(whole, methods=(METHODS[0],), pairs=(
+        Pair(Network("wrn-10-2"), STUDENT, ("alone",), (0,)),), curves=("alone",))).jobs()]  # fmt: skip
+    assert [job.kind for job in jobs] == ["teacher", "student", "curve"]
+    assert jobs[2].config.data.name == "tiny-source" and jobs[1].config.data.name == "tiny-target"
+
+
+def test_an_unfinished_study_shows_what_there_is_and_trains_nothing(study, monkeypatch):
+    monkeypatch.setattr(runs, "get_or_run", lambda *_, **__: pytest.fail("something was trained"))
+    lookup = runs.lookup
+    finished = {runs.run_id(job.config) for job, _ in study.results()[:5]}
+    monkeypatch.setattr(runs, "lookup", lambda c, **k: lookup(c, **k) if runs.run_id(c) in finished else None)
+    part = DistillationStudy(miniature(), complete=False)
+    monkeypatch.setattr(part, "result", lambda config: lookup(config))
+    assert len(part.results()) == 5 and len(part.table()) < len(study.table())
+
+
+def test_steps_to_reach():
+    assert steps_to_reach([10, 20, 30], [0.1, 0.5, 0.9], 0.5) == 20
+    assert steps_to_reach([10, 20, 30], [0.6, 0.5, 0.9], 0.55) == 10  # the first time, even if it falls again
+    assert steps_to_reach([10, 20], [0.1, 0.2], 0.5) is None and steps_to_reach([], [], 0.5) is None
+    with pytest.raises(AFDSError, match="a learning curve has 1 steps and 2 accuracies"):
+        steps_to_reach([1], [0.1, 0.2], 0.5)
+
+
+def test_reach_measures_against_the_plain_students_final_accuracy(study, monkeypatch):
+    curves = {
+        "alone": pd.DataFrame({"step": [1, 2, 3, 4], "validation_accuracy": [0.2, 0.4, 0.73, 0.8]}),
+        "at": pd.DataFrame({"step": [1, 2, 3, 4], "validation_accuracy": [0.2, 0.75, 0.8, 0.8]}),
+        "kd": pd.DataFrame({"step": [1, 2, 3, 4], "validation_accuracy": [0.2, 0.3, 0.3, 0.3]}),
+    }
+    monkeypatch.setattr(study, "curves", lambda: curves)
+    found = study.reach().set_index("method")
+    assert found.target.iloc[0] == pytest.approx(0.72)
+    assert found.steps["alone"] == 3 and found.steps["at"] == 2 and math.isnan(found.steps["kd"])
+    text = students.reach_text(study)
+    assert "AT: 2, -33 % of them" in text and "KD: never" in text
+
+
+def test_a_gain_counts_only_beyond_the_larger_range():
+    g = students.gain([0.90, 0.91, 0.92], [0.88, 0.885, 0.89])
+    assert g.gain == pytest.approx(2.5) and g.spread == pytest.approx(2.0) and g.exceeds is True
+    assert students.gain([0.90, 0.93], [0.88, 0.89]).exceeds is False  # 3 points of range hide 3 of gain
+    assert students.gain([0.80, 0.81], [0.88, 0.89]).exceeds is True and students.gain([0.8], [0.7]).exceeds is None
+    with pytest.raises(AFDSError, match="at least one accuracy"):
+        students.gain([], [0.9])
+
+
+def test_the_tables_say_median_spread_gain_and_only_quoted_numbers(study, monkeypatch):
+    table = pd.DataFrame(
+        [
+            ["", "wrn-16-2", "teacher", 0.0, 0, 0.90], ["", "wrn-16-1", "alone", 0.0, 0, 0.80],
+            ["", "wrn-16-1", "alone", 0.0, 1, 0.81], ["wrn-16-2", "wrn-16-1", "at", 100.0, 0, 0.83],
+            ["wrn-16-2", "wrn-16-1", "at", 100.0, 1, 0.84], ["wrn-40-1", "wrn-16-1", "at", 100.0, 0, 0.79],
+        ],
+        columns=["teacher", "student", "method", "weight", "seed", "test_accuracy"],
+    )  # fmt: skip
+    monkeypatch.setattr(study, "table", lambda: table)
+    plain = repr(students.student_table(study))
+    assert "92.07" not in plain and "reported" not in plain  # another data set: no empty column
+    monkeypatch.setattr(study, "profile", replace(study.profile, data=DataSource("cifar10")))
+    rows = {row[0]: row for row in students.student_table(study).rows}
+    assert rows["teacher wrn-16-2"][-1] == "93.69" and rows["wrn-16-1, student alone"][-1] == "91.23"
+    at = rows["wrn-16-1, AT (wrn-16-2)"]
+    assert at == ["wrn-16-1, AT (wrn-16-2)", "100", "83.5", "1.0", "2", "+3.0", "92.07"]
+    assert rows["wrn-16-1, AT (wrn-40-1)"][-1] == "" and len(rows) == 4
+    text = students.gains_text(study)
+    assert "AT** from wrn-16-2 to wrn-16-1: +3.0 points, a gain larger than the spread between seeds (1.0)" in text
+    assert "AT** from wrn-40-1 to wrn-16-1: -1.5 points, with one seed, so nothing can be said" in text
+    table.loc[table.method == "at", "test_accuracy"] -= 0.2
+    assert "-17.0 points, a loss larger than the spread between seeds (1.0)" in students.gains_text(study)
+    monkeypatch.setattr(study, "profile", replace(study.profile, study="selectivity"))
+    words = students.quoted_gains_text(study)
+    assert "from +0.42 points (NST, CIFAR-100, WRN-40-2 to WRN-16-2) to +1.66 points (KD, CIFAR-100" in words
+    assert "differ by up to 1.0 points (median over methods: 1.0); 2 of the quoted gains are larger" in words
+
+
+def test_steps_are_linear_between_rows_and_the_last_one_if_never():
+    curve = pd.DataFrame({"step": [10, 20, 30], "train_accuracy": [0.2, 0.4, 0.3]})
+    assert students.steps_until(curve, 0.3) == pytest.approx(15)
+    assert students.steps_until(curve, 0.1) == 10 and students.steps_until(curve, 0.4) == 20
+    assert students.steps_until(curve, 0.5) == 30
+
+
+def test_steps_saved_are_paired_by_seed_and_measured_on_each_seeds_own_plain_student():
+    def curve(*accuracy):
+        return pd.DataFrame({"step": [10, 20, 30, 40], "train_accuracy": [*accuracy, math.nan]})
+
+    alone = {0: curve(0.2, 0.6, 0.8), 1: curve(0.2, 0.3, 0.4), 2: curve(0.1, 0.1, 0.1)}
+    taught = {0: curve(0.5, 0.5, 0.9), 1: curve(0.1, 0.3, 0.3), 7: curve(0.9, 0.9, 0.9)}
+    found = students.steps_saved(alone, taught, share=0.5)  # to 0.4 and 0.2: 15 - 10 and 10 - 15
+    assert found.n == 2 and found.value == pytest.approx(0) and found.low == pytest.approx(-found.high)
+    assert str(students.steps_saved({0: alone[0]}, taught, share=0.5)) == "+5 steps"
+
+
+def test_the_notebook_measures_convergence_as_the_claim_does(study, monkeypatch, tmp_path):
+    monkeypatch.setenv("AFDS_HOME", str(tmp_path))
+    study.table().to_csv(_made(tmp_path / "data/results/mini/quick/attention.csv"), index=False)
+    for job, result in study.results():
+        if job.kind == "student":
+            result.history().to_csv(_made(tmp_path / f"data/results/mini/runs/{result.id}.csv"), index=False)
+    told = claims.converges_faster(["mini/quick/attention.csv"], ("wrn-10-2", "wrn-10-1")).why
+    number = re.search(r": (.*)\.$", told)[1]
+    assert f"- student alone minus AT: {number}." in students.saved_text(study)
+    assert students.saved_text(study).count("\n- ") == 3  # AT, KD, AT + KD; of the first teacher alone
+
+
+def _made(file):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return file
+
+
+def test_how_much_of_the_judging_images_the_teacher_has_seen_is_counted(study, monkeypatch):
+    text = students.seen_text(study)
+    assert "Of the 12 validation images of the trials the teacher was fitted on 0. It is right on " in text
+    assert text.count("Of the 12") == 2  # the curves are those of the reported runs: other images
+    load = DataSource.load
+
+    def whole(source):
+        """The teacher's data without a part held back, as in the real study."""
+        found = load(source)
+        return replace(found, train=found.validation) if source.seed == 0 else found
+
+    monkeypatch.setattr(DataSource, "load", whole)
+    assert "the teacher was fitted on 12. It is right on" in students.seen_text(study)
+    monkeypatch.setattr(students, "_network", lambda *_: None)
+    text = students.seen_text(study)
+    assert "How right it is on them is not shown: its weights are not stored here." in text and "%" not in text
+
+
+def test_trials_and_curves_on_the_same_images_are_one_sentence(study, monkeypatch):
+    monkeypatch.setattr(study, "profile", replace(study.profile, data=DataSource("tiny-source", per_class=8)))
+    monkeypatch.setattr(study, "result", lambda config: runs.Result("0" * 12, {"test_accuracy": 0.5}, study.folder()))
+    monkeypatch.setattr(students, "_network", lambda *_: None)
+    text = students.seen_text(study)
+    assert text.startswith("Of the 12 validation images of the trials and learning curves the teacher") and (
+        text.count("Of the") == 1
+    )
+
+
+def test_it_is_said_where_every_weight_comes_from(study, monkeypatch):
+    text = students.weights_text(study)
+    assert f"Chosen on validation images: AT {study.weight('at'):g} (of 2, which differ by up to " in text
+    assert "The weight of AT is taken, untuned, by AT + KD, β decays." in text and "as given" not in text
+    single = DistillationStudy(distillation_study.get("selectivity", "demo"))
+    monkeypatch.setattr(single, "results", lambda: [])
+    text = students.weights_text(single)
+    assert text.startswith("Taken as given, with no other value tried: NST, polynomial 5.")
+    assert "The weight of NST, polynomial is taken, untuned, by NST, linear; NST, Gaussian; NST + KD; " in text
+
+
+def test_a_weight_that_hardly_pulls_is_said(study, monkeypatch):
+    log = study.histories()["at"]
+    terms = log.filter(like="at_").sum(axis=1)
+    share = float((log.beta * terms / log.loss).mean())
+    assert f"its terms are {100 * share:.2g} % of this student's loss" in students.pull_text(study)
+    assert "hardly pull" in students.pull_text(study, hardly=1.0)
+    assert "hardly" not in students.pull_text(study, hardly=0.0)
+
+
+def test_the_memory_of_nst_is_measured_beside_the_tensor_that_is_not_built(monkeypatch):
+    table = students.nst_memory((64, 1024, 14, 14), ())
+    assert table.rows == [["one (B, C, C, HW) tensor, never built", "52.6"]]
+    small, avoided = students.nst_memory((16, 256, 14, 14), ("poly",)).rows
+    assert small[0] == "NST, polynomial: forward and backward pass" and avoided[1] == "0.8"
+    if sys.platform.startswith("linux"):
+        assert 0 < float(small[1]) < 0.2
+    monkeypatch.setattr(bench, "_peak", lambda *_: None)
+    assert students.nst_memory((2, 4, 2, 2), ("gaussian",)).rows[0][1] == "not measured"
+
+
+def test_loss_terms_are_put_together_again_and_a_wrong_weight_shows(study, monkeypatch):
+    assert all(students.terms_add_up(study, name) for name in ("alone", "at", "kd"))
+    assert students.decays(study, "at-kd") and not students.decays(study, "at")
+    history = runs.Result.history
+
+    def switched_off(result):
+        log = history(result)
+        return log.assign(loss=log.cross_entropy) if "at_1" in log else log
+
+    monkeypatch.setattr(runs.Result, "history", switched_off)
+    assert not students.terms_add_up(study, "at")
+
+
+def test_beta_in_both_scales_gives_one_sample_the_same_loss():
+    beta, norm, positions = 1000.0, 0.4, 64
+    paper = students.beta_in_paper_scale(beta, norm, positions)
+    assert paper == pytest.approx(12.5)
+    assert paper / 2 * norm == pytest.approx(beta * norm**2 / positions)
+
+
+def test_texts_figures_and_maps_of_a_finished_study(study):
+    assert "AT" in students.weights_text(study) and "afds students --study attention" in students.command(study)
+    assert students.settings(study).rows[0][0] == "data"
+    assert students.beta_table(study, images=6).rows[0][0] == "group 1, 16x16"
+    view = students.view(study, "alone", "at")
+    assert list(view.networks) == ["teacher", "student alone", "AT"]
+    for seen in view.networks.values():
+        assert all(abs((m**2).sum() - 1) < 1e-5 and m.min() >= 0 for m in seen.stages.values())
+    fig = figures.attention_maps(view)
+    assert len(fig.get_axes()) == 3 * 5
+    rows = students.first_pair(study.table())
+    assert set(rows.teacher) == {"", "wrn-10-2"}
+    ax = figures.student_accuracy(rows).get_axes()[0]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["student alone", "AT", "KD", "AT + KD, β decays"]
+    curves = figures.student_curves(study.curves(), target=0.3).get_axes()[0]
+    assert "validation" in curves.get_ylabel() and len(curves.get_legend().get_texts()) == 2
+    trials = study.trials()
+    tried = figures.weights_tried(trials, {"at": study.weight("at")}, xlabel="β").get_axes()[0]
+    assert tried.get_xscale() == "log"
+
+
+def test_looks_of_students_differ():
+    looks = [(look.colour, look.marker) for look in figures.STUDENTS.values()]
+    shared = {"nst-poly": "nst", "nst-poly+kd": "at-kd", "nst-poly, after ReLU": "hint"}  # of the other notebook
+    assert len(set(looks)) == len(looks) - len(shared)
+    with pytest.raises(AFDSError, match="no colour and marker for method 'fsp'"):
+        figures.student_look("fsp")
+
+
+@pytest.mark.parametrize("name", distillation_study.STUDIES)
+@pytest.mark.parametrize("profile", ["demo", "imagenet32", "paper"])
+@pytest.mark.parametrize("budget", ["quick", "standard"])
+def test_every_profile_names_known_methods_and_survives_json(name, profile, budget):
+    made = distillation_study.get(name, profile, budget)
+    DistillationStudy(made)
+    assert json.loads(distillation_study.show(made))["study"] == name
+    assert made.trial_seed not in {seed for pair in made.pairs for seed in pair.seeds}
+    assert all(figures.student_look(m.name) for m in made.methods)
+    assert made.committed == (profile != "demo")
+    weights = {m.name: m.weights for m in made.methods}
+    assert name == "selectivity" or len(weights["at"]) == 5
+
+
+def test_the_real_study_fits_all_training_images_with_three_seeds_and_the_paper_profile_is_the_recipe():
+    real = distillation_study.get("attention", "imagenet32", "quick")
+    assert real.data.per_class == 5000 and real.pairs[0].seeds == (0, 1, 2)
+    assert (real.pairs[0].teacher.name, real.pairs[0].student.name) == ("wrn-16-2", "wrn-16-1")
+    paper = distillation_study.get("attention", "paper", "standard").student_training
+    assert paper.steps == 200 * 390 and paper.batch_size == 128 and paper.lr == 0.1 and not paper.nesterov
+    rates = np.array([paper.factor(390 * epoch) for epoch in (0, 59, 60, 120, 160)])
+    assert rates == pytest.approx([1, 1, 0.2, 0.04, 0.008])
+
+
+def test_both_studies_share_their_teacher():
+    one, two = (DistillationStudy(distillation_study.get(s, "imagenet32")) for s in distillation_study.STUDIES)
+    teacher = one.profile.pairs[0].teacher
+    assert runs.run_id(one.teacher_run(teacher)) == runs.run_id(two.teacher_run(two.profile.pairs[0].teacher))
+
+
+def test_a_variant_of_a_profile_has_the_students_of_the_profile():
+    assert distillation_study.get("attention", "imagenet32-disjoint") == distillation_study.get(
+        "attention", "imagenet32"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("relations", "demo"), "unknown study 'relations'; known are attention, selectivity"),
+        (("attention", "cifar"), "unknown profile 'cifar'"),
+        (("attention", "demo", "huge"), "unknown budget 'huge'; known are quick and standard"),
+    ],
+)
+def test_unknown_names_are_one_sentence(arguments, sentence):
+    with pytest.raises(AFDSError, match=sentence):
+        distillation_study.get(*arguments)
+
+
+def test_an_unknown_method_in_a_profile_is_one_sentence():
+    with pytest.raises(AFDSError, match="unknown method 'fsp'; known are alone, at"):
+        DistillationStudy(miniature(curves=("fsp",)))
+
+
+def test_the_command_shows_a_study_and_refuses_an_unknown_one_in_one_line(capsys):
+    assert cli.main(["students", "--profile", "demo", "--study", "selectivity", "--show"]) == 0
+    assert json.loads(capsys.readouterr().out)["study"] == "selectivity"
+    assert cli.main(["students", "--profile", "demo", "--study", "relations"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_page_and_figures_of_a_finished_study(study, monkeypatch, tmp_path):
+    monkeypatch.setenv("AFDS_FIGURES", str(tmp_path))
+    names = [picture.path.name for picture in students.draw(study)]
+    assert names == ["at_accuracy.png", "at_betas.png", "at_curves.png", "at_maps.png"]
+    page = students.write_page(study).read_text()
+    assert "afds students --study attention --profile demo" in page and "| teacher wrn-10-2 |" in page
+    assert "## β in two scales\n\n| maps |" in page and "student alone minus AT: " in page
+    assert "the teacher was fitted on" in page
+    with pytest.raises(AFDSError, match="networks of the profile demo are never committed"):
+        study.publish_networks()
+
+
+def test_networks_of_a_real_study_are_kept_with_a_card(study, monkeypatch, tmp_path):
+    monkeypatch.setattr(study, "profile", replace(study.profile, committed=True, name="mini"))
+    monkeypatch.setenv("AFDS_HOME", str(tmp_path))
+    folder = study.publish_networks()
+    card = (folder / "mini-quick-attention.md").read_text()
+    ids = [runs.run_id(study.teacher_run(study.profile.pairs[0].teacher))]
+    ids += [runs.run_id(study.student_run(study.profile.pairs[0], m, 0)) for m in ("alone", "at")]
+    assert all(f"`{id}`" in card and (folder / f"{id}.safetensors").is_file() for id in ids)
+    assert len(list((tmp_path / "data" / "results" / "mini" / "runs").glob("*.json"))) == 3

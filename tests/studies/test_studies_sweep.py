@@ -1,0 +1,198 @@
+"""A whole study in miniature: trials choose on validation, chains share their stages, tables are the same each time."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from afdslib import afs, runs
+from afdslib.base import paths
+from afdslib.base.errors import AFDSError
+from afdslib.experiments.afs import DataSource, Network
+from afdslib.report import summary
+from afdslib.studies import plan as planning
+from afdslib.studies import profiles
+from afdslib.studies.profiles import Candidates
+from afdslib.studies.sweep import Study
+from afdslib.training.objective import Regulariser
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A project of its own, with a tree of three colours of noise."""
+    random = np.random.RandomState(0)
+    for split, count in (("train", 24), ("test", 8)):
+        for channel, colour in enumerate(("red", "green", "blue")):
+            folder = tmp_path / "tree" / split / colour
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = random.randint(0, 120, (16, 16, 3))
+                pixels[:, :, channel] += 100
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    monkeypatch.setenv("AFDS_HOME", str(tmp_path))
+    monkeypatch.delenv("AFDS_RUNS", raising=False)
+    monkeypatch.delenv("AFDS_FIGURES", raising=False)
+    monkeypatch.delenv("AFDS_FRESH", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def profile(home):
+    fit = replace(profiles.get("demo").transfer, steps=3, batch_size=8, log_rows=1)
+    return replace(
+        profiles.get("demo"),
+        source=DataSource(str(home / "tree"), size=16),
+        targets=(DataSource(str(home / "tree"), per_class=6, size=16),),
+        network=Network("resnet14", stem="cifar", width=1 / 16),
+        source_training=fit,
+        afs_training=fit,
+        trial=fit,
+        transfer=fit,
+        tuning=fit,
+        candidates=(
+            Candidates(Regulariser("l2", 1e-4), (1e-4, 1e-3)),
+            Candidates(Regulariser("afd", 1e-3), (1e-3,)),
+        ),
+        budgets=(1.0, 0.5),
+        seeds=(0, 1),
+        macs_images=18,
+    )
+
+
+def test_a_study_gives_one_row_per_method_seed_and_budget_and_the_same_table_twice(profile, home):
+    table = Study(profile, workers=1).sweep()
+    assert list(table.method.value_counts()) == [4, 4] and set(table.seed) == {0, 1}
+    assert (table.macs[table.budget == 0.5] <= 0.55).all() and (table.macs[table.budget == 1] > 0.9).all()
+    written = (paths.figures("demo") / "sweep.csv").read_bytes()
+    assert len(pd.read_csv(paths.figures("demo") / "sweep.csv")) == 8
+    ids = {summary.id for summary in runs.list_runs()}
+    Study(profile, workers=1).sweep()
+    assert {summary.id for summary in runs.list_runs()} == ids  # nothing computed again
+    assert (paths.figures("demo") / "sweep.csv").read_bytes() == written
+
+
+def test_trials_hold_no_test_image_and_the_best_validation_accuracy_chooses(profile):
+    study = Study(profile, workers=1)
+    trials = study.trials()
+    assert list(trials.strength) == [1e-4, 1e-3]
+    for id in trials.run:
+        metrics = runs.show(id)["result"]["metrics"]
+        assert "validation_accuracy" in metrics and not any(key.startswith("test") for key in metrics)
+    best = trials.strength[trials.validation_accuracy.idxmax()]
+    assert study.regularisers["l2"].strength == best and study.regularisers["afd"].strength == 1e-3
+
+
+def test_a_later_point_starts_from_the_point_before(profile):
+    study = Study(profile, workers=1)
+    config = study.transfer_run(study.regularisers["l2"], 0, budget=0.5)
+    assert config.parent == study.transfer_run(study.regularisers["l2"], 0)
+    result = runs.get_or_run(config)
+    removed = sum(
+        int((layer.m == 0).sum()) for layer in afs.layers(afs.load(result.artifact("model.safetensors"))).values()
+    )
+    assert removed == result.metrics["removed"] > 0
+    assert runs.lookup(config.parent) is not None
+
+
+def test_results_and_networks_of_a_real_study_can_be_committed_and_are_found_again(profile, home):
+    fixed = (Candidates(Regulariser("l2", 1e-4), (1e-4,)), profile.candidates[1])
+    real = replace(profile, name="imagenet32", committed=True, seeds=(0,), candidates=fixed)
+    card = home / "data" / "weights" / "imagenet32-quick.md"
+    with pytest.raises(AFDSError, match="no source network of this study is trained yet"):
+        Study(real, workers=1).publish_networks(())
+    Study(real, workers=1).source()
+    Study(real, workers=1).publish_networks(())
+    assert card.read_text().count("| `") == 1 and len(list(card.parent.glob("*.safetensors"))) == 1
+    table = Study(real, workers=1).sweep()
+    Study(real, workers=1).publish_networks([("afd", 0, 0.5)])
+    assert card.read_text().count("| `") == 3
+    page = Study(real, workers=1).publish_page().read_text()
+    assert f"{100 * table.test_accuracy[table.budget == 0.5].iloc[0]:.1f}" in page and "| 2x |" in page
+    (home / "runs").rename(home / "elsewhere")  # another machine, with the committed files only
+    again = Study(real, workers=1)
+    pd.testing.assert_frame_equal(again.sweep(), table)
+    point = again.point("afd", 0, 0.5)
+    assert point.committed and afs.layers(afs.load(point.artifact("model.safetensors")))
+    assert not (home / "runs").exists()
+
+
+def test_bad_names_are_one_sentence(profile):
+    with pytest.raises(AFDSError, match="unknown profile 'x'; known are demo"):
+        profiles.get("x")
+    with pytest.raises(AFDSError, match="unknown budget 'huge'"):
+        profiles.get("demo", "huge")
+    with pytest.raises(AFDSError, match="not in the sweep"):
+        Study(profile).transfer_run(Regulariser("l2", 0.1), 0, budget=0.3)
+    with pytest.raises(AFDSError, match="never committed"):
+        Study(profile).publish_networks()
+
+
+@pytest.mark.parametrize("name", profiles.names())
+@pytest.mark.parametrize("budget", ["quick", "standard"])
+def test_every_profile_is_shown_in_full_and_keeps_its_trial_seed_apart(name, budget):
+    profile = profiles.get(name, budget)
+    shown = json.loads(profiles.show(profile))
+    assert shown["network"]["name"] == profile.network.name and 0.1 in shown["budgets"]
+    assert profile.trial_seed not in profile.seeds
+
+
+def test_the_plan_of_the_paper_profile_names_its_network_and_what_is_missing(home, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(home / "torch"))
+    monkeypatch.setattr(
+        "torch.hub.download_url_to_file", lambda *args, **kwargs: pytest.fail("a plan downloads nothing")
+    )
+    text = planning.describe(Study(profiles.get("paper")))
+    assert "104 gated layers" in text and "7,801.4 M MACs" in text
+    assert "stanford-dogs" in text.split("missing on this machine")[1]
+    assert "resnet101-" in text and "has not been run" in text
+
+
+def test_a_plan_only_looks_and_writes_nothing(profile, home):
+    archive = home / "drop" / "hymenoptera-160.tar"
+    archive.parent.mkdir()
+    archive.write_bytes(b"half")
+    targets = (*profile.targets, DataSource("hymenoptera-160", root=str(archive.parent)), DataSource("cifar10"))
+    before = sorted((file, file.stat().st_mtime_ns) for file in home.rglob("*"))
+    text = planning.describe(Study(replace(profile, targets=targets)))
+    assert f"{archive} is truncated: it has 4 bytes instead of 5,560,320" in text
+    assert "the data set cifar10 is not on this machine" in text and text.count("\n  - ") == 2
+    assert sorted((file, file.stat().st_mtime_ns) for file in home.rglob("*")) == before
+
+
+def test_targets_are_tuned_apart_and_a_trial_that_diverged_is_never_chosen(profile, monkeypatch):
+    other = replace(profile.targets[0], per_class=7)
+    study = Study(replace(profile, targets=(*profile.targets, other)), workers=1)
+    assert list(study.targets) == ["tree-6", "tree-7"] and study.chance == {"tree-6": 1 / 3, "tree-7": 1 / 3}
+    rows = [
+        {"target": "tree-6", "method": "l2", "strength": 1e-4, "validation_accuracy": 0.5},
+        {"target": "tree-6", "method": "l2", "strength": 1e-3, "validation_accuracy": 0.5},
+        {"target": "tree-7", "method": "l2", "strength": 1e-4, "validation_accuracy": math.nan},
+        {"target": "tree-7", "method": "l2", "strength": 1e-3, "validation_accuracy": 0.1},
+    ]
+    monkeypatch.setattr(study, "trials", lambda: pd.DataFrame(rows))
+    assert study.regularisers["l2"].strength == 1e-4 and study.chosen(other)["l2"].strength == 1e-3
+    assert study.point_run("l2", 0, target=other).regulariser.strength == 1e-3
+    assert study.point_run("l2", 0, target=other).data == other
+    text = summary.strengths_text(study)
+    assert "images of tree-6: L2 0.0001" in text and "images of tree-7: L2 0.001" in text
+    with pytest.raises(AFDSError, match="same title"):
+        Study(replace(profile, targets=(other, replace(other, size=24))))
+
+
+def test_a_point_that_diverges_is_missing_with_its_reason_and_the_others_are_there(profile):
+    wild = replace(profile, budgets=(1.0, 0.5, 0.25), seeds=(0,), tuning=replace(profile.tuning, lr=1e30))
+    study = Study(wild, workers=1)
+    table = study.sweep(methods=["l2", "afd"])
+    assert list(table.budget) == [1.0, 1.0]
+    missing = table.attrs["missing"]
+    assert [(m["method"], m["budget"]) for m in missing] == [("l2", 0.5), ("l2", 0.25), ("afd", 0.5), ("afd", 0.25)]
+    assert all("at 2x, the loss term" in m["reason"] and "step" in m["reason"] for m in missing)
+    ids = {run.id for run in runs.list_runs()}
+    study.sweep()
+    assert {run.id for run in runs.list_runs()} == ids  # a divergence is a result, computed once
+    assert len(pd.read_csv(study.folder() / "missing.csv")) == 4
+    assert "Missing: L2 seed 0 at 2x" in summary.differences_text(table, budgets=(1.0,))

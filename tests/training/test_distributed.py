@@ -1,0 +1,215 @@
+"""Two CPU processes on a tree of 20 small images train as one process does, in float64, batch norm included."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import two_processes
+from PIL import Image
+from torch import nn
+
+from afdslib import afs, backbones, runs, training
+from afdslib.base.errors import AFDSError
+from afdslib.studies.recipes import PhotoRun
+from afdslib.training import distributed
+
+TESTS = Path(__file__).parents[1] / "support"
+
+
+def make_tree(folder: Path) -> Path:
+    """Three classes, 20 training and 6 test images of 36 to 44 px."""
+    random = np.random.RandomState(0)
+    for part, counts in (("train", (7, 7, 6)), ("val", (2, 2, 2))):
+        for label, count in enumerate(counts):
+            place = folder / part / f"class{label}"
+            place.mkdir(parents=True)
+            for i in range(count):
+                pixels = random.randint(0, 130, (36 + 4 * (i % 3), 44, 3), dtype=np.uint8)
+                pixels[:, :, label] += 100
+                Image.fromarray(pixels).save(place / f"{i}.png")
+    return folder
+
+
+def make_teacher(file: Path) -> Path:
+    torch.manual_seed(5)
+    model = backbones.build("resnet18", 3, width=1 / 8)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.2)
+            module.running_var.uniform_(0.5, 1.5)
+    afs.save(model, file)
+    return file
+
+
+def launch(*arguments: str, folder: Path, program: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    """Two processes on the CPU, by torchrun unless a program is named."""
+    started = program or ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("AFDS_")},
+        "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}",
+        "LT_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "AFDS_HOME": str(folder),
+    }  # fmt: skip
+    command = [sys.executable, *started, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder, timeout=600)
+
+
+def interrupt(config: PhotoRun, store: Path) -> None:
+    """Begins a run in this process and stops it right after its fifth step's checkpoint."""
+    saved = runs.Run.save_checkpoint
+
+    def save(self, state):
+        saved(self, state)
+        if state["step"] == 5:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(runs.Run, "save_checkpoint", save)
+        patch.setattr(training._Throttle, "due", lambda self: True)
+        patch.setattr(training, "workers", lambda _: 0)
+        runs.get_or_run(config, store=store)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder in which one process and two processes have trained the same students."""
+    folder = tmp_path_factory.mktemp("two")
+    make_tree(folder / "tree")
+    make_teacher(folder / "teacher.safetensors")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AFDS_HOME", str(folder))
+        two_processes.main(folder)
+        interrupt(two_processes.cases(folder)["resumed"], folder / "2")
+    done = launch(str(TESTS / "two_processes.py"), str(folder), folder=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def said(folder: Path, name: str) -> dict:
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def history(folder: Path, processes: int, case: str) -> pd.DataFrame:
+    id = said(folder, f"{processes}-0")[case][0]
+    return pd.read_csv(folder / str(processes) / id / "metrics.csv")
+
+
+@pytest.mark.parametrize("case, steps", [("at", 9), ("hint", 9), ("nst", 3), ("resumed", 9)])
+def test_two_processes_follow_the_trajectory_of_one(trained, case, steps):
+    one, two = (history(trained, processes, case) for processes in (1, 2))
+    assert list(one.columns) == list(two.columns) and len(one) == steps
+    term = f"{case.replace('resumed', 'at')}_1"
+    assert one["loss"].nunique() == one[term].nunique() == len(one) and (one[term] > 1e-3).all()
+    for name in one.columns:
+        tolerance = 1e-6 if name == "test_loss" else 1e-9  # evaluation sums in float32
+        np.testing.assert_allclose(two[name], one[name], rtol=tolerance, atol=1e-12, err_msg=name)
+    states = [trained / str(n) / said(trained, f"{n}-0")[case][0] / "model.safetensors" for n in (1, 2)]
+    mine, theirs = (afs.load(state).state_dict() for state in states)
+    for name, value in mine.items():  # saved in float32
+        torch.testing.assert_close(theirs[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_the_number_of_processes_matters_where_each_normalises_alone(trained):
+    one, two = (history(trained, processes, "local")["loss"] for processes in (1, 2))
+    assert np.abs(one - two).max() > 1e-3
+    np.testing.assert_array_equal(one, history(trained, 1, "at")["loss"])
+
+
+def test_all_processes_get_the_result_of_the_first_and_one_run_is_stored(trained):
+    first, second = said(trained, "2-0"), said(trained, "2-1")
+    assert first == second and first["at"][1]["processes"] == 2 and first["again"] == first["at"]
+    cases = ("at", "hint", "nst", "resumed", "local")
+    ids = {first[case][0] for case in cases}
+    finished = {run.id for run in runs.list_runs(trained / "2") if run.state == "finished"}
+    assert ids == finished and {said(trained, "1-0")[case][0] for case in cases} == ids
+    assert not list((trained / "2").glob("*/checkpoint.pt"))
+
+
+def test_a_batch_that_cannot_be_divided_is_refused_by_all(trained):
+    for rank in (0, 1):
+        assert "a batch of 7 images cannot be divided among 2 processes" in said(trained, f"2-{rank}")["odd"]
+
+
+def test_the_command_line_trains_with_fabric_run(trained):
+    """The documented command; its single-precision loss is that of the same command without a launcher."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = (
+        "distill", "--recipe", "resnet18-at", "--data", str(trained / "tree"), "--size", "32", "--width", "0.0625",
+        "--teacher", str(trained / "teacher.safetensors"), "--epochs", "2", "--batch-size", "10", "--lr", "0.01",
+    )  # fmt: skip
+    script = trained / "afds"
+    script.write_text("import sys\nfrom afdslib.cli import main\nsys.exit(main())\n")
+    logs = []
+    for name, program in (
+        ("alone", ("-m", "afdslib.cli")),
+        ("fabric", (str(Path(sys.executable).with_name("fabric")), "run", "--devices", "2", "--accelerator", "cpu",
+                    "--main-port", str(port), str(script))),
+    ):  # fmt: skip
+        place = trained / name
+        place.mkdir()
+        done = launch(*options, folder=place, program=program)
+        assert done.returncode == 0, done.stderr[-3000:]
+        printed = json.loads(done.stdout)
+        assert printed["processes"] == (1 if name == "alone" else 2) and printed["steps"] == 4
+        assert printed["images"] == 20 and 0 <= printed["test_accuracy"] <= printed["test_top5_accuracy"] == 1
+        logs.append(pd.read_csv(place / "runs" / printed["id"] / "metrics.csv")["loss"])
+    np.testing.assert_allclose(logs[1], logs[0], rtol=1e-4)
+
+
+# in one process
+
+
+def test_an_ordinary_program_is_one_process_and_nothing_is_shared():
+    assert distributed.world() == distributed.launched() == 1 and distributed.rank() == 0 and distributed.leads()
+    values = torch.arange(3.0)
+    assert distributed.total(values) is values and distributed.average(values) is values
+    assert distributed.share([4, 5, 6]) == [4, 5, 6]
+    norm = nn.Sequential(nn.BatchNorm2d(2))
+    with distributed.synchronised_norms(norm):
+        assert "forward" not in vars(norm[0])
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("dimensions", [(6, 3, 4, 5), (7, 3)], ids=["2d", "1d"])
+def test_the_shared_batch_norm_is_torchs_own_in_one_process(monkeypatch, dimensions, momentum):
+    """As a group of one: output, gradients and running statistics."""
+    monkeypatch.setattr(distributed, "world", lambda: 1)
+    kind = nn.BatchNorm2d if len(dimensions) == 4 else nn.BatchNorm1d
+    torch.manual_seed(0)
+    mine, theirs = (kind(3, momentum=momentum).double() for _ in range(2))
+    for norm in (mine, theirs):
+        nn.init.constant_(norm.weight, 1.7)
+    for _ in range(2):
+        x = torch.randn(dimensions, dtype=torch.float64) * 2 + 1
+        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+        out, expected = distributed._synchronised(mine, a), theirs(b)
+        torch.testing.assert_close(out, expected)
+        weights = torch.randn_like(x)
+        (out * weights).sum().backward()
+        (expected * weights).sum().backward()
+        torch.testing.assert_close(a.grad, b.grad)
+    torch.testing.assert_close(mine.weight.grad, theirs.weight.grad)
+    torch.testing.assert_close(mine.bias.grad, theirs.bias.grad)
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(mine.state_dict()[name], value)
+    mine.eval(), theirs.eval()
+    torch.testing.assert_close(distributed._synchronised(mine, x), theirs(x))
+
+
+def test_shares_are_contiguous_equal_and_complete(monkeypatch):
+    monkeypatch.setattr(distributed, "world", lambda: 3)
+    parts = []
+    for rank in range(3):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        parts.append(distributed.share(list(range(6))))
+    assert parts == [[0, 1], [2, 3], [4, 5]]
+    with pytest.raises(AFDSError, match="a batch of 7 images cannot be divided among 3 processes"):
+        distributed.share(list(range(7)))

@@ -1,0 +1,429 @@
+"""The training loop: schedules, parameter groups, events, logs, resumption to the same numbers, evaluation."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from afdslib import afs, data, runs, training
+from afdslib.base.errors import AFDSError
+from afdslib.training import Optimisation
+from afdslib.training import objective as objectives
+from afdslib.training.objective import Objective, Regulariser
+
+SIZE = (3, tiny.SIZE, tiny.SIZE)
+
+
+@pytest.fixture(autouse=True)
+def checkpoint_at_every_row(monkeypatch):
+    monkeypatch.setattr(training._Throttle, "due", lambda self: True)
+
+
+def parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+# settings
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"steps": -1}, "steps"),
+        ({"steps": 2.5}, "steps"),
+        ({"steps": "many"}, "steps"),
+        ({"steps": True}, "steps"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"batch_size": 4.0}, "batch_size"),
+        ({"batch_size": "4"}, "batch_size"),
+        ({"lr": 0}, "lr"),
+        ({"lr": float("nan")}, "lr"),
+        ({"lr": "0.1"}, "lr"),
+        ({"predictor_lr": -1}, "predictor_lr"),
+        ({"momentum": 1.0}, "momentum"),
+        ({"momentum": "0.9"}, "momentum"),
+        ({"label_smoothing": 1.5}, "label_smoothing"),
+        ({"warmup": 1.0}, "warmup"),
+        ({"warmup": "0.1"}, "warmup"),
+        ({"schedule": "linear"}, "schedule"),
+        ({"precision": "fp8"}, "precision"),
+        ({"log_rows": -1}, "log_rows"),
+        ({"recalibrate": 1.5}, "recalibrate"),
+    ],
+    ids=str,
+)
+def test_settings_out_of_range_or_of_the_wrong_type_are_one_sentence(options, words):
+    with pytest.raises(AFDSError, match=words) as caught:
+        Optimisation(**({"steps": 10} | options))
+    assert "\n" not in str(caught.value) and str(next(iter(options.values()))) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"name": "l3"}, "'l3'"),
+        ({"strength": -0.1}, "lambda.*-0.1"),
+        ({"strength": float("inf")}, "lambda.*inf"),
+        ({"strength": float("nan")}, "lambda.*nan"),
+        ({"strength": "0.1"}, "lambda.*'0.1'"),
+        ({"classifier_decay": -1}, "classifier_decay.*-1"),
+        ({"features": "conv"}, "'conv'"),
+        ({"attention": "both"}, "'both'"),
+    ],
+    ids=str,
+)
+def test_regularisers_out_of_range_are_one_sentence(options, words):
+    with pytest.raises(AFDSError, match=words):
+        Regulariser(**({"name": "afd", "strength": 0.1} | options))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"budgets": ()}, "budgets"),
+        ({"budgets": (0.5,)}, "budgets"),
+        ({"budgets": (1.0, 0.0)}, "budgets"),
+        ({"budgets": (1.0, 0.5, 0.5)}, "budgets"),
+        ({"budgets": (1.0, "0.5")}, "budgets"),
+        ({"density_floor": 0.0}, "density_floor"),
+        ({"density_floor": "high"}, "density_floor"),
+        ({"delta_s": -0.1}, "delta_s"),
+        ({"macs_images": 0}, "macs_images"),
+        ({"trim": 1.5}, "trim"),
+    ],
+    ids=str,
+)
+def test_transfer_runs_out_of_range_are_one_sentence(options, words):
+    with pytest.raises(AFDSError, match=words):
+        tiny.transfer(**options)
+
+
+def test_step_schedule_drops_within_each_half():
+    settings = Optimisation(steps=100, schedule="step", milestone=0.67, drop=0.1, second_half=0.1)
+    found = [settings.factor(step) for step in (0, 33, 34, 49, 50, 83, 84, 99)]
+    assert found == pytest.approx([1, 1, 0.1, 0.1, 0.1, 0.1, 0.01, 0.01])
+
+
+def test_cosine_schedule_warms_up_and_ends_near_0():
+    settings = Optimisation(steps=100, schedule="cosine", warmup=0.1)
+    assert [settings.factor(step) for step in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
+    assert settings.factor(55) == pytest.approx(0.5) and 0 < settings.factor(99) < 1e-3
+
+
+# parameter groups
+
+
+def test_predictors_and_the_objectives_own_parameters_have_their_rates_and_decays():
+    model = tiny.gated()
+    objective = Objective(model, Regulariser("afd", 0.1, classifier_decay=0.02), tiny.gated(1), SIZE)
+    groups = {g["name"]: g for g in training._groups(model, objective, tiny.settings(lr=0.5, predictor_lr=0.1))}
+    assert {n: (g["lr"], g["weight_decay"]) for n, g in groups.items()} == {
+        "backbone": (0.5, 0.0), "classifier": (0.5, 0.02), "predictors": (0.05, 0.0), "objective": (0.5, 0.0),
+    }  # fmt: skip
+    expected = {id(p) for layer in afs.layers(model).values() for p in layer.predictor.parameters()}
+    assert {id(p) for p in groups["predictors"]["params"]} == expected
+    assert {id(p) for p in groups["objective"]["params"]} == {id(p) for p in objective.parameters()}
+    everything = [id(p) for g in groups.values() for p in g["params"]]
+    assert len(everything) == len(set(everything)) == len([*model.parameters(), *objective.parameters()])
+
+
+def test_the_learning_rate_multiplier_scales_the_predictors_step(tmp_path):
+    moved = {}
+    for multiplier in (1.0, 0.1):
+        model = tiny.gated()
+        before = parameters(model)
+        tiny.fit(tmp_path / str(multiplier), model, settings=tiny.settings(1, predictor_lr=multiplier))
+        moved[multiplier] = {n: p - before[n] for n, p in parameters(model).items()}
+    for name, step in moved[1.0].items():
+        factor = 0.1 if "predictor" in name else 1.0
+        torch.testing.assert_close(moved[0.1][name], factor * step, rtol=1e-3, atol=1e-7)
+
+
+def test_weight_decay_is_the_gradient_of_the_penalty_that_is_logged():
+    model = tiny.gated()
+    objective = Objective(model, Regulariser("l2", 0.3))
+    assert objective.weight_decay == objective.classifier_decay == 0.3
+    settings = tiny.settings(lr=0.1, predictor_lr=0.5)
+    explicit, decayed = copy.deepcopy(model), model
+    optimiser = torch.optim.SGD(training._groups(decayed, objective, settings), lr=0.1)
+    for parameter in decayed.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    penalty = objective.diagnostics(decayed)["l2"]
+    optimiser.step()
+    value = 0.3 / 2 * sum(p.square().sum() for p in explicit.parameters())
+    assert penalty == pytest.approx(value.item(), rel=1e-5)
+    value.backward()
+    for (name, p), q in zip(explicit.named_parameters(), decayed.parameters(), strict=True):
+        rate = 0.05 if "predictor" in name else 0.1
+        torch.testing.assert_close(q.detach(), p.detach() - rate * p.grad)
+
+
+# one stage
+
+
+def afd_stage(folder, *, attention="joint", events=None, steps=6, kill_at=None, monkeypatch=None, precision="fp32"):
+    """A stage of AFD with a mask update, optionally interrupted right after the checkpoint at a step."""
+    stem = "imagenet" if precision == "fp32" else "cifar"
+    model, source = tiny.gated(stem=stem), tiny.gated(1, stem)
+    objective = Objective(model, Regulariser("afd", 0.1, attention=attention), source, SIZE)
+    optimisation = tiny.settings(steps, predictor_lr=0.5, precision=precision)
+
+    def update() -> dict[str, float]:
+        report = afs.update_masks(
+            model, afs.collect_statistics(model, tiny.batches()), macs_budget=0.5, loader=tiny.batches()
+        )
+        objective.masks_changed(model)
+        return {"removed": report.removed}
+
+    events = {steps // 2: update} if events is None else events
+    if kill_at is not None:
+        saved = runs.Run.save_checkpoint
+
+        def save(self, state):
+            saved(self, state)
+            if state["step"] == kill_at:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(runs.Run, "save_checkpoint", save)
+            tiny.fit(folder, model, objective, settings=optimisation, events=events, monitor=tiny.images(24))
+        return afd_stage(folder, attention=attention, steps=steps, precision=precision)
+    tiny.fit(folder, model, objective, settings=optimisation, events=events, monitor=tiny.images(24))
+    return model, objective, (folder / "metrics.csv").read_text()
+
+
+@pytest.mark.parametrize("kill_at", [1, 3, 5], ids=["first-step", "before-the-update", "after-the-update"])
+def test_a_resumed_stage_ends_at_the_same_numbers_bit_by_bit(tmp_path, monkeypatch, kill_at):
+    whole, term, log = afd_stage(tmp_path / "whole")
+    resumed, resumed_term, resumed_log = afd_stage(tmp_path / "resumed", kill_at=kill_at, monkeypatch=monkeypatch)
+    for a, b in ((whole, resumed), (term, resumed_term)):
+        state = b.state_dict()
+        assert all(torch.equal(value, state[name]) for name, value in a.state_dict().items())
+    assert resumed_log == log and len(log.splitlines()) == 7
+
+
+def test_a_resumed_stage_draws_the_same_dropout(tmp_path, monkeypatch):
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        made = tiny.network()
+        made.avgpool = nn.Sequential(made.avgpool, nn.Dropout(0.5))
+        return made
+
+    whole = tiny.fit(tmp_path / "whole", build(), settings=tiny.settings(6))
+    saved = runs.Run.save_checkpoint
+
+    def save(self, state):
+        saved(self, state)
+        if state["step"] == 4:  # in the middle of the second epoch
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(runs.Run, "save_checkpoint", save)
+        tiny.fit(tmp_path / "resumed", build(), settings=tiny.settings(6))
+    resumed = tiny.fit(tmp_path / "resumed", build(), settings=tiny.settings(6))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+def test_a_checkpoint_of_another_architecture_is_one_sentence(tmp_path):
+    run = tiny.run(tmp_path)
+    other = tiny.network(classes=5)
+    run.save_checkpoint({"step": 1, "model": other.state_dict()})
+    with pytest.raises(AFDSError, match="does not fit this network.*afds runs rm") as caught:
+        tiny.fit(tmp_path, tiny.gated())
+    assert "\n" not in str(caught.value)
+
+
+def test_events_happen_once_before_the_step_of_their_key_and_are_logged(tmp_path):
+    model, seen = tiny.gated(), []
+
+    def event(step):
+        def happen():
+            seen.append((step, model.training))
+            model.eval()  # whatever an event leaves behind, training goes on in training mode
+            return {f"event{step}": 1.0}
+
+        return happen
+
+    settings = tiny.settings(6, log_rows=3)
+    tiny.fit(tmp_path, model, settings=settings, events={step: event(step) for step in (0, 3, 4)})
+    assert [step for step, _ in seen] == [0, 3, 4] and model.training
+    history = tiny.run(tmp_path)._read_log()[1]
+    assert [row["step"] for row in history] == ["2", "4", "6"]
+    assert [(row["event0"], row["event3"], row["event4"]) for row in history] == [
+        ("1.0", "", ""), ("", "1.0", ""), ("", "", "1.0"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "terms"),
+    [
+        ("l2", {"l2"}),
+        ("l2sp", {"l2sp", "l2"}),
+        ("feature-map", {"feature_map", "l2"}),
+        ("afd", {"afd", "entropy", "l2"}),
+    ],
+)
+def test_every_term_is_logged_and_they_add_up_to_the_loss(tmp_path, name, terms):
+    model = tiny.gated()
+    objective = Objective(model, Regulariser(name, 0.1), tiny.gated(1), SIZE)
+    tiny.fit(tmp_path, model, objective, settings=tiny.settings(2), monitor=tiny.images(24))
+    _, rows = tiny.run(tmp_path)._read_log()
+    always = {"loss", "cross_entropy", "lr", "step", "epoch", "train_accuracy", "dead_gates", "gate_variance"}
+    assert set(rows[0]) == terms | always
+    for row in ({key: float(value) for key, value in row.items()} for row in rows):
+        share = {"l2": 0.0, "l2sp": row.get("l2sp", 0) + row["l2"]}.get(name)
+        share = 0.1 * row[name.replace("-", "_")] if share is None else share
+        assert row["loss"] == pytest.approx(row["cross_entropy"] + share, rel=1e-5)
+
+
+@pytest.mark.parametrize(("attention", "moves"), [("joint", True), ("detached", False)])
+def test_only_a_joint_attention_is_trained(tmp_path, attention, moves):
+    model = tiny.gated()
+    objective = Objective(model, Regulariser("afd", 0.1, attention=attention), tiny.gated(1), SIZE)
+    history = objective.prepare(iter(tiny.batches()), 3)
+    assert bool(history) != moves
+    before = parameters(objective)
+    tiny.fit(tmp_path, model, objective, settings=tiny.settings(2))
+    assert any(not torch.equal(before[n], p) for n, p in parameters(objective).items()) == moves
+
+
+def test_the_strength_reaches_the_network_and_the_teacher_stays(tmp_path):
+    """With a lambda the features stay nearer to the source's; the teacher's own state does not move."""
+    distances = []
+    for strength in (0.0, 0.1):
+        model = tiny.network()
+        objective = Objective(model, Regulariser("feature-map", strength), model, SIZE)
+        before = copy.deepcopy(objective.teacher.model.state_dict())
+        tiny.fit(tmp_path / str(strength), model, objective, settings=tiny.settings(16, lr=0.005))
+        assert all(torch.equal(before[n], v) for n, v in objective.teacher.model.state_dict().items())
+        distances.append([float(row["feature_map"]) for row in tiny.run(tmp_path / str(strength))._read_log()[1]])
+    without, with_lambda = (sum(values[-4:]) for values in distances)
+    assert with_lambda < 0.95 * without and distances[0][0] == distances[1][0]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_term_that_is_not_finite_is_named_with_its_step(tmp_path, monkeypatch, precision):
+    model = tiny.gated(stem="cifar")
+    objective = Objective(model, Regulariser("afd", 0.1), tiny.gated(1, "cifar"), SIZE)
+    calls = []
+    forward = type(objective.term).forward
+
+    def broken(self, *args):
+        calls.append(1)
+        measured = forward(self, *args)
+        return measured | {"afd": measured["afd"] * (math.nan if len(calls) == 3 else 1)}
+
+    monkeypatch.setattr(type(objective.term), "forward", broken)
+    with pytest.raises(AFDSError, match="'afd' is nan at step 3 .*learning rate") as caught:
+        tiny.fit(tmp_path, model, objective, settings=tiny.settings(5, precision=precision))
+    assert "\n" not in str(caught.value)
+    assert tiny.run(tmp_path).load_checkpoint()["step"] == 2  # nothing of the broken step is kept
+    assert all(bool(p.isfinite().all()) for p in tiny.run(tmp_path).load_checkpoint()["model"].values())
+
+
+@pytest.mark.parametrize("name", ["l2", "l2sp", "feature-map", "afd"])
+def test_a_diverging_run_stops_with_the_step_whatever_the_regulariser(tmp_path, name):
+    model = tiny.gated()
+    objective = Objective(model, Regulariser(name, 0.1), tiny.gated(1), SIZE)
+    with pytest.raises(AFDSError, match=r"at step \d+\b.*lower the learning rate") as caught:
+        tiny.fit(tmp_path, model, objective, settings=tiny.settings(8, lr=1e12))
+    assert "\n" not in str(caught.value)
+
+
+def test_bf16_trains_with_gates_and_terms_in_float32(tmp_path):
+    model, objective, log = afd_stage(tmp_path, precision="bf16", steps=2)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert len(log.splitlines()) == 3 and "nan" not in log
+
+
+# data order, evaluation, recalibration
+
+
+def test_batches_continue_where_an_interrupted_run_stopped():
+    split = tiny.images(20, augment=True)
+
+    def take(start: int, count: int):
+        stream = training.batches_from(split, 6, 5, start)
+        return [next(stream) for _ in range(count)]
+
+    whole = take(0, 8)
+    assert [epoch for epoch, _ in whole] == [0, 0, 0, 1, 1, 1, 2, 2]
+    for start in (1, 3, 4):
+        for (_, (a, la)), (_, (b, lb)) in zip(whole[start:], take(start, 8 - start), strict=True):
+            assert torch.equal(a, b) and torch.equal(la, lb)
+    seen = training._batches(split, 6, 5, 0)
+    assert len({i for batch in seen for i in batch}) == 18 and seen != training._batches(split, 6, 5, 1)
+
+
+def test_the_first_batches_are_those_of_the_training_and_leave_its_epoch_alone():
+    split = tiny.images(20, augment=True)
+    stream = training.batches_from(tiny.images(20, augment=True), 6, 5, 0)
+    expected = [next(stream)[1] for _ in range(4)]  # the fourth is of the second epoch
+    split.set_epoch(7)
+    found = list(training.first_batches(split, 6, 5, 4))
+    assert split.epoch == 7 and len(found) == 4
+    for (images, labels), (wanted, targets) in zip(found, expected, strict=True):
+        assert torch.equal(images, wanted) and torch.equal(labels, targets)
+    assert list(training.first_batches(split, 6, 5, 0)) == []
+
+
+def test_a_data_set_smaller_than_a_batch_is_one_batch():
+    assert [len(batch) for batch in training._batches(tiny.images(5), 8, 0, 0)] == [5]
+
+
+def test_recalibration_gives_the_plain_averages_and_leaves_all_else():
+    model = tiny.gated().eval()
+    model.layer2.train()
+    before = parameters(model)
+    momenta = {m: m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)}
+    loader = [tiny.batches(8, 4, seed)[0] for seed in range(3)]
+    training.recalibrate(model, iter(loader))
+    outputs = [model.conv1.conv(x) for x, _ in loader]
+    mean = torch.stack([y.mean((0, 2, 3)) for y in outputs]).mean(0)
+    var = torch.stack([y.var((0, 2, 3)) for y in outputs]).mean(0)
+    torch.testing.assert_close(model.conv1.norm.running_mean, mean.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.conv1.norm.running_var, var.detach(), rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(before[n], p) for n, p in parameters(model).items())
+    assert not model.training and model.layer2.training and all(m.momentum == v for m, v in momenta.items())
+
+
+def test_evaluation_is_the_direct_one():
+    split = tiny.images(20, seed=3)
+    split = data.ArrayImages(split._images, np.arange(10), split.targets[:10], (*tiny.CLASSES, "nobody"), augment=False)
+    model = tiny.network(classes=4).train()
+    found = training.evaluate(model, split, batch_size=3)
+    x, y = split.__getitems__(list(range(10)))
+    with torch.no_grad():
+        logits = copy.deepcopy(model).eval()(x)
+    right = logits.argmax(1) == y
+    assert found.accuracy == pytest.approx(float(right.double().mean()))
+    per_class = [float(right[y == c].double().mean()) for c in range(3)]  # the class without images does not count
+    assert found.mean_class_accuracy == pytest.approx(np.mean(per_class))
+    assert found.loss == pytest.approx(float(nn.functional.cross_entropy(logits, y)), rel=1e-5)
+    assert np.array(found.confusion).sum(1).tolist() == [4, 3, 3, 0] and found.macs is None
+    assert np.trace(found.confusion) == int(right.sum()) and model.training
+
+
+def test_gate_monitor_counts_dead_gates_and_measures_variation():
+    model = tiny.gated().eval()
+    assert training.monitor_gates(tiny.network(), tiny.images(4)) == {}
+    for layer in afs.layers(model).values():
+        nn.init.zeros_(layer.predictor.weight)
+    assert training.monitor_gates(model, tiny.images(6)) == {"dead_gates": 0.0, "gate_variance": 0.0}
+    total = sum(layer.m.numel() for layer in afs.layers(model).values())
+    with torch.no_grad():
+        model.conv1.predictor.bias[:2] = -1.0
+    assert training.monitor_gates(model, tiny.images(6))["dead_gates"] == pytest.approx(2 / total)
+    model.conv1.m[0] = 0  # a removed channel is no dead gate
+    assert training.monitor_gates(model, tiny.images(6))["dead_gates"] == pytest.approx(1 / (total - 1))
+
+
+def test_the_regularisers_need_their_source():
+    model = tiny.gated()
+    for name in objectives.REGULARISERS[1:]:
+        with pytest.raises(AFDSError, match="needs the source"):
+            Objective(model, Regulariser(name, 0.1))
