@@ -26,7 +26,7 @@ def _panel(selection: str) -> str:
 
 
 def _look(regulariser: str, selection: str) -> Look:
-    """Of a line in its panel: by its regulariser, dotted where attention is detached; narrower networks by theirs too."""
+    """Of a line in its panel: by its regulariser, dotted where attention is detached; narrower ones by theirs, too."""
     name = Method(regulariser, selection).base
     if selection.startswith("width"):
         base = look(selection)
