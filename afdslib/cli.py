@@ -225,6 +225,7 @@ def publish(
 ) -> None:
     """Write what is committed of a finished study: a results page, and networks with a model card in data/weights/."""
     chosen = _profile(profile, budget, data_dir)
+    from afdslib.report import summary
     from afdslib.studies import sweep as study
 
     done = study.Study(chosen)
@@ -232,7 +233,7 @@ def publish(
         typer.echo(f"source networks and model card written to {done.publish_networks(())}")
         return
     typer.echo(f"networks and model card written to {done.publish_networks()}")
-    typer.echo(f"results page written to {done.publish_page()}")
+    typer.echo(f"results page written to {summary.write_page(done)}")
 
 
 @app.command()
@@ -427,9 +428,10 @@ def maps(
     data_dir: DataDir = None,
 ) -> None:
     """Draw what networks attend to in an image: the activation map of each stage, and the loss's gradient."""
-    from afdslib.inference import maps as viewer
+    from afdslib.inference.maps import view
+    from afdslib.report.maps import draw
 
-    typer.echo(f"written to {viewer.draw(networks, output, image, data, index, size, data_dir)}")
+    typer.echo(f"written to {draw(view(networks, image, data, index, size, data_dir), output)}")
 
 
 # ------------------------------------------------------------------------------------------------------ the run store

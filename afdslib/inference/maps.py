@@ -14,14 +14,13 @@ from afdslib import data
 from afdslib.afs.graph import eval_mode
 from afdslib.backbones import classifier_name, stages
 from afdslib.backbones.inputs import IMAGENET, fed
-from afdslib.base.atomic import atomic_path
 from afdslib.base.errors import AFDSError
 from afdslib.data.images import read_rgb, resized_to
 from afdslib.losses.at import attention_map, input_gradient
 from afdslib.studies.recipes import Published
 from afdslib.training.features import taps
 
-__all__ = ["MapsView", "NetworkMaps", "activation_maps", "draw", "gradient_map", "look_at", "read_image"]
+__all__ = ["MapsView", "NetworkMaps", "activation_maps", "gradient_map", "look_at", "read_image", "view"]
 
 
 @dataclass(frozen=True)
@@ -147,21 +146,19 @@ def look_at(
     return MapsView(image, "unknown" if label is None else str(classes[label]), seen)
 
 
-def draw(
+def view(
     networks: Sequence[str],
-    output: str | Path,
     image: str | Path | None = None,
     data_set: str | None = None,
     index: int = 0,
     size: int = 32,
     data_dir: str | None = None,
-) -> Path:
-    """Writes the maps of one image, a file or a test image of a data set, as a PNG.
+) -> MapsView:
+    """What networks do with one image, a file or a test image of a data set.
 
     Args:
         networks: weight files or backbones with torchvision's weights (see `Published.of`), each as "which" or
             "name=which".
-        output: the PNG.
         image: an image file; without one a test image of the data set is taken.
         data_set: names the classes, and holds the test image.
         index: of the test image.
@@ -171,8 +168,6 @@ def draw(
     Raises:
         AFDSError: neither image nor data set, a file that is no network or no image, or an index beyond the data set.
     """
-    from afdslib.report.plots.students import attention_maps
-
     if image is None and data_set is None:
         raise AFDSError("there is no image to look at; give an image file or a data set")
     models = {}
@@ -192,8 +187,4 @@ def draw(
         if not 0 <= index < len(splits.test):
             raise AFDSError(f"the data set {data_set} has {len(splits.test)} test images and no number {index}")
         pixels, label = splits.test.raw(index), int(splits.test.targets[index])
-    figure = attention_maps(look_at(models, pixels, classes, label=label))
-    output = Path(output)
-    with atomic_path(output) as part:
-        figure.savefig(part, format="png", dpi=150)
-    return output
+    return look_at(models, pixels, classes, label=label)

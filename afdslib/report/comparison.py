@@ -13,10 +13,10 @@ import torch
 from matplotlib.figure import Figure
 
 from afdslib import runs, training
+from afdslib.base.text import times
 from afdslib.experiments.afs import TransferRun
 from afdslib.pruning import CRITERIA
 from afdslib.report import plots
-from afdslib.report.plots.style import times
 from afdslib.report.summary import Table, Text, mean_sd
 from afdslib.studies import collapse, profiles, settling, statistics
 from afdslib.studies.comparison import WHOLE, Comparison, run_comparison

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from afdslib import afs, runs, training
-from afdslib.experiments.afs import MODEL, OBJECTIVE, PUBLISHED_CLASSES, DataSource, Network
+from afdslib import afs, runs
+from afdslib.experiments.afs import MODEL, OBJECTIVE, PUBLISHED_CLASSES, DataSource
 from afdslib.losses.afd import AFDLoss
 from afdslib.report.summary import Text, smallest
-from afdslib.training.features import Teacher, feature_names, feature_shapes
+from afdslib.training.features import Teacher, compared_shapes
 from afdslib.training.objective import Objective
 
 if TYPE_CHECKING:
@@ -230,19 +230,6 @@ def _feature_shapes(study: Study, side: int) -> dict[str, tuple[int, int, int]]:
     candidates = study.profile.candidates
     features = next((c.regulariser.features for c in candidates if c.regulariser.name == "afd"), "block")
     return compared_shapes(study.profile.network, features, side)
-
-
-def compared_shapes(network: Network, features: str = "block", side: int = 64) -> dict[str, tuple[int, int, int]]:
-    """(C, H, W) of the layers that a feature regulariser compares, for square images of a side, in pixels.
-
-    Args:
-        network: any; its weights are not read.
-        features: "block" or "conv".
-        side: the channels do not depend on it.
-    """
-    model: nn.Module = replace(network, weights=None).build(2, 0)
-    with training.autocast(torch.device("cpu"), "fp32"):
-        return feature_shapes(model, feature_names(model, features), (3, side, side))
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ import matplotlib
 import pandas as pd
 
 from afdslib.base.errors import AFDSError
+from afdslib.base.text import times
 from afdslib.report import plots
 from afdslib.report import views as inspection
-from afdslib.report.plots.style import DPI, STYLE, shown_width, times
+from afdslib.report.plots.style import DPI, STYLE, shown_width
 from afdslib.report.summary import budgets_of
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from afdslib import runs
-from afdslib.report.plots.style import times
-from afdslib.report.views import compared_shapes
+from afdslib.base.text import times
 from afdslib.studies.protocol import Method
 from afdslib.studies.statistics import by_seed, paired, paired_seeds, points
+from afdslib.training.features import compared_shapes
 
 if TYPE_CHECKING:
     from afdslib.experiments.afs import Network

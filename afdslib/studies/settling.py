@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from afdslib import runs
-from afdslib.report.plots.style import times
+from afdslib.base.text import times
 from afdslib.studies import collapse
 from afdslib.studies.protocol import Method
 from afdslib.studies.statistics import by_seed, paired, paired_seeds, points

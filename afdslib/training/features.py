@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from afdslib.backbones import stages
 from afdslib.base.errors import AFDSError
 from afdslib.losses.at import input_gradient
 
-__all__ = ["Teacher", "feature_names", "feature_shapes", "taps"]
+__all__ = ["Teacher", "compared_shapes", "feature_names", "feature_shapes", "taps"]
 
 
 @contextmanager
@@ -78,6 +80,19 @@ def feature_shapes(
     teacher = Teacher(model, names)
     _, features = teacher(torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype))
     return {name: tuple(x.shape[1:]) for name, x in features.items()}  # type: ignore[misc]
+
+
+def compared_shapes(network: Any, features: str = "block", side: int = 64) -> dict[str, tuple[int, int, int]]:
+    """(C, H, W) of the layers that a feature regulariser compares, for square images of a side, in pixels.
+
+    Args:
+        network: an `experiments` Network; its weights are not read.
+        features: "block" or "convbn".
+        side: the channels do not depend on it.
+    """
+    model: nn.Module = replace(network, weights=None).build(2, 0)
+    with torch.autocast("cpu", enabled=False):
+        return feature_shapes(model, feature_names(model, features), (3, side, side))
 
 
 class Teacher:

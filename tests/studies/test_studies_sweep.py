@@ -110,7 +110,7 @@ def test_results_and_networks_of_a_real_study_can_be_committed_and_are_found_aga
     table = Study(real, workers=1).sweep()
     Study(real, workers=1).publish_networks([("afd", 0, 0.5)])
     assert card.read_text().count("| `") == 3
-    page = Study(real, workers=1).publish_page().read_text()
+    page = summary.write_page(Study(real, workers=1)).read_text()
     assert f"{100 * table.test_accuracy[table.budget == 0.5].iloc[0]:.1f}" in page and "| 2x |" in page
     (home / "runs").rename(home / "elsewhere")  # another machine, with the committed files only
     again = Study(real, workers=1)

@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from afdslib.report.plots.style import STATES, percent, styled, times
+from afdslib.base.text import times
+from afdslib.report.plots.style import STATES, percent, styled
 
 __all__ = ["channel_states", "gates_heatmap", "gates_histogram"]
 

@@ -33,7 +33,6 @@ __all__ = [
     "sentence",
     "stored",
     "styled",
-    "times",
 ]
 
 DPI = 150
@@ -133,11 +132,6 @@ def styled(draw: _Draw) -> _Draw:
 def percent(axis: Any) -> None:
     """Ticks of a share in percent."""
     axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{round(100 * value, 6):g}"))
-
-
-def times(budget: float) -> str:
-    """A budget as the reduction it stands for: 0.1 is "10x"."""
-    return f"{1 / budget:.3g}x"
 
 
 def note(ax: Axes, text: str) -> None:

@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
-from afdslib.report.plots.style import Look, look, percent, styled, times
+from afdslib.base.text import times
+from afdslib.report.plots.style import Look, look, percent, styled
 
 __all__ = ["accuracy_macs", "confusion", "density_and_masks", "parameters_budget"]
 
