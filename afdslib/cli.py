@@ -247,7 +247,8 @@ def report(profile: ProfileName) -> None:
 @app.command()
 def resume(id: Annotated[str, typer.Argument(help="The run, or the beginning of its id.")]) -> None:
     """Continue an interrupted training run from its last checkpoint."""
-    from afdslib import runs  # noqa: F401  (they register the kinds of runs)
+    from afdslib import runs
+    from afdslib.studies import comparison, recipes  # noqa: F401  (they register the kinds of runs)
 
     result = runs.resume(id)
     typer.echo(json.dumps(result.metrics, indent=2))

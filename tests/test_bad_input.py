@@ -10,14 +10,14 @@ import tiny
 import torch
 from PIL import Image
 
-from afdslib import afs, backbones, cli, runs, training
+from afdslib import afs, backbones, cli, runs
 from afdslib.base import paths
 from afdslib.base.errors import AFDSError
 from afdslib.experiments.afs import DataSource, Network
 from afdslib.studies import profiles
 from afdslib.studies.profiles import Candidates, Profile
 from afdslib.studies.sweep import Study
-from afdslib.training import features
+from afdslib.training import features, loop
 from afdslib.training.objective import Regulariser
 
 
@@ -216,8 +216,8 @@ def test_a_full_disk_leaves_no_half_file_and_the_next_call_goes_on(refused, prof
         if what == "model":
             patch.setattr("afdslib.afs.io.save_file", lambda tensors, path, **_: write_some(tensors, path))
         elif what == "checkpoint":
-            patch.setattr(training._Throttle, "due", lambda self: True)
-            patch.setattr(runs, "_torch_save", write_some)
+            patch.setattr(loop._Throttle, "due", lambda self: True)
+            patch.setattr("afdslib.runs.store._torch_save", write_some)
         else:
             patch.setattr("pandas.DataFrame.to_csv", lambda self, path, **_: write_some(self, path))
         with tiny.served():

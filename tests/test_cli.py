@@ -285,7 +285,7 @@ def test_killed_report_goes_on_after_its_last_finished_notebook(project):
     code = "import os, pathlib, time\npathlib.Path('kernel').write_text(str(os.getpid()))\n"
     node.cells.append(new_code_cell(f"{code}while not pathlib.Path('go').exists():\n    time.sleep(0.05)"))
     nbformat.write(node, last)
-    process = python("-c", "from afdslib import pipeline; pipeline.execute('tiny')")
+    process = python("-c", "from afdslib.report import pipeline; pipeline.execute('tiny')")
     wait_for(lambda: (project / "kernel").exists() and (project / "kernel").read_text())
     process.send_signal(signal.SIGKILL)
     process.communicate()

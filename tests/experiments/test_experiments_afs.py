@@ -17,6 +17,7 @@ from PIL import Image
 from afdslib import afs, cli, runs, training
 from afdslib.base.errors import AFDSError, DivergedError
 from afdslib.experiments.afs import MODEL, OBJECTIVE, DataSource, Network, TransferRun
+from afdslib.training import loop
 
 
 @pytest.fixture
@@ -69,10 +70,12 @@ import json, os, signal, sys
 import torch
 torch.set_num_threads(1)
 import lightning.fabric
-from afdslib import afs, runs, study, training
+from afdslib import afs, runs
+from afdslib.experiments import afs as kinds  # registers the runs
+from afdslib.training import loop
 
 config, id, kills = runs.from_json(json.loads(sys.argv[1])), sys.argv[2], json.loads(sys.argv[3])
-training._Throttle.due = lambda self: True
+loop._Throttle.due = lambda self: True
 saved, updated = runs.Run.save_checkpoint, afs.update_masks
 
 def die():
@@ -138,7 +141,7 @@ def test_a_killed_run_resumes_to_the_same_numbers_bit_by_bit(home, capsys, monke
 @pytest.mark.parametrize("kwargs", [{"recalibrate": 2}, {"attention": "detached"}], ids=str)
 def test_an_interrupted_run_resumes_to_the_same_numbers(home, monkeypatch, kwargs):
     """With what a stage does beside its steps: batch norms measured anew, an attention fitted beforehand."""
-    monkeypatch.setattr(training._Throttle, "due", lambda self: True)
+    monkeypatch.setattr(loop._Throttle, "due", lambda self: True)
     config = chain(home, **kwargs)
     config = config.parent if "attention" in kwargs else config
     whole, expected = runs.get_or_run(config), {}

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from afdslib import afs, data, runs, training
+from afdslib import afs, data, runs
 from afdslib.afs import macs
 from afdslib.afs.shrink import groups, shrink
 from afdslib.base.errors import AFDSError
@@ -20,6 +20,7 @@ from afdslib.experiments.delta import WEIGHTS, ChannelWeightsRun
 from afdslib.experiments.extended import ExtendedSourceRun
 from afdslib.losses import DELTALoss, at_loss, kd_loss, lwf_loss
 from afdslib.pruning import boosted, settle
+from afdslib.training import loop
 from afdslib.training.features import Teacher, feature_names, taps
 from afdslib.training.kept_channels import matching
 from afdslib.training.objective import REGULARISERS, Objective, Regulariser
@@ -146,7 +147,7 @@ def test_the_weight_stage_of_delta_goes_on_with_the_next_layer_after_a_kill(stor
 
 
 def test_a_pruned_point_resumes_to_the_same_numbers_with_the_channels_it_chose(store, monkeypatch):
-    monkeypatch.setattr(training._Throttle, "due", lambda self: True)
+    monkeypatch.setattr(loop._Throttle, "due", lambda self: True)
     config = PrunedRun(dense("afd", 0.01), Selection("taylor"), STAGE, (0.6, 0.4))
     whole = runs.get_or_run(config, store=store)
     files = (MODEL, OBJECTIVE, "metrics.csv", "result.json", KEPT)

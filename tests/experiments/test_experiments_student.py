@@ -14,6 +14,7 @@ from afdslib.base.errors import AFDSError, DivergedError
 from afdslib.experiments.afs import DataSource, Network
 from afdslib.experiments.student import Distillation, DistillationObjective, StudentRun, tapped
 from afdslib.losses import BetaSchedule, _checks, at_loss, kd_loss
+from afdslib.training import loop
 from afdslib.training.features import Teacher
 
 SIZE = (3, tiny.SIZE, tiny.SIZE)
@@ -239,7 +240,7 @@ def test_a_killed_student_resumes_to_the_same_numbers(store, tmp_path, monkeypat
     with tiny.served():
         whole = runs.get_or_run(config, store=store)
         runs.get_or_run(TEACHER, store=tmp_path)
-        monkeypatch.setattr(training._Throttle, "due", lambda self: True)
+        monkeypatch.setattr(loop._Throttle, "due", lambda self: True)
         rows = itertools.count()
         log = runs.Run.log
 
@@ -373,7 +374,7 @@ def test_an_unknown_padding_is_one_sentence():
 def test_student_parameters_and_adapters_are_optimised_and_the_teachers_are_not():
     student = network()
     made = objective(METHODS["hint"], student, network("wrn-10-2", 1))
-    groups = training._groups(student, made, tiny.settings())
+    groups = loop._groups(student, made, tiny.settings())
     ids = {id(p) for group in groups for p in group["params"]}
     assert {id(p) for p in student.parameters()} <= ids and {id(p) for p in made.adapters.parameters()} <= ids
     assert not ids & {id(p) for p in made.teacher.model.parameters()}

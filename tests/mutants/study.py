@@ -16,7 +16,7 @@ from afdslib.afs import macs
 from afdslib.experiments import afs as stages
 from afdslib.losses import afd
 from afdslib.losses.afd import AFDLoss
-from afdslib.training import features
+from afdslib.training import features, loop
 from afdslib.training import objective as objectives
 
 
@@ -81,7 +81,7 @@ def no_seeds() -> Iterator[None]:
         order = np.random.RandomState().permutation(len(dataset)).tolist()
         return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
-    with mock.patch.object(training, "_batches", batches):
+    with mock.patch.object(loop, "_batches", batches):
         yield
 
 

@@ -9,16 +9,17 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from afdslib import afs, training
+from afdslib import afs
 from afdslib.afs import graph, macs, masks
 from afdslib.afs.layer import AFSConvBN
 from afdslib.afs.masks import LayerStatistics
+from afdslib.training import loop
 
 
 @contextmanager
 def _statistics(collect) -> Iterator[None]:
     with ExitStack() as stack:
-        for module in (afs, masks, training):
+        for module in (afs, masks, loop):
             stack.enter_context(mock.patch.object(module, "collect_statistics", collect))
         yield
 

@@ -130,7 +130,7 @@ STATEMENTS = {  # what notices the fault: the notebook and a word of its cell
     "target_labels_shuffled": ("03", "checks.sweep_learns"),
     "gates_ignored": ("04", "checks.gates_act"),
 }
-NEEDED = [("03", "from afdslib import"), ("03", "unpruned = study.sweep")]
+NEEDED = [("03", "Study(profiles.get"), ("03", "unpruned = study.sweep")]
 
 
 def cell(number: str, word: str):

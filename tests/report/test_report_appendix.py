@@ -10,6 +10,7 @@ from test_mutants import FAULTS
 from afdslib import runs
 from afdslib.report import appendix as evidence
 from afdslib.report import pipeline
+from afdslib.runs import store
 
 
 @pytest.fixture
@@ -77,6 +78,6 @@ def test_every_kind_of_run_that_trains_has_a_name_for_readers():
     from afdslib.experiments import student as distillation  # noqa: F401  (they register the kinds of runs)
 
     kinds = {
-        name for name, kind in runs._registry.items() if kind.__module__.startswith("afdslib") and name.endswith("Run")
+        name for name, kind in store._registry.items() if kind.__module__.startswith("afdslib") and name.endswith("Run")
     }
     assert kinds == set(evidence.KINDS)

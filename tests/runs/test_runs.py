@@ -48,7 +48,7 @@ def sentence(info) -> str:
 
 
 def test_id_of_a_known_configuration_never_changes(monkeypatch):
-    monkeypatch.setattr(runs, "RESULTS_VERSION", 1)
+    monkeypatch.setattr("afdslib.runs.store.RESULTS_VERSION", 1)
     config = ToyTrain("golden", 8, schedule=Schedule(0.25, (3, 5), None), source=ToySource(4, seed=1))
     assert runs.run_id(config) == "abffcc2ed981"
 
@@ -89,7 +89,7 @@ def test_class_and_results_version_are_part_of_the_id(monkeypatch):
     same_fields = dataclasses.make_dataclass("Other", [("steps", int, 3), ("seed", int, 0)], frozen=True)
     assert runs.run_id(same_fields()) != runs.run_id(ToySource())
     before = runs.run_id(ToySource())
-    monkeypatch.setattr(runs, "RESULTS_VERSION", runs.RESULTS_VERSION + 1)
+    monkeypatch.setattr("afdslib.runs.store.RESULTS_VERSION", runs.RESULTS_VERSION + 1)
     assert runs.run_id(ToySource()) != before
 
 
@@ -256,7 +256,7 @@ def killed_at(moment: int, store: Path, config) -> None:
 
 def test_checkpoint_of_an_older_version_is_not_resumed(store, monkeypatch):
     id = interrupt(store)
-    monkeypatch.setattr(runs, "RESULTS_VERSION", runs.RESULTS_VERSION + 1)
+    monkeypatch.setattr("afdslib.runs.store.RESULTS_VERSION", runs.RESULTS_VERSION + 1)
     with pytest.raises(AFDSError, match=f"another version of afdslib; delete it with: afds runs rm {id}"):
         runs.resume(id, store=store)
 

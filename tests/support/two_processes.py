@@ -16,13 +16,12 @@ from unittest import mock
 
 import torch
 
-from afdslib import training
 from afdslib.base.errors import AFDSError
 from afdslib.experiments.afs import Network
 from afdslib.experiments.student import Distillation
 from afdslib.losses import BetaSchedule
 from afdslib.studies.recipes import Photographs, PhotoRun, Published
-from afdslib.training import Optimisation, distributed
+from afdslib.training import Optimisation, distributed, loop
 
 STEPS = 9
 
@@ -63,7 +62,7 @@ def cases(folder: Path) -> dict[str, PhotoRun]:
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     # Loader processes change no image, and starting them would take longer than all else.
-    with distributed.joined(), mock.patch.object(training, "workers", lambda _: 0):
+    with distributed.joined(), mock.patch.object(loop, "workers", lambda _: 0):
         world, rank = distributed.world(), distributed.rank()
         store = folder / str(world)
         said: dict[str, object] = {}

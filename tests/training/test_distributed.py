@@ -15,10 +15,10 @@ import two_processes
 from PIL import Image
 from torch import nn
 
-from afdslib import afs, backbones, runs, training
+from afdslib import afs, backbones, runs
 from afdslib.base.errors import AFDSError
 from afdslib.studies.recipes import PhotoRun
-from afdslib.training import distributed
+from afdslib.training import distributed, loop
 
 TESTS = Path(__file__).parents[1] / "support"
 
@@ -71,8 +71,8 @@ def interrupt(config: PhotoRun, store: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(runs.Run, "save_checkpoint", save)
-        patch.setattr(training._Throttle, "due", lambda self: True)
-        patch.setattr(training, "workers", lambda _: 0)
+        patch.setattr(loop._Throttle, "due", lambda self: True)
+        patch.setattr(loop, "workers", lambda _: 0)
         runs.get_or_run(config, store=store)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from afdslib import afs, data, runs, training
 from afdslib.base.errors import AFDSError
-from afdslib.training import Optimisation
+from afdslib.training import Optimisation, loop
 from afdslib.training import objective as objectives
 from afdslib.training.objective import Objective, Regulariser
 
@@ -20,7 +20,7 @@ SIZE = (3, tiny.SIZE, tiny.SIZE)
 
 @pytest.fixture(autouse=True)
 def checkpoint_at_every_row(monkeypatch):
-    monkeypatch.setattr(training._Throttle, "due", lambda self: True)
+    monkeypatch.setattr(loop._Throttle, "due", lambda self: True)
 
 
 def parameters(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -120,7 +120,7 @@ def test_cosine_schedule_warms_up_and_ends_near_0():
 def test_predictors_and_the_objectives_own_parameters_have_their_rates_and_decays():
     model = tiny.gated()
     objective = Objective(model, Regulariser("afd", 0.1, classifier_decay=0.02), tiny.gated(1), SIZE)
-    groups = {g["name"]: g for g in training._groups(model, objective, tiny.settings(lr=0.5, predictor_lr=0.1))}
+    groups = {g["name"]: g for g in loop._groups(model, objective, tiny.settings(lr=0.5, predictor_lr=0.1))}
     assert {n: (g["lr"], g["weight_decay"]) for n, g in groups.items()} == {
         "backbone": (0.5, 0.0), "classifier": (0.5, 0.02), "predictors": (0.05, 0.0), "objective": (0.5, 0.0),
     }  # fmt: skip
@@ -149,7 +149,7 @@ def test_weight_decay_is_the_gradient_of_the_penalty_that_is_logged():
     assert objective.weight_decay == objective.classifier_decay == 0.3
     settings = tiny.settings(lr=0.1, predictor_lr=0.5)
     explicit, decayed = copy.deepcopy(model), model
-    optimiser = torch.optim.SGD(training._groups(decayed, objective, settings), lr=0.1)
+    optimiser = torch.optim.SGD(loop._groups(decayed, objective, settings), lr=0.1)
     for parameter in decayed.parameters():
         parameter.grad = torch.zeros_like(parameter)
     penalty = objective.diagnostics(decayed)["l2"]
@@ -355,8 +355,8 @@ def test_batches_continue_where_an_interrupted_run_stopped():
     for start in (1, 3, 4):
         for (_, (a, la)), (_, (b, lb)) in zip(whole[start:], take(start, 8 - start), strict=True):
             assert torch.equal(a, b) and torch.equal(la, lb)
-    seen = training._batches(split, 6, 5, 0)
-    assert len({i for batch in seen for i in batch}) == 18 and seen != training._batches(split, 6, 5, 1)
+    seen = loop._batches(split, 6, 5, 0)
+    assert len({i for batch in seen for i in batch}) == 18 and seen != loop._batches(split, 6, 5, 1)
 
 
 def test_the_first_batches_are_those_of_the_training_and_leave_its_epoch_alone():
@@ -372,7 +372,7 @@ def test_the_first_batches_are_those_of_the_training_and_leave_its_epoch_alone()
 
 
 def test_a_data_set_smaller_than_a_batch_is_one_batch():
-    assert [len(batch) for batch in training._batches(tiny.images(5), 8, 0, 0)] == [5]
+    assert [len(batch) for batch in loop._batches(tiny.images(5), 8, 0, 0)] == [5]
 
 
 def test_recalibration_gives_the_plain_averages_and_leaves_all_else():
