@@ -8,7 +8,7 @@ import pytest
 
 COUNT = """
 import resource, torch
-from afdslib._malloc import keep_freed_memory
+from afdslib.base.malloc import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -11,6 +11,7 @@ from unittest import mock
 import tiny
 from mutants import selection, study
 
+from afdslib import training
 from afdslib.experiments.afs import DataSource
 from afdslib.studies import profiles
 from afdslib.studies.profiles import Candidates, Profile
