@@ -443,12 +443,13 @@ def list_runs(
     require_training: Annotated[
         bool, typer.Option("--require-training", help="Fail if the store holds no training step.")
     ] = False,
+    committed: Annotated[bool, typer.Option("--committed", help="The runs below data/results instead.")] = False,
 ) -> None:
     """All runs, oldest first: id, kind, state, optimiser steps, wall clock."""
     from afdslib import runs
     from afdslib.base import paths
 
-    listed = runs.list_runs()
+    listed = runs.list_committed() if committed else runs.list_runs()
     rows = [
         (
             run.id,
@@ -460,7 +461,7 @@ def list_runs(
         for run in listed
     ]
     _table(("id", "kind", "state", "steps", "time"), rows)
-    typer.echo(f"{len(rows)} runs in {paths.runs()}")
+    typer.echo(f"{len(rows)} runs in {paths.results('*') if committed else paths.runs()}")
     if require_training:
         typer.echo(f"training steps: {_count(runs.require_training())}")
 

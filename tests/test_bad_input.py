@@ -217,7 +217,7 @@ def test_a_full_disk_leaves_no_half_file_and_the_next_call_goes_on(refused, prof
             patch.setattr("afdslib.afs.io.save_file", lambda tensors, path, **_: write_some(tensors, path))
         elif what == "checkpoint":
             patch.setattr(loop._Throttle, "due", lambda self: True)
-            patch.setattr("afdslib.runs.store._torch_save", write_some)
+            patch.setattr("afdslib.runs.run._torch_save", write_some)
         else:
             patch.setattr("pandas.DataFrame.to_csv", lambda self, path, **_: write_some(self, path))
         with tiny.served():

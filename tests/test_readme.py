@@ -2,7 +2,6 @@
 
 import ast
 import contextlib
-import json
 import re
 from pathlib import Path
 
@@ -10,9 +9,8 @@ import pytest
 import tiny
 import torch
 
-from afdslib import afs, training
+from afdslib import afs, runs, training
 from afdslib.afs import macs
-from afdslib.base import paths
 from afdslib.inference.predict import predict
 from afdslib.report import measured
 from afdslib.report import numbers as cited
@@ -109,7 +107,7 @@ def test_the_results_table_is_that_of_the_committed_files():
     first = students[students.teacher.fillna("wrn-16-2") == "wrn-16-2"]
     medians = [100 * first[first.method == m].test_accuracy.median() for m in ("alone", "at", "kd", "at-kd", "nst")]
     assert f"| {' / '.join(f'{value:.1f}' for value in medians)} % |" in README
-    source = json.loads((paths.results("imagenet32") / "runs" / "49ed7a9d7b82.json").read_text())
+    (source,) = (record for _, record in runs.records("imagenet32") if record["id"] == "49ed7a9d7b82")
     assert f"| {100 * source['metrics']['test_accuracy']:.1f} % |" in README
     fast = measured.best(measured.stored())
     fast = fast[(fast.network == "resnet101-10x") & (fast.variant == "compact")].sort_values("batch").faster

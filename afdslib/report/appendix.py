@@ -10,10 +10,10 @@ import math
 import re
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
+from afdslib import runs
 from afdslib.base import paths
 from afdslib.report import comparison as competitors
 from afdslib.report.plots.students import student_look
@@ -129,12 +129,11 @@ KINDS = {
 def cost_table() -> Table:
     """Wall-clock hours of the committed runs by profile and kind, with the device; the sum of all their sessions."""
     hours: dict[tuple[str, str, str], list[float]] = defaultdict(list)
-    for file in sorted(paths.results("any").parent.glob("*/runs/*.json")):
-        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    for profile, record in runs.records():
         where = record["environment"]
         device = ", ".join(where["gpus"]) or f"{where['cpu']}, {where['threads']} of {where['cores']} cores"
         seconds = record.get("times", {}).get("seconds")
-        hours[file.parent.parent.name, record["kind"], device].append(math.nan if seconds is None else seconds / 3600)
+        hours[profile, record["kind"], device].append(math.nan if seconds is None else seconds / 3600)
     rows = []
     for (profile, kind, device), values in sorted(hours.items()):
         known = [value for value in values if not math.isnan(value)]

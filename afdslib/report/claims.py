@@ -421,7 +421,7 @@ def converges_faster(files: Sequence[str], pair: tuple[str, str], *, method: str
             for name in ("alone", method):
                 from_teacher = "" if name == "alone" else teacher
                 row = cited.rows(file, "run", method=name, student=student, teacher=from_teacher, seed=seed)
-                curves[name][int(seed)] = cited.rows(f"{profile}/runs/{row.run.iloc[0]}.csv", "train_accuracy")
+                curves[name][int(seed)] = cited.rows(f"{profile}/curves.csv", "train_accuracy", run=row.run.iloc[0])
         if not curves["alone"]:
             continue
         found = steps_saved(curves["alone"], curves[method], share=share)

@@ -28,7 +28,7 @@ from afdslib.experiments.competitors import DenseRun, FBSGatesRun, FBSRun, Narro
 from afdslib.experiments.delta import weights_run
 from afdslib.experiments.extended import ExtendedSourceRun
 from afdslib.pruning import CRITERIA, fitting_width
-from afdslib.runs.kept import Keeper, keep_networks
+from afdslib.runs.networks import Keeper, keep_networks
 from afdslib.studies import collapse, profiles, settling, statistics
 from afdslib.studies.profiles import Profile
 from afdslib.studies.protocol import RECALLED, REGULARISER_SPACES, Method, Protocol, Value, protocol, selection_space

@@ -22,7 +22,7 @@ from afdslib.base.errors import AFDSError
 from afdslib.experiments.afs import DataSource, Network
 from afdslib.experiments.student import Distillation, StudentRun
 from afdslib.losses import BetaSchedule
-from afdslib.runs.kept import Keeper, keep_network
+from afdslib.runs.networks import Keeper, keep_network
 from afdslib.studies.profiles import names as profile_names
 from afdslib.studies.workers import alongside
 from afdslib.studies.workers import compute as share

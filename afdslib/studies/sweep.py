@@ -18,7 +18,7 @@ from afdslib import runs, training
 from afdslib.base.errors import AFDSError
 from afdslib.data import Splits
 from afdslib.experiments.afs import AFSSourceRun, DataSource, SourceRun, TransferRun, check_budgets
-from afdslib.runs.kept import Keeper, keep_networks
+from afdslib.runs.networks import Keeper, keep_networks
 from afdslib.studies.profiles import Profile
 from afdslib.training.objective import Regulariser
 

@@ -79,10 +79,13 @@ def students(file: str, gains, *, seeds=4, teacher="wrn-16-2", student="wrn-16-1
 
 def curves(profile: str, halves, *, seeds=4) -> None:
     """Learning curves that reach 0.5 of the training images after so many steps, and 0.8 in the end."""
-    for method, half in halves.items():
-        for seed, steps in enumerate(np.broadcast_to(half, seeds)):
-            rows = [{"step": s, "train_accuracy": 0.8 * (1 - 0.5 ** (s / steps))} for s in range(20, 401, 20)]
-            write(f"{profile}/runs/{method}-{seed}.csv", rows)
+    rows = [
+        {"run": f"{method}-{seed}", "step": step, "train_accuracy": 0.8 * (1 - 0.5 ** (step / steps))}
+        for method, half in halves.items()
+        for seed, steps in enumerate(np.broadcast_to(half, seeds))
+        for step in range(20, 401, 20)
+    ]
+    write(f"{profile}/curves.csv", rows)
 
 
 def times(
@@ -312,8 +315,8 @@ def test_convergence():
         curves("imagenet32", {"alone": alone, "at": at}, seeds=seeds)
         seen.append(verdict(title))
     assert seen == [UNTESTED, REPLICATED, NOT_REPLICATED, INCONCLUSIVE, INCONCLUSIVE]
-    (paths.results("imagenet32") / "runs" / "at-1.csv").unlink()
-    with pytest.raises(AFDSError, match="at-1.csv does not exist"):
+    curves("imagenet32", {"alone": 100, "at": 50}, seeds=1)
+    with pytest.raises(AFDSError, match="curves.csv has no row"):
         verdict(title)
 
 

@@ -10,7 +10,7 @@ from test_mutants import FAULTS
 from afdslib import runs
 from afdslib.report import appendix as evidence
 from afdslib.report import pipeline
-from afdslib.runs import store
+from afdslib.runs import config
 
 
 @pytest.fixture
@@ -49,11 +49,13 @@ def test_every_committed_table_is_shown_under_its_own_profile(home):
 
 
 def test_the_cost_is_the_sum_of_what_the_runs_took(home):
-    folder = home / "data/results/imagenet32/runs"
-    folder.mkdir(parents=True)
+    lines = [{"environment": "e0", "value": runs.environment()}]
     for name, times in (("a", {"seconds": 1800}), ("b", {"seconds": 5400}), ("c", {})):
-        record = {"kind": "SourceRun", "environment": runs.environment(), "times": times}
-        (folder / f"{name}.json").write_text(json.dumps(record))
+        line = {"id": name, "kind": "SourceRun", "environment": "e0", "config": {}, "metrics": {}, "times": times}
+        lines.append(line)
+    (home / "data/results/imagenet32").mkdir(parents=True)
+    text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
+    (home / "data/results/imagenet32/runs.jsonl").write_text(text)
     ((profile, kind, _, count, hours),) = evidence.cost_table().rows
     assert (profile, kind, count, hours) == ("imagenet32", "source networks", "3", "2.00")
 
@@ -78,6 +80,7 @@ def test_every_kind_of_run_that_trains_has_a_name_for_readers():
     from afdslib.experiments import student as distillation  # noqa: F401  (they register the kinds of runs)
 
     kinds = {
-        name for name, kind in store._registry.items() if kind.__module__.startswith("afdslib") and name.endswith("Run")
+        name for name, kind in config._registry.items()
+        if kind.__module__.startswith("afdslib") and name.endswith("Run")
     }
     assert kinds == set(evidence.KINDS)

@@ -117,10 +117,8 @@ def test_histories_and_layers_are_those_of_the_points(study):
 def test_results_without_networks_are_shown_without_training(study, monkeypatch):
     """As on a machine that has only the committed results of a real study."""
     real = Study(replace(study.profile, committed=True), workers=1)
-    for point in study.sweep().run:
-        runs.publish(runs.Result(point, {}, paths.runs() / point), "real")
-    for result in (study.source(), study.afs_source()):
-        runs.publish(result, "real")
+    points = [runs.Result(point, {}, paths.runs() / point) for point in study.sweep().run]
+    runs.publish([*points, study.source(), study.afs_source()], "real")
     monkeypatch.setenv("AFDS_RUNS", str(paths.root() / "empty"))
     assert inspection.attention(real) is None
     assert inspection.conversion_error(real) is None

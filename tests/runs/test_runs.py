@@ -21,6 +21,7 @@ from toy_runs import Schedule, ToySource, ToyTrain
 from afdslib import runs
 from afdslib.base import paths
 from afdslib.base.errors import AFDSError, BusyError
+from afdslib.runs.results import curve
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -48,7 +49,7 @@ def sentence(info) -> str:
 
 
 def test_id_of_a_known_configuration_never_changes(monkeypatch):
-    monkeypatch.setattr("afdslib.runs.store.RESULTS_VERSION", 1)
+    monkeypatch.setattr("afdslib.runs.config.RESULTS_VERSION", 1)
     config = ToyTrain("golden", 8, schedule=Schedule(0.25, (3, 5), None), source=ToySource(4, seed=1))
     assert runs.run_id(config) == "abffcc2ed981"
 
@@ -89,7 +90,7 @@ def test_class_and_results_version_are_part_of_the_id(monkeypatch):
     same_fields = dataclasses.make_dataclass("Other", [("steps", int, 3), ("seed", int, 0)], frozen=True)
     assert runs.run_id(same_fields()) != runs.run_id(ToySource())
     before = runs.run_id(ToySource())
-    monkeypatch.setattr("afdslib.runs.store.RESULTS_VERSION", runs.RESULTS_VERSION + 1)
+    monkeypatch.setattr("afdslib.runs.config.RESULTS_VERSION", runs.RESULTS_VERSION + 1)
     assert runs.run_id(ToySource()) != before
 
 
@@ -256,7 +257,7 @@ def killed_at(moment: int, store: Path, config) -> None:
 
 def test_checkpoint_of_an_older_version_is_not_resumed(store, monkeypatch):
     id = interrupt(store)
-    monkeypatch.setattr("afdslib.runs.store.RESULTS_VERSION", runs.RESULTS_VERSION + 1)
+    monkeypatch.setattr("afdslib.runs.config.RESULTS_VERSION", runs.RESULTS_VERSION + 1)
     with pytest.raises(AFDSError, match=f"another version of afdslib; delete it with: afds runs rm {id}"):
         runs.resume(id, store=store)
 
@@ -477,46 +478,101 @@ def test_the_time_of_a_run_leaves_out_the_runs_it_computes_on_the_way(store, mon
 
 
 def test_a_committed_result_is_finished_beside_an_interrupted_run_of_the_same_id(store):
-    id = runs.get_or_run(ToyTrain(), store=store).id
-    runs.publish(runs.get_or_run(ToyTrain(), store=store), "tiny")
-    (store / id / "result.json").unlink()
-    config, result = runs.finished(id, store=store)
+    first = runs.get_or_run(ToyTrain(), store=store)
+    runs.publish([first], "tiny")
+    (first.path / "result.json").unlink()
+    config, result = runs.finished(first.id, store=store)
     assert config == ToyTrain() and result.committed
 
 
-def test_published_result_is_found_without_a_store(store, monkeypatch):
-    first = runs.get_or_run(ToyTrain(folder=str(store.parent)), store=store)
-    file = runs.publish(first, "tiny")
-    record = json.loads(file.read_text())
-    assert file == paths.results("tiny") / "runs" / f"{first.id}.json"
+def test_published_results_are_found_without_a_store(store, monkeypatch):
+    first = runs.get_or_run(ToyTrain(folder=str(store.parent), source=ToySource()), store=store)
+    file = runs.publish([first], "tiny")
+    ((profile, record),) = runs.records()
+    assert file == paths.results("tiny") / "runs.jsonl" and profile == "tiny"
     assert set(record) == {"id", "kind", "version", "config", "metrics", "environment", "times"}
+    assert record["environment"] == json.loads((first.path / "environment.json").read_text())
+    assert record["metrics"] == first.metrics and runs.run_id(runs.from_json(record["config"])) == first.id
     assert "folder" not in record["config"] and str(store.parent) not in file.read_text()
     monkeypatch.setattr(ToyTrain, "execute", unexpected)
-    found = runs.get_or_run(ToyTrain(), store=store / "empty")
+    config = ToyTrain(source=ToySource())
+    found = runs.get_or_run(config, store=store / "empty")
     assert found.metrics == first.metrics and found.committed and not first.committed
-    assert found.history().equals(first.history())
-    assert runs.publish(found, "tiny") == file
+    assert found.history().equals(first.history()) and runs.seconds(found) == runs.seconds(first)
+    assert runs.lookup(ToySource(), store=store / "empty") is None  # named by the other, but not published
+    before = file.stat()
+    assert runs.publish([found], "tiny") == file and file.stat() == before
     with pytest.raises(AFDSError, match="AFDS_FRESH"):
         found.artifact("model.txt")
-    assert runs.computed_steps(store / "empty") == 0
+    with pytest.raises(AFDSError, match="git log"):
+        found.artifact("model.safetensors")
+    assert runs.show(first.id[:6], store=store / "empty")["state"] == "committed"
+    assert [run.id for run in runs.list_committed()] == [first.id] and runs.list_runs(store / "empty") == []
+    with pytest.raises(AFDSError, match="no run in"):
+        runs.remove(first.id, store=store / "empty")
 
 
-def test_committed_result_is_computed_again_when_fresh_or_when_an_artifact_is_needed(store, monkeypatch):
-    file = runs.publish(runs.get_or_run(ToyTrain(), store=store), "tiny")
+def logged(result) -> str:
+    file = result.path / "metrics.csv"
+    return file.read_text() if file.exists() else ""
+
+
+def test_publishing_merges_and_writes_each_shared_part_once(store):
+    """Whatever the order and the grouping, the files are the same, and every curve comes back as it was logged."""
+    configs = [ToySource(), ToyTrain(source=ToySource()), ToyTrain(steps=3), ToyTrain(steps=2, source=ToySource(9))]
+    results = [runs.get_or_run(config, store=store) for config in configs]
+    (results[2].path / "metrics.csv").write_text('note,step,loss,\n,1,0.10000,\n"a, b",2,,\n')
+    for result in results:
+        (result.path / "environment.json").write_bytes((results[0].path / "environment.json").read_bytes())
+    runs.publish(results, "whole")
+    for result in reversed(results):
+        runs.publish([result], "parts")
+    whole, parts = (paths.results(profile) for profile in ("whole", "parts"))
+    assert (whole / "runs.jsonl").read_text() == (parts / "runs.jsonl").read_text()
+    assert (whole / "runs.jsonl").read_text().count('"torch"') == 1
+    assert (whole / "runs.jsonl").read_text().count('"class":"ToySource"') == 2  # a line each, one without a result
+    assert len(list(runs.records("whole"))) == 4
+    for result in results:
+        assert curve(result.id, "parts") == curve(result.id, "whole") == logged(result)
+
+
+def test_tables_within_metrics_come_back_as_they_were(store):
+    layers = {"b": {"x": 1, "y": [0.5]}, "a": {"y": [], "x": None}}
+
+    @runs.register
+    @dataclass(frozen=True)
+    class Layers:
+        def execute(self, run):
+            return {"layers": layers, "odd": {"b": {"x": 1, "y": 2}, "a": {"x": 1}}, "list": [layers]}
+
+    first = runs.get_or_run(Layers(), store=store)
+    text = runs.publish([first], "tiny").read_text()
+    assert text.count('"columns":["x","y"]') == 2
+    assert runs.get_or_run(Layers(), store=store / "empty").metrics == first.metrics
+
+
+def test_committed_result_is_computed_again_when_fresh_or_when_an_artifact_is_needed(store, monkeypatch, caplog):
+    first = runs.get_or_run(ToyTrain(), store=store)
+    file = runs.publish([first], "tiny")
     written = file.stat().st_mtime_ns, file.stat().st_ino
     again = runs.get_or_run(ToyTrain(), store=store / "a", needs=("model.txt",))
-    assert not again.committed
-    assert runs.publish(again, "tiny") == file and (file.stat().st_mtime_ns, file.stat().st_ino) == written
+    assert not again.committed and f"{first.id} is committed without model.txt" in caplog.text
+    runs.publish([again], "tiny")
+    assert (file.stat().st_mtime_ns, file.stat().st_ino) == written
     monkeypatch.setenv("AFDS_FRESH", "1")
-    assert runs.publish(again, "tiny") == file and file.stat().st_ino != written[1]  # written anew
+    runs.publish([again], "tiny")
+    assert file.stat().st_ino != written[1]  # written anew
     assert runs.lookup(ToyTrain(), store=store / "b") is None
     assert not runs.get_or_run(ToyTrain(), store=store / "b").committed
-    assert runs.computed_steps(store / "b") == 6
 
 
-def test_corrupted_committed_result_names_the_file(store):
-    file = runs.publish(runs.get_or_run(ToyTrain(), store=store), "tiny")
-    file.write_text("{")
+BROKEN = ["truncated", "empty", "binary", "<<<<<<< ours\n", '{"id":"ID","metrics":\n', '{"id":"ID","metrics":1}\n']
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_corrupted_committed_results_name_the_file(store, how):
+    file = runs.publish([first := runs.get_or_run(ToyTrain(), store=store)], "tiny")
+    damage(file, how.replace("ID", first.id))
     with pytest.raises(AFDSError) as info:
         runs.lookup(ToyTrain(), store=store / "empty")
     assert str(file) in sentence(info) and "git checkout" in sentence(info)
@@ -542,10 +598,9 @@ def test_listing_survives_runs_of_unknown_kind_and_strange_folders(store):
 
 
 def test_steps_are_summed_over_the_store_by_kind(store):
-    assert runs.computed_steps(store) == 0
     runs.get_or_run(ToyTrain(source=ToySource()), store=store)
     runs.get_or_run(ToyTrain(steps=2), store=store)
-    assert runs.steps_by_kind(store) == {"ToySource": 3, "ToyTrain": 8} and runs.computed_steps(store) == 11
+    assert runs.steps_by_kind(store) == {"ToySource": 3, "ToyTrain": 8}
 
 
 def test_show_tells_state_configuration_metrics_and_files(store):

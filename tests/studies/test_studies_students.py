@@ -196,9 +196,7 @@ def test_steps_saved_are_paired_by_seed_and_measured_on_each_seeds_own_plain_stu
 def test_the_notebook_measures_convergence_as_the_claim_does(study, monkeypatch, tmp_path):
     monkeypatch.setenv("AFDS_HOME", str(tmp_path))
     study.table().to_csv(_made(tmp_path / "data/results/mini/quick/attention.csv"), index=False)
-    for job, result in study.results():
-        if job.kind == "student":
-            result.history().to_csv(_made(tmp_path / f"data/results/mini/runs/{result.id}.csv"), index=False)
+    runs.publish([result for job, result in study.results() if job.kind == "student"], "mini")
     told = claims.converges_faster(["mini/quick/attention.csv"], ("wrn-10-2", "wrn-10-1")).why
     number = re.search(r": (.*)\.$", told)[1]
     assert f"- student alone minus AT: {number}." in students.saved_text(study)
@@ -399,4 +397,4 @@ def test_networks_of_a_real_study_are_kept_with_a_card(study, monkeypatch, tmp_p
     ids = [runs.run_id(study.teacher_run(study.profile.pairs[0].teacher))]
     ids += [runs.run_id(study.student_run(study.profile.pairs[0], m, 0)) for m in ("alone", "at")]
     assert all(f"`{id}`" in card and (folder / f"{id}.safetensors").is_file() for id in ids)
-    assert len(list((tmp_path / "data" / "results" / "mini" / "runs").glob("*.json"))) == 3
+    assert {record["id"] for _, record in runs.records("mini")} == set(ids)

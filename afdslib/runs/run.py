@@ -1,0 +1,271 @@
+"""What a run may touch while it is computed: checkpoints, the log and the artifacts of its own folder."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import importlib.metadata
+import io
+import json
+import os
+import pickle
+import platform
+import re
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from afdslib.base.atomic import atomic_path, write_json, write_text
+from afdslib.base.errors import AFDSError
+
+__all__ = ["Run", "environment"]
+
+_OWN_FILES = {"config.json", "environment.json", "metrics.csv", "checkpoint.pt", "times.json", "result.json"}
+_DAMAGED = (  # what torch.load and zipfile raise for a damaged file
+    RuntimeError,
+    EOFError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+)
+
+
+class Run:
+    """What `execute` may touch: checkpoints, the log and artifacts of its own folder.
+
+    Attributes:
+        id: See `run_id`.
+        path: The run's folder.
+        store: The folder of all runs; pass it on when a run needs another one.
+    """
+
+    def __init__(self, id: str, path: Path, store: Path) -> None:
+        self.id = id
+        self.path = path
+        self.store = store
+        self._columns: list[str] | None = None  # of metrics.csv; None until it has been read
+        self._since = time.monotonic()
+        self._elsewhere = 0.0  # seconds in which it waited for runs that it needs; they have times of their own
+        self._before = self._read_times()
+
+    # checkpoints
+
+    @property
+    def checkpoint_path(self) -> Path:
+        """`checkpoint.pt`; there is none before the first save and after the end."""
+        return self.path / "checkpoint.pt"
+
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """The last saved state with its tensors on the CPU, or None.
+
+        Raises:
+            AFDSError: The file is corrupted, or holds something else than plain data and tensors.
+        """
+        import torch
+
+        file = self.checkpoint_path
+        if not file.exists():
+            return None
+        try:
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()  # torch itself does not compare every checksum
+            state = None if damaged else torch.load(file, map_location="cpu", weights_only=True)
+        except _DAMAGED:
+            state = None
+        if not isinstance(state, dict):
+            raise AFDSError(f"the checkpoint {file} is corrupted; delete the run with: afds runs rm {self.id}")
+        return state
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        """Replaces the checkpoint atomically. `state` holds tensors and plain Python data only.
+
+        Raises:
+            AFDSError: The folder cannot be written or is full; the previous checkpoint is kept.
+        """
+        self._sync_log()  # rows up to this checkpoint must be as durable as the checkpoint
+        self._save(self.checkpoint_path, lambda part: _torch_save(state, part))
+        self._write_times()
+
+    @contextmanager
+    def restoring(self) -> Iterator[None]:
+        """Turns the errors of `load_state_dict` into one sentence: the checkpoint belongs to another architecture.
+
+        with run.restoring():
+            model.load_state_dict(state["model"])
+        """
+        try:
+            yield
+        except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+            if isinstance(error, AFDSError):
+                raise
+            detail = re.sub(r"\s+", " ", str(error)).strip()
+            detail = detail if len(detail) <= 160 else detail[:157] + "..."
+            raise AFDSError(
+                f"the checkpoint {self.checkpoint_path} does not fit this network ({detail}); "
+                f"delete the run with: afds runs rm {self.id}"
+            ) from error
+
+    # the log
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Appends a row to `metrics.csv`; a new column extends the header, missing values stay empty.
+
+        Args:
+            row: Scalars by name, with the optimiser step under "step".
+        """
+        if "step" not in row:
+            raise ValueError("a logged row needs its 'step', or it could not be dropped when a killed run resumes")
+        row = {key: _cell(value) for key, value in row.items()}
+        if self._columns is None:
+            self._columns, _ = self._read_log(repair=True)
+        if new := [key for key in row if key not in self._columns]:
+            columns, rows = self._read_log()
+            self._columns = [*columns, *new]
+            self._write_log(self._columns, [*rows, row])
+            return
+        line = io.StringIO()
+        csv.DictWriter(line, self._columns, restval="", lineterminator="\n").writerow(row)
+        try:
+            with open(self._log_path, "a", encoding="utf-8") as file:
+                file.write(line.getvalue())
+        except OSError as error:
+            self._columns = None  # read and repair it before the next row
+            raise AFDSError(
+                f"cannot write {self._log_path}: {error.strerror}; free space there or mend its permissions"
+            ) from error
+
+    def truncate_log(self, step: int) -> None:
+        """Drops the rows after `step` (the step of the checkpoint), which the resumed run will log again."""
+        columns, rows = self._read_log()
+        self._columns = columns
+        if columns:
+            self._write_log(columns, [row for row in rows if float(row["step"]) <= step])
+
+    @property
+    def _log_path(self) -> Path:
+        return self.path / "metrics.csv"
+
+    def _read_log(self, *, repair: bool = False) -> tuple[list[str], list[dict[str, str]]]:
+        """Header and whole rows: a killed process may have left half a line at the end, which never counts."""
+        if not self._log_path.exists():
+            return [], []
+        text = self._log_path.read_text(encoding="utf-8", errors="replace")
+        whole = text[: text.rfind("\n") + 1]
+        if repair and whole != text:
+            write_text(self._log_path, whole)
+        reader = csv.DictReader(io.StringIO(whole))
+        rows = list(reader)
+        return list(reader.fieldnames or []), rows
+
+    def _write_log(self, columns: list[str], rows: Sequence[dict[str, Any]]) -> None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(self._log_path, text.getvalue())
+
+    def _sync_log(self) -> None:
+        if self._log_path.exists():
+            with open(self._log_path, "rb+") as file:
+                os.fsync(file.fileno())
+
+    # artifacts
+
+    def artifact(self, name: str) -> Path:
+        """Where the file `name` of this run is or will be. Write it with `write_artifact`.
+
+        Raises:
+            ValueError: Not a plain file name, or one that the store itself uses.
+        """
+        if not name or Path(name).name != name or name.startswith(".") or name in _OWN_FILES:
+            raise ValueError(f"{name!r} cannot name an artifact; use a plain file name other than {sorted(_OWN_FILES)}")
+        return self.path / name
+
+    def write_artifact(self, name: str, writer: Callable[[Path], object]) -> Path:
+        """Writes a file atomically: `writer(path)` fills a temporary one, which is then renamed.
+
+        Raises:
+            AFDSError: The folder cannot be written or is full.
+        """
+        file = self.artifact(name)
+        self._save(file, writer)
+        return file
+
+    def _save(self, file: Path, writer: Callable[[Path], object]) -> None:
+        with atomic_path(file) as part:
+            try:
+                writer(part)
+            except OSError:
+                raise
+            except Exception as error:  # torch and safetensors tell a full disk by errors of their own
+                if re.search(r"unexpected pos|failed writing|I/O error|No space left", str(error)):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+                raise
+
+    # wall clock
+
+    def _read_times(self) -> dict[str, Any]:
+        try:
+            times = json.loads((self.path / "times.json").read_text(encoding="utf-8"))
+            started = str(times["started"])
+            return {"seconds": float(times["seconds"]), "sessions": int(times["sessions"]), "started": started}
+        except (OSError, ValueError, KeyError, TypeError):  # absent, or damaged: times are no result
+            return {"seconds": 0.0, "sessions": 0, "started": datetime.now(UTC).isoformat(timespec="seconds")}
+
+    def _write_times(self) -> None:
+        seconds = self._before["seconds"] + time.monotonic() - self._since - self._elsewhere
+        times = {**self._before, "seconds": round(seconds, 3), "sessions": self._before["sessions"] + 1}
+        write_json(self.path / "times.json", {**times, "written": datetime.now(UTC).isoformat(timespec="seconds")})
+
+
+def _torch_save(state: dict[str, Any], path: Path) -> None:
+    import torch
+
+    torch.save(state, path)
+
+
+def _cell(value: Any) -> Any:
+    """A scalar for the CSV: tensors and numpy numbers become Python numbers, line breaks never split a row."""
+    value = value.item() if hasattr(value, "item") else value
+    return re.sub(r"[\r\n]+", " ", value) if isinstance(value, str) else value
+
+
+def environment() -> dict[str, Any]:
+    """Device and versions of this process: recorded with every run, never part of its identity."""
+    import torch
+
+    from afdslib.base.bf16 import has_instructions
+
+    versions = {}
+    for package in ("afdslib", "lightning", "numpy", "pandas", "scikit-learn", "torch", "torchvision"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "bf16_instructions": has_instructions(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "cuda": torch.version.cuda if gpus else None,
+        "versions": versions,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:
+        match = None
+    return match.group(1).strip() if match else platform.processor() or platform.machine()
