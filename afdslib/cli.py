@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from afdslib import __version__
+from afdslib.base.atomic import output_path
 from afdslib.base.errors import AFDSError
 
 __all__ = ["app", "main"]
@@ -37,6 +38,7 @@ ProfileName = Annotated[
     str, typer.Option("--profile", help="A study: demo, imagenet32, imagenet32-disjoint, paper; mine: your own images.")
 ]
 Budget = Annotated[str | None, typer.Option(help="How much of the study, e.g. quick or standard.")]
+SkipCorrupt = Annotated[bool, typer.Option("--skip-corrupt", help="Go on without images that cannot be decoded.")]
 DataDir = Annotated[str | None, typer.Option(help="Folder with archives or image trees; it may be read-only.")]
 
 
@@ -112,6 +114,7 @@ def run(
     macs_budget: Annotated[float | None, typer.Option(help="mine: share of the MACs to keep, e.g. 0.2.")] = None,
     network: Annotated[str | None, typer.Option(help="mine: backbone of the weights; default: resnet50.")] = None,
     size: Annotated[int | None, typer.Option(min=8, help="mine: side of the images; default: 224 pixels.")] = None,
+    skip_corrupt: SkipCorrupt = False,
 ) -> None:
     """Execute the notebooks of a study in order, from the last finished one, and write its report.
 
@@ -121,6 +124,7 @@ def run(
     parameters = _assignments(settings or [])
     own = {"source_weights": source_weights, "macs_budget": macs_budget, "network": network, "size": size}
     own = {name: value for name, value in own.items() if value is not None}
+    own |= {"skip_corrupt": True} if skip_corrupt else {}
     if own and profile != "mine":
         raise AFDSError(f"--{next(iter(own)).replace('_', '-')} is for --profile mine only; leave it out")
     for name, value in (("budget", budget), ("data_dir", data_dir)):
@@ -337,6 +341,7 @@ def distill(
         bool, typer.Option("--local-norm", help="Batch norm over each process's images, as in the old codes.")
     ] = False,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    skip_corrupt: SkipCorrupt = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and what is missing, and stop.")] = False,
 ) -> None:
     """Train a student with its teacher on photographs; several processes by torchrun or fabric run."""
@@ -346,7 +351,7 @@ def distill(
     chosen = recipes.prepare(
         recipe, data_set=data, data_dir=_folder(data_dir), teacher=teacher, epochs=epochs, batch_size=batch_size, lr=lr,
         weight=weight, size=size, width=width, precision=precision, local_norm=local_norm, seed=seed,
-        must_exist=not dry_run,
+        skip_corrupt=skip_corrupt, must_exist=not dry_run,
     )  # fmt: skip
     if dry_run:
         if distributed.leads():
@@ -365,13 +370,17 @@ def evaluate(
     data: Annotated[str, typer.Option("--data", help="A data set, or the path of an image tree.")] = "imagenet",
     size: Annotated[int, typer.Option(min=8, help="Side of the centre crop in pixels.")] = 224,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    skip_corrupt: SkipCorrupt = False,
 ) -> None:
     """Top-1 and top-5 error of trained weights on a data set's test images (ImageNet: its validation images)."""
     from afdslib.studies import recipes
     from afdslib.training import distributed
 
     with distributed.joined():
-        found = recipes.evaluate(weights, data_set=data, data_dir=_folder(data_dir), size=size, precision=precision)
+        found = recipes.evaluate(
+            weights, data_set=data, data_dir=_folder(data_dir), size=size, precision=precision,
+            skip_corrupt=skip_corrupt,
+        )  # fmt: skip
     if distributed.leads():
         images = sum(map(sum, found.confusion))
         typer.echo(
@@ -427,12 +436,15 @@ def maps(
     index: Annotated[int, typer.Option(min=0, help="Of the test image.")] = 0,
     size: Annotated[int, typer.Option(min=8, help="Side of the image in pixels.")] = 32,
     data_dir: DataDir = None,
+    skip_corrupt: SkipCorrupt = False,
 ) -> None:
     """Draw what networks attend to in an image: the activation map of each stage, and the loss's gradient."""
     from afdslib.inference.maps import view
     from afdslib.report.maps import draw
 
-    typer.echo(f"written to {draw(view(networks, image, data, index, size, data_dir), output)}")
+    output_path(output)
+    seen = view(networks, image, data, index, size, data_dir, skip_corrupt=skip_corrupt)
+    typer.echo(f"written to {draw(seen, output)}")
 
 
 # ------------------------------------------------------------------------------------------------------ the run store
@@ -495,6 +507,7 @@ def data(
         str | None, typer.Option(help="imagenet: the devkit (archive or folder) or a CSV of image and class.")
     ] = None,
     subset: Annotated[bool, typer.Option("--subset", help="imagenet: accept a part of it.")] = False,
+    skip_corrupt: SkipCorrupt = False,
 ) -> None:
     """Fetch, verify, extract and decode a data set, and describe its splits.
 
@@ -507,7 +520,7 @@ def data(
         raise AFDSError(f"--labels and --subset are for imagenet only, not for {name}; leave them out")
     from afdslib import data as datasets
 
-    datasets.prepare(name, root, per_class=per_class)
+    datasets.prepare(name, root, per_class=per_class, skip_corrupt=skip_corrupt)
 
 
 def _imagenet(root: str | None, labels: str | None, subset: bool) -> None:
@@ -557,8 +570,8 @@ def bench(
         weights=weights, masks=tuple(masks or ()), train_size=train_size, train_batch=train_batch, width=width,
     )  # fmt: skip
     typer.echo("  ".join(f"{key}: {value}" for key, value in benchmarks.environment(settings).items()))
-    if out is not None and Path(out).is_dir():
-        raise AFDSError(f"{out!r} is a folder; give the name of the CSV file to write")
+    if out is not None:
+        output_path(out)
     measured: list[benchmarks.Row] = []
 
     def told(row: benchmarks.Row) -> None:

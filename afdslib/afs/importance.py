@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from afdslib.afs.convert import gated
 from afdslib.afs.graph import eval_mode
 from afdslib.afs.layer import AFSConvBN
+from afdslib.base.cpu import safe_gradients
 from afdslib.base.errors import AFDSError
-from afdslib.base.onednn import safe_gradients
 
 __all__ = ["taylor_importance"]
 

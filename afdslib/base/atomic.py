@@ -12,7 +12,7 @@ from typing import Any
 
 from afdslib.base.errors import AFDSError
 
-__all__ = ["atomic_path", "remove_leftovers", "write_json", "write_text"]
+__all__ = ["atomic_path", "output_path", "remove_leftovers", "write_json", "write_text"]
 
 _SUFFIX = ".part"
 
@@ -21,10 +21,8 @@ _SUFFIX = ".part"
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Gives a temporary path in the same folder; leaving the block without an error renames it to `path`.
 
-    A process killed inside the block leaves the old file as it was, and at most a hidden `.NAME.*.part` beside it.
-
-    Args:
-        path: The file to write. Its folder is made if it is missing.
+    A process killed inside the block leaves the old file as it was, and at most a hidden `.NAME.*.part` beside it. The
+    folder is made if it is missing.
 
     Raises:
         AFDSError: The folder cannot be written or is full. Nothing is left half written.
@@ -48,6 +46,20 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             part.unlink(missing_ok=True)
         except OSError:
             pass  # the folder itself cannot be reached: the error above already says so
+
+
+def output_path(path: str | Path) -> Path:
+    """A file that a user asks for, checked before anything is computed: no folder is made for a mistyped name.
+
+    Raises:
+        AFDSError: its folder does not exist, or it is a folder itself.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise AFDSError(f"the folder {path.parent} of {path} does not exist; create it, or give another")
+    if path.is_dir():
+        raise AFDSError(f"{path} is a folder; give the name of the file to write")
+    return path
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,7 +1,7 @@
-"""Every folder of the project, derived in one place.
+"""Every folder of the project, derived in one place, because notebooks and commands run in different folders.
 
-The root is the checkout this package is installed from (an editable install), or the environment variable
-`AFDS_HOME`. Notebooks and the command line are run from different working directories, so nothing may depend on it.
+The root is `AFDS_HOME`, else the checkout this package lies in, else (an installed copy) the user's data folder for
+runs and figures and the user's cache folder for data sets, both named afds, as the platform has them.
 """
 
 from __future__ import annotations
@@ -9,29 +9,46 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import platformdirs
+
 __all__ = ["root", "runs", "raw_data", "cache", "results", "weights", "figures", "notebooks"]
 
 
+def _variable(name: str) -> Path | None:
+    value = os.environ.get(name)
+    return Path(value).expanduser().resolve() if value else None
+
+
+def _project() -> Path | None:
+    """`AFDS_HOME`, else the checkout; None for an installed copy."""
+    folder = Path(__file__).resolve().parents[2]
+    checkout = (folder / "pyproject.toml").is_file() and (folder / "notebooks").is_dir()
+    return _variable("AFDS_HOME") or (folder if checkout else None)
+
+
 def root() -> Path:
-    """The project's root folder (`AFDS_HOME`, else the checkout)."""
-    home = os.environ.get("AFDS_HOME")
-    return Path(home).expanduser().resolve() if home else Path(__file__).resolve().parents[2]
+    """The project's root folder."""
+    return _project() or platformdirs.user_data_path("afds", appauthor=False)
 
 
 def runs() -> Path:
     """The run store (`AFDS_RUNS`, else `runs/`): not committed."""
-    store = os.environ.get("AFDS_RUNS")
-    return Path(store).expanduser().resolve() if store else root() / "runs"
+    return _variable("AFDS_RUNS") or root() / "runs"
+
+
+def _data() -> Path:
+    project = _project()
+    return project / "data" if project else platformdirs.user_cache_path("afds", appauthor=False)
 
 
 def raw_data() -> Path:
     """Downloaded archives and extracted trees: never modified, never committed."""
-    return root() / "data" / "raw"
+    return _data() / "raw"
 
 
 def cache() -> Path:
     """Decoded image arrays, rebuilt from the raw data at any time."""
-    return root() / "data" / "cache"
+    return _data() / "cache"
 
 
 def results(profile: str) -> Path:
@@ -46,8 +63,7 @@ def weights() -> Path:
 
 def figures(profile: str) -> Path:
     """Figures, executed notebooks and the HTML report of one profile (below `AFDS_FIGURES`, else `figures/`)."""
-    folder = os.environ.get("AFDS_FIGURES")
-    return (Path(folder).expanduser().resolve() if folder else root() / "figures") / profile
+    return (_variable("AFDS_FIGURES") or root() / "figures") / profile
 
 
 def notebooks() -> Path:

@@ -73,6 +73,9 @@ class ImageDataset(Dataset):
     def __len__(self) -> int:
         return len(self.targets)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self)} images, {len(self.classes)} classes, {self.size} px)"
+
     def set_epoch(self, epoch: int) -> None:
         """Draw the epoch's augmentation: uniforms (N, 3) for the crop's row, its column and the flip.
 

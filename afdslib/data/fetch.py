@@ -1,25 +1,53 @@
-"""Finding, downloading and verifying the files of a data set.
+"""The files of a data set: found, downloaded, verified, and extracted so that a folder is whole or absent.
 
 A file is looked for in the folder the caller names (which may be read-only) and in the project's raw data folder; it is
-downloaded only into the latter.
+downloaded only into the latter. An archive entry that would land outside its folder (`..`, an absolute path, a link
+that points out, a device) is refused, and so is an archive that would fill the disk.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import shutil
+import stat
 import sys
-from pathlib import Path
+import tarfile
+import uuid
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
 
 from filelock import FileLock
+from tqdm import tqdm
 
 from afdslib.base import paths
+from afdslib.base.atomic import write_json
 from afdslib.base.errors import AFDSError
-from afdslib.data.archives import digest, extract, is_archive, write_text_atomically
 from afdslib.data.sources import Remote
 
-__all__ = ["places", "find", "fetch", "check_size", "verify", "pin", "unpack", "missing_sentence"]
+__all__ = [
+    "SUFFIXES", "check_size", "digest", "download", "extract", "find", "fingerprint", "is_archive", "missing_sentence",
+    "new_folder", "pin", "places", "unpack", "verify",
+]  # fmt: skip
+
+SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".zip")
+
+GROWTH, ALLOWED, ENTRIES = 200, 2**30, 20_000_000
+"""An archive gives at most `GROWTH` times its own bytes, or `ALLOWED` bytes if that is more, in `ENTRIES` entries."""
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)  # no fault of an archive
+
+
+def is_archive(path: str | Path) -> bool:
+    """Whether the name ends as an archive this project opens does."""
+    return str(path).lower().endswith(SUFFIXES)
+
+
+# ------------------------------------------------------------------------------------------------ finding and verifying
 
 
 def places(name: str, root: str | Path | None) -> list[Path]:
@@ -39,17 +67,45 @@ def find(remote: Remote, folders: list[Path]) -> Path | None:
     return next((f / remote.file for f in folders if (f / remote.file).is_file()), None)
 
 
-def _size(remote: Remote) -> str:
-    return f"{remote.size:,} bytes" if remote.size is not None else "size unknown"
-
-
 def missing_sentence(name: str, remotes: list[Remote], why: str) -> AFDSError:
     """One sentence: which files to fetch, from where, their size and checksum, and the folder to put them in."""
     files = " and ".join(
-        f"{r.file} ({r.url or r.hint}; {_size(r)}; checksum {r.checksum or 'unknown'})" for r in remotes
+        f"{r.file} ({r.url or r.hint}; {f'{r.size:,} bytes' if r.size is not None else 'size unknown'}; "
+        f"checksum {r.checksum or 'unknown'})"
+        for r in remotes
     )
     folder = paths.raw_data() / name
     return AFDSError(f"the data set {name} is not on this machine{why}: put into the folder {folder} {files}")
+
+
+def digest(path: Path, algorithm: str = "sha256") -> str:
+    """Hex digest of a file, remembered under the cache folder by path, size and modification time."""
+    path = path.resolve()
+    status = path.stat()
+    state = [str(path), status.st_size, status.st_mtime_ns]
+    memo = paths.cache() / "checksums" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:24]}.json"
+    try:
+        known = json.loads(memo.read_text())
+        known = known if known["file"] == state else {"file": state}
+    except (OSError, ValueError, KeyError, TypeError):
+        known = {"file": state}
+    if algorithm not in known:
+        with path.open("rb") as file:
+            known[algorithm] = hashlib.file_digest(file, algorithm).hexdigest()
+        write_json(memo, known)
+    return known[algorithm]
+
+
+def fingerprint(folder: Path, relative: list[str]) -> str:
+    """Hash of names, sizes and modification times of files that were not extracted by this project."""
+    state = hashlib.sha256(os.fsencode(folder.resolve()))
+    for name in relative:
+        try:
+            status = os.stat(folder / name)
+        except OSError as error:
+            raise AFDSError(f"the image {folder / name} is listed but missing: fetch the data set again") from error
+        state.update(os.fsencode(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n"))
+    return state.hexdigest()[:12]
 
 
 def _pin_path(file: Path) -> Path:
@@ -61,33 +117,13 @@ def pin(file: Path, remote: Remote) -> None:
 
     Called after the file was read without error. A file in a read-only folder is used without a pin.
     """
-    place = _pin_path(file)
-    if remote.checksum is not None or place.exists():
+    if remote.checksum is not None or _pin_path(file).exists():
         return
     note = {"file": file.name, "sha256": digest(file), "size": file.stat().st_size, "url": remote.url}
-    note["note"] = "first seen here, not given by a source"
     try:
-        write_text_atomically(place, json.dumps(note, indent=1))
-    except OSError:
+        write_json(_pin_path(file), note | {"note": "first seen here, not given by a source"})
+    except AFDSError:
         pass
-
-
-def _check_pin(file: Path) -> None:
-    place = _pin_path(file)
-    try:
-        pinned = json.loads(place.read_text())["sha256"]
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AFDSError(
-            f"the pinned checksum {place} cannot be read ({error}): delete it to pin the file anew"
-        ) from error
-    found = digest(file)
-    if pinned != found:
-        raise AFDSError(
-            f"the file {file} has sha256 {found}, not {pinned} as pinned when it was first used: fetch it again, "
-            f"or delete {place} if the change is meant"
-        )
 
 
 def check_size(file: Path, remote: Remote) -> None:
@@ -96,11 +132,12 @@ def check_size(file: Path, remote: Remote) -> None:
     Raises:
         AFDSError: it differs
     """
-    if remote.size is not None and file.stat().st_size != remote.size:
-        state = "truncated" if file.stat().st_size < remote.size else "not the published file"
+    size = file.stat().st_size
+    if remote.size is not None and size != remote.size:
+        state = "truncated" if size < remote.size else "not the published file"
         raise AFDSError(
-            f"the file {file} is {state}: it has {file.stat().st_size:,} bytes instead of {remote.size:,}: "
-            "delete it and fetch it again"
+            f"the file {file} is {state}: it has {size:,} bytes instead of {remote.size:,}: delete it and fetch it "
+            "again"
         )
 
 
@@ -111,57 +148,186 @@ def verify(file: Path, remote: Remote) -> None:
         AFDSError: one of them differs
     """
     check_size(file, remote)
-    if remote.checksum is None:
-        _check_pin(file)
+    if remote.checksum is not None:
+        algorithm, expected = remote.checksum.split(":")
+        if (actual := digest(file, algorithm)) != expected:
+            raise AFDSError(
+                f"the file {file} is damaged, {algorithm} {actual} instead of {expected}: delete it and fetch it again"
+            )
         return
-    algorithm, expected = remote.checksum.split(":")
-    found = digest(file, algorithm)
-    if found != expected:
+    place = _pin_path(file)
+    if not place.exists():
+        return
+    try:
+        pinned = json.loads(place.read_text())["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AFDSError(f"the pinned checksum {place} cannot be read ({error}): delete it to pin anew") from error
+    if pinned != (actual := digest(file)):
         raise AFDSError(
-            f"the file {file} is damaged, {algorithm} {found} instead of {expected}: delete it and fetch it again"
+            f"the file {file} has sha256 {actual}, not {pinned} as pinned when it was first used: fetch it again, or "
+            f"delete {place} if the change is meant"
         )
 
 
-def fetch(name: str, remote: Remote, missing: list[Remote] | None = None) -> Path:
+def download(name: str, remote: Remote, missing: list[Remote]) -> None:
     """Download one file into the raw data folder of the set; `missing` are all files to name should that fail.
 
     Raises:
-        AFDSError: no address, no network, a server's refusal, or a wrong checksum
+        AFDSError: no network, a server's refusal, or a wrong checksum
     """
-    if remote.url is None:
-        raise missing_sentence(name, [remote], "")
     import pooch  # only a download needs it, and it imports requests
 
     folder = paths.raw_data() / name
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f".{remote.file}.lock"):
-        target = folder / remote.file
-        if not target.is_file():
-            log = pooch.get_logger()
-            level = log.level
-            log.setLevel("ERROR")  # its own lines would stand before our sentence
+        if (folder / remote.file).is_file():
+            return
+        log = pooch.get_logger()
+        level = log.level
+        log.setLevel("ERROR")  # its own lines would stand before our sentence
+        try:
+            # pooch writes to a temporary name and renames it after the checksum was found right.
+            pooch.retrieve(
+                remote.url, known_hash=remote.checksum, fname=remote.file, path=folder,
+                downloader=pooch.HTTPDownloader(progressbar=sys.stderr.isatty()),
+            )  # fmt: skip
+        except ValueError as error:
+            raise AFDSError(
+                f"the download {remote.url} has not the checksum {remote.checksum}: try again, or fetch it by hand"
+            ) from error
+        except OSError as error:  # requests' exceptions are OSErrors
+            if error.errno in _DISK:
+                raise
+            raise missing_sentence(name, missing, f" and its download failed ({type(error).__name__})") from error
+        finally:
+            log.setLevel(level)
+
+
+# ----------------------------------------------------------------------------------------------------------- extraction
+
+
+def _check_entry(archive: Path, name: str, sizes: list[int]) -> None:
+    """Refuses an entry that leads out of its folder (Windows spellings included), or one too many.
+
+    Args:
+        sizes: entries and bytes so far, this entry included
+    """
+    spelled = name.replace("\\", "/")
+    if spelled.startswith("/") or ".." in PurePosixPath(spelled).parts or spelled[1:3] == ":/":
+        raise _outside(archive, name)
+    if sizes[1] > max(ALLOWED, GROWTH * archive.stat().st_size) or sizes[0] > ENTRIES:
+        raise AFDSError(
+            f"the archive {archive} grows to more than {sizes[1]:,} bytes in {sizes[0]:,} entries, as no archive of "
+            "images does: nothing was extracted, get it from a source you trust"
+        )
+
+
+def _outside(archive: Path, name: str) -> AFDSError:
+    return AFDSError(
+        f"the archive {archive} holds the entry {name!r}, which would be written outside its folder: "
+        "nothing was extracted, get the archive from a source you trust"
+    )
+
+
+class _Entry(tarfile.TarInfo):
+    """Notes that the archive's end mark was read: tarfile takes a file cut at an entry's end for a complete one."""
+
+    @classmethod
+    def fromtarfile(cls, tar):
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            tar.ended = True
+            raise
+
+
+def _extract_tar(archive: Path, folder: Path) -> int:
+    sizes = [0, 0]
+    with tarfile.open(archive, "r:*", tarinfo=_Entry) as tar:
+        for member in tqdm(tar, desc=f"extract {archive.name}", unit="file", mininterval=1, disable=None):
+            sizes = [sizes[0] + 1, sizes[1] + member.size]
+            _check_entry(archive, member.name, sizes)
             try:
-                # pooch writes to a temporary name and renames it after the checksum was found right.
-                pooch.retrieve(
-                    remote.url,
-                    known_hash=remote.checksum,
-                    fname=remote.file,
-                    path=folder,
-                    downloader=pooch.HTTPDownloader(progressbar=sys.stderr.isatty()),
-                )
-            except ValueError as error:
-                raise AFDSError(
-                    f"the download {remote.url} has not the checksum {remote.checksum}: try again, or fetch it by hand"
-                ) from error
-            except OSError as error:  # requests' exceptions are OSErrors
-                if isinstance(error, PermissionError) or getattr(error, "errno", None) == 28:
-                    raise
-                raise missing_sentence(
-                    name, missing or [remote], f" and its download failed ({type(error).__name__})"
-                ) from error
-            finally:
-                log.setLevel(level)
+                # The data filter refuses links and special files that reach outside, and drops owners and set-id bits.
+                tar.extract(member, folder, filter="data")
+            except tarfile.FilterError as error:
+                raise _outside(archive, member.name) from error
+        if not getattr(tar, "ended", False):
+            raise tarfile.ReadError("its end is missing")
+    return sizes[0]
+
+
+def _extract_zip(archive: Path, folder: Path) -> int:
+    sizes = [0, 0]
+    with zipfile.ZipFile(archive) as file:
+        members = file.infolist()
+        for member in members:
+            sizes = [sizes[0] + 1, sizes[1] + member.file_size]
+            _check_entry(archive, member.filename, sizes)
+            if stat.S_ISLNK(member.external_attr >> 16):
+                raise _outside(archive, member.filename)
+        for member in tqdm(members, desc=f"extract {archive.name}", unit="file", mininterval=1, disable=None):
+            file.extract(member, folder)  # reads to the end, so the entry's CRC is checked
+    return sizes[0]
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its place if the block ends without an error.
+
+    Call it with the lock `{target}.lock` held: what a killed process left is removed.
+    """
+    for stale in target.parent.glob(f".{target.name}.*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        if target.exists():  # damaged or half made
+            shutil.rmtree(target)
+        os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def extract(files: tuple[Path, ...], target: Path, *, stamp: dict | None = None) -> Path:
+    """Extract archives, in order, and copy plain files into a new folder `target`, all or nothing.
+
+    A lock keeps a second process from doing the same. `target/.afds.json` records `stamp`; a folder that has it is
+    returned as it is.
+
+    Raises:
+        AFDSError: an archive is truncated or damaged, or holds an entry that leads outside
+    """
+    done = target / ".afds.json"
+    if done.is_file():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if done.is_file():
+            return target
+        with new_folder(target) as folder:
+            entries = sum(_extract_one(file, folder) for file in files)
+            (folder / done.name).write_text(json.dumps({**(stamp or {}), "entries": entries}))
     return target
+
+
+def _extract_one(file: Path, folder: Path) -> int:
+    try:
+        if not is_archive(file):
+            shutil.copyfile(file, folder / file.name)
+            return 0
+        if zipfile.is_zipfile(file) or file.name.lower().endswith(".zip"):
+            return _extract_zip(file, folder)
+        return _extract_tar(file, folder)
+    except AFDSError:
+        raise
+    # Besides their own errors, the readers of archives raise EOFError, KeyError, struct.error, RuntimeError, ...
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _DISK:
+            raise
+        reason = str(error).partition("\n")[0].rstrip(":") or type(error).__name__
+        raise AFDSError(f"the archive {file} is truncated or damaged ({reason}): fetch it again") from error
 
 
 def unpack(name: str, files: list[Path]) -> tuple[Path, str]:
@@ -174,20 +340,3 @@ def unpack(name: str, files: list[Path]) -> tuple[Path, str]:
     content = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:12]
     target = paths.raw_data() / name / f"x-{content}"
     return extract(tuple(files), target, stamp={"files": digests}), content
-
-
-def fingerprint(folder: Path, relative: list[str]) -> str:
-    """Hash of names, sizes and modification times of files that were not extracted by this project."""
-    state = hashlib.sha256(str(folder.resolve()).encode())
-    for name in relative:
-        try:
-            found = os.stat(folder / name)
-        except OSError as error:
-            raise AFDSError(f"the image {folder / name} is listed but missing: fetch the data set again") from error
-        state.update(f"{name}\0{found.st_size}\0{found.st_mtime_ns}\n".encode())
-    return state.hexdigest()[:12]
-
-
-def usable_as_archive(path: Path) -> bool:
-    """Whether a path given by the caller is an archive to open."""
-    return path.is_file() and is_archive(path)

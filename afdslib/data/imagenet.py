@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from afdslib.base.errors import AFDSError
-from afdslib.data.archives import digest
-from afdslib.data.trees import EXTENSIONS, Listing, image_folder
+from afdslib.data.fetch import digest
+from afdslib.data.trees import Listing, folders, image_folder, images
 
 __all__ = ["IMAGENET", "Counts", "arrange", "find_tree", "read_labels", "sort_validation", "tree"]
 
@@ -54,21 +54,12 @@ def tree(folder: Path) -> Listing:
     Raises:
         AFDSError: `val/` still is flat, or the tree is none.
     """
-    if loose := _images(folder / "val"):
+    if loose := images(folder / "val"):
         raise AFDSError(
             f"the folder {folder / 'val'} holds {len(loose):,} images outside class folders: sort them with "
             f"afds data imagenet --root {folder}"
         )
     return image_folder(folder)
-
-
-def _images(folder: Path) -> list[str]:
-    """Names of the images right in a folder."""
-    return sorted(e.name for e in os.scandir(folder) if e.name.lower().endswith(EXTENSIONS) and not e.is_dir())
-
-
-def _classes(folder: Path) -> list[str]:
-    return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
 
 
 # ------------------------------------------------------------------------------------------------------------- labels
@@ -135,7 +126,7 @@ def _devkit(ground_truth: bytes, meta: bytes, path: Path) -> dict[str, str]:
 def _csv(path: Path) -> dict[str, str]:
     labels: dict[str, str] = {}
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             rows = [row for row in csv.reader(file) if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise AFDSError(f"the list {path} cannot be read ({error}): fetch it again") from error
@@ -196,8 +187,8 @@ def sort_validation(folder: Path, labels: dict[str, str]) -> int:
         AFDSError: an image without a label, a class without a folder in `train/`, or an image that lies in the folder
             of another class; nothing is moved then.
     """
-    validation, known = folder / "val", set(_classes(folder / "train"))
-    loose = _images(validation)
+    validation, known = folder / "val", set(folders(folder / "train"))
+    loose = images(validation)
     unlabelled = [name for name in loose if Path(name).stem not in labels]
     if unlabelled:
         raise AFDSError(
@@ -210,8 +201,8 @@ def sort_validation(folder: Path, labels: dict[str, str]) -> int:
             f"the class {strange[0]!r} of the list has no folder in {folder / 'train'} ({len(strange):,} in all): "
             "complete train/, or give the list of this data set"
         )
-    for one in _classes(validation):
-        for name in _images(validation / one):
+    for one in folders(validation):
+        for name in images(validation / one):
             if labels.get(Path(name).stem, one) != one:
                 raise AFDSError(f"{validation / one / name} is of the class {labels[Path(name).stem]}: move it there")
     try:
@@ -230,9 +221,9 @@ def sort_validation(folder: Path, labels: dict[str, str]) -> int:
 
 def count(folder: Path) -> Counts:
     """Classes and images of a sorted tree."""
-    classes = _classes(folder / "train")
-    validation = [len(_images(folder / "val" / one)) for one in _classes(folder / "val")]
-    return Counts(len(classes), sum(len(_images(folder / "train" / one)) for one in classes), sum(validation))
+    classes = folders(folder / "train")
+    validation = [len(images(folder / "val" / one)) for one in folders(folder / "val")]
+    return Counts(len(classes), sum(len(images(folder / "train" / one)) for one in classes), sum(validation))
 
 
 def arrange(
@@ -253,7 +244,7 @@ def arrange(
     """
     folder = find_tree(root)
     moved, found = 0, Path(labels) if labels is not None else _find_labels(folder)
-    if _images(folder / "val"):
+    if images(folder / "val"):
         if found is None:
             raise AFDSError(
                 f"the images of {folder / 'val'} are not sorted into classes: put {DEVKIT} or {KAGGLE} beside it, or "

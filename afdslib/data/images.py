@@ -1,7 +1,13 @@
-"""One image file -> an 8-bit RGB picture, and the two geometric transforms.
+"""One image file -> an 8-bit RGB picture, and the two geometric transforms. Training, `predict` and `maps` read alike.
 
 Whatever the file holds comes out as RGB [ours]: grey is repeated, a palette is looked up, transparency is composited
-over white, CMYK is converted, 16 bits are scaled to 8. EXIF orientation is ignored, as torchvision's loaders do.
+over white, CMYK is converted, an animation shows its first frame. A picture is turned as its EXIF orientation says
+(photographs from phones; torchvision's loaders ignore it). Each kind of file has one scale, whatever an image holds:
+
+- 16-bit and 32-bit integers: 0 to 65535 become 0 to 255;
+- float: 0.0 to 1.0 become 0 to 255.
+
+Values beyond are clipped. An image most of whose values are beyond is on another scale and is refused.
 """
 
 from __future__ import annotations
@@ -9,7 +15,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from afdslib.base.errors import AFDSError
 
@@ -44,32 +50,31 @@ class CorruptImageError(AFDSError):
 
 
 def _to_8_bit(values: np.ndarray) -> Image.Image:
-    """Grey values of 16 or 32 bits -> 8 bits: 65535 becomes 255."""
-    if values.dtype.kind == "f":
-        scaled = np.nan_to_num(values) * (255.0 if np.nanmax(values, initial=0.0) <= 1.0 else 1.0)
-    else:
-        scaled = values / 257.0 if values.max(initial=0) > 255 else values
+    """Grey values of 16 or 32 bits -> 8 bits, by the scale of their type."""
+    full = 1.0 if values.dtype.kind == "f" else 65535
+    scaled = np.nan_to_num(values.astype(np.float64)) * (255 / full)
+    if np.median(scaled) > 255:
+        raise ValueError(f"most of its {values.dtype} values are above {full}, which is read as white; scale them")
     return Image.fromarray(np.clip(np.rint(scaled), 0, 255).astype(np.uint8))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image -> mode RGB, transparency composited over white."""
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
+    """Any Pillow image -> mode RGB, transparency composited over white.
+
+    Raises:
+        ValueError: integers or floats on another scale than that of their kind of file
+    """
     if image.mode.startswith(("I", "F")):
-        values = np.asarray(image)
-        if image.mode.startswith("I;16"):
-            return Image.fromarray(np.rint(values / 257.0).astype(np.uint8)).convert("RGB")
-        return _to_8_bit(values).convert("RGB")
+        return _to_8_bit(np.asarray(image)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def read_rgb(path: str | Path) -> Image.Image:
-    """Decode an image file to RGB.
+    """Decode an image file to RGB, upright.
 
     Raises:
         CorruptImageError: the file is missing, truncated or no image; the sentence names it
@@ -77,13 +82,15 @@ def read_rgb(path: str | Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             image.load()
+            try:
+                ImageOps.exif_transpose(image, in_place=True)
+            except Exception:  # a damaged EXIF block says nothing; the pixels are sound
+                pass
             return to_rgb(image)
     # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ... depending on the damage.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise CorruptImageError(
-            f"the image {path} cannot be decoded ({reason}): replace it, or pass skip_corrupt=True to go on without it"
-        ) from error
+        raise CorruptImageError(f"the image {path} cannot be decoded ({reason}): replace it") from error
 
 
 def resize_shorter(image: Image.Image, size: int) -> Image.Image:

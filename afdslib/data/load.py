@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from afdslib.base.errors import AFDSError
 from afdslib.data import cache, fetch, splits, trees
-from afdslib.data.archives import SUFFIXES, is_archive
 from afdslib.data.catalogue import NAMES, SETS, DataSet, Layout, digits
 from afdslib.data.datasets import ArrayImages, Arrays, FileImages, Files, ImageDataset, Source
 from afdslib.data.images import SMALL, CorruptImageError, resized_to
@@ -22,7 +21,7 @@ from afdslib.data.trees import Listing
 __all__ = ["Splits", "load", "look"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Splits:
     """The data sets of one study; unpacks as (train, validation, test, statistics, classes).
 
@@ -51,6 +50,13 @@ class Splits:
     def __iter__(self):
         return iter((self.train, self.validation, self.test, self.statistics, self.classes))
 
+    def __repr__(self) -> str:
+        validation = 0 if self.validation is None else len(self.validation)
+        return (
+            f"Splits({self.name!r}: {len(self.train)} training, {validation} validation and {len(self.test)} test "
+            f"images, {len(self.classes)} classes, {self.train.size} px)"
+        )
+
 
 @dataclass(frozen=True)
 class _Located:
@@ -61,17 +67,14 @@ class _Located:
     content: str | None
 
 
-def _found(layout: Layout, folders: list[Path]) -> list[Path] | None:
-    """All files of a layout, or None if one is missing."""
-    files = [file for file in (fetch.find(remote, folders) for remote in layout.remotes) if file is not None]
-    return files if len(files) == len(layout.remotes) else None
-
-
 def _whole(name: str, value: object, least: int, *, none: bool = False) -> None:
     if none and value is None:
         return
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)) or value < least:
         raise AFDSError(f"{name} must be a whole number of at least {least}{' or None' if none else ''}, not {value!r}")
+
+
+# ------------------------------------------------------------------------------------------------------------- locating
 
 
 def _search(spec: DataSet, root: str | Path | None) -> tuple[Layout, Path | None, list[Path]] | None:
@@ -80,18 +83,21 @@ def _search(spec: DataSet, root: str | Path | None) -> tuple[Layout, Path | None
     Only looks: nothing is opened or written.
     """
     folders = fetch.places(spec.base, root)
-    for folder in folders:
+    for chosen in ([f] for f in folders):
         for layout in spec.layouts:
-            if all((folder / marker).exists() for marker in layout.markers):
-                return layout, folder, []
-            files = _found(layout, [folder])
-            if files:
+            if all((chosen[0] / marker).exists() for marker in layout.markers):
+                return layout, chosen[0], []
+            if files := _all_files(layout, chosen):
                 return layout, None, files
     for layout in spec.layouts:  # the files may lie in several of the folders
-        files = _found(layout, folders)
-        if files:
+        if files := _all_files(layout, folders):
             return layout, None, files
     return None
+
+
+def _all_files(layout: Layout, folders: list[Path]) -> list[Path] | None:
+    files = [file for remote in layout.remotes if (file := fetch.find(remote, folders)) is not None]
+    return files if len(files) == len(layout.remotes) else None
 
 
 def _lacking(spec: DataSet, root: str | Path | None) -> list[Remote]:
@@ -101,7 +107,7 @@ def _lacking(spec: DataSet, root: str | Path | None) -> list[Remote]:
     return [remote for remote in layout.remotes if fetch.find(remote, folders) is None]
 
 
-def _locate(name: str, spec: DataSet, root: str | Path | None, download: bool) -> _Located:
+def _locate(spec: DataSet, root: str | Path | None, download: bool) -> _Located:
     """Find the set in extracted or archive form, or download it."""
     there = _search(spec, root)
     if there is None:
@@ -109,11 +115,19 @@ def _locate(name: str, spec: DataSet, root: str | Path | None, download: bool) -
         if not download or any(remote.url is None for remote in missing):
             raise fetch.missing_sentence(spec.base, missing, "" if download else " and download=False")
         for done, remote in enumerate(missing):
-            fetch.fetch(spec.base, remote, missing[done:])
+            fetch.download(spec.base, remote, missing[done:])
         there = _search(spec, root)
         assert there is not None
     layout, folder, files = there
-    return _Located(folder, layout, None) if folder is not None else _verified(spec, layout, files)
+    if folder is not None:
+        return _Located(folder, layout, None)
+    pairs = list(zip(files, layout.remotes, strict=True))
+    for file, remote in pairs:
+        fetch.verify(file, remote)
+    folder, content = fetch.unpack(spec.base, files)
+    for file, remote in pairs:
+        fetch.pin(file, remote)
+    return _Located(folder, layout, content)
 
 
 def look(name: str, root: str | Path | None = None) -> None:
@@ -131,7 +145,7 @@ def look(name: str, root: str | Path | None = None) -> None:
     known = SETS.get(name)
     if known is None:
         _given_path(name, root)
-    elif known.base != "digits":
+    elif known.layouts:
         there = _search(known, root)
         if there is None:
             raise fetch.missing_sentence(known.base, _lacking(known, root), "")
@@ -140,100 +154,73 @@ def look(name: str, root: str | Path | None = None) -> None:
             fetch.check_size(file, remote)
 
 
-def _verified(spec: DataSet, layout: Layout, files: list[Path]) -> _Located:
-    for file, remote in zip(files, layout.remotes, strict=True):
-        fetch.verify(file, remote)
-    folder, content = fetch.unpack(spec.base, files)
-    for file, remote in zip(files, layout.remotes, strict=True):
-        fetch.pin(file, remote)
-    return _Located(folder, layout, content)
-
-
 def _given_path(name: str, root: str | Path | None) -> Path:
     """The folder or archive that `name` means, if it is no known name."""
     candidates = [Path(name).expanduser()] if name else []
     if root is not None and name:
         candidates.append(Path(root).expanduser() / name)
-    found = next((p for p in candidates if p.exists()), None)
-    if found is None:
-        if os.sep in name or is_archive(name):
-            raise AFDSError(
-                f"the data set path {name} does not exist: give a folder or an archive ({', '.join(SUFFIXES)})"
-            )
+    path = next((p for p in candidates if p.exists()), None)
+    kinds = ", ".join(fetch.SUFFIXES)
+    if path is None:
+        if os.sep in name or fetch.is_archive(name):
+            raise AFDSError(f"the data set path {name} does not exist: give a folder or an archive ({kinds})")
         raise AFDSError(
             f"there is no data set {name!r}: take one of {', '.join(NAMES)}, or the path of an ImageFolder tree"
         )
-    if found.is_file() and not is_archive(found):
-        raise AFDSError(
-            f"the file {found} is no archive of a known kind: give a folder or one of {', '.join(SUFFIXES)}"
-        )
-    return found
+    if path.is_file() and not fetch.is_archive(path):
+        raise AFDSError(f"the file {path} is no archive of a known kind: give a folder or one of {kinds}")
+    return path
 
 
-def _path_set(path: Path) -> tuple[DataSet, _Located]:
+def _own_tree(path: Path) -> tuple[DataSet, _Located]:
     base = "".join(c if c.isalnum() or c in "-_." else "-" for c in path.resolve().name) or "tree"
     layout = Layout((), (), trees.image_folder)
     spec = DataSet(f"tree-{base}", (layout,))
-    if path.is_file():
-        folder, content = fetch.unpack(spec.base, [path])
-        return spec, _Located(folder, layout, content)
-    return spec, _Located(path, layout, None)
+    folder, content = fetch.unpack(spec.base, [path]) if path.is_file() else (path, None)
+    return spec, _Located(folder, layout, content)
 
 
-def _source(folder: Path, listing: Listing) -> Source:
-    return Arrays(listing.images) if listing.images is not None else Files(folder, listing.relative)
-
-
-def _sound(located: _Located, source: Source) -> tuple[np.ndarray, list[str]]:
-    """Decode every image once, and return the rows of those that can be, and the names of the others."""
-    from tqdm import tqdm
-
-    rows, skipped = [], []
-    for row in tqdm(range(len(source)), desc="look for corrupt images", unit="image", disable=None):
-        try:
-            source.read(row)
-            rows.append(row)
-        except CorruptImageError:
-            skipped.append(source.name(row))
-    return np.array(rows, dtype=np.int64), skipped
+# -------------------------------------------------------------------------------------------------------------- reading
 
 
 def _read(
-    spec: DataSet, located: _Located, size: int, skip_corrupt: bool
-) -> tuple[np.ndarray | Source, Listing, list[str]]:
-    """Images (an array up to 64 px, else a source) with one row per entry of the Listing."""
-    content = located.content
-    if size <= SMALL and content is not None:
-        found = cache.load_cache(spec.base, size, content, skip_corrupt=skip_corrupt)
-        if found is not None:
-            return found
-    listing = located.layout.read(located.folder)
-    absent = next((one for one in listing.relative if not (located.folder / one).is_file()), None)
-    if absent is not None:
-        raise AFDSError(
-            f"the image {located.folder / absent} is listed but missing: fetch the data set {spec.base} again"
-        )
-    source = _source(located.folder, listing)
-    if size <= SMALL:
+    name: str, spec: DataSet, located: _Located, size: int, skip_corrupt: bool
+) -> tuple[np.ndarray | Source, Listing, tuple[str, ...]]:
+    """Images (an array up to 64 px, else a source) with one row per entry of the Listing, and the names left out."""
+    own, content, kept = not located.layout.remotes, located.content, size if size <= SMALL else None
+    decoded = cache.load_cache(spec.base, kept, content) if content else None
+    if decoded is None:
+        listing = located.layout.read(located.folder)
+        absent = next((one for one in listing.relative if not (located.folder / one).is_file()), None)
+        if absent is not None:
+            raise AFDSError(f"the image {located.folder / absent} is listed but missing: fetch the data set again")
+        files = Files(located.folder, listing.relative)
+        source: Source = files if listing.images is None else Arrays(listing.images)
+        if kept is None and (source is not files or not (own or skip_corrupt)):
+            return source, listing, ()
         if content is None:
             parts = hashlib.sha256(listing.parts.tobytes() + listing.targets.tobytes()).hexdigest()[:6]
-            files = listing.relative or sorted(
+            names = listing.relative or sorted(
                 p.relative_to(located.folder).as_posix() for p in (located.folder / located.layout.markers[0]).iterdir()
             )
-            content = f"{fetch.fingerprint(located.folder, files)}{parts}"
-        return cache.decoded(spec.base, size, content, source, listing, skip_corrupt=skip_corrupt)
-    if skip_corrupt:
-        rows, skipped = _sound(located, source)
-        if skipped:
-            listing = replace(
-                listing,
-                relative=[listing.relative[r] for r in rows],
-                targets=listing.targets[rows],
-                parts=listing.parts[rows],
-            )
-            source = _source(located.folder, listing)
-        return source, listing, skipped
-    return source, listing, []
+            content = f"{fetch.fingerprint(located.folder, names)}{parts}"
+        decoded = cache.decode(spec.base, kept, content, source, listing)
+    images, listing, corrupt = decoded
+    if listing.left_out:
+        warnings.warn(f"{name}: left out, being no images of a class: {_several(listing.left_out)}", stacklevel=3)
+    if corrupt and not skip_corrupt:
+        raise CorruptImageError(
+            f"{name}: cannot decode {_several(corrupt)}; {next(iter(corrupt.values())).removesuffix(': replace it')}: "
+            + ("replace or delete, or go on without, by --skip-corrupt" if own else "fetch the data set again")
+        )
+    if corrupt:
+        warnings.warn(f"{name}: left out, not decodable: {_several(corrupt)}", stacklevel=3)
+    return Files(located.folder, listing.relative) if images is None else images, listing, tuple(corrupt)
+
+
+def _several(names: dict[str, str] | tuple[str, ...]) -> str:
+    shown = ", ".join(list(names)[:10]) + (", ..." if len(names) > 10 else "")
+    return f"{len(names)} file{'' if len(names) == 1 else 's'} ({shown})"
 
 
 def load(
@@ -251,10 +238,10 @@ def load(
 ) -> Splits:
     """Ready-made splits of a data set.
 
-    Names: stanford-dogs, mit-indoors, caltech-256, cub-200-2011, food-101, cifar10, tiny-imagenet-32 (also -source160
-    and -target40, which share no class), hymenoptera-160, digits (also digits-0-4, digits-5-9), or the path of an
-    ImageFolder tree or of an archive of one. The first five and CIFAR-10's python archive have been tried on small
-    fixtures of the same form only, never on the real downloads.
+    Names: stanford-dogs, mit-indoors, caltech-256, cub-200-2011, food-101, imagenet, cifar10, tiny-imagenet-32 (also
+    -source160 and -target40, which share no class), hymenoptera-160, digits (also digits-0-4, digits-5-9), or the path
+    of an ImageFolder tree (see `trees.image_folder`) or of an archive of one. The first five and CIFAR-10's python
+    archive have been tried on small fixtures of the same form only, never on the real downloads.
 
     Splits: official train and test parts where the set has them (tiny-imagenet-32: `val` is the test part). Caltech-256
     has none: 20 test images per class [our reading], the same for every seed. Digits: every second image of a class is
@@ -264,6 +251,9 @@ def load(
     by 4 (mean colour; black for digits), crops and mirrors (digits are never mirrored). Larger ones: shorter side to
     size*256/224, crop `size`, mirror. All are normalised with ImageNet's mean and deviation.
 
+    Every image of a tree or archive given by its path is decoded once before this returns, whatever its size; the
+    result is remembered until the files change. Files of the tree that are no images of a class are named in a warning.
+
     Args:
         name: a known name, or a path
         root: folder with archives or extracted trees, which may be read-only; the raw data folder is looked in too
@@ -272,15 +262,12 @@ def load(
         seed: of the draws and of the augmentation
         size: side in pixels; default 32 for the 32 px sets and digits, else 224
         download: whether missing files may be fetched
-        skip_corrupt: go on without images that cannot be decoded, with a warning that lists them. Above 64 px every
-            image is decoded once for that; without it such an image is an error when it is reached
+        skip_corrupt: go on without images that cannot be decoded, with a warning that lists them. Known sets above 64
+            px are looked through for that only if this is set; else such an image is an error when it is reached
         holdout: False fits the images that would be held back for validation too, for a study whose schedule is fixed
             beforehand and that chooses nothing; validation is then None, or the set's own validation part
         padding: of training crops up to 64 px: "constant" as above, or "reflect" [code: attention transfer]
         sharpness: training images up to 64 px are sharpened at random by up to this amount; see `ArrayImages`
-
-    Returns:
-        Splits(train, validation, test, statistics, classes).
 
     Raises:
         AFDSError: an unknown name, a missing, truncated or wrong file, a corrupt image, too few images in a class
@@ -293,31 +280,27 @@ def load(
     if not isinstance(sharpness, (int, float)) or isinstance(sharpness, bool) or not 0 <= sharpness <= 10:
         raise AFDSError(f"sharpness must be a number from 0 to 10, not {sharpness!r}")
     name = os.fspath(name) if isinstance(name, os.PathLike) else str(name)
-    known = SETS.get(name)
-    if known is not None and known.base == "digits":
-        spec, located = known, None
-    elif known is not None:
-        spec, located = known, _locate(name, known, root, download)
-    else:
-        spec, located = _path_set(_given_path(name, root))
-    size = size or spec.size
-
-    skipped: list[str] = []
+    spec = SETS.get(name)
+    skipped: tuple[str, ...] = ()
     images: np.ndarray | Source
-    if located is None:
-        listing = digits()
+    if spec is not None and not spec.layouts:
+        note, listing = "scikit-learn's 8x8 digits", digits()
         images = source = Arrays(np.asarray(listing.images))
+        size = size or spec.size
         if size <= SMALL:
             images = np.stack([resized_to(source.read(row), size) for row in range(len(source))])
     else:
-        images, listing, skipped = _read(spec, located, size, skip_corrupt)
-    if skipped:
-        shown = ", ".join(skipped[:10]) + (", ..." if len(skipped) > 10 else "")
-        warnings.warn(f"{name}: {len(skipped)} images could not be decoded and are left out: {shown}", stacklevel=2)
+        spec, located = (spec, _locate(spec, root, download)) if spec else _own_tree(_given_path(name, root))
+        note, size = located.layout.note, size or spec.size
+        images, listing, skipped = _read(name, spec, located, size, skip_corrupt)
+    if size > SMALL and (padding != "constant" or sharpness):
+        raise AFDSError(
+            f"padding={padding!r} and sharpness={sharpness!r} are for images up to {SMALL} px; larger ones are cropped"
+        )
 
     rows = np.arange(len(listing.targets))
     if spec.choose is not None:
-        listing, rows = trees.subset(listing, spec.choose(listing.classes))
+        listing, rows = listing.of_classes(spec.choose(listing.classes))
     parts = spec.parts(listing) if spec.parts else listing.parts
     drawn = splits.partition(
         listing, parts, per_class=per_class, seed=seed, validation_per_class=spec.validation_per_class, holdout=holdout
@@ -328,19 +311,13 @@ def load(
         )
 
     def make(chosen: np.ndarray, augment: bool) -> ImageDataset:
-        labels, names = listing.targets[chosen], listing.classes
+        which = rows[chosen], listing.targets[chosen], listing.classes
         if isinstance(images, np.ndarray):
             return ArrayImages(
-                images, rows[chosen], labels, names, augment=augment, flip=spec.flip, seed=int(seed),
-                border=spec.border, reflect=padding == "reflect", sharpness=float(sharpness),
+                images, *which, augment=augment, flip=spec.flip, seed=int(seed), border=spec.border,
+                reflect=padding == "reflect", sharpness=float(sharpness),
             )  # fmt: skip
-        if padding != "constant":
-            raise AFDSError(f"padding={padding!r} is for images up to {SMALL} px; larger ones are cropped, not padded")
-        if sharpness:
-            raise AFDSError(f"sharpness={sharpness!r} is for images up to {SMALL} px; take 0 for larger ones")
-        return FileImages(
-            images, rows[chosen], labels, names, size=size, augment=augment, flip=spec.flip, seed=int(seed)
-        )
+        return FileImages(images, *which, size=size, augment=augment, flip=spec.flip, seed=int(seed))
 
     return Splits(
         train=make(drawn.train, True),
@@ -349,7 +326,7 @@ def load(
         statistics=make(drawn.train, False),
         classes=listing.classes,
         name=name,
-        note=located.layout.note if located else "scikit-learn's 8x8 digits",
-        skipped=tuple(skipped),
+        note=note,
+        skipped=skipped,
         captions=listing.captions or listing.classes,
     )

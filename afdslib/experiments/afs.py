@@ -35,7 +35,8 @@ PUBLISHED_CLASSES = 1000  # ImageNet's
 
 @dataclass(frozen=True)
 class DataSource:
-    """A data set, how it is split and augmented; see `data.load`. The folder it lies in is recorded, not hashed.
+    """A data set, how it is split and augmented; see `data.load`. The folder it lies in and whether corrupt images
+    may be left out are recorded, not hashed.
 
     `content` is a hash of a tree's images, so that a tree that was changed is another data set.
     """
@@ -48,6 +49,7 @@ class DataSource:
     padding: str = runs.added("constant")
     sharpness: float = runs.added(0.0)
     content: str = runs.added("")
+    skip_corrupt: bool = runs.unhashed(False)
 
     @property
     def title(self) -> str:
@@ -58,7 +60,7 @@ class DataSource:
     def load(self) -> Splits:
         return data.load(
             self.name, self.root or None, per_class=self.per_class, seed=self.seed, size=self.size,
-            padding=self.padding, sharpness=self.sharpness,
+            padding=self.padding, sharpness=self.sharpness, skip_corrupt=self.skip_corrupt,
         )  # fmt: skip
 
 

@@ -33,8 +33,8 @@ from afdslib.afs import macs
 from afdslib.afs.compact import compact, set_masks
 from afdslib.afs.graph import streams
 from afdslib.base.atomic import write_text
+from afdslib.base.cpu import keep_freed_memory
 from afdslib.base.errors import AFDSError
-from afdslib.base.malloc import keep_freed_memory
 from afdslib.inference import dynamic
 from afdslib.inference.export import need, save_onnx, session
 from afdslib.studies.speed import read_masks

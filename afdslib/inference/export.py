@@ -25,7 +25,7 @@ from afdslib import afs, runs
 from afdslib.afs.compact import compact, fold_norm
 from afdslib.afs.layer import AFSConvBN
 from afdslib.backbones.inputs import IMAGENET, input_of
-from afdslib.base.atomic import atomic_path
+from afdslib.base.atomic import atomic_path, output_path
 from afdslib.base.errors import AFDSError
 from afdslib.data import ImageDataset
 from afdslib.data.images import MEAN, STD
@@ -357,6 +357,8 @@ def export_run(
         raise AFDSError(f"the format {format!r} is unknown; use onnx or torch")
     if out is not None and Path(out).suffix != suffixes[format]:
         raise AFDSError(f"a file of the format {format} is named *{suffixes[format]}, got {str(out)!r}; rename it")
+    if out is not None:
+        output_path(out)
     config, result = runs.finished(id, store=store)
     if "diverged" in result.metrics:
         raise AFDSError(f"run {result.id} diverged, so it has no network to export; take another run")

@@ -153,6 +153,8 @@ def view(
     index: int = 0,
     size: int = 32,
     data_dir: str | None = None,
+    *,
+    skip_corrupt: bool = False,
 ) -> MapsView:
     """What networks do with one image, a file or a test image of a data set.
 
@@ -164,6 +166,7 @@ def view(
         index: of the test image.
         size: side of the image in pixels.
         data_dir: folder with the data set's archive or tree.
+        skip_corrupt: see `data.load`.
 
     Raises:
         AFDSError: neither image nor data set, a file that is no network or no image, or an index beyond the data set.
@@ -176,7 +179,7 @@ def view(
         models[name if equals else Path(text).stem] = Published.of(which if equals else text).build()
     label = None
     if data_set is not None:
-        splits = data.load(data_set, data_dir, size=size)
+        splits = data.load(data_set, data_dir, size=size, skip_corrupt=skip_corrupt)
         classes: Sequence[str] = splits.captions or splits.classes
     else:
         outputs = [m.get_submodule(classifier_name(m)).weight.shape[0] for m in models.values()]  # type: ignore

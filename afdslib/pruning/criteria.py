@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from afdslib.afs.graph import eval_mode
 from afdslib.afs.shrink import Group
+from afdslib.base.cpu import safe_gradients
 from afdslib.base.errors import AFDSError
-from afdslib.base.onednn import safe_gradients
 
 __all__ = ["CRITERIA", "NORMALISATIONS", "Batches", "scores"]
 

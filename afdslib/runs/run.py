@@ -241,7 +241,7 @@ def environment() -> dict[str, Any]:
     """Device and versions of this process: recorded with every run, never part of its identity."""
     import torch
 
-    from afdslib.base.bf16 import has_instructions
+    from afdslib.base.cpu import has_bf16_instructions
 
     versions = {}
     for package in ("afdslib", "lightning", "numpy", "pandas", "scikit-learn", "torch", "torchvision"):
@@ -255,7 +255,7 @@ def environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
-        "bf16_instructions": has_instructions(),
+        "bf16_instructions": has_bf16_instructions(),
         "threads": torch.get_num_threads(),
         "gpus": gpus,
         "cuda": torch.version.cuda if gpus else None,

@@ -58,6 +58,7 @@ class Options:
         budget: "quick" or "standard".
         batch_size: images per step.
         precision: "bf16" on a GPU, else "fp32".
+        skip_corrupt: whether images that cannot be decoded are left out.
     """
 
     folder: str
@@ -72,6 +73,7 @@ class Options:
     budget: str
     batch_size: int
     precision: str
+    skip_corrupt: bool = False
 
     @property
     def tree(self) -> str:
@@ -82,7 +84,8 @@ class Options:
     @property
     def name(self) -> str:
         """The profile's name."""
-        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:6]
+        options = {name: value for name, value in asdict(self).items() if name != "skip_corrupt" or value}
+        digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:6]
         return f"{BASE}-{self.tree}-{digest}"
 
 
@@ -94,6 +97,7 @@ def options(
     network: str = "resnet50",
     size: int = 224,
     budget: str | None = None,
+    skip_corrupt: bool = False,
 ) -> Options:
     """Checks all that can be checked before the first step, so that no mistake shows after hours.
 
@@ -105,6 +109,7 @@ def options(
         network: a backbone by name.
         size: side of the images in pixels.
         budget: "quick" (the default) or "standard".
+        skip_corrupt: whether images that cannot be decoded are left out.
 
     Raises:
         AFDSError: a missing or bad value, no such tree, fewer than two classes, too few images, or weights that do not
@@ -122,7 +127,7 @@ def options(
     tree = Path(folder).expanduser().resolve()
     if not tree.is_dir():
         raise AFDSError(f"there is no folder {folder}; give the folder of an ImageFolder tree")
-    splits = data.load(str(tree), size=size)
+    splits = data.load(str(tree), size=size, skip_corrupt=skip_corrupt)
     if splits.validation is None or not len(splits.validation):
         raise AFDSError(f"the tree {folder} leaves no image for validation; give each class at least 4 images")
     content, stem, width = "", "imagenet", 1.0
@@ -138,7 +143,7 @@ def options(
         folder=str(tree), images=_images(tree), weights=weights, content=content, macs_budget=float(macs_budget),
         network=network, stem=stem, width=width, size=size, budget=budget,
         batch_size=min(BATCH, len(splits.train)),
-        precision="bf16" if training.device().type == "cuda" else "fp32",
+        precision="bf16" if training.device().type == "cuda" else "fp32", skip_corrupt=skip_corrupt,
     )  # fmt: skip
 
 
@@ -175,7 +180,7 @@ def mine(o: Options) -> Profile:
         name=o.name,
         budget=o.budget,
         source=DataSource(weights),  # never read; its name makes other weights other runs
-        targets=(DataSource(o.folder, size=o.size, content=o.images),),
+        targets=(DataSource(o.folder, size=o.size, content=o.images, skip_corrupt=o.skip_corrupt),),
         network=Network(o.network, stem=o.stem, width=o.width, weights=o.weights),
         source_training=replace(fit, steps=0),
         source_weight_decay=1e-4,

@@ -27,7 +27,7 @@ from afdslib.backbones.inputs import IMAGENET, InputStatistics, expect, input_of
 from afdslib.backbones.loading import imagenet_file
 from afdslib.base.errors import AFDSError, DivergedError
 from afdslib.data import Splits
-from afdslib.data.archives import digest
+from afdslib.data.fetch import digest
 from afdslib.data.imagenet import IMAGENET as IMAGENET_COUNTS
 from afdslib.data.images import SMALL
 from afdslib.data.photographs import AUGMENTATIONS, photographs
@@ -58,19 +58,22 @@ class Photographs:
         size: side of the crops, pixels.
         augmentation: "inception", "resnext" or "gentle"; see `data.photographs`.
         root: the folder it lies in.
+        skip_corrupt: see `data.load`.
     """
 
     name: str = "imagenet"
     size: int = 224
     augmentation: str = "inception"
     root: str = runs.unhashed("")
+    skip_corrupt: bool = runs.unhashed(False)
 
     def load(self, statistics: InputStatistics = IMAGENET, *, seed: int = 0, download: bool = True) -> Splits:
         """The splits, their images normalised by `statistics`."""
         # Above SMALL the images stay files; the crops may be smaller.
         splits = data.load(
-            self.name, self.root or None, size=max(self.size, SMALL + 1), holdout=False, download=download
-        )
+            self.name, self.root or None, size=max(self.size, SMALL + 1), holdout=False, download=download,
+            skip_corrupt=self.skip_corrupt,
+        )  # fmt: skip
         return photographs(splits, self.size, self.augmentation, statistics, seed=seed)
 
 
@@ -360,6 +363,7 @@ def prepare(
     precision: str = "fp32",
     local_norm: bool = False,
     seed: int = 0,
+    skip_corrupt: bool = False,
     must_exist: bool = True,
 ) -> _Chosen:
     """The run of a recipe, with what the user changes.
@@ -380,6 +384,7 @@ def prepare(
         precision: "fp32", "bf16" or "fp16".
         local_norm: batch norm by each process's own images, as the old multi-GPU codes do.
         seed: of everything random.
+        skip_corrupt: see `data.load`.
         must_exist: False for a plan, which takes a data set's official counts and opens no archive.
 
     Raises:
@@ -403,7 +408,7 @@ def prepare(
     cifar = recipe.student.startswith("wrn-")
     if cifar:
         _refuse_for_cifar(name, recipe, teacher, size)
-    source = Photographs(recipe.data, size or 224, recipe.augmentation, root=data_dir or "")
+    source = Photographs(recipe.data, size or 224, recipe.augmentation, data_dir or "", skip_corrupt)
     images, classes, known = (*_SIZES["cifar10"], False) if cifar else _counted(source, must_exist)
     settings = _optimisation(recipe, images, precision, local_norm)
     run = (
@@ -632,7 +637,8 @@ def _missing(chosen: _Chosen, processes: int, rest: int) -> Iterator[str]:
 
 
 def evaluate(
-    weights: str, *, data_set: str = "imagenet", data_dir: str | None = None, size: int = 224, precision: str = "fp32"
+    weights: str, *, data_set: str = "imagenet", data_dir: str | None = None, size: int = 224, precision: str = "fp32",
+    skip_corrupt: bool = False,
 ) -> training.Evaluation:
     """Top-1 and top-5 of a trained network on a data set's test part (ImageNet: its validation images).
 
@@ -642,6 +648,7 @@ def evaluate(
         data_dir: the folder it lies in.
         size: side of the centre crop, pixels.
         precision: "fp32", "bf16" or "fp16".
+        skip_corrupt: see `data.load`.
 
     Raises:
         AFDSError: weights or data that are missing, or that do not fit each other.
@@ -650,7 +657,7 @@ def evaluate(
     if not published.file:
         imagenet_file(published.network)  # refuses a backbone without ImageNet weights
     model = published.build().to(training.device()).eval()
-    splits = Photographs(data_set, size, root=data_dir or "").load(input_of(model))
+    splits = Photographs(data_set, size, root=data_dir or "", skip_corrupt=skip_corrupt).load(input_of(model))
     if _classes(model) != len(splits.classes):
         raise AFDSError(f"{weights} knows {_classes(model)} classes and {splits.name} has {len(splits.classes)}")
     return training.evaluate(model, splits.test, precision=precision)

@@ -23,8 +23,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from afdslib import runs
+from afdslib.base.cpu import keep_freed_memory
 from afdslib.base.errors import AFDSError
-from afdslib.base.malloc import keep_freed_memory
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric

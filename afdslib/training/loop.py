@@ -22,9 +22,8 @@ from afdslib.afs import macs
 from afdslib.afs.graph import eval_mode
 from afdslib.afs.layer import AFSConvBN
 from afdslib.afs.masks import collect_statistics
-from afdslib.base.bf16 import fast_bf16
+from afdslib.base.cpu import fast_bf16, safe_gradients
 from afdslib.base.errors import AFDSError, DivergedError
-from afdslib.base.onednn import safe_gradients
 from afdslib.training import distributed
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ import zipfile
 import pytest
 
 from afdslib.base.errors import AFDSError
-from afdslib.data import archives
-from afdslib.data.archives import digest, extract
+from afdslib.data import fetch
+from afdslib.data.fetch import digest, extract
 
 
 def _sentence(error) -> str:
@@ -131,8 +131,8 @@ def test_a_zip_with_a_damaged_entry_is_refused(home, tmp_path):
 def test_extracting_twice_or_from_two_threads_happens_once(home, make, tmp_path, monkeypatch):
     archive = make.tar(tmp_path / "t.tar", make.tree("t", {"": {"a": 2, "b": 2}}))
     calls = []
-    real = archives._extract_tar
-    monkeypatch.setattr(archives, "_extract_tar", lambda *a: (calls.append(1), real(*a))[1])
+    real = fetch._extract_tar
+    monkeypatch.setattr(fetch, "_extract_tar", lambda *a: (calls.append(1), real(*a))[1])
     threads = [threading.Thread(target=extract, args=((archive,), tmp_path / "out")) for _ in range(4)]
     for one in threads:
         one.start()

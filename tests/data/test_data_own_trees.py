@@ -1,0 +1,273 @@
+"""A user's own images: all looked at before the first step, none left out in silence, upright, one scale per kind."""
+
+import shutil
+import warnings
+import zipfile
+
+import numpy as np
+import pytest
+from conftest import picture
+from PIL import Image
+from scipy.io import savemat
+
+from afdslib import cli, data
+from afdslib.base.errors import AFDSError
+from afdslib.data import cache, fetch, trees
+from afdslib.data.images import CorruptImageError, read_rgb
+from afdslib.inference.export import Card
+from afdslib.inference.maps import read_image
+from afdslib.inference.predict import prepare
+
+
+def _count(splits):
+    return sum(len(s) for s in (splits.train, splits.validation, splits.test))
+
+
+@pytest.fixture
+def flat(home, make):
+    return make.tree("t", {"": {"a": 8, "b": 8}})
+
+
+@pytest.fixture
+def broken(flat):
+    for name in ("a/002.jpg", "b/005.jpg"):
+        (flat / name).write_bytes((flat / name).read_bytes()[:300])
+    return flat
+
+
+@pytest.mark.parametrize("size", [16, 72])
+def test_every_image_is_decoded_before_the_splits_are_there_and_only_once(broken, size, monkeypatch):
+    for _ in range(2):
+        with pytest.raises(CorruptImageError, match="cannot decode 2 files.*a/002.jpg, b/005.jpg.*--skip-corrupt") as e:
+            data.load(broken, size=size)
+        assert "\n" not in str(e.value)
+        monkeypatch.setattr(cache, "_build", lambda *a: pytest.fail("decoded again"))
+    with pytest.warns(UserWarning, match="left out, not decodable: 2 files .a/002.jpg, b/005.jpg"):
+        splits = data.load(broken, size=size, skip_corrupt=True)
+    assert splits.skipped == ("a/002.jpg", "b/005.jpg") and _count(splits) == 14
+    for split in (splits.train, splits.validation, splits.test):
+        images, targets = split.__getitems__(range(len(split)))
+        assert images.shape == (len(split), 3, size, size) and set(targets.tolist()) == {0, 1}
+    monkeypatch.undo()
+    shutil.copy(broken / "a/000.jpg", broken / "a/002.jpg")  # a changed tree is looked at again
+    with pytest.raises(CorruptImageError, match="cannot decode 1 file .b/005.jpg"):
+        data.load(broken, size=size)
+
+
+def test_an_archive_of_corrupt_images_is_looked_at_too(broken, make, tmp_path):
+    archive = make.tar(tmp_path / "t.tar", broken)
+    for _ in range(2):
+        with pytest.raises(CorruptImageError, match="t.tar: cannot decode 2 files"):
+            data.load(archive, size=72)
+
+
+def test_the_commands_that_load_a_tree_have_the_option(broken, capsys, tmp_path, monkeypatch):
+    assert cli.main(["data", str(broken)]) == 2
+    assert "--skip-corrupt" in (err := capsys.readouterr().err) and err.splitlines()[-1].startswith("afds: ")
+    with pytest.warns(UserWarning, match="not decodable"):
+        assert cli.main(["data", str(broken), "--skip-corrupt"]) == 0
+    assert "left out, not decodable: a/002.jpg, b/005.jpg" in capsys.readouterr().out
+    for command in ("run", "distill", "evaluate", "maps"):
+        assert cli.main([command, "--help"]) == 0 and "--skip-corrupt" in capsys.readouterr().out
+    with pytest.warns(UserWarning, match="not decodable"):
+        command = ["distill", "--recipe", "scenes", "--data", str(broken), "--epochs", "1", "--batch-size", "4"]
+        assert cli.main([*command, "--dry-run", "--skip-corrupt"]) == 0
+    assert "10 training images" in capsys.readouterr().out
+
+
+def test_images_in_sub_folders_and_of_any_suffix_are_read(flat):
+    suffixes = ("webp", "tif", "tiff", "gif", "bmp", "JPG", "PNG", "jfif", "jpe", "avif", "jp2", "ppm", "pcx", "tga")
+    for i, suffix in enumerate(suffixes):
+        file = flat / "b" / "camera 2" / "deep" / f"{i}.{suffix}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        picture(i).save(file, {"jfif": "JPEG", "jpe": "JPEG"}.get(suffix))
+    picture(0).save(flat / "b" / "no suffix", "PNG")
+    (flat / "b" / "loop").symlink_to(flat / "b")
+    (flat / "b" / "linked").symlink_to(flat / "a")  # a folder of images elsewhere
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        splits = data.load(flat, size=16)
+    assert _count(splits) == 16 + len(suffixes) + 1 + 8
+    labels = [t for s in (splits.train, splits.validation, splits.test) for t in s.targets]
+    assert np.bincount(labels).tolist() == [8, 8 + len(suffixes) + 1 + 8]
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_what_is_left_out_is_counted_and_named(home, make, tmp_path, pack):
+    tree = make.tree("t", {"train": {"a": 8, "b": 8}, "test": {"a": 2, "b": 2}, "extra": {"c": 3}})
+    picture(0).save(tree / "train" / "loose.png")
+    for name in ("a/x.heic", "a/notes.txt", "b/.hidden"):
+        (tree / "train" / name).write_bytes(b"no image")
+    path = make.tar(tmp_path / "t.tar", tree) if pack else tree
+    for _ in range(2):
+        with pytest.warns(
+            UserWarning, match=r"left out, being no images of a class: 6 files \(extra/c/000.jpg"
+        ) as said:
+            splits = data.load(path, size=16)
+        text = str(said[0].message)
+        assert all(name in text for name in ("train/a/x.heic", "train/a/notes.txt", "train/loose.png"))
+    assert _count(splits) == 20
+
+
+def test_a_class_of_unreadable_kinds_is_refused_with_their_number(flat):
+    for i in range(3):
+        (flat / "c").mkdir(exist_ok=True)
+        (flat / "c" / f"{i}.heic").write_bytes(b"no image")
+    with pytest.raises(AFDSError, match="c holds no image that Pillow can read, but 3 other files"):
+        data.load(flat, size=16)
+
+
+def test_split_folders_of_other_spellings_and_half_a_split(home, make):
+    tree = make.tree("t", {"Training": {"a": 6, "b": 6}, "VAL": {"a": 2, "b": 2}, "testing": {"a": 3, "b": 3}})
+    splits = data.load(tree, size=16)
+    assert [len(s) for s in (splits.train, splits.validation, splits.test)] == [12, 4, 6]
+    with pytest.raises(AFDSError, match="has test, val, but no train/"):
+        data.load(make.tree("u", {"val": {"a": 2, "b": 2}, "test": {"a": 2, "b": 2}}), size=16)
+    with pytest.raises(AFDSError, match="two folders of one purpose"):
+        data.load(make.tree("v", {"train": {"a": 2, "b": 2}, "val": {"a": 2, "b": 2}, "valid": {"a": 1}}), size=16)
+
+
+# ------------------------------------------------------------------------------------------------------ list files
+
+
+def _mit(folder, train=b"a/1.jpg\nb/1.jpg\n", test=b"a/2.jpg\nb/2.jpg\n"):
+    (folder / "TrainImages.txt").write_bytes(train)
+    (folder / "TestImages.txt").write_bytes(test)
+    return trees.mit_indoors
+
+
+def _cub(folder, **changed):
+    base = folder / "CUB_200_2011"
+    base.mkdir()
+    lists = {
+        "images": "1 a/1.jpg\n2 b/1.jpg\n", "image_class_labels": "1 1\n2 2\n", "train_test_split": "1 1\n2 0\n",
+        "classes": "1 001.a\n2 002.b\n",
+    }  # fmt: skip
+    for name, text in (lists | changed).items():
+        (base / f"{name}.txt").write_text(text)
+    return trees.cub_200_2011
+
+
+def _dogs(folder, files=("n1-a/1.jpg", "n2-b/1.jpg"), labels=(1, 2)):
+    for name in ("train_list", "test_list"):
+        cells = np.array([[f.replace("/", f"/{name}")] for f in files], dtype=object)
+        savemat(folder / f"{name}.mat", {"file_list": cells, "labels": np.array(labels).reshape(-1, 1)})
+    return trees.stanford_dogs
+
+
+def _captions(folder, text):
+    for one in ("a", "b"):
+        (folder / one).mkdir()
+        picture(0).save(folder / one / "1.png")
+    (folder / "classes.tsv").write_bytes(text)
+    return trees.image_folder
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda f: _mit(f, "ä/1.jpg\n".encode("latin-1")), "cannot be read"),
+        (lambda f: _mit(f, "a/1.jpg\nb/1.jpg\n".encode("utf-16-le")), "no UTF-8 text"),
+        (lambda f: _mit(f, b"1.jpg\nb/1.jpg\n"), "'1.jpg' is not of the form class/image"),
+        (lambda f: _mit(f, b"", b""), "it names 0 classes"),
+        (lambda f: _mit(f, b"a/1.jpg\nb/1.jpg\n", b"a/1.jpg\n"), "a/1.jpg is in the test list beside it, too"),
+        (lambda f: _cub(f, image_class_labels="1 1\n2 3\n"), "image_class_labels.txt .* '2 3' is not of its form"),
+        (lambda f: _cub(f, image_class_labels="1 1\n2 0\n"), "image_class_labels.txt .* '2 0' is not of its form"),
+        (lambda f: _cub(f, image_class_labels="1 1\n2 x\n"), "image_class_labels.txt .* '2 x' is not of its form"),
+        (lambda f: _cub(f, train_test_split="1 1\n2 7\n"), "train_test_split.txt .* '2 7' is not of its form"),
+        (lambda f: _cub(f, images="1 a/1.jpg\n2\n"), "images.txt .* '2' is not of its form"),
+        (lambda f: _cub(f, images="1 a/1.jpg\n1 b/1.jpg\n"), "images.txt .* 2 lines for 1 numbers"),
+        (lambda f: _cub(f, images="1 a/1.jpg\n3 b/1.jpg\n"), "the image 3 of .* has no label or split"),
+        (lambda f: _dogs(f, labels=(1, 2, 2)), "it has 2 images and 3 labels"),
+        (lambda f: _dogs(f, labels=(1, 1)), "the label 1 is of n1-a and of n2-b"),
+        (lambda f: _dogs(f, files=("1.jpg", "n2-b/1.jpg")), "'1.jpg' is not of the form class/image"),
+        (lambda f: _captions(f, b"a\tapple\nb banana\n"), "'b banana' is not a class, a tab and its name"),
+        (lambda f: _captions(f, "a\täpfel\n".encode("latin-1")), "classes.tsv cannot be read"),
+    ],
+)
+def test_a_damaged_list_is_one_sentence_that_names_it(tmp_path, build, words):
+    read = build(tmp_path)
+    with pytest.raises(AFDSError, match=words) as error:
+        read(tmp_path)
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_a_list_with_a_byte_order_mark_is_read(tmp_path):
+    listing = _mit(tmp_path, b"\xef\xbb\xbfa/1.jpg\nb/1.jpg\n")(tmp_path)
+    assert listing.classes == ("a", "b") and listing.relative[0] == "Images/a/1.jpg"
+
+
+def test_an_archive_that_would_fill_the_disk_is_refused(home, tmp_path, make, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("a/1.png", bytes(3_000_000))
+    (tmp_path / "big").mkdir()
+    (tmp_path / "big" / "1.png").write_bytes(bytes(3_000_000))
+    make.tar(tmp_path / "bomb.tar.gz", tmp_path / "big", mode="w:gz")
+    monkeypatch.setattr(fetch, "ALLOWED", 1_000_000)
+    for name in ("bomb.zip", "bomb.tar.gz"):
+        with pytest.raises(AFDSError, match=f"{name} grows to more than 3,000,000 bytes in 1 entries"):
+            fetch.extract((tmp_path / name,), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# --------------------------------------------------------------------------------------------------------- pixels
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+def test_a_photograph_is_turned_alike_in_training_predict_and_maps(flat, tmp_path, suffix, orientation):
+    upright = np.zeros((40, 40, 3), np.uint8)
+    upright[:20] = (250, 20, 20)  # red above, blue below
+    upright[20:] = (20, 20, 250)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    turned = Image.fromarray(upright).rotate({3: 180, 6: 90, 8: 270}[orientation])  # as the sensor saw it
+    turned.save(flat / "a" / f"phone.{suffix}", exif=exif)
+    for size in (16, 72):
+        splits = data.load(flat, size=size, holdout=False)
+        row = trees.image_folder(flat).relative.index(f"a/phone.{suffix}")
+        split, i = next(
+            (s, i)
+            for s in (splits.statistics, splits.validation, splits.test)
+            for i, r in enumerate(s._rows)
+            if r == row
+        )
+        top, bottom = split.raw(i)[size // 4, size // 2], split.raw(i)[3 * size // 4, size // 2]
+        assert top[0] > 200 and bottom[2] > 200
+    seen = read_image(flat / "a" / f"phone.{suffix}", 16)
+    assert seen[4, 8, 0] > 200 and seen[12, 8, 2] > 200
+    card = Card(("a", "b"), 16, 16, (0, 0, 0), (1, 1, 1), "x", "y")
+    assert prepare(flat / "a" / f"phone.{suffix}", card)[0, 4, 8] > 0.8
+
+
+def test_a_damaged_exif_block_does_not_lose_the_picture(tmp_path):
+    picture(0).save(tmp_path / "x.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x09\x01\x12\0\x03\xff\xff\xff\xff")
+    assert read_rgb(tmp_path / "x.jpg").size == (20, 16)
+
+
+@pytest.mark.parametrize(
+    ("values", "out"),
+    [
+        (np.array([[0, 257, 25700]], np.uint16), [0, 1, 100]),
+        (np.array([[0, 257, 25700]], np.int32), [0, 1, 100]),
+        (np.array([[0, 100, 200]], np.int32), [0, 0, 1]),
+        (np.array([[0, 0.5, 1]], np.float32), [0, 128, 255]),
+        (np.array([[0, 0.5, 1.5]], np.float32), [0, 128, 255]),
+        (np.array([[0, 0.1, np.nan]], np.float32), [0, 26, 0]),
+    ],
+)
+def test_the_scale_is_that_of_the_kind_of_file_whatever_an_image_holds(tmp_path, values, out):
+    Image.fromarray(values).save(tmp_path / "x.tif")
+    assert np.asarray(read_rgb(tmp_path / "x.tif"))[0].tolist() == [[v] * 3 for v in out]
+
+
+def test_an_image_on_another_scale_is_refused_instead_of_read_as_white(tmp_path):
+    Image.fromarray(np.full((4, 4), 200, np.float32)).save(tmp_path / "x.tif")
+    with pytest.raises(CorruptImageError, match="most of its float32 values are above 1.0"):
+        read_rgb(tmp_path / "x.tif")
+
+
+def test_splits_say_what_they_hold(flat):
+    splits = data.load(flat, size=16)
+    assert repr(splits) == f"Splits({str(flat)!r}: 12 training, 2 validation and 2 test images, 2 classes, 16 px)"
+    assert repr(splits.train) == "ArrayImages(12 images, 2 classes, 16 px)"
