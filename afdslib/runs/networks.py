@@ -1,115 +1,61 @@
-"""What a study keeps: its tables, the results of its runs, and networks with a model card."""
+"""Networks of committed profiles that are kept in data/weights/, with one model card per profile."""
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
 
-import pandas as pd
-
-from afdslib import runs
 from afdslib.base import paths
 from afdslib.base.atomic import atomic_path, write_text
-from afdslib.experiments.afs import MODEL
+from afdslib.runs.results import MODEL, Result
+from afdslib.runs.store import finished
 
-__all__ = ["Keeper", "keep_network", "keep_networks"]
+__all__ = ["keep_networks"]
 
+_CARD = """# Networks of {profile}
 
-class Kept(Protocol):
-    """A profile, as far as it says what is kept."""
+Load one with `afdslib.afs.load(path)`. A network whose last column names a commit is in the history only:
+`git show COMMIT:data/weights/RUN.safetensors > data/weights/RUN.safetensors`. Without it, a study that starts from it
+trains it anew.
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def budget(self) -> str: ...
-    @property
-    def committed(self) -> bool: ...
-
-
-P = TypeVar("P", bound=Kept)
-
-
-class Keeper(Generic[P]):
-    """Of a study: results of real ones are kept as small files to be committed; those of the demo never are."""
-
-    profile: P
-
-    def folder(self) -> Path:
-        """Where the tables go: data/results/<profile>/<budget> for real studies, the figures' folder for the demo."""
-        p = self.profile
-        return paths.results(p.name) / p.budget if p.committed else paths.figures(p.name)
-
-    def _write(self, name: str, table: pd.DataFrame) -> None:
-        with atomic_path(self.folder() / f"{name}.csv") as part:
-            table.to_csv(part, index=False, float_format="%.6g", lineterminator="\n")
-
-    def _publish(self, result: runs.Result) -> runs.Result:
-        if self.profile.committed:
-            runs.publish([result], self.profile.name)
-        return result
-
-
-def keep_network(result: runs.Result) -> None:
-    """Copies a run's network to data/weights/<run id>.safetensors."""
-    kept = paths.weights() / f"{result.id}.safetensors"
-    if result.artifact(MODEL) != kept:
-        with atomic_path(kept) as part:
-            shutil.copyfile(result.artifact(MODEL), part)
-
-
-CARD = """# Networks of the {title} {profile}, budget {budget}
-
-Written by `{command}`. Load one with `afdslib.afs.load(path)`.
-
-| file (.safetensors) | network | test accuracy | measured MACs |
-|---|---|---|---|
+| run | network | trained on | test accuracy | MACs | file |
+|---|---|---|---|---|---|
 {rows}
 
-- **Trained on** {data}.
-- **Settings**: `{shown} --show`. Results with device and versions:
-  `data/results/{profile}/runs/<id>.json`.
-- **For** checking and extending this study. Images of 32 px, normalised with ImageNet's mean and deviation.
+- **Settings, device and versions** of a network: `afds runs show RUN`.
+- **For** checking and extending these studies. Images of 32 px, normalised with ImageNet's mean and deviation.
 - **Not for** any decision about people or safety; the data sets have their own licences and biases.
 """
 
 
-def keep_networks(
-    networks: Sequence[tuple[str, runs.Result]],
-    profile: Kept,
-    *,
-    title: str,
-    command: str,
-    shown: str,
-    data: str,
-    suffix: str = "",
-) -> Path:
-    """Copies networks to data/weights/, beside a card of them all.
+def keep_networks(networks: Iterable[tuple[str, Result]], profile: str) -> Path:
+    """Copies networks to data/weights/<run id>.safetensors and adds them to the card of their profile.
 
     Args:
         networks: name for readers and result, the network among its artifacts.
         profile: whose networks these are.
-        title: of the study, in the card's heading.
-        command: that writes them.
-        shown: the command whose `--show` tells the settings.
-        data: what they were trained on.
-        suffix: of the card's name after profile and budget.
 
     Returns:
-        The folder.
+        The card, data/weights/<profile>.md.
+
+    Raises:
+        AFDSError: A result has no network.
     """
-    rows = []
+    card = paths.weights() / f"{profile}.md"
+    text = card.read_text(encoding="utf-8") if card.exists() else ""
+    rows = {id: line for line, id in re.findall(r"^(\| `([0-9a-f]{12})` \|.*)$", text, re.MULTILINE)}
     for name, result in networks:
-        keep_network(result)
-        m = result.metrics
+        kept, source = paths.weights() / f"{result.id}.safetensors", result.artifact(MODEL)
+        if source != kept:
+            with atomic_path(kept) as part:
+                shutil.copyfile(source, part)
+        config, m = finished(result.id, store=None if result.committed else result.path.parent)[0], result.metrics
+        data = getattr(config.data, "title", config.data.name)
         accuracy = f"{m['test_accuracy']:.4f}" if "test_accuracy" in m else "published weights"
         # Points of the sweep store shares of the dense MACs; the sources store MACs.
         macs = f"{m['macs']:.3f} of dense" if "dense_macs" in m else f"{m['macs'] / 1e6:.1f} M" if "macs" in m else ""
-        rows.append(f"| `{result.id}` | {name} | {accuracy} | {macs} |")
-    card = CARD.format(
-        title=title, profile=profile.name, budget=profile.budget, command=command, shown=shown, data=data,
-        rows="\n".join(rows),
-    )  # fmt: skip
-    write_text(paths.weights() / f"{profile.name}-{profile.budget}{suffix}.md", card)
-    return paths.weights()
+        rows[result.id] = f"| `{result.id}` | {name} | {data} | {accuracy} | {macs} | here |"
+    write_text(card, _CARD.format(profile=profile, rows="\n".join(rows.values())))
+    return card

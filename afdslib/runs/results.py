@@ -30,9 +30,11 @@ from afdslib.runs import config as configs
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["Result", "committed", "history", "publish", "read_json", "read_result", "records", "seconds"]
+__all__ = ["MODEL", "Result", "committed", "history", "publish", "read_json", "read_result", "records", "seconds"]
 
-_RUNS, _CURVES, _MODEL = "runs.jsonl", "curves.csv", "model.safetensors"
+_RUNS, _CURVES = "runs.jsonl", "curves.csv"
+MODEL = "model.safetensors"
+"""The artifact that of a committed run may be kept, under the run's id, in data/weights/."""
 _LINE = re.compile(r'\{"(id|environment|columns)":"([0-9a-f]+)",')
 _Curves = tuple[list[str], dict[str, list[str]]]  # the header's names after the run's, and the lines of each run
 
@@ -74,7 +76,7 @@ class Result:
         file = self._file(name)
         if file.is_file():
             return file
-        if self.committed and name == _MODEL:
+        if self.committed and name == MODEL:
             raise AFDSError(
                 f"the network of run {self.id} is not kept as {file}; its history may hold it (git log -- {file} names "
                 f"the commit that removed it, and git show 'COMMIT~:./{file.name}' there has it), else train it anew "
@@ -87,8 +89,7 @@ class Result:
         return all(self._file(name).is_file() for name in names)
 
     def _file(self, name: str) -> Path:
-        # Of a committed run only the network may be kept, under the run's id, with the other networks of the studies.
-        return paths.weights() / f"{self.id}.safetensors" if self.committed and name == _MODEL else self.path / name
+        return paths.weights() / f"{self.id}.safetensors" if self.committed and name == MODEL else self.path / name
 
 
 def seconds(result: Result) -> float | None:

@@ -28,8 +28,9 @@ from afdslib.experiments.competitors import DenseRun, FBSGatesRun, FBSRun, Narro
 from afdslib.experiments.delta import weights_run
 from afdslib.experiments.extended import ExtendedSourceRun
 from afdslib.pruning import CRITERIA, fitting_width
-from afdslib.runs.networks import Keeper, keep_networks
+from afdslib.runs.networks import keep_networks
 from afdslib.studies import collapse, profiles, settling, statistics
+from afdslib.studies.keeper import Keeper
 from afdslib.studies.profiles import Profile
 from afdslib.studies.protocol import RECALLED, REGULARISER_SPACES, Method, Protocol, Value, protocol, selection_space
 from afdslib.studies.tuning import Outcome, Trial, search
@@ -298,11 +299,8 @@ class Comparison(Keeper[Profile]):
                 made.append((f"source of {1 / budget:g}x, trained on", self.extended(budget)))
         self._compute([config for _, config in made])
         if p.committed:
-            kept = [(name, runs.get_or_run(config, needs=(MODEL,))) for name, config in made]
-            keep_networks(
-                kept, p, title="comparison of", command=self.command, shown=self.command, data=p.source.name,
-                suffix="-comparison",
-            )  # fmt: skip
+            found = [(name, runs.lookup(config, needs=(MODEL,))) for name, config in made]
+            keep_networks([(name, result) for name, result in found if result is not None], p.name)
 
     def _widths(self, methods: Sequence[Method]) -> list[float]:
         """Budgets that narrower networks are trained for, if one is among the methods."""

@@ -16,13 +16,12 @@ from pathlib import Path
 import pandas as pd
 
 from afdslib import runs, training
-from afdslib.base import paths
-from afdslib.base.atomic import write_text
 from afdslib.base.errors import AFDSError
 from afdslib.experiments.afs import DataSource, Network
 from afdslib.experiments.student import Distillation, StudentRun
 from afdslib.losses import BetaSchedule
-from afdslib.runs.networks import Keeper, keep_network
+from afdslib.runs.networks import keep_networks
+from afdslib.studies.keeper import Keeper
 from afdslib.studies.profiles import names as profile_names
 from afdslib.studies.workers import alongside
 from afdslib.studies.workers import compute as share
@@ -358,20 +357,6 @@ class Job:
     teacher: str = ""
 
 
-MODEL_CARD = """# Networks of the study of students: {study}, {profile}, budget {budget}
-
-Written by `afds students --study {study} --profile {profile} --budget {budget} --publish`. Load one with
-`afdslib.afs.load(path)`; look through one with `afds maps`.
-
-| file (.safetensors) | network | test accuracy |
-|---|---|---|
-{rows}
-
-- **Trained on** {data}, images of 32 px, normalised with ImageNet's mean and deviation.
-- **Settings**: the same command with `--show`. Device and versions: `data/results/{profile}/runs/<id>.json`.
-- **For** checking and extending this study. **Not for** any decision about people or safety.
-"""
-
 COLUMNS = [
     "teacher", "student", "method", "weight", "seed", "test_accuracy", "test_loss", "parameters", "macs", "steps",
     "training_macs", "run",
@@ -618,16 +603,10 @@ class DistillationStudy(Keeper[DistillationProfile]):
         p = self.profile
         if not p.committed:
             raise AFDSError(f"networks of the profile {p.name} are never committed")
-        pair, rows = p.pairs[0], []
+        pair = p.pairs[0]
         kept = [("teacher", self.teacher_run(pair.teacher))]
         kept += [(m, self.student_run(pair, m, pair.seeds[0])) for m in methods if m in pair.methods]
-        for name, config in kept:
-            result = self.result(config)
-            keep_network(result)
-            rows.append(f"| `{result.id}` | {config.network.name}, {name} | {result.metrics['test_accuracy']:.4f} |")
-        card = MODEL_CARD.format(study=p.study, profile=p.name, budget=p.budget, data=p.data.name, rows="\n".join(rows))
-        write_text(paths.weights() / f"{p.name}-{p.budget}-{p.study}.md", card)
-        return paths.weights()
+        return keep_networks([(f"{c.network.name}, {name}", self.result(c)) for name, c in kept], p.name)
 
     def _write(self, suffix: str, table: pd.DataFrame) -> None:
         if table.empty and not self.complete:  # nothing of it is finished

@@ -18,7 +18,8 @@ from afdslib import runs, training
 from afdslib.base.errors import AFDSError
 from afdslib.data import Splits
 from afdslib.experiments.afs import AFSSourceRun, DataSource, SourceRun, TransferRun, check_budgets
-from afdslib.runs.networks import Keeper, keep_networks
+from afdslib.runs.networks import keep_networks
+from afdslib.studies.keeper import Keeper
 from afdslib.studies.profiles import Profile
 from afdslib.training.objective import Regulariser
 
@@ -294,12 +295,7 @@ class Study(Keeper[Profile]):
             raise AFDSError("no source network of this study is trained yet; `afds train` does that")
         primary = next(iter(self.targets))
         kept += [(f"{primary}, {m}, seed {s}, {1 / b:g}x", self.point(m, s, b)) for m, s, b in points]
-        p = self.profile
-        command = f"--profile {p.name} --budget {p.budget}"
-        return keep_networks(
-            kept, p, title="study", command=f"afds publish {command}", shown=f"afds run {command}",
-            data=f"{p.source.name} (sources) and {', '.join(self.targets)} (the others)",
-        )  # fmt: skip
+        return keep_networks(kept, self.profile.name)
 
 
 def _run_chain(chain: list[TransferRun], threads: int | None) -> list[runs.Result]:

@@ -257,7 +257,7 @@ def test_a_worker_passes_over_what_another_one_computes_and_publishes_each_resul
 def test_source_networks_of_a_committed_study_are_kept_so_that_it_can_go_on_elsewhere(profile, monkeypatch, tmp_path):
     compared = Comparison(replace(profile, committed=True), rules("afd+afs", "l2+width"))
     compared.networks()
-    card = (tmp_path / "data" / "weights" / "demo-quick-comparison.md").read_text()
+    card = (tmp_path / "data" / "weights" / "demo.md").read_text()
     sources = [compared.afs_source, compared.extended(), compared.extended(0.5)]
     assert all(f"| `{runs.run_id(config)}` |" in card for config in sources)
     monkeypatch.setenv("AFDS_RUNS", str(tmp_path / "empty"))

@@ -392,8 +392,8 @@ def test_page_and_figures_of_a_finished_study(study, monkeypatch, tmp_path):
 def test_networks_of_a_real_study_are_kept_with_a_card(study, monkeypatch, tmp_path):
     monkeypatch.setattr(study, "profile", replace(study.profile, committed=True, name="mini"))
     monkeypatch.setenv("AFDS_HOME", str(tmp_path))
-    folder = study.publish_networks()
-    card = (folder / "mini-quick-attention.md").read_text()
+    file = study.publish_networks()
+    card, folder = file.read_text(), file.parent
     ids = [runs.run_id(study.teacher_run(study.profile.pairs[0].teacher))]
     ids += [runs.run_id(study.student_run(study.profile.pairs[0], m, 0)) for m in ("alone", "at")]
     assert all(f"`{id}`" in card and (folder / f"{id}.safetensors").is_file() for id in ids)

@@ -101,7 +101,7 @@ def test_a_later_point_starts_from_the_point_before(profile):
 def test_results_and_networks_of_a_real_study_can_be_committed_and_are_found_again(profile, home):
     fixed = (Candidates(Regulariser("l2", 1e-4), (1e-4,)), profile.candidates[1])
     real = replace(profile, name="imagenet32", committed=True, seeds=(0,), candidates=fixed)
-    card = home / "data" / "weights" / "imagenet32-quick.md"
+    card = home / "data" / "weights" / "imagenet32.md"
     with pytest.raises(AFDSError, match="no source network of this study is trained yet"):
         Study(real, workers=1).publish_networks(())
     Study(real, workers=1).source()
