@@ -40,6 +40,9 @@ from afdslib.experiments.afs import (
 )
 from afdslib.experiments.delta import weights_for
 from afdslib.experiments.extended import ExtendedSourceRun
+from afdslib.losses.kd import Distil
+from afdslib.losses.sparsity import GateL1, ScaleL1
+from afdslib.losses.term import TAUGHT, TERMS, Term
 from afdslib.pruning import boosted, choose, lower_density, scores
 from afdslib.pruning.budget import ROOM
 from afdslib.pruning.criteria import CRITERIA, NORMALISATIONS
@@ -47,10 +50,8 @@ from afdslib.pruning.fbs import gates_alone
 from afdslib.pruning.narrow import network_macs
 from afdslib.training import Optimisation
 from afdslib.training.features import Teacher, feature_names
-from afdslib.training.kept_channels import matching
-from afdslib.training.objective import Objective, Penalty, Regulariser
-from afdslib.training.penalties import Distil, GateL1, ScaleL1
-from afdslib.training.regularisers import KINDS, Channels
+from afdslib.training.kept_channels import Channels, matching
+from afdslib.training.objective import Objective, Regulariser
 
 __all__ = ["DenseRun", "FBSGatesRun", "FBSRun", "NarrowRun", "PrunedRun", "Selection"]
 
@@ -91,11 +92,11 @@ class _Point:
         size: tuple[int, int, int],
         *,
         channels: Channels | None = None,
-        penalties: Sequence[Penalty] = (),
+        penalties: Sequence[Term] = (),
     ) -> Objective:
         return Objective(
             model, self.regulariser, source, size, label_smoothing=settings.label_smoothing, channels=channels,
-            weights=weights_for(self.regulariser, self.source, self.data, run), penalties=penalties,
+            weights=weights_for(self.regulariser, self.source, self.data, run), terms=penalties,
         )  # fmt: skip
 
     def prepare(self, run: runs.Run, objective: Objective, splits: Splits, settings: Optimisation) -> int:
@@ -117,7 +118,7 @@ def _architecture(model: nn.Module) -> dict[str, Any]:
 
 
 def _forwards(regulariser: Regulariser) -> float:
-    return 1.0 if KINDS[regulariser.name].needs_teacher else 0.0
+    return 1.0 if TERMS[regulariser.name].needs & TAUGHT else 0.0
 
 
 def _with_classifier(model: nn.Module, splits: Splits, seed: int) -> nn.Module:
@@ -162,7 +163,7 @@ class DenseRun(_Point):
     budgets = (1.0,)
 
     @property
-    def penalties(self) -> tuple[Penalty, ...]:
+    def penalties(self) -> tuple[Term, ...]:
         """Slimming's term, where it is asked for."""
         return (ScaleL1(self.scale_l1),) if self.scale_l1 else ()
 
@@ -284,7 +285,8 @@ class PrunedRun(_Point):
         if measured > budget * (1 + 1e-6):
             raise RuntimeError(f"the pruned network costs {measured}, more than its budget {budget}")
         torch.manual_seed(self.seed)
-        names = feature_names(source, self.regulariser.features) if KINDS[self.regulariser.name].taps else []
+        compares = "layers" in TERMS[self.regulariser.name].needs
+        names = feature_names(source, self.regulariser.features) if compares else []
         kept = {name: tuple(positions) for name, positions in _architecture(model)["kept"].items()}
         objective = self.objective(
             run, model, source, settings, size,
@@ -374,7 +376,7 @@ class FBSGatesRun(_Point):
             raise AFDSError(f"gate_l1 must be a number of at least 0, got {self.gate_l1!r}")
 
     @property
-    def penalties(self) -> tuple[Penalty, ...]:
+    def penalties(self) -> tuple[Term, ...]:
         return (GateL1(self.gate_l1),) if self.gate_l1 else ()
 
     @diverges
@@ -576,10 +578,10 @@ class NarrowRun(_Point):
         size, source = _input_size(splits), _plain(self.source, run)
         model = _with_classifier(_plain(self.source, run), splits, self.seed)
         dense = network_macs(self.full.name, self.full.stem, self.full.width, len(splits.classes), size)
-        penalties: list[Penalty] = []
+        penalties: list[Term] = []
         if self.teacher is not None:
             tuned = afs.load(runs.get_or_run(self.teacher, store=run.store, needs=(MODEL,)).artifact(MODEL))
-            penalties.append(Distil(Teacher(tuned), T=self.temperature, alpha=self.alpha))
+            penalties.append(Distil(self.temperature, self.alpha, Teacher(tuned)))
         torch.manual_seed(self.seed)
         objective = self.objective(run, model, source, settings, size, penalties=penalties)
         model.to(training.device())

@@ -21,6 +21,7 @@ from afdslib.base.errors import AFDSError
 from afdslib.experiments.afs import MODEL, AFSSourceRun, DataSource
 from afdslib.experiments.extended import ExtendedSourceRun
 from afdslib.losses.delta import channel_weights, fit_classifier
+from afdslib.losses.term import TERMS
 from afdslib.training.features import feature_names
 from afdslib.training.objective import Regulariser
 
@@ -107,7 +108,8 @@ def weights_run(
     regulariser: Regulariser, source: AFSSourceRun | ExtendedSourceRun, target: DataSource
 ) -> ChannelWeightsRun | None:
     """The stage that DELTA needs before its training; None for the other regularisers."""
-    return ChannelWeightsRun(source, target, regulariser.features) if regulariser.name == "delta" else None
+    needed = "weights" in TERMS[regulariser.name].needs
+    return ChannelWeightsRun(source, target, regulariser.features) if needed else None
 
 
 def weights_for(

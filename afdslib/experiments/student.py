@@ -9,28 +9,26 @@ AT and KD follow Zagoruyko, Komodakis, arXiv 1612.03928; NST follows Huang, Wang
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from afdslib import afs, backbones, runs, training
 from afdslib.afs import macs
 from afdslib.base.errors import AFDSError, DivergedError
 from afdslib.data import Splits, sealed
 from afdslib.experiments.afs import MODEL, DataSource, Network
-from afdslib.losses import BetaSchedule, Hint, at_loss, gradient_at_loss, input_gradient, nst_loss, soft_kl_loss
-from afdslib.losses._maps import full_precision
+from afdslib.losses import BetaSchedule
+from afdslib.losses.kd import SoftLabels
+from afdslib.losses.term import TRANSFERS, Pair, Term, TermContext
 from afdslib.training import Optimisation, distributed
-from afdslib.training.features import Teacher, feature_shapes, taps
+from afdslib.training.features import pair_layers
 from afdslib.training.objective import Objective
 
-__all__ = ["TAPS", "TRANSFERS", "Distillation", "DistillationObjective", "Pair", "StudentRun", "paired", "tapped"]
+__all__ = ["TAPS", "Distillation", "StudentRun", "paired", "student_objective", "tapped"]
 
-TRANSFERS = ("none", "at", "gradient-at", "hint", "nst")
 TAPS = ("groups", "last", "before-relu", "after-relu")
 
 
@@ -73,7 +71,8 @@ class Distillation:
 
     def __post_init__(self) -> None:
         known = {
-            "transfer": TRANSFERS, "mode": ("code", "paper"), "kernel": ("poly", "linear", "gaussian"), "taps": TAPS,
+            "transfer": ("none", *TRANSFERS), "mode": ("code", "paper"), "taps": TAPS,
+            "kernel": ("poly", "linear", "gaussian"),
         }  # fmt: skip
         for name, choices in known.items():
             if getattr(self, name) not in choices:
@@ -92,6 +91,9 @@ class Distillation:
             raise AFDSError(f"offset must be a number of at least 0, got {self.offset!r}")
         if not (self.hard or self.soft):
             raise AFDSError("hard and soft are both 0, so no label and no teacher says which class is right; set one")
+        decays = self.weight.kind in ("linear", "cosine")
+        if self.transfer != "none" and not (self.weight.beta or (decays and self.weight.end)):
+            raise AFDSError(f"the weight of the transfer {self.transfer!r} is 0; set one, as BetaSchedule(beta=1000.0)")
 
     @property
     def needs_teacher(self) -> bool:
@@ -129,24 +131,9 @@ def tapped(model: nn.Module, where: str) -> list[str]:
     return [f"{last}.{norms[-1]}" if where == "before-relu" else last]
 
 
-@dataclass(frozen=True)
-class Pair:
-    """Two layers that are compared.
-
-    Attributes:
-        student: layer of the student.
-        teacher: layer of the teacher.
-        channels: of the student's map and of the teacher's.
-        size: (H, W) at which they are compared: the smaller map's.
-    """
-
-    student: str
-    teacher: str
-    channels: tuple[int, int]
-    size: tuple[int, int]
-
-
-def paired(model: nn.Module, teacher: nn.Module, method: Distillation, input_size: tuple[int, int, int]) -> list[Pair]:
+def paired(
+    model: nn.Module, teacher: nn.Module, method: Distillation, input_size: tuple[int, int, int]
+) -> tuple[Pair, ...]:
     """The layers of a student and its teacher that a method compares, by one pass of an image through both.
 
     Args:
@@ -156,31 +143,24 @@ def paired(model: nn.Module, teacher: nn.Module, method: Distillation, input_siz
         input_size: (3, H, W).
 
     Raises:
-        AFDSError: networks of unequally many stages, or maps of two sizes for "hint", which compares every position.
+        AFDSError: networks of unequally many stages.
     """
-    if method.transfer in ("none", "gradient-at"):
-        return []
-    mine, theirs = tapped(model, method.taps), tapped(teacher, method.taps)
-    if len(mine) != len(theirs):
-        raise AFDSError(
-            f"the student has {len(mine)} stages and the teacher {len(theirs)}; use taps 'last' for such a pair"
-        )
-    shapes = [feature_shapes(net, names, input_size) for net, names in ((model, mine), (teacher, theirs))]
-    pairs = []
-    for student, source in zip(mine, theirs, strict=True):
-        (channels, *size), (source_channels, *source_size) = shapes[0][student], shapes[1][source]
-        if method.transfer == "hint" and size != source_size:
-            raise AFDSError(
-                f"a hint compares maps of one size, but the student's {student!r} is {size[0]}x{size[1]} and the "
-                f"teacher's {source!r} {source_size[0]}x{source_size[1]}; take another teacher, or transfer 'at'"
-            )
-        smaller = (min(size[0], source_size[0]), min(size[1], source_size[1]))
-        pairs.append(Pair(student, source, (channels, source_channels), smaller))
-    return pairs
+    if method.transfer == "none" or "layers" not in TRANSFERS[method.transfer].needs:
+        return ()
+    return pair_layers(model, teacher, tapped(model, method.taps), tapped(teacher, method.taps), input_size)
 
 
-class DistillationObjective(Objective):
-    """The loss of a student, with every term under its name; the teacher is a frozen copy (`features.Teacher`).
+def student_objective(
+    model: nn.Module,
+    method: Distillation,
+    teacher: nn.Module | None,
+    input_size: tuple[int, int, int],
+    *,
+    steps: int,
+    weight_decay: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> Objective:
+    """The loss of a student, with every term under its name, unweighted; the transfer's weight is logged as "beta".
 
     Args:
         model: the student.
@@ -190,96 +170,19 @@ class DistillationObjective(Objective):
         steps: length of the run, for the weight's schedule.
         weight_decay: of every parameter, applied by the optimiser.
         label_smoothing: of the cross-entropy.
-
-    Attributes:
-        pairs: (student's layer, teacher's layer) that are compared.
-        compared: (H, W) at which each pair is compared: the smaller map's.
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        method: Distillation,
-        teacher: nn.Module | None,
-        input_size: tuple[int, int, int],
-        *,
-        steps: int,
-        weight_decay: float = 0.0,
-        label_smoothing: float = 0.0,
-    ):
-        super().__init__(model, input_size=input_size, weight_decay=weight_decay, label_smoothing=label_smoothing)
-        method.weight.check(steps)
-        self.method, self.steps, self.step = method, steps, 0
-        self.calls_wrapper = method.transfer != "gradient-at"  # see `forward`; several processes need the wrapper
-        self.pairs: list[tuple[str, str]] = []
-        self.compared: list[tuple[int, int]] = []
-        self.adapters = nn.ModuleList()
-        if not method.needs_teacher:
-            return
-        if teacher is None:
-            raise AFDSError(f"{method.transfer if method.soft == 0 else 'distillation'} needs a teacher; give one")
+    method.weight.check(steps)
+    terms: list[Term] = [SoftLabels(method.temperature, method.soft)] if method.soft else []
+    if method.needs_teacher and teacher is None:
+        raise AFDSError(f"{method.transfer if method.soft == 0 else 'distillation'} needs a teacher; give one")
+    if method.transfer != "none":
+        assert teacher is not None
         pairs = paired(model, teacher, method, input_size)
-        self.pairs = [(pair.student, pair.teacher) for pair in pairs]
-        self.compared = [pair.size for pair in pairs]
-        self.teacher = Teacher(teacher, [pair.teacher for pair in pairs])
-        if method.transfer == "hint":
-            self.adapters.extend(Hint(*pair.channels) for pair in pairs)
-
-    def get_extra_state(self) -> dict[str, int]:
-        """The step, so that a resumed run goes on with the weight's schedule."""
-        return {"step": self.step}
-
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        self.step = state["step"]
-
-    def forward(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Mapping[str, Tensor], Tensor]:
-        """(loss, named terms, logits) of one batch; the terms are unweighted, the weight is logged as "beta"."""
-        method, inner = self.method, getattr(model, "module", model)
-        gradients = method.transfer == "gradient-at"
-        if gradients:
-            images = images.detach().requires_grad_()
-            logits = inner(images)  # not the wrapper, which refuses to be differentiated twice
-            features: Mapping[str, Tensor] = {}
-        else:
-            with taps(inner, [name for name, _ in self.pairs]) as features:
-                logits = model(images)
-        cross_entropy = nn.functional.cross_entropy(
-            full_precision(logits), labels, label_smoothing=self.label_smoothing
-        )
-        terms: dict[str, Tensor] = {"cross_entropy": cross_entropy}
-        loss = method.hard * cross_entropy
-        if self.teacher is not None:
-            teacher_logits, teacher_features = self.teacher(images.detach())
-            if method.soft:
-                terms["soft"] = soft_kl_loss(logits, teacher_logits, T=method.temperature)
-                loss = loss + method.soft * terms["soft"]
-            if gradients:
-                mine = input_gradient(logits, labels, images)
-                transfer = {"gradient_at": gradient_at_loss(mine, self.teacher.input_gradient(images.detach(), labels))}
-            else:
-                transfer = self._transfer(features, teacher_features)
-            if transfer:
-                weight = method.weight(self.step, self.steps)
-                scale = weight / 2 if method.transfer == "at" and method.mode == "paper" else weight
-                loss = loss + scale * torch.stack(list(transfer.values())).sum()
-                terms |= transfer | {"beta": loss.new_tensor(weight)}
-        self.step += 1
-        return loss, terms, logits
-
-    def _transfer(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        method, terms = self.method, {}
-        with warnings.catch_warnings():
-            # Maps of two sizes are compared at `compared`, which the result records; once a step is too often.
-            warnings.filterwarnings("ignore", message=".*area averaging.*")
-            for index, (mine, theirs) in enumerate(self.pairs):
-                s, t = student[mine], teacher[theirs]
-                if method.transfer == "at":
-                    terms[f"at_{index + 1}"] = at_loss(s, t, p=method.exponent, mode=method.mode)
-                elif method.transfer == "hint":
-                    terms[f"hint_{index + 1}"] = self.adapters[index](s, t)
-                else:
-                    terms[f"nst_{index + 1}"] = nst_loss(s, t, kernel=method.kernel, d=method.degree, c=method.offset)
-        return terms
+        terms.append(TRANSFERS[method.transfer](TermContext(method, model, pairs, teacher, steps=steps)))
+    return Objective(
+        model, None, teacher, input_size, weight_decay=weight_decay, label_smoothing=label_smoothing, terms=terms,
+        hard=method.hard,
+    )  # fmt: skip
 
 
 @runs.register
@@ -335,7 +238,7 @@ class StudentRun:
         size = (3, splits.test.size, splits.test.size)
         model = self.network.build(len(splits.classes), self.seed)
         torch.manual_seed(self.seed)  # of the adapters
-        objective = DistillationObjective(
+        objective = student_objective(
             model, self.method, teacher, size, steps=settings.steps, weight_decay=self.weight_decay,
             label_smoothing=settings.label_smoothing,
         )  # fmt: skip
@@ -357,7 +260,7 @@ class StudentRun:
             "parameters": sum(p.numel() for p in model.parameters()),
             "macs": mine,
             "training_macs": (3 * mine + theirs) * settings.steps * settings.batch_size,
-            "compared": [list(s) for s in objective.compared],
+            "compared": [list(pair.size) for pair in objective.pairs],
             **validate(),
         }
         if self.use_test:

@@ -13,12 +13,13 @@ attention is uniform at step 0. [ours]
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from afdslib.base.errors import AFDSError
+from afdslib.losses.term import TERMS, Axis, Batch, Term, TermContext
 
 __all__ = ["AFDLoss", "fit_attention"]
 
@@ -190,3 +191,28 @@ def fit_attention(
             f"the detached attention did not converge (its loss is not finite); lower its learning rate {lr:g}"
         )
     return history
+
+
+@TERMS.register
+class AFD(Term):
+    """AFD: the feature map with attention over channels, learned jointly or beforehand."""
+
+    name, label = "afd", "AFD"
+    space = (Axis("strength", 1e-2, 1e-4, 1.0),)
+    needs = frozenset({"layers"})
+    module: AFDLoss
+
+    def build(self, context: TermContext) -> AFDLoss:
+        return AFDLoss(context.shapes, attention=context.config.attention)
+
+    def prepare(
+        self,
+        teacher: Callable[[Tensor], Mapping[str, Tensor]],
+        batches: Iterator[tuple[Tensor, Tensor]],
+        num_classes: int,
+    ) -> list[float]:
+        return fit_attention(self.module, teacher, batches, num_classes) if self.module.mode == "detached" else []
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        measured = self.module(batch.student, batch.teacher)
+        return measured["afd"], measured  # the entropy is only watched

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from afdslib.base.errors import AFDSError
 from afdslib.losses import _checks
 from afdslib.losses._maps import full_precision, match_size
+from afdslib.losses.delta import FeatureMap
+from afdslib.losses.term import TERMS, TRANSFERS, Axis, Batch, TermContext, Transfer
 
 __all__ = ["ATLoss", "at_loss", "attention_map", "gradient_at_loss", "input_gradient"]
 
@@ -176,3 +178,42 @@ def gradient_at_loss(student_grad: Tensor, teacher_grad: Tensor) -> Tensor:
     difference = (full_precision(student_grad) - full_precision(teacher_grad)).flatten(1)
     loss = torch.linalg.vector_norm(difference, dim=1).mean()
     return _checks.finite(loss, student_gradient=student_grad, teacher_gradient=teacher_grad)
+
+
+@TERMS.register
+class AT(FeatureMap):
+    """AT as a regulariser: sum over layers of the activation-based distance, in the public code's scale."""
+
+    name, label = "at", "AT"
+    space = (Axis("strength", 10.0, 0.1, 1e3),)
+
+    def build(self, context: TermContext) -> nn.Module:
+        return ATLoss(context.shapes)
+
+
+@TRANSFERS.register
+class ATTransfer(Transfer):
+    """Activation-based attention transfer to a student; in mode "paper" the weight counts half, as in equation 2."""
+
+    name, label = "at", "AT"
+    needs = frozenset({"layers"})
+
+    def __init__(self, context: TermContext) -> None:
+        super().__init__(context)
+        self.weight = 0.5 if self.config.mode == "paper" else 1.0
+
+    def compare(self, student: Tensor, teacher: Tensor, index: int) -> Tensor:
+        return at_loss(student, teacher, p=self.config.exponent, mode=self.config.mode)
+
+
+@TRANSFERS.register
+class GradientAT(Transfer):
+    """Gradient-based attention transfer to a student, by double backward."""
+
+    name, label = "gradient-at", "gradient AT"
+    needs = frozenset({"gradients"})
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        assert batch.gradients is not None
+        value = gradient_at_loss(*batch.gradients())
+        return value, {"gradient_at": value}

@@ -14,6 +14,7 @@ from afdslib.backbones import classifier_name
 from afdslib.base.errors import AFDSError
 from afdslib.losses import _checks
 from afdslib.losses._maps import full_precision
+from afdslib.losses.term import TERMS, Axis, Batch, Term, TermContext
 
 __all__ = ["DELTALoss", "channel_weights", "fit_classifier", "uniform_weights"]
 
@@ -106,6 +107,40 @@ class DELTALoss(nn.Module):
         channels, height, width = a.shape[1:]
         loss = channels / (2 * height * width) * (w.to(energy) * energy).sum()
         return _checks.finite(loss, **{f"student_map_of_{name}": a, f"source_map_of_{name}": b})
+
+
+@TERMS.register
+class FeatureMap(Term):
+    """Feature map: sum over layers of C/(2HW) sum_c 1/C |f_T,c - f_S,c|^2."""
+
+    name, label = "feature-map", "feature map"
+    space = (Axis("strength", 1e-2, 1e-4, 1.0),)
+    needs = frozenset({"layers"})
+    module: nn.Module
+
+    def build(self, context: TermContext) -> nn.Module:
+        return DELTALoss(uniform_weights(context.shapes))
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        value = self.module(batch.student, batch.teacher)
+        return value, {self.name.replace("-", "_"): value}
+
+
+@TERMS.register
+class DELTA(FeatureMap):
+    """DELTA: the feature map with channel weights that a stage before the training has computed."""
+
+    name, label = "delta", "DELTA"
+    needs = frozenset({"layers", "weights"})
+
+    def build(self, context: TermContext) -> nn.Module:
+        shapes, weights = context.shapes, context.weights
+        if weights is None:
+            raise AFDSError("DELTA needs its channel weights; compute them with losses.channel_weights")
+        wrong = [name for name, shape in shapes.items() if name not in weights or len(weights[name]) != shape[0]]
+        if wrong:
+            raise AFDSError(f"DELTA's channel weights do not fit layer {wrong[0]!r}; compute them for this source")
+        return DELTALoss({name: weights[name] for name in shapes})
 
 
 def channel_weights(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from afdslib.base.errors import AFDSError
 from afdslib.losses import _checks
 from afdslib.losses._maps import full_precision
+from afdslib.losses.term import TRANSFERS, TermContext, Transfer
 
 __all__ = ["Hint", "hint_loss"]
 
@@ -54,3 +55,25 @@ class Hint(nn.Module):
                 f"make it with the student's channel count."
             )
         return hint_loss(self.adapter(student), source)
+
+
+@TRANSFERS.register
+class HintTransfer(Transfer):
+    """A squared difference behind an adapter per layer."""
+
+    name, label = "hint", "hint"
+    needs = frozenset({"layers"})
+    module: nn.ModuleList
+
+    def build(self, context: TermContext) -> nn.ModuleList:
+        for pair in context.pairs:
+            (_, *own), (_, *other) = pair.student_shape, pair.teacher_shape
+            if own != other:
+                raise AFDSError(
+                    f"a hint compares maps of one size, but the student's {pair.student!r} is {own[0]}x{own[1]} and "
+                    f"the teacher's {pair.teacher!r} {other[0]}x{other[1]}; take another teacher, or transfer 'at'"
+                )
+        return nn.ModuleList(Hint(pair.student_shape[0], pair.teacher_shape[0]) for pair in context.pairs)
+
+    def compare(self, student: Tensor, teacher: Tensor, index: int) -> Tensor:
+        return self.module[index](student, teacher)

@@ -3,14 +3,17 @@ arXiv 1503.02531."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from afdslib.base.errors import AFDSError
 from afdslib.losses import _checks
 from afdslib.losses._maps import full_precision
+from afdslib.losses.term import Batch, Term
 
-__all__ = ["kd_loss", "soft_ce_loss", "soft_kl_loss"]
+__all__ = ["Distil", "SoftLabels", "kd_loss", "soft_kl_loss"]
 
 
 def kd_loss(
@@ -60,16 +63,34 @@ def soft_kl_loss(student_logits: Tensor, teacher_logits: Tensor, *, T: float) ->
     return _checks.finite(loss, student_logits=student_logits, teacher_logits=teacher_logits)
 
 
-def soft_ce_loss(student_logits: Tensor, teacher_logits: Tensor, *, T: float = 4.0) -> Tensor:
-    """Cross-entropy of softmax(student / T) against softmax(teacher / T), mean over the batch, without T^2.
+class SoftLabels(Term):
+    """weight * T^2 KL(teacher || student), beside whatever else there is.
 
-    The neuron-selectivity code adds 16 times this, T = 4, to the plain cross-entropy [code]: the gradient of
-    `soft_kl_loss`, whose T^2 is the 16.
-
-    Shape:
-        two (B, classes); the result is a scalar, the teacher's entropy for equal logits.
+    Args:
+        T: temperature.
+        weight: of the term.
+        teacher: a network of its own, as `training.features.Teacher`; None for the one of the run.
     """
-    _checks.positive(T, "The temperature T")
-    _checks.logits(student_logits, teacher_logits)
-    loss = F.cross_entropy(full_precision(student_logits) / T, (full_precision(teacher_logits) / T).softmax(dim=1))
-    return _checks.finite(loss, student_logits=student_logits, teacher_logits=teacher_logits)
+
+    name, label = "soft", "KD"
+
+    def __init__(self, T: float, weight: float, teacher: Any = None) -> None:
+        self.T, self.weight, self.teacher = T, weight, teacher
+        self.needs = frozenset() if teacher is not None else frozenset({"logits"})  # type: ignore[misc]
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        taught = batch.teacher_logits if self.teacher is None else self.teacher(batch.images)[0]
+        value = soft_kl_loss(batch.logits, taught, T=self.T)
+        return value, {self.name: value}
+
+
+class Distil(SoftLabels):
+    """alpha T^2 KL + (1 - alpha) CE, beside whatever regulariser there is; `weight` is alpha."""
+
+    name = "kd"
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        soft, logged = super().__call__(batch)
+        # The loss so far holds the whole cross-entropy, of which alpha is taken back.
+        hard = F.cross_entropy(full_precision(batch.logits), batch.labels, label_smoothing=batch.label_smoothing)
+        return soft - hard, logged

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from afdslib.backbones import classifier_name
 from afdslib.base.errors import AFDSError
+from afdslib.losses.term import TERMS, Axis, Batch, Term, TermContext
 
 __all__ = ["L2SP", "classifier_l2", "l2_loss"]
 
@@ -66,11 +68,6 @@ class L2SP(nn.Module):
             self.register_buffer(f"start{i}", start[name].detach().clone())
         self._check()
 
-    @classmethod
-    def from_source(cls, model: nn.Module, source: nn.Module, *, alpha: float, beta: float) -> L2SP:
-        """The starting point is the source network, wherever the model is by now."""
-        return cls(model, alpha=alpha, beta=beta, reference=dict(source.named_parameters()))
-
     def _check(self) -> None:
         own = dict(self._model[0].named_parameters())
         for i, name in enumerate(self.names):
@@ -89,3 +86,43 @@ class L2SP(nn.Module):
         distances = [own.pop(name) - start for name, start in zip(self.names, starts, strict=True)]
         decay = l2_loss(own.values(), self.beta) if self.beta else distances[0].new_zeros(())
         return {"l2sp": l2_loss(distances, self.alpha), "l2": decay}
+
+
+@TERMS.register
+class L2Term(Term):
+    """L2: a/2 |(w, v)|^2 as the optimiser's weight decay; nothing is added to the loss."""
+
+    name, label = "l2", "L2"
+    space = (Axis("strength", 1e-3, 1e-5, 1e-1),)
+
+    @classmethod
+    def decays(cls, config: Any) -> tuple[float, float]:
+        return config.strength, config.strength
+
+    def add(self, loss: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        return loss, {}
+
+
+@TERMS.register
+class L2SPTerm(Term):
+    """L2-SP; w0 is the source itself, also for a network trained and pruned since."""
+
+    name, label = "l2sp", "L2-SP"
+    space = (Axis("strength", 1e-2, 1e-4, 1.0),)
+    needs = frozenset({"source"})
+    slot, inherited = "_l2sp", False
+    module: L2SP
+
+    @classmethod
+    def decays(cls, config: Any) -> tuple[float, float]:
+        return 0.0, 0.0
+
+    def build(self, context: TermContext) -> L2SP:
+        assert context.reference is not None
+        reference = dict(context.reference.named_parameters())
+        config = context.config
+        return L2SP(context.model, alpha=config.strength, beta=config.classifier_decay, reference=reference)
+
+    def add(self, loss: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        terms = self.module()
+        return loss + terms["l2sp"] + terms["l2"], terms

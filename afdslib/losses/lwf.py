@@ -6,7 +6,9 @@ import copy
 
 from torch import Tensor, nn
 
+from afdslib.backbones import classifier_name
 from afdslib.losses.kd import soft_kl_loss
+from afdslib.losses.term import TERMS, Axis, Batch, Term, TermContext
 
 __all__ = ["LwFLoss", "lwf_loss"]
 
@@ -50,3 +52,24 @@ class LwFLoss(nn.Module):
 
     def forward(self, inputs: Tensor, old_logits: Tensor) -> Tensor:
         return lwf_loss(self.head(inputs), old_logits, T=self.T)
+
+
+@TERMS.register
+class LwF(Term):
+    """LwF: distillation of the source's outputs through the old classifier, which is trained along."""
+
+    name, label = "lwf", "LwF"
+    space = (Axis("strength", 1.0, 1e-2, 10.0),)
+    needs = frozenset({"inputs", "logits"})
+    module: LwFLoss
+
+    def build(self, context: TermContext) -> LwFLoss:
+        assert context.source is not None
+        # The head keeps the source's width, so its state fits at every budget; removed inputs are zero.
+        head = context.source.get_submodule(classifier_name(context.source))
+        assert isinstance(head, nn.Linear)
+        return LwFLoss(head)
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        value = self.module(batch.inputs, batch.teacher_logits)
+        return value, {"lwf": value}

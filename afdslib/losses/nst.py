@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from afdslib.base.errors import AFDSError
 from afdslib.losses import _checks
 from afdslib.losses._maps import full_precision, match_size
+from afdslib.losses.term import TRANSFERS, Transfer
 
 __all__ = ["nst_loss"]
 
@@ -148,3 +149,14 @@ class _InChunks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None, None]:
         return (None if ctx.gradient is None else upstream * ctx.gradient), None, None
+
+
+@TRANSFERS.register
+class NSTTransfer(Transfer):
+    """Neuron selectivity transfer to a student."""
+
+    name, label = "nst", "NST"
+    needs = frozenset({"layers"})
+
+    def compare(self, student: Tensor, teacher: Tensor, index: int) -> Tensor:
+        return nst_loss(student, teacher, kernel=self.config.kernel, d=self.config.degree, c=self.config.offset)

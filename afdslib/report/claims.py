@@ -31,7 +31,7 @@ from afdslib.report.plots.students import student_look
 from afdslib.report.students import REPORTED, steps_saved
 from afdslib.report.summary import Table, Text
 from afdslib.studies import profiles, statistics
-from afdslib.studies.protocol import LABELS, Method, protocol
+from afdslib.studies.protocol import Method, label_of, protocol
 
 __all__ = [
     "INCONCLUSIVE", "NOT_REPLICATED", "REPLICATED", "UNTESTED", "VERDICTS", "Claim", "Found", "claims",
@@ -228,10 +228,8 @@ def _lost(file: str, methods: Sequence[str], *, target: str | None = None) -> st
 
 
 def _label(method: str) -> str:
-    if method in LABELS:
-        return LABELS[method]
     try:
-        return Method.parse(method).label
+        return Method.parse(method).label if "+" in method else label_of(method)
     except AFDSError:
         return method
 
@@ -328,7 +326,7 @@ def same_selection(profile: str, target: str, other: str, *, budget: float = sta
             continue
         one, two = {"method": "afd"}, {"method": other}
         found = cited.difference(file, "test_accuracy", one, two, target=target, budget=budget)
-        why = f"AFD minus {LABELS[other]}, both with AFS, at {1 / budget:g}x on {target}: {_signed(found)}."
+        why = f"AFD minus {label_of(other)}, both with AFS, at {1 / budget:g}x on {target}: {_signed(found)}."
         why += _lost(file, ["afd", other], target=target)
         return Found(of_interval(found), why, (file,))
     return _untested(f"AFD and {other} at 10x on {target} in the profile {profile}")

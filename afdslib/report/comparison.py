@@ -21,7 +21,7 @@ from afdslib.report.summary import Table, Text, mean_sd
 from afdslib.studies import collapse, profiles, settling, statistics
 from afdslib.studies.comparison import WHOLE, Comparison, run_comparison
 from afdslib.studies.profiles import Profile
-from afdslib.studies.protocol import LABELS, REGULARISER_SPACES, Axis, Method, protocol, selection_space
+from afdslib.studies.protocol import Axis, Method, label_of, protocol, regulariser_space, selection_space
 
 __all__ = [
     "Compared",
@@ -299,9 +299,9 @@ def rules_table(profile: Profile) -> Table:
     else:
         by_selection: dict[str, list[str]] = {}
         for method in r.methods:
-            by_selection.setdefault(method.selection, []).append(LABELS[method.regulariser])
+            by_selection.setdefault(method.selection, []).append(label_of(method.regulariser))
         rows = [
-            *((f"with {LABELS[selection]}", ", ".join(names)) for selection, names in by_selection.items()),
+            *((f"with {label_of(selection)}", ", ".join(names)) for selection, names in by_selection.items()),
             ("trials of each regulariser and selection", str(r.trials)),
             ("selections are tuned at", times(r.trial_budget)),
             ("strength once more, times", f"{_one(sorted(r.multipliers))} at {times(r.primary_budget)}"),
@@ -332,9 +332,9 @@ def _space(axes: Sequence[Axis]) -> str:
 def spaces_table(profile: Profile) -> Table:
     """The search spaces of the methods that a profile compares; lr and predictor_lr are factors on each stage's own."""
     r = protocol(profile)
-    spaces = [REGULARISER_SPACES[m.base] for m in r.methods], [selection_space(m.selection, profile) for m in r.methods]
-    named = dict(zip((LABELS[m.base] for m in r.methods), spaces[0], strict=True))
-    named |= dict(zip((LABELS[m.selection] for m in r.methods), spaces[1], strict=True))
+    spaces = [regulariser_space(m.base) for m in r.methods], [selection_space(m.selection, profile) for m in r.methods]
+    named = dict(zip((label_of(m.base) for m in r.methods), spaces[0], strict=True))
+    named |= dict(zip((label_of(m.selection) for m in r.methods), spaces[1], strict=True))
     return Table(["method", "searched"], [(name, _space(axes)) for name, axes in named.items()], numbers=False)
 
 

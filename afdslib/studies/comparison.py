@@ -27,12 +27,13 @@ from afdslib.experiments.afs import MODEL, AFSSourceRun, DataSource, SourceRun, 
 from afdslib.experiments.competitors import DenseRun, FBSGatesRun, FBSRun, NarrowRun, PrunedRun, Selection
 from afdslib.experiments.delta import weights_run
 from afdslib.experiments.extended import ExtendedSourceRun
+from afdslib.losses.term import Value
 from afdslib.pruning import CRITERIA, fitting_width
 from afdslib.runs.networks import keep_networks
 from afdslib.studies import collapse, profiles, settling, statistics
 from afdslib.studies.keeper import Keeper
 from afdslib.studies.profiles import Profile
-from afdslib.studies.protocol import RECALLED, REGULARISER_SPACES, Method, Protocol, Value, protocol, selection_space
+from afdslib.studies.protocol import RECALLED, Method, Protocol, protocol, regulariser_space, selection_space
 from afdslib.studies.tuning import Outcome, Trial, search
 from afdslib.studies.workers import alongside, compute
 from afdslib.training import Optimisation
@@ -343,7 +344,7 @@ class Comparison(Keeper[Profile]):
 
     def regulariser_trials(self, name: str, *, wait: bool = True) -> list[Trial]:
         """A regulariser on the dense network, at the quasi-random settings."""
-        seed, space = self.profile.trial_seed, REGULARISER_SPACES[_space(name)]
+        seed, space = self.profile.trial_seed, regulariser_space(_space(name))
 
         def evaluate(settings: Settings) -> Outcome:
             return self._try(lambda: self.dense(name, settings, seed, trial=True))

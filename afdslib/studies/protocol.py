@@ -20,43 +20,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from afdslib.base.errors import AFDSError
+from afdslib.losses.term import TERMS, Axis
 from afdslib.studies.profiles import Profile
-from afdslib.training.objective import REGULARISERS
 
 __all__ = [
-    "LABELS",
-    "REGULARISER_SPACES",
     "SELECTIONS",
     "SELECTION_SPACES",
     "Axis",
     "Method",
     "Protocol",
+    "label_of",
     "protocol",
+    "regulariser_space",
     "selection_space",
 ]
-
-Value = float | str | None
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One dimension of a search space.
-
-    Attributes:
-        name: of the setting.
-        default: the first trial's value.
-        low, high: limits, both included.
-        log: whether the values are spread evenly in their logarithm.
-        choices: instead of limits.
-    """
-
-    name: str
-    default: Value
-    low: float = 0.0
-    high: float = 1.0
-    log: bool = True
-    choices: tuple[Value, ...] = ()
-
 
 LR = Axis("lr", 1.0, 0.3, 3.0)
 """A factor on the learning rate: of the unpruned stage for regularisers, of the later stages for selections."""
@@ -64,17 +41,6 @@ LR = Axis("lr", 1.0, 0.3, 3.0)
 NORMALISE = Axis("normalise", "none", choices=("none", "mean"))
 PREDICTOR_LR = Axis("predictor_lr", 1.0, 0.1, 10.0)
 """A factor on the predictors' learning rate of each stage."""
-
-REGULARISER_SPACES: dict[str, tuple[Axis, ...]] = {
-    "l2": (Axis("strength", 1e-3, 1e-5, 1e-1), LR),
-    "l2sp": (Axis("strength", 1e-2, 1e-4, 1.0), LR),
-    "lwf": (Axis("strength", 1.0, 1e-2, 10.0), LR),
-    "delta": (Axis("strength", 1e-2, 1e-4, 1.0), LR),
-    "feature-map": (Axis("strength", 1e-2, 1e-4, 1.0), LR),
-    "at": (Axis("strength", 10.0, 0.1, 1e3), LR),
-    "afd": (Axis("strength", 1e-2, 1e-4, 1.0), LR),
-}
-"""Two dimensions each; the strength's range spans three to four decades around the published value."""
 
 SELECTION_SPACES: dict[str, tuple[Axis, ...]] = {
     "afs": (
@@ -101,18 +67,29 @@ RECALLED = "selection, recalled schedule"
 """Stage of AFS's first trials in trials.csv; nothing is chosen from them."""
 
 
+def regulariser_space(name: str) -> tuple[Axis, ...]:
+    """A regulariser's search space: its own settings, and a factor on the learning rate."""
+    return (*TERMS[name].space, LR)
+
+
 def selection_space(name: str, profile: Profile) -> tuple[Axis, ...]:
     """A selection's search space, with the profile's own delta_s in the first trial."""
     space = SELECTION_SPACES[name]
     return tuple(replace(axis, default=profile.delta_s) if axis.name == "delta_s" else axis for axis in space)
 
 
-LABELS = {
-    "l2": "L2", "l2sp": "L2-SP", "lwf": "LwF", "delta": "DELTA", "feature-map": "feature map", "at": "AT", "afd": "AFD",
+_LABELS = {
     "afd-detached": "AFD (detached)", "afs": "AFS", "fbs": "FBS", "slimming": "network slimming", "taylor": "Taylor",
     "l1": "L1 norm", "random": "random channels", "width": "narrower network", "width-kd": "narrower network with KD",
 }  # fmt: skip
-"""Names for readers."""
+
+
+def label_of(name: str) -> str:
+    """A regulariser's or selection's name for readers."""
+    known = TERMS[name].label if name in TERMS else _LABELS.get(name)
+    if known is None:
+        raise AFDSError(f"no regulariser or selection is called {name!r}")
+    return known
 
 
 @dataclass(frozen=True)
@@ -120,7 +97,7 @@ class Method:
     """A regulariser with a selection.
 
     Attributes:
-        regulariser: of `objectives.REGULARISERS`, or "afd-detached".
+        regulariser: of `losses.TERMS`, or "afd-detached".
         selection: of `SELECTIONS`.
     """
 
@@ -128,9 +105,9 @@ class Method:
     selection: str
 
     def __post_init__(self) -> None:
-        if self.base not in REGULARISERS:
+        if self.base not in TERMS:
             raise AFDSError(
-                f"unknown regulariser {self.regulariser!r}; known are {', '.join((*REGULARISERS, 'afd-detached'))}"
+                f"unknown regulariser {self.regulariser!r}; known are {', '.join((*TERMS, 'afd-detached'))}"
             )
         if self.selection not in SELECTION_SPACES:
             raise AFDSError(f"unknown selection {self.selection!r}; known are {', '.join(SELECTIONS)}")
@@ -148,7 +125,7 @@ class Method:
     @property
     def label(self) -> str:
         """For readers: "L2-SP + Taylor"."""
-        return f"{LABELS[self.regulariser]} + {LABELS[self.selection]}"
+        return f"{label_of(self.regulariser)} + {label_of(self.selection)}"
 
     @property
     def role(self) -> str:

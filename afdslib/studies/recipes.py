@@ -32,7 +32,7 @@ from afdslib.data.imagenet import IMAGENET as IMAGENET_COUNTS
 from afdslib.data.images import SMALL
 from afdslib.data.photographs import AUGMENTATIONS, photographs
 from afdslib.experiments.afs import MODEL, DataSource, Network
-from afdslib.experiments.student import Distillation, DistillationObjective, Pair, StudentRun, paired
+from afdslib.experiments.student import Distillation, Pair, StudentRun, paired, student_objective
 from afdslib.losses import BetaSchedule
 from afdslib.training import Optimisation, distributed
 
@@ -183,7 +183,7 @@ class PhotoRun:
         model = self.network.build(classes, self.seed)
         set_input(model, input_statistics(self.network.name))
         torch.manual_seed(self.seed)  # of adapters
-        objective = DistillationObjective(
+        objective = student_objective(
             model, self.method, teacher, size, steps=settings.steps, weight_decay=self.weight_decay,
             label_smoothing=settings.label_smoothing,
         )  # fmt: skip
@@ -207,7 +207,7 @@ class PhotoRun:
             "parameters": sum(p.numel() for p in model.parameters()),
             "macs": mine,
             "training_macs": (3 * mine + theirs) * settings.steps * settings.batch_size,
-            "compared": [list(s) for s in objective.compared],
+            "compared": [list(pair.size) for pair in objective.pairs],
             **scores,
         }
 
@@ -524,7 +524,7 @@ def plan(chosen: _Chosen, processes: int = 1) -> str:
         loss += f" + {method.soft:g} T^2 KL, T = {method.temperature:g}"
     if method.transfer != "none":
         loss += f" + {method.weight.beta:g} {method.transfer} ({_schedule_text(method.weight)})"
-    pairs = [] if teacher is None else paired(student, teacher, method, size)
+    pairs = () if teacher is None else paired(student, teacher, method, size)
     momentum = f"momentum {settings.momentum:g}{' (Nesterov)' if settings.nesterov else ''}"
     drops = f"lr {settings.lr:g} times {settings.drop:g} after {', '.join(f'{m:.0%}' for m in settings.milestones)}"
     lines = [
@@ -562,7 +562,7 @@ def _schedule_text(weight: BetaSchedule) -> str:
     return f"{weight.kind}, to {weight.end:g} at the end" + (f" of {weight.length:,} steps" if weight.length else "")
 
 
-def _pairs_text(pairs: list[Pair]) -> str:
+def _pairs_text(pairs: tuple[Pair, ...]) -> str:
     if not pairs:
         return "no feature maps"
     text = ", ".join(f"{p.student} with {p.teacher} at {p.size[0]}x{p.size[1]}" for p in pairs)

@@ -116,7 +116,7 @@ class DistillationProfile:
 # ---------------------------------------------------------------------------------------------------------- profiles
 
 
-def _beta(kind: str = "constant", beta: float = 0.0) -> BetaSchedule:
+def _beta(kind: str = "constant", beta: float = 1.0) -> BetaSchedule:
     return BetaSchedule(kind, beta=beta)
 
 

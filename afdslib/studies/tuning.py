@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from afdslib import runs
 from afdslib.base.errors import AFDSError
-from afdslib.studies.protocol import Axis, Value
+from afdslib.losses.term import Axis, Value
 
 if TYPE_CHECKING:
     import optuna

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -15,8 +15,9 @@ from afdslib.afs.layer import AFSConvBN
 from afdslib.backbones import stages
 from afdslib.base.errors import AFDSError
 from afdslib.losses.at import input_gradient
+from afdslib.losses.term import Pair
 
-__all__ = ["Teacher", "compared_shapes", "feature_names", "feature_shapes", "taps"]
+__all__ = ["Teacher", "compared_shapes", "feature_names", "feature_shapes", "pair_layers", "taps"]
 
 
 @contextmanager
@@ -82,6 +83,22 @@ def feature_shapes(
     return {name: tuple(x.shape[1:]) for name, x in features.items()}  # type: ignore[misc]
 
 
+def pair_layers(
+    model: nn.Module, teacher: nn.Module, own: Sequence[str], other: Sequence[str], input_size: tuple[int, int, int]
+) -> tuple[Pair, ...]:
+    """Layers of a student and its teacher, stage by stage; the networks may have blocks of other numbers and widths.
+
+    Raises:
+        AFDSError: networks of unequally many stages.
+    """
+    if len(own) != len(other):
+        raise AFDSError(
+            f"the student has {len(own)} stages and the teacher {len(other)}; use taps 'last' for such a pair"
+        )
+    shapes = [list(feature_shapes(*of, input_size).values()) for of in ((model, own), (teacher, other))]
+    return tuple(map(Pair, own, other, *shapes))
+
+
 def compared_shapes(network: Any, features: str = "block", side: int = 64) -> dict[str, tuple[int, int, int]]:
     """(C, H, W) of the layers that a feature regulariser compares, for square images of a side, in pixels.
 
@@ -110,8 +127,13 @@ class Teacher:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.names = list(names)
 
-    def to(self, device: torch.device | str, memory_format: torch.memory_format = torch.preserve_format) -> Teacher:
-        self.model.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
+    def to(
+        self,
+        device: torch.device | str,
+        memory_format: torch.memory_format = torch.preserve_format,
+        dtype: torch.dtype | None = None,
+    ) -> Teacher:
+        self.model.to(device=device, dtype=dtype, memory_format=memory_format)  # type: ignore[call-overload]
         return self
 
     def _check(self) -> None:

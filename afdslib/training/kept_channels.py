@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,37 @@ from afdslib.afs.shrink import Group, Kept, groups, shrink
 from afdslib.backbones import classifier_name
 from afdslib.base.errors import AFDSError
 from afdslib.training.features import feature_shapes
-from afdslib.training.regularisers import Channels
 
-__all__ = ["matching"]
+__all__ = ["Channels", "matching"]
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Which of the source's channels a statically pruned network still has.
+
+    Attributes:
+        reference: the source with only those channels: parameters compare one by one with the pruned network's.
+        kept: positions among the source's channels, (C',) int64, of each tapped layer's output and, under the
+            classifier's name, of the classifier's inputs.
+        inputs: of the source's classifier: its name, and how many there are.
+    """
+
+    reference: nn.Module
+    kept: Mapping[str, Tensor]
+    inputs: tuple[str, int]
+
+    def widened(self, features: Tensor, name: str, width: int) -> Tensor:
+        """(B, C', ...) of a layer at its places among the source's (B, C, ...), zeros elsewhere."""
+        full = features.new_zeros(features.shape[0], width, *features.shape[2:])
+        return full.index_copy(1, self.kept[name].to(features.device), features)
+
+    def widened_inputs(self, inputs: Tensor) -> Tensor:
+        """The same for the classifier's inputs."""
+        return self.widened(inputs, *self.inputs)
+
+    def flags(self, name: str, width: int) -> Tensor:
+        """bool (C,): which of the source's channels of a layer the pruned network still has."""
+        return torch.zeros(width, dtype=torch.bool).index_fill(0, self.kept[name], True)
 
 
 def matching(source: nn.Module, kept: Kept, names: Iterable[str], size: tuple[int, int, int]) -> Channels:
@@ -34,7 +63,7 @@ def matching(source: nn.Module, kept: Kept, names: Iterable[str], size: tuple[in
     positions = {name: _outputs(source, found, kept, name, widths[name]) for name in names}
     head = classifier_name(source)
     positions[head] = _inputs(source, found, kept, head)
-    return Channels(shrink(source, kept, size), positions)
+    return Channels(shrink(source, kept, size), positions, (head, source.get_submodule(head).in_features))
 
 
 def _outputs(source: nn.Module, found: list[Group], kept: Kept, name: str, width: int) -> Tensor:

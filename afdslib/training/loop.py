@@ -444,14 +444,11 @@ def fit(
     events = dict(events or {})
     layout = torch.channels_last if settings.channels_last else torch.preserve_format
     model.to(device=fabric.device, memory_format=layout)  # type: ignore[call-overload]
-    objective.place(fabric.device)
     wide = torch.float64 if settings.precision == "fp64" else torch.float32
-    if settings.precision == "fp64":
+    if wide == torch.float64:
         model.double()
-        objective.double()
-        if (teacher := getattr(objective, "teacher", None)) is not None:
-            teacher.model.double()
-    if distributed.world() > 1 and not getattr(objective, "calls_wrapper", True):
+    objective.place(fabric.device, wide if wide == torch.float64 else None)
+    if distributed.world() > 1 and not objective.calls_wrapper:
         raise AFDSError("the objective differentiates the network twice, which several processes cannot share; use one")
     optimiser = torch.optim.SGD(
         _groups(model, objective, settings), lr=settings.lr, momentum=settings.momentum, nesterov=settings.nesterov
@@ -510,7 +507,7 @@ def fit(
         try:
             half = fast_bf16(fabric.device, settings.precision)
             with safe, half, fabric.autocast(), distributed.synchronised_norms(model, settings.sync_norm):
-                loss, terms, logits = objective(wrapped, images, labels)
+                loss, terms, logits = objective(wrapped, images, labels, step)
         except AFDSError as error:  # a term that refuses its input does not know the step
             raise type(error)(f"the loss cannot be computed at step {step + 1}: {error}") from error
         optimiser.zero_grad()

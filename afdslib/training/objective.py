@@ -1,11 +1,10 @@
-"""What a transfer run minimises: cross-entropy and one regulariser, with every term under its name."""
+"""What a run minimises: the cross-entropy and terms of `afdslib.losses`, each logged under its name."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +12,13 @@ from torch import Tensor, nn
 from afdslib.afs.graph import living_channels
 from afdslib.backbones import classifier_name
 from afdslib.base.errors import AFDSError
-from afdslib.losses.afd import AFDLoss, fit_attention
-from afdslib.training.features import Teacher, feature_names, taps
-from afdslib.training.regularisers import KINDS, Channels, Seen, Setting, kept_flags, widened
+from afdslib.losses._maps import full_precision
+from afdslib.losses.at import input_gradient
+from afdslib.losses.term import TAUGHT, TERMS, Batch, Pair, Term, TermContext
+from afdslib.training.features import Teacher, feature_names, pair_layers, taps
+from afdslib.training.kept_channels import Channels
 
-__all__ = ["REGULARISERS", "Objective", "Penalty", "Regulariser"]
-
-REGULARISERS = tuple(KINDS)
+__all__ = ["Objective", "Regulariser"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,8 @@ class Regulariser:
     """A regulariser and its strength.
 
     Attributes:
-        name: "l2" (weight decay only), "l2sp", "feature-map", "afd", "lwf", "delta" or "at"; see `regularisers.KINDS`.
+        name: of `losses.TERMS`: "l2" (weight decay only), "l2sp", "feature-map", "afd", "lwf", "delta", "at", or of a
+            term of your own.
         strength: l2: weight decay of every parameter; l2sp: alpha; the others: lambda.
         classifier_decay: weight decay of the classifier where `strength` is not that already. [code: DELTA]
         features: which maps are compared: "block" or "convbn".
@@ -41,8 +41,8 @@ class Regulariser:
     attention: str = "joint"
 
     def __post_init__(self) -> None:
-        if self.name not in REGULARISERS:
-            raise AFDSError(f"unknown regulariser {self.name!r}; known are {', '.join(REGULARISERS)}")
+        if self.name not in TERMS:
+            raise AFDSError(f"unknown regulariser {self.name!r}; known are {', '.join(TERMS)}")
         if not (isinstance(self.strength, (int, float)) and 0 <= self.strength < float("inf")):
             raise AFDSError(
                 f"the strength (lambda) of {self.name} must be a number of at least 0, got {self.strength!r}"
@@ -55,35 +55,25 @@ class Regulariser:
                 raise AFDSError(f"{field} must be {known[0]!r} or {known[1]!r}, got {getattr(self, field)!r}")
 
 
-class Penalty(Protocol):
-    """Something else that is added to the loss, such as an L1 term of a selection method.
-
-    `watch` surrounds the forward pass; `add` gets the loss so far and returns the new one with named terms.
-    """
-
-    def watch(self, model: nn.Module) -> AbstractContextManager:
-        return nullcontext()
-
-    def add(
-        self, loss: Tensor, model: nn.Module, images: Tensor, logits: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Mapping[str, Tensor]]: ...
-
-
 class Objective(nn.Module):
-    """Cross-entropy, optionally with a regulariser against a frozen source network.
+    """Cross-entropy and terms against a frozen source network or teacher.
 
     Args:
         model: the network to train.
-        regulariser: None for plain training.
-        source: the source network, needed by every regulariser but l2; it is copied and frozen.
+        regulariser: the first term, built here; None for plain training or a student.
+        source: the source network or the teacher, where a term needs one; it is copied and frozen.
         input_size: (3, H, W).
-        weight_decay: for plain training without a regulariser.
+        weight_decay: where no regulariser says it.
         label_smoothing: of the cross-entropy.
         channels: which of the source's channels a statically pruned network has; features are compared on these.
         weights: DELTA's channel weights by layer.
-        penalties: added to the loss after the regulariser.
+        terms: built already; added to the loss after the regulariser, in this order.
+        hard: weight of the cross-entropy.
 
     Attributes:
+        terms: all of them.
+        pairs: the layers that are compared.
+        teacher: the frozen copy of `source`, or None.
         weight_decay: of backbone and predictors, applied by the optimiser.
         classifier_decay: of the classifier.
     """
@@ -99,57 +89,40 @@ class Objective(nn.Module):
         label_smoothing: float = 0.0,
         channels: Channels | None = None,
         weights: Mapping[str, Tensor] | None = None,
-        penalties: Sequence[Penalty] = (),
+        terms: Sequence[Term] = (),
+        hard: float = 1.0,
     ):
         super().__init__()
-        self.regulariser = regulariser
-        self.label_smoothing = label_smoothing
+        self.label_smoothing, self.hard, self.input_size, self.channels = label_smoothing, hard, input_size, channels
         self.weight_decay = self.classifier_decay = weight_decay
-        self.input_size = input_size
-        self.penalties = tuple(penalties)
+        self.term: nn.Module | None = None  # the module of the term that has one
+        if regulariser is not None:
+            self.weight_decay, self.classifier_decay = TERMS[regulariser.name].decays(regulariser)
+            terms = (_built(model, regulariser, source, input_size, channels, weights), *terms)
+        self.terms = tuple(terms)
+        for term in self.terms:
+            if term.module is not None:
+                if isinstance(getattr(self, term.slot, None), nn.Module):
+                    raise AFDSError(f"two terms keep their state in {term.slot!r}; give {term.name} another slot")
+                setattr(self, term.slot, term.module)
+        self.needs = frozenset().union(*(term.needs for term in self.terms))
+        self.pairs: tuple[Pair, ...] = tuple(dict.fromkeys(pair for term in self.terms for pair in term.pairs))
         self.teacher: Teacher | None = None
-        self.term: Any = None  # the regulariser's module where it has one
-        self.strength = 0.0 if regulariser is None else regulariser.strength
-        self._kind = None if regulariser is None else KINDS[regulariser.name]
-        self._l2sp: nn.Module | None = None
-        self._names: list[str] = []
-        self._kept: Mapping[str, Tensor] = {}
-        self._widths: dict[str, int] = {}
-        if regulariser is None or self._kind is None:
-            return
-        if self._kind.is_decay:
-            self.weight_decay = self.classifier_decay = regulariser.strength
-        else:
-            self.weight_decay = 0.0
-            self.classifier_decay = 0.0 if self._kind.weights_classifier else regulariser.classifier_decay
-        if not self._kind.needs_source:
-            return
-        if source is None:
-            raise AFDSError(f"the regulariser {regulariser.name!r} needs the source network")
-        setting = Setting(regulariser, model, source, input_size, channels, weights)
-        if self._kind.taps:
-            self._names = feature_names(model, regulariser.features)
-        if self._kind.needs_teacher:
-            self.teacher = Teacher(source, self._names)
-        setattr(self, self._kind.slot, self._kind.build(setting))
-        if channels is not None and self._kind.needs_teacher:
-            self._narrow(setting, channels.kept)
+        if self.needs & TAUGHT:
+            if source is None:
+                raise AFDSError(f"{self.terms[0].name} needs the source network or a teacher; give one")
+            self.teacher = Teacher(source, [pair.teacher for pair in self.pairs])
+        # A network that is differentiated twice is called without the wrapper of several processes, which refuses that.
+        self.calls_wrapper = "gradients" not in self.needs
+        if channels is not None:
+            self._set_alive({p.student: channels.flags(p.teacher, p.teacher_shape[0]) for p in self.pairs})
 
-    def _narrow(self, setting: Setting, kept: Mapping[str, Tensor]) -> None:
-        """The network has only some of the source's channels: those are compared."""
-        head = classifier_name(setting.source)
-        self._kept = {name: kept[name] for name in (*self._names, *(() if self._names else (head,)))}
-        if self._names:
-            self._widths = {name: shape[0] for name, shape in setting.shapes().items()}
-            self.term.set_alive(kept_flags(self._kept, self._widths, self._names))
-        else:
-            self._widths = {head: setting.source.get_submodule(head).in_features}  # type: ignore[dict-item]
-
-    def place(self, device: torch.device) -> None:
-        """Moves the objective and its teacher, which is deliberately no submodule, to a device."""
-        self.to(device)
-        if self.teacher is not None:
-            self.teacher.to(device, torch.channels_last)
+    def place(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        """Moves the objective and its teachers, which are deliberately no submodules, to a device."""
+        self.to(device=device, dtype=dtype)
+        for teacher in (self.teacher, *(getattr(term, "teacher", None) for term in self.terms)):
+            if teacher is not None:
+                teacher.to(device, torch.channels_last, dtype)
 
     @staticmethod
     def classifier(model: nn.Module) -> nn.Module:
@@ -157,19 +130,20 @@ class Objective(nn.Module):
         return model.get_submodule(classifier_name(model))
 
     def prepare(self, batches: Iterator[tuple[Tensor, Tensor]], num_classes: int) -> list[float]:
-        """Trains a detached attention beforehand; nothing to do for the others."""
-        teacher = self.teacher
-        if not isinstance(self.term, AFDLoss) or self.term.mode != "detached" or teacher is None:
-            return []
-        device = next(self.term.parameters()).device
-        return fit_attention(self.term, lambda images: teacher(images.to(device))[1], batches, num_classes)
+        """Trains what stays fixed during the run, such as a detached attention; nothing to do for the others."""
+        device = next((p.device for p in self.parameters()), torch.device("cpu"))
+
+        def features(images: Tensor) -> Mapping[str, Tensor]:
+            return self._teach(images.to(device))[1]
+
+        return [loss for term in self.terms for loss in term.prepare(features, batches, num_classes)]
 
     def inherit(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over what the objective of the larger network before has learnt; its starting point is made anew."""
-        own = {name: value for name, value in state.items() if not name.startswith("_l2sp.")}
-        mine = {name for name in self.state_dict() if not name.startswith("_l2sp.")}
-        if set(own) != mine:
-            raise AFDSError(f"the state of another regulariser than {self.regulariser} cannot be taken over")
+        """Takes over what the objective of the larger network before has learnt, where a term's state goes on."""
+        anew = tuple(f"{term.slot}." for term in self.terms if not term.inherited)
+        own = {name: value for name, value in state.items() if not name.startswith(anew)}
+        if set(own) != {name for name in self.state_dict() if not name.startswith(anew)}:
+            raise AFDSError(f"the state of another regulariser than {self.terms[0].name} cannot be taken over")
         flags = {n: b.clone() for n, b in self.named_buffers() if "alive" in n}
         self.load_state_dict(own, strict=False)
         for name, flag in flags.items():  # the masks are this network's own
@@ -177,46 +151,62 @@ class Objective(nn.Module):
 
     def masks_changed(self, model: nn.Module) -> None:
         """Leaves channels that the masks prove zero out of the feature terms."""
-        if self._names and not self._kept:
-            self.term.set_alive(living_channels(model, self._names, self.input_size))
+        if self.channels is None and any(hasattr(term.module, "set_alive") for term in self.terms):
+            self._set_alive(living_channels(model, [pair.student for pair in self.pairs], self.input_size))
 
-    def forward(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Mapping[str, Tensor], Tensor]:
+    def _set_alive(self, flags: Mapping[str, Tensor]) -> None:
+        for term in self.terms:
+            if hasattr(term.module, "set_alive"):
+                term.module.set_alive({pair.student: flags[pair.student] for pair in term.pairs})
+
+    def forward(
+        self, model: nn.Module, images: Tensor, labels: Tensor, step: int = 0
+    ) -> tuple[Tensor, Mapping[str, Tensor], Tensor]:
         """(loss, named terms, logits) of one batch. Terms that are no losses, such as the entropy, are only logged."""
         inner = getattr(model, "module", model)
+        if "gradients" in self.needs:
+            images = images.detach().requires_grad_()
+        # The student's own pass, watched by the terms.
         with ExitStack() as stack:
-            features = stack.enter_context(taps(inner, self._names))
-            inputs = stack.enter_context(_classifier_inputs(inner, self.teacher is not None and not self._names))
-            for penalty in self.penalties:
-                stack.enter_context(penalty.watch(inner))
-            logits = model(images)
-        loss = nn.functional.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
-        terms: dict[str, Tensor] = {"cross_entropy": loss}
-        if self._kind is not None and self._kind.needs_source:
-            measured = self._measure(features, inputs, images)
-            terms |= measured
-            if self._kind.weighted:
-                for value in measured.values():
-                    loss = loss + value
-            else:
-                # The first entry is the loss; the others (the attention's entropy) are only watched.
-                loss = loss + self.strength * next(iter(measured.values()))
-        for penalty in self.penalties:
-            loss, added = penalty.add(loss, inner, images, logits, labels)
-            terms |= added
-        return loss, terms, logits
-
-    def _measure(self, features: Mapping[str, Tensor], inputs: list[Tensor], images: Tensor) -> dict[str, Tensor]:
-        assert self._kind is not None
-        source_logits, source_features = (None, {}) if self.teacher is None else self.teacher(images)
-        if self._kept and self._names:
-            features = {n: widened(x, self._kept[n], self._widths[n]) for n, x in features.items()}
-        entering = inputs[0] if inputs else None
-        if self._kept and entering is not None:
-            ((head, kept),) = self._kept.items()
-            entering = widened(entering, kept, self._widths[head])
-        return self._kind.measure(
-            getattr(self, self._kind.slot), Seen(features, entering, source_features, source_logits)
+            features = stack.enter_context(taps(inner, [pair.student for pair in self.pairs]))
+            inputs = stack.enter_context(_classifier_inputs(inner, "inputs" in self.needs))
+            for term in self.terms:
+                stack.enter_context(term.watch(inner))
+            logits = (model if self.calls_wrapper else inner)(images)
+        cross_entropy = nn.functional.cross_entropy(
+            full_precision(logits), labels, label_smoothing=self.label_smoothing
         )
+        loss, logged = self.hard * cross_entropy, {"cross_entropy": cross_entropy}
+        if not self.terms:
+            return loss, logged, logits
+        # The teacher's pass, and what both give brought to the same channels.
+        taught, teacher = self._teach(images.detach())
+        entering = inputs[0] if inputs else None
+        if self.channels is not None:
+            features = {p.student: self.channels.widened(features[p.student], p.teacher, p.teacher_shape[0])
+                        for p in self.pairs}  # fmt: skip
+            if entering is not None:
+                entering = self.channels.widened_inputs(entering)
+        batch = Batch(
+            inner, images, labels, logits, features, teacher, entering, taught, label_smoothing=self.label_smoothing,
+            gradients=lambda: self._gradients(images, labels, logits), step=step,
+        )  # fmt: skip
+        for term in self.terms:
+            loss, added = term.add(loss, batch)
+            logged |= added
+        return loss, logged, logits
+
+    def _teach(self, images: Tensor) -> tuple[Tensor | None, Mapping[str, Tensor]]:
+        """The teacher's logits, and its features by the student's layers."""
+        if self.teacher is None:
+            return None, {}
+        logits, features = self.teacher(images)
+        return logits, {pair.student: features[pair.teacher] for pair in self.pairs}
+
+    def _gradients(self, images: Tensor, labels: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.teacher is not None
+        own = input_gradient(logits, labels, images)
+        return own, self.teacher.input_gradient(images.detach(), labels)
 
     @torch.no_grad()
     def diagnostics(self, model: nn.Module) -> dict[str, float]:
@@ -229,6 +219,25 @@ class Objective(nn.Module):
             decay = self.classifier_decay if id(parameter) in head else self.weight_decay
             total += decay / 2 * float(parameter.square().sum()) if decay else 0.0
         return {"l2": total}
+
+
+def _built(
+    model: nn.Module,
+    regulariser: Regulariser,
+    source: nn.Module | None,
+    input_size: tuple[int, int, int],
+    channels: Channels | None,
+    weights: Mapping[str, Tensor] | None,
+) -> Term:
+    """The term of a regulariser, with the layers that it compares and the source's channels that the model has."""
+    kind, pairs = TERMS[regulariser.name], ()
+    if kind.needs and source is None:
+        raise AFDSError(f"the regulariser {regulariser.name!r} needs the source network")
+    if source is not None and "layers" in kind.needs:
+        names = [feature_names(network, regulariser.features) for network in (model, source)]
+        pairs = pair_layers(model, source, *names, input_size)
+    reference = source if channels is None else channels.reference
+    return kind(TermContext(regulariser, model, pairs, source, reference, weights))
 
 
 @contextmanager

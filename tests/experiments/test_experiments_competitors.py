@@ -18,13 +18,14 @@ from afdslib.experiments.afs import MODEL, OBJECTIVE, DataSource
 from afdslib.experiments.competitors import KEPT, DenseRun, FBSGatesRun, FBSRun, NarrowRun, PrunedRun, Selection
 from afdslib.experiments.delta import WEIGHTS, ChannelWeightsRun
 from afdslib.experiments.extended import ExtendedSourceRun
-from afdslib.losses import DELTALoss, at_loss, kd_loss, lwf_loss
+from afdslib.losses import TERMS, Batch, DELTALoss, at_loss, kd_loss, lwf_loss
+from afdslib.losses.kd import Distil
+from afdslib.losses.sparsity import GateL1, ScaleL1
 from afdslib.pruning import boosted, settle
 from afdslib.training import loop
 from afdslib.training.features import Teacher, feature_names, taps
 from afdslib.training.kept_channels import matching
-from afdslib.training.objective import REGULARISERS, Objective, Regulariser
-from afdslib.training.penalties import Distil, GateL1, ScaleL1
+from afdslib.training.objective import Objective, Regulariser
 
 SIZE = (3, tiny.SIZE, tiny.SIZE)
 STAGE = tiny.settings(3, log_rows=3)
@@ -50,7 +51,7 @@ def halves(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {g.name: tuple(range(0, g.width, 2)) for g in groups(model, SIZE)}
 
 
-@pytest.mark.parametrize("name", REGULARISERS)
+@pytest.mark.parametrize("name", TERMS)
 def test_on_a_pruned_network_a_regulariser_compares_the_kept_channels(name):
     """Its term is the formula on the source's kept channels, and 0 (or nearly) for the pruned source itself."""
     source = tiny.network(1, stem="cifar").eval()
@@ -258,7 +259,7 @@ def test_the_penalties_are_their_formulas():
     (images, labels), *_ = tiny.batches(4, 4)
     logits = model(images)
     entropy = nn.functional.cross_entropy(logits, labels)
-    loss, terms = ScaleL1(0.5).add(entropy, model, images, logits, labels)
+    loss, terms = ScaleL1(0.5).add(entropy, Batch(model, images, labels, logits))
     scales = sum(float(m.weight.detach().abs().sum()) for m in model.modules() if isinstance(m, nn.BatchNorm2d))
     assert float(terms["slimming"]) == pytest.approx(0.5 * scales, rel=1e-5) and loss == entropy + terms["slimming"]
     penalty, expected, pooled = GateL1(0.5), 0.0, {}
@@ -268,11 +269,11 @@ def test_the_penalties_are_their_formulas():
         gated(images)
     for layer, x in pooled.items():
         expected += float(layer.predictor(x).relu().sum(1).mean())
-    _, terms = penalty.add(entropy, gated, images, logits, labels)
+    _, terms = penalty.add(entropy, Batch(gated, images, labels, logits))
     assert float(terms["gate_l1"]) == pytest.approx(0.5 * expected, rel=1e-4)
     assert len(hooks) == sum(len(layer._forward_pre_hooks) for layer in afs.layers(gated).values())  # none is left
     other = tiny.network(5).eval()
-    loss, _ = Distil(Teacher(other), T=3.0, alpha=0.7).add(entropy, model, images, logits, labels)
+    loss, _ = Distil(3.0, 0.7, Teacher(other)).add(entropy, Batch(model, images, labels, logits))
     torch.testing.assert_close(loss, kd_loss(logits, other(images).detach(), labels, T=3.0, alpha=0.7))
 
 

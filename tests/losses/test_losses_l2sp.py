@@ -46,7 +46,7 @@ def test_the_start_can_be_a_source_network_with_another_classifier():
     source, model = _model(), _model()
     _move(model)
     backbones.reset_classifier(model, 7)
-    terms = L2SP.from_source(model, source, alpha=1.0, beta=1.0)()
+    terms = L2SP(model, alpha=1.0, beta=1.0, reference=dict(source.named_parameters()))()
     own = dict(model.named_parameters())
     wanted = sum(((own[n] - p) ** 2).sum().item() for n, p in source.named_parameters() if not n.startswith("fc."))
     assert terms["l2sp"].item() == pytest.approx(wanted / 2, rel=1e-5)
@@ -56,7 +56,7 @@ def test_the_start_can_be_a_source_network_with_another_classifier():
 def test_parameters_the_source_lacks_decay_to_zero():
     source, model = _model(), _model()
     model.layer1[0].extra = nn.Parameter(torch.full((4,), 2.0))
-    terms = L2SP.from_source(model, source, alpha=1.0, beta=1.0)()
+    terms = L2SP(model, alpha=1.0, beta=1.0, reference=dict(source.named_parameters()))()
     assert terms["l2"].item() == pytest.approx(8.0 + classifier_l2(model, 1.0).item(), rel=1e-6)
 
 

@@ -160,8 +160,8 @@ def lambda_is_zero() -> Iterator[None]:
 
     def init(self: objectives.Objective, model, regulariser=None, *args, **kwargs) -> None:
         original(self, model, regulariser, *args, **kwargs)
-        if regulariser is not None and self.term is not None:
-            self.strength = 0.0
+        for term in self.terms:
+            term.weight = 0.0
 
     with mock.patch.object(objectives.Objective, "__init__", init):
         yield

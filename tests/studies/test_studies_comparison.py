@@ -24,7 +24,7 @@ from afdslib.report import comparison as competitors
 from afdslib.studies import comparison, profiles, statistics, tuning
 from afdslib.studies import protocol as protocol_module
 from afdslib.studies.comparison import Comparison, Tuned
-from afdslib.studies.protocol import REGULARISER_SPACES, SELECTION_SPACES, Axis, Method, Protocol, protocol
+from afdslib.studies.protocol import SELECTION_SPACES, Axis, Method, Protocol, protocol, regulariser_space
 from afdslib.studies.tuning import Outcome
 
 SPACE = (Axis("lr", 1.0, 0.1, 10.0), Axis("kind", "b", choices=("a", "b", None)))
@@ -95,7 +95,7 @@ def test_every_competitor_starts_from_the_plain_source_with_the_source_steps_tha
     chain, kinds = (1.0, 0.5), {}
     for name in SELECTION_SPACES:
         tuned = Tuned(
-            Method("l2", name), defaults("l2", REGULARISER_SPACES),
+            Method("l2", name), {axis.name: axis.default for axis in regulariser_space("l2")},
             defaults(name, SELECTION_SPACES),
         )  # fmt: skip
         point = compared.point(tuned, 0, chain, trial=True)
@@ -115,7 +115,7 @@ def test_every_competitor_starts_from_the_plain_source_with_the_source_steps_tha
 def test_a_budget_that_cannot_be_reached_is_missing_with_its_reason(profile):
     compared = Comparison(profile, rules("afd+afs", "l2+taylor", "l2+width", budgets=(1.0, 1e-4)))
     usual = {m: defaults(m, SELECTION_SPACES) for m in ("taylor", "width")}
-    l2 = defaults("l2", REGULARISER_SPACES)
+    l2 = {axis.name: axis.default for axis in regulariser_space("l2")}
     table = compared.table([(Tuned(Method("l2", m), l2, usual[m]), 0, (1.0, 1e-4)) for m in usual])
     assert table.empty
     assert all("cannot be reached" in m["reason"] and "cost" in m["reason"] for m in table.attrs["missing"])
@@ -470,7 +470,7 @@ def test_narrower_networks_can_be_left_out_between_the_unpruned_one_and_the_endp
 def test_the_first_trial_of_afs_is_at_the_profiles_own_settings(profile):
     compared = Comparison(profile, rules("afd+afs", "l2+taylor"))
     space = protocol_module.selection_space("afs", profile)
-    l2, usual = defaults("l2", REGULARISER_SPACES), {axis.name: axis.default for axis in space}
+    l2, usual = ({axis.name: axis.default for axis in axes} for axes in (regulariser_space("l2"), space))
     point = compared.point(Tuned(Method("l2", "afs"), l2, usual), 0, (1.0, 0.5))
     assert (point.delta_s, point.density_exponent) == (profile.delta_s, 0.5) and profile.delta_s != 0.01
     for mine, theirs in ((point.optimisation, profile.transfer), (point.tuning, profile.tuning)):

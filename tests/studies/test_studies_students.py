@@ -24,9 +24,9 @@ from afdslib.studies.students import DistillationProfile, DistillationStudy, Met
 
 METHODS = (
     Method("alone", Distillation()),
-    Method("at", Distillation("at", BetaSchedule(beta=0.0)), (1.0, 100.0)),
+    Method("at", Distillation("at", BetaSchedule()), (1.0, 100.0)),
     Method("kd", Distillation(hard=0.1, soft=0.9)),
-    Method("at-kd", Distillation("at", BetaSchedule("cosine", beta=0.0), hard=0.1, soft=0.9), like="at"),
+    Method("at-kd", Distillation("at", BetaSchedule("cosine"), hard=0.1, soft=0.9), like="at"),
 )
 STUDENT = Network("wrn-10-1")
 

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from afdslib.report.plots.style import Look, look, percent, styled
 from afdslib.report.plots.sweep import QUANTITIES, draw_line, macs_axis, seeds_text, shifts
-from afdslib.studies.protocol import LABELS, RECALLED, Method
+from afdslib.studies.protocol import RECALLED, Method, label_of
 
 __all__ = ["competitor_trials", "competitors", "paired"]
 
@@ -22,7 +22,7 @@ ROLES = {"competitor": ("competitor", "#000000", "o"), "part": ("AFD or AFS alon
 
 
 def _panel(selection: str) -> str:
-    return NARROWER if selection.startswith("width") else LABELS[selection]
+    return NARROWER if selection.startswith("width") else label_of(selection)
 
 
 def _look(regulariser: str, selection: str) -> Look:
@@ -32,9 +32,9 @@ def _look(regulariser: str, selection: str) -> Look:
         base = look(selection)
         if regulariser == "l2":
             return base
-        return replace(base, label=f"{base.label}, {LABELS[regulariser]}", colour=look(name).colour)
+        return replace(base, label=f"{base.label}, {label_of(regulariser)}", colour=look(name).colour)
     base = look(name)
-    return base if name == regulariser else replace(base, label=LABELS[regulariser], line=":")
+    return base if name == regulariser else replace(base, label=label_of(regulariser), line=":")
 
 
 @styled
@@ -121,7 +121,7 @@ STAGES = {
 
 
 def _name(stage: str, name: str) -> str:
-    return Method.parse(name).label if stage == "strength" else LABELS[name]
+    return Method.parse(name).label if stage == "strength" else label_of(name)
 
 
 def _strip(ax: Axes, table: pd.DataFrame, *, chosen: bool) -> None:
