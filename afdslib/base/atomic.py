@@ -6,7 +6,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,9 @@ _SUFFIX = ".part"
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Gives a temporary path in the same folder; leaving the block without an error renames it to `path`.
+    """Gives a temporary path in the same folder, which is made; leaving the block without an error renames it.
 
-    A process killed inside the block leaves the old file as it was, and at most a hidden `.NAME.*.part` beside it. The
-    folder is made if it is missing.
+    A process killed inside the block leaves the old file as it was, and at most a hidden `.NAME.*.part` beside it.
 
     Raises:
         AFDSError: The folder cannot be written or is full. Nothing is left half written.
@@ -37,23 +36,15 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.replace(part, path)
         _sync_folder(path.parent)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise AFDSError(
-            f"cannot write {path}: {reason}; free space there, mend its permissions or choose another folder"
-        ) from error
+        advice = "free space there, mend its permissions or choose another folder"
+        raise AFDSError(f"cannot write {path}: {error.strerror or error}; {advice}") from error
     finally:
-        try:
+        with suppress(OSError):  # the folder itself cannot be reached: the error above already says so
             part.unlink(missing_ok=True)
-        except OSError:
-            pass  # the folder itself cannot be reached: the error above already says so
 
 
 def output_path(path: str | Path) -> Path:
-    """A file that a user asks for, checked before anything is computed: no folder is made for a mistyped name.
-
-    Raises:
-        AFDSError: its folder does not exist, or it is a folder itself.
-    """
+    """A file that a user asks for: refused before anything is computed if its folder does not exist, or it is one."""
     path = Path(path)
     if not path.parent.is_dir():
         raise AFDSError(f"the folder {path.parent} of {path} does not exist; create it, or give another")
@@ -64,16 +55,12 @@ def output_path(path: str | Path) -> Path:
 
 def _sync_folder(folder: Path) -> None:
     """Makes the rename itself durable, where the file system allows it."""
-    try:
+    with suppress(OSError):  # some network file systems refuse to sync folders
         handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass  # some network file systems refuse to sync folders
-    finally:
-        os.close(handle)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_text(path: str | Path, text: str) -> None:

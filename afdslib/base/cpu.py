@@ -16,8 +16,6 @@ from torch.overrides import TorchFunctionMode
 
 __all__ = ["fast_bf16", "has_bf16_instructions", "has_onednn_fault", "keep_freed_memory", "safe_gradients"]
 
-# ---------------------------------------------------------------------------------------------------------------- bf16
-
 
 def has_bf16_instructions() -> bool:
     """Whether torch's convolutions use this CPU's bf16 instructions (or oneDNN's own stand-in for them)."""
@@ -25,10 +23,7 @@ def has_bf16_instructions() -> bool:
 
 
 class _InFloat32(TorchFunctionMode):
-    """What autocast would run in bf16 on the CPU runs in float32 between roundings to bf16.
-
-    That is what the instructions of other CPUs do, up to the order of the sums, in the backward pass, too.
-    """
+    """What autocast would run in bf16 on the CPU runs in float32 between roundings, as by the CPUs' instructions."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -46,28 +41,21 @@ def _rounded(value: Any) -> Any:
 
 
 def fast_bf16(where: torch.device, precision: str) -> AbstractContextManager:
-    """A block in which autocast to bf16 is fast on this device, if `precision` is "bf16"; else it does nothing.
-
-    Torch's own bf16 kernels take ten times as long as float32 on a CPU with AVX2 only.
-    """
+    """A block in which autocast to bf16 is fast; on a CPU with AVX2 only, torch's kernels take ten times as long."""
     wanted = precision == "bf16" and where.type == "cpu" and not has_bf16_instructions()
     return _InFloat32() if wanted else nullcontext()
 
-
-# -------------------------------------------------------------------------------------------------------------- memory
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MOST = -1, -3, 2**31 - 1  # of <malloc.h>
 
 
 @functools.cache
 def keep_freed_memory() -> bool:
-    """Asks glibc to keep freed blocks of up to 2 GB. Once per process; a user's own MALLOC_* settings stay as they are.
+    """Asks glibc to keep freed blocks of up to 2 GB, and says whether it does; a user's MALLOC_* settings stay.
 
     By default each next feature map costs a page fault per 4 kB. Evaluating the gated network of imagenet32 at batch
-    256 took 0.42 s instead of 0.71 s, an AFDS step 0.38 s instead of 0.46 s (one thread, bf16).
-
-    Returns:
-        Whether it does now; False on other systems, and where glibc refuses such a threshold (before 2.35).
+    256 took 0.42 s instead of 0.71 s, an AFDS step 0.38 s instead of 0.46 s (one thread, bf16). Before 2.35, glibc
+    refuses such a threshold.
     """
     own = any(name.startswith("MALLOC_") for name in os.environ)
     if own or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or not sys.platform.startswith("linux"):
@@ -78,9 +66,6 @@ def keep_freed_memory() -> bool:
         return False
     # The order matters: with the second alone, blocks above 128 kB would always be returned.
     return bool(mallopt(_MMAP_THRESHOLD, _MOST) and mallopt(_TRIM_THRESHOLD, _MOST))
-
-
-# -------------------------------------------------------------------------------------------------------------- oneDNN
 
 
 @functools.cache

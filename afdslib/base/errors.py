@@ -4,10 +4,7 @@ __all__ = ["AFDSError", "BusyError", "DivergedError", "UnreachableError"]
 
 
 class AFDSError(ValueError):
-    """A mistake of the caller, told in one sentence: what is wrong, which value, what to do.
-
-    The command line prints it without a traceback and exits with code 2.
-    """
+    """A mistake of the caller, in one sentence: what is wrong, which value, what to do; exit code 2."""
 
 
 class BusyError(AFDSError):

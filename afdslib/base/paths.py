@@ -15,8 +15,7 @@ __all__ = ["root", "runs", "raw_data", "cache", "results", "weights", "figures",
 
 
 def _variable(name: str) -> Path | None:
-    value = os.environ.get(name)
-    return Path(value).expanduser().resolve() if value else None
+    return Path(os.environ[name]).expanduser().resolve() if os.environ.get(name) else None
 
 
 def _project() -> Path | None:

@@ -34,17 +34,11 @@ _BATCH, _PENDING = 16, 256  # images per task of a thread, and images decoded be
 
 
 class Decoded(NamedTuple):
-    """Decoded images.
+    """Decoded images."""
 
-    Attributes:
-        images: uint8 (N, size, size, 3), or None if they were only looked at
-        listing: what they are; corrupt images are left out
-        corrupt: why an image could not be decoded, by its name
-    """
-
-    images: np.ndarray | None
-    listing: Listing
-    corrupt: dict[str, str]
+    images: np.ndarray | None  # uint8 (N, size, size, 3), or None if they were only looked at
+    listing: Listing  # without the corrupt images
+    corrupt: dict[str, str]  # why an image could not be decoded, by its name
 
 
 def _folder(name: str, size: int | None, content: str) -> Path:
@@ -63,13 +57,9 @@ def load_cache(name: str, size: int | None, content: str) -> Decoded | None:
             if not whole or images.dtype != np.uint8 or images.shape != (len(index["targets"]), size, size, 3):
                 return None
         listing = Listing(
-            index["relative"],
-            np.array(index["targets"], dtype=np.int64),
-            np.array(index["parts"], dtype=np.int8),
-            tuple(index["classes"]),
-            captions=tuple(index["captions"]),
-            left_out=tuple(index["left_out"]),
-        )
+            index["relative"], np.array(index["targets"], dtype=np.int64), np.array(index["parts"], dtype=np.int8),
+            tuple(index["classes"]), tuple(index["captions"]), left_out=tuple(index["left_out"]),
+        )  # fmt: skip
         return Decoded(images, listing, dict(index["corrupt"]))
     except (OSError, ValueError, KeyError, TypeError, EOFError):
         return None
@@ -128,7 +118,7 @@ def _build(folder: Path, size: int | None, source: Source, listing: Listing) -> 
             _header(file, len(source), size)
         for row, pixels in enumerate(bar):
             if isinstance(pixels, CorruptImageError):
-                corrupt[source.name(row)] = str(pixels)
+                corrupt[listing.relative[row] if listing.relative else f"image {row}"] = str(pixels)
                 continue
             rows.append(row)
             if pixels is not None:

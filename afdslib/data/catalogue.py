@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from afdslib.base.errors import AFDSError
-from afdslib.data import imagenet, splits, trees
+from afdslib.data import imagenet, trees
 from afdslib.data.sources import FILES, Remote
 from afdslib.data.trees import TEST, TRAIN, Listing
 
@@ -23,14 +23,14 @@ class Layout:
 
     Attributes:
         remotes: its files
-        markers: paths that exist below a folder that holds the extracted set
+        markers: paths below the folder of the extracted set, by which it is recognised
         read: from that folder to a Listing
         note: what a reader of results has to know about this form
     """
 
     remotes: tuple[Remote, ...]
     markers: tuple[str, ...]
-    read: Callable[[Path], Listing]
+    read: trees.Reader
     note: str = ""
 
 
@@ -81,102 +81,68 @@ def digits() -> Listing:
     bunch = load_digits()
     grey = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
     parts = np.full(len(grey), trees.UNSPLIT, dtype=np.int8)
-    return Listing(
-        [], bunch.target.astype(np.int64), parts, tuple("0123456789"), images=np.repeat(grey[..., None], 3, axis=3)
-    )
+    images = np.repeat(grey[..., None], 3, axis=3)
+    return Listing([], bunch.target.astype(np.int64), parts, tuple("0123456789"), images=images)
 
 
 def target_40(classes: tuple[str, ...]) -> list[str]:
-    """The 40 classes of the target set: the smallest sha256 of "afds-target40:" + class name, in sorted order. [ours]
-
-    A rule that no library's random generator can change.
-    """
+    """The 40 classes of the target set: the smallest sha256 of "afds-target40:" + class name, sorted. [ours]"""
     ranked = sorted(classes, key=lambda name: hashlib.sha256(f"afds-target40:{name}".encode()).hexdigest())
     return sorted(ranked[:40])
 
 
 def _source_160(classes: tuple[str, ...]) -> list[str]:
-    target = set(target_40(classes))
-    return [name for name in classes if name not in target]
+    return sorted(set(classes) - set(target_40(classes)))
 
 
-def _one(name: str, markers: tuple[str, ...], read: Callable[[Path], Listing], note: str = "") -> tuple[Layout, ...]:
-    return (Layout(FILES[name], markers, read, note),)
+def _set(name: str, markers: tuple[str, ...], read: trees.Reader, *, note: str = "", **rules) -> DataSet:
+    """A set of one layout."""
+    return DataSet(name, (Layout(FILES[name], markers, read, note),), **rules)
 
 
-def _below(folder_name: str) -> Callable[[Path], Listing]:
-    """Read the ImageFolder tree in a sub-folder, with paths relative to the folder above."""
+def _tree(name: str, test: str, note: str = "", files: str = "") -> Layout:
+    """An ImageFolder tree in a folder of the set's name; paths are relative to the folder above."""
 
     def read(folder: Path) -> Listing:
-        found = trees.image_folder(folder / folder_name)
-        relative = [f"{folder_name}/{name}" for name in found.relative]
-        return replace(found, relative=relative)
+        listing = trees.image_folder(folder / name)
+        return replace(listing, relative=[f"{name}/{path}" for path in listing.relative])
 
-    return read
+    return Layout(FILES[files or name], (f"{name}/train", f"{name}/{test}"), read, note)
 
 
-_TINY = _one(
-    "tiny-imagenet-32",
-    ("tiny-imagenet-32/train", "tiny-imagenet-32/val"),
-    _below("tiny-imagenet-32"),
-    "stored as 32 px JPEG",
-)
+_TINY = DataSet("tiny-imagenet-32", (_tree("tiny-imagenet-32", "val", "stored as 32 px JPEG"),), size=32)
 
 
 def _digits(chosen: str | None) -> DataSet:
     """All or some digits. A mirrored digit is another glyph. Writers are not known, so one may be in both halves."""
     return DataSet(
-        "digits",
-        (),
-        size=32,
-        flip=False,
-        border=0,
-        parts=splits.alternate_test,
+        "digits", (), size=32, flip=False, border=0, parts=trees.alternate_test, validation_per_class=20,
         choose=None if chosen is None else lambda classes: list(chosen),
-        validation_per_class=20,
-    )
+    )  # fmt: skip
 
 
 SETS: dict[str, DataSet] = {
-    "stanford-dogs": DataSet(
-        "stanford-dogs",
-        _one("stanford-dogs", ("Images", "train_list.mat", "test_list.mat"), trees.stanford_dogs),
-    ),
-    "mit-indoors": DataSet(
-        "mit-indoors", _one("mit-indoors", ("Images", "TrainImages.txt", "TestImages.txt"), trees.mit_indoors)
-    ),
+    "stanford-dogs": _set("stanford-dogs", ("Images", "train_list.mat", "test_list.mat"), trees.stanford_dogs),
+    "mit-indoors": _set("mit-indoors", ("Images", "TrainImages.txt", "TestImages.txt"), trees.mit_indoors),
     # 20 test images per class [our reading]; they are the same for all seeds [ours].
-    "caltech-256": DataSet(
-        "caltech-256",
-        _one("caltech-256", ("256_ObjectCategories",), trees.caltech_256),
-        parts=lambda listing: splits.fixed_test(listing, 20),
+    "caltech-256": _set(
+        "caltech-256", ("256_ObjectCategories",), trees.caltech_256, parts=lambda one: trees.fixed_test(one, 20)
     ),
-    "cub-200-2011": DataSet(
-        "cub-200-2011",
-        _one("cub-200-2011", ("CUB_200_2011/images", "CUB_200_2011/images.txt"), trees.cub_200_2011),
-    ),
-    "food-101": DataSet("food-101", _one("food-101", ("food-101/images", "food-101/meta"), trees.food_101)),
-    "imagenet": DataSet("imagenet", _one("imagenet", ("train", "val"), imagenet.tree)),
+    "cub-200-2011": _set("cub-200-2011", ("CUB_200_2011/images", "CUB_200_2011/images.txt"), trees.cub_200_2011),
+    "food-101": _set("food-101", ("food-101/images", "food-101/meta"), trees.food_101),
+    "imagenet": _set("imagenet", ("train", "val"), imagenet.tree),
     "cifar10": DataSet(
         "cifar10",
         (
-            Layout(
-                FILES["cifar10-jpeg"],
-                ("cifar10/train", "cifar10/test"),
-                _below("cifar10"),
-                "stored as JPEG, so not bit-identical to the original arrays",
-            ),
+            _tree("cifar10", "test", "stored as JPEG, so not bit-identical to the original arrays", "cifar10-jpeg"),
             Layout(FILES["cifar10"], ("cifar-10-batches-py",), _cifar10_python, "the original arrays"),
         ),
         size=32,
     ),
-    "tiny-imagenet-32": DataSet("tiny-imagenet-32", _TINY, size=32),
-    "tiny-imagenet-32-source160": DataSet("tiny-imagenet-32", _TINY, size=32, choose=_source_160),
-    "tiny-imagenet-32-target40": DataSet("tiny-imagenet-32", _TINY, size=32, choose=target_40),
-    "hymenoptera-160": DataSet(
-        "hymenoptera-160",
-        _one("hymenoptera-160", ("hymenoptera-160/train", "hymenoptera-160/test"), _below("hymenoptera-160")),
-    ),
+    "tiny-imagenet-32": _TINY,
+    "tiny-imagenet-32-source160": replace(_TINY, choose=_source_160),
+    "tiny-imagenet-32-target40": replace(_TINY, choose=target_40),
+    "hymenoptera-160": DataSet("hymenoptera-160", (_tree("hymenoptera-160", "test"),)),
     "digits": _digits(None),
     "digits-0-4": _digits("01234"),
     "digits-5-9": _digits("56789"),

@@ -7,6 +7,7 @@ workers nor the order of visits nor a resume changes an image.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -19,12 +20,23 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from afdslib.base.errors import AFDSError
 from afdslib.data.images import MEAN, STD, centre_box, read_rgb, resize_shorter, resized_to
 
-__all__ = ["ImageDataset", "ArrayImages", "FileImages", "Files", "Arrays", "collate", "loader", "PAD", "generator"]
+__all__ = [
+    "PAD", "ArrayImages", "Arrays", "FileImages", "Files", "ImageDataset", "Source", "check_whole", "collate",
+    "generator", "loader",
+]  # fmt: skip
 
 PAD = 4
 
 _SCALE = torch.tensor([1.0 / (255.0 * s) for s in STD]).view(1, 3, 1, 1)
 _SHIFT = torch.tensor([-m / s for m, s in zip(MEAN, STD, strict=True)]).view(1, 3, 1, 1)
+
+
+def check_whole(name: str, value: object, least: int, *, none: bool = False) -> None:
+    """Refuses what is no whole number of at least `least` (or None, where that is allowed)."""
+    if none and value is None:
+        return
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)) or value < least:
+        raise AFDSError(f"{name} must be a whole number of at least {least}{' or None' if none else ''}, not {value!r}")
 
 
 def generator(*key: int) -> np.random.RandomState:
@@ -55,8 +67,7 @@ class ImageDataset(Dataset):
         targets: int64 array (N,)
         classes: names, indexed by target
         size: side of the images in pixels
-        augment: whether crop and flip are random
-        flip: whether augmentation may mirror an image
+        augment, flip: whether crop and flip are random; whether augmentation may mirror an image
     """
 
     def __init__(
@@ -95,11 +106,7 @@ class ImageDataset(Dataset):
         return images[0], int(targets[0])
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """A collated batch.
-
-        Returns:
-            images float32 (B, 3, size, size), normalised; targets int64 (B,).
-        """
+        """A collated batch: images float32 (B, 3, size, size), normalised; targets int64 (B,)."""
         raise NotImplementedError
 
     def raw(self, index: int) -> np.ndarray:
@@ -124,19 +131,9 @@ class ArrayImages(ImageDataset):
     """
 
     def __init__(
-        self,
-        images: np.ndarray,
-        rows: np.ndarray,
-        targets: np.ndarray,
-        classes: Sequence[str],
-        *,
-        augment: bool,
-        flip: bool = True,
-        seed: int = 0,
-        border: int | None = None,
-        reflect: bool = False,
-        sharpness: float = 0.0,
-    ) -> None:
+        self, images: np.ndarray, rows: np.ndarray, targets: np.ndarray, classes: Sequence[str], *, augment: bool,
+        flip: bool = True, seed: int = 0, border: int | None = None, reflect: bool = False, sharpness: float = 0.0,
+    ) -> None:  # fmt: skip
         self.border, self.reflect, self.sharpness = border, reflect, sharpness
         self._images = images
         self._rows = np.asarray(rows, dtype=np.int64)
@@ -193,39 +190,31 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def name(self, row: int) -> str: ...
-
     def read(self, row: int) -> Image.Image: ...
 
 
+@dataclass(frozen=True)
 class Files:
     """Image files below a folder."""
 
-    def __init__(self, folder: Path, relative: Sequence[str]) -> None:
-        self.folder = folder
-        self.relative = list(relative)
+    folder: Path
+    relative: list[str]
 
     def __len__(self) -> int:
         return len(self.relative)
-
-    def name(self, row: int) -> str:
-        return self.relative[row]
 
     def read(self, row: int) -> Image.Image:
         return read_rgb(self.folder / self.relative[row])
 
 
+@dataclass(frozen=True)
 class Arrays:
     """Images that come as one uint8 array (M, H, W, 3)."""
 
-    def __init__(self, images: np.ndarray) -> None:
-        self.images = images
+    images: np.ndarray
 
     def __len__(self) -> int:
         return len(self.images)
-
-    def name(self, row: int) -> str:
-        return f"image {row}"
 
     def read(self, row: int) -> Image.Image:
         return Image.fromarray(self.images[row])
@@ -234,25 +223,14 @@ class Arrays:
 class FileImages(ImageDataset):
     """Images opened when asked for, for sizes above 64 px; worker processes do the decoding.
 
-    Training: shorter side to size*256/224, random crop, mirror with probability 1/2. Otherwise the centre crop.
-
-    Args:
-        source: gives the images
-        rows: int64 (N,): which images of the source are in this split
+    Training: shorter side to size*256/224, random crop, mirror with probability 1/2. Otherwise the centre crop. `rows`
+    (int64, N) are the images of `source` that are in this split.
     """
 
     def __init__(
-        self,
-        source: Source,
-        rows: np.ndarray,
-        targets: np.ndarray,
-        classes: Sequence[str],
-        *,
-        size: int,
-        augment: bool,
-        flip: bool = True,
-        seed: int = 0,
-    ) -> None:
+        self, source: Source, rows: np.ndarray, targets: np.ndarray, classes: Sequence[str], *, size: int,
+        augment: bool, flip: bool = True, seed: int = 0,
+    ) -> None:  # fmt: skip
         self._source = source
         self._rows = np.asarray(rows, dtype=np.int64)
         self.shorter = round(size * 256 / 224)
@@ -287,15 +265,9 @@ def collate(batch):
 
 
 def loader(ds: ImageDataset, batch_size: int, *, workers: int = 0, drop_last: bool = False) -> DataLoader:
-    """Batches in order, for statistics and evaluation.
-
-    Raises:
-        AFDSError: `batch_size` is not a positive or `workers` not a non-negative whole number
-    """
-    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-        raise AFDSError(f"batch_size must be a whole number of at least 1, not {batch_size!r}")
-    if not isinstance(workers, int) or isinstance(workers, bool) or workers < 0:
-        raise AFDSError(f"workers must be a whole number of at least 0, not {workers!r}")
+    """Batches in order, for statistics and evaluation."""
+    check_whole("batch_size", batch_size, 1)
+    check_whole("workers", workers, 0)
     return DataLoader(
         ds, batch_size=batch_size, shuffle=False, num_workers=workers, drop_last=drop_last, collate_fn=collate
     )

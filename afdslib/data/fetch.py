@@ -113,9 +113,9 @@ def _pin_path(file: Path) -> Path:
 
 
 def pin(file: Path, remote: Remote) -> None:
-    """Record, beside a file whose checksum no source gives, its sha256, if that has not been done.
+    """Record the sha256 of a file whose checksum no source gives beside it, after it was read without error.
 
-    Called after the file was read without error. A file in a read-only folder is used without a pin.
+    A file in a read-only folder is used without a pin.
     """
     if remote.checksum is not None or _pin_path(file).exists():
         return
@@ -127,26 +127,16 @@ def pin(file: Path, remote: Remote) -> None:
 
 
 def check_size(file: Path, remote: Remote) -> None:
-    """Check a file's size where a source gives one; the file is not opened.
-
-    Raises:
-        AFDSError: it differs
-    """
+    """Check a file's size where a source gives one; the file is not opened."""
     size = file.stat().st_size
     if remote.size is not None and size != remote.size:
         state = "truncated" if size < remote.size else "not the published file"
-        raise AFDSError(
-            f"the file {file} is {state}: it has {size:,} bytes instead of {remote.size:,}: delete it and fetch it "
-            "again"
-        )
+        counts = f"it has {size:,} bytes instead of {remote.size:,}"
+        raise AFDSError(f"the file {file} is {state}: {counts}: delete it and fetch it again")
 
 
 def verify(file: Path, remote: Remote) -> None:
-    """Check size and checksum where a source gives them, else the pin.
-
-    Raises:
-        AFDSError: one of them differs
-    """
+    """Check size and checksum where a source gives them, else the pin."""
     check_size(file, remote)
     if remote.checksum is not None:
         algorithm, expected = remote.checksum.split(":")
@@ -170,11 +160,7 @@ def verify(file: Path, remote: Remote) -> None:
 
 
 def download(name: str, remote: Remote, missing: list[Remote]) -> None:
-    """Download one file into the raw data folder of the set; `missing` are all files to name should that fail.
-
-    Raises:
-        AFDSError: no network, a server's refusal, or a wrong checksum
-    """
+    """Download one file into the raw data folder of the set; `missing` are all files to name should that fail."""
     import pooch  # only a download needs it, and it imports requests
 
     folder = paths.raw_data() / name
@@ -206,19 +192,19 @@ def download(name: str, remote: Remote, missing: list[Remote]) -> None:
 # ----------------------------------------------------------------------------------------------------------- extraction
 
 
-def _check_entry(archive: Path, name: str, sizes: list[int]) -> None:
+def _check_entry(archive: Path, name: str, count: int, size: int) -> None:
     """Refuses an entry that leads out of its folder (Windows spellings included), or one too many.
 
     Args:
-        sizes: entries and bytes so far, this entry included
+        count, size: entries and their bytes, up to this one
     """
     spelled = name.replace("\\", "/")
     if spelled.startswith("/") or ".." in PurePosixPath(spelled).parts or spelled[1:3] == ":/":
         raise _outside(archive, name)
-    if sizes[1] > max(ALLOWED, GROWTH * archive.stat().st_size) or sizes[0] > ENTRIES:
+    if size > max(ALLOWED, GROWTH * archive.stat().st_size) or count > ENTRIES:
         raise AFDSError(
-            f"the archive {archive} grows to more than {sizes[1]:,} bytes in {sizes[0]:,} entries, as no archive of "
-            "images does: nothing was extracted, get it from a source you trust"
+            f"the archive {archive} grows to more than {size:,} bytes in {count:,} entries, as no archive of images "
+            "does: nothing was extracted, get it from a source you trust"
         )
 
 
@@ -242,11 +228,11 @@ class _Entry(tarfile.TarInfo):
 
 
 def _extract_tar(archive: Path, folder: Path) -> int:
-    sizes = [0, 0]
+    count = size = 0
     with tarfile.open(archive, "r:*", tarinfo=_Entry) as tar:
         for member in tqdm(tar, desc=f"extract {archive.name}", unit="file", mininterval=1, disable=None):
-            sizes = [sizes[0] + 1, sizes[1] + member.size]
-            _check_entry(archive, member.name, sizes)
+            count, size = count + 1, size + member.size
+            _check_entry(archive, member.name, count, size)
             try:
                 # The data filter refuses links and special files that reach outside, and drops owners and set-id bits.
                 tar.extract(member, folder, filter="data")
@@ -254,21 +240,21 @@ def _extract_tar(archive: Path, folder: Path) -> int:
                 raise _outside(archive, member.name) from error
         if not getattr(tar, "ended", False):
             raise tarfile.ReadError("its end is missing")
-    return sizes[0]
+    return count
 
 
 def _extract_zip(archive: Path, folder: Path) -> int:
-    sizes = [0, 0]
+    size = 0
     with zipfile.ZipFile(archive) as file:
         members = file.infolist()
-        for member in members:
-            sizes = [sizes[0] + 1, sizes[1] + member.file_size]
-            _check_entry(archive, member.filename, sizes)
+        for count, member in enumerate(members, 1):
+            size += member.file_size
+            _check_entry(archive, member.filename, count, size)
             if stat.S_ISLNK(member.external_attr >> 16):
                 raise _outside(archive, member.filename)
         for member in tqdm(members, desc=f"extract {archive.name}", unit="file", mininterval=1, disable=None):
             file.extract(member, folder)  # reads to the end, so the entry's CRC is checked
-    return sizes[0]
+    return len(members)
 
 
 @contextmanager
@@ -293,22 +279,17 @@ def new_folder(target: Path) -> Iterator[Path]:
 def extract(files: tuple[Path, ...], target: Path, *, stamp: dict | None = None) -> Path:
     """Extract archives, in order, and copy plain files into a new folder `target`, all or nothing.
 
-    A lock keeps a second process from doing the same. `target/.afds.json` records `stamp`; a folder that has it is
-    returned as it is.
-
-    Raises:
-        AFDSError: an archive is truncated or damaged, or holds an entry that leads outside
+    `target/.afds.json` records `stamp`; a folder that has it is returned as it is. A lock keeps other processes out.
     """
     done = target / ".afds.json"
-    if done.is_file():
+    if done.is_file():  # perhaps in a read-only folder, which takes no lock
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
-        if done.is_file():
-            return target
-        with new_folder(target) as folder:
-            entries = sum(_extract_one(file, folder) for file in files)
-            (folder / done.name).write_text(json.dumps({**(stamp or {}), "entries": entries}))
+        if not done.is_file():
+            with new_folder(target) as folder:
+                entries = sum(_extract_one(file, folder) for file in files)
+                (folder / done.name).write_text(json.dumps({**(stamp or {}), "entries": entries}))
     return target
 
 
@@ -331,11 +312,7 @@ def _extract_one(file: Path, folder: Path) -> int:
 
 
 def unpack(name: str, files: list[Path]) -> tuple[Path, str]:
-    """Extract verified files into `raw/<name>/<content hash>`.
-
-    Returns:
-        the folder, and the content hash, which names caches of decoded images too.
-    """
+    """Extract verified files into `raw/<name>/x-<content hash>`; gives that folder and the hash."""
     digests = {file.name: digest(file) for file in files}
     content = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:12]
     target = paths.raw_data() / name / f"x-{content}"

@@ -49,11 +49,7 @@ IMAGENET = Counts(1000, 1_281_167, 50_000)
 
 
 def tree(folder: Path) -> Listing:
-    """The listing of `train/` and `val/`; validation images are the test part.
-
-    Raises:
-        AFDSError: `val/` still is flat, or the tree is none.
-    """
+    """The listing of `train/` and `val/`, refused while `val/` is flat; validation images are the test part."""
     if loose := images(folder / "val"):
         raise AFDSError(
             f"the folder {folder / 'val'} holds {len(loose):,} images outside class folders: sort them with "
@@ -66,60 +62,46 @@ def tree(folder: Path) -> Listing:
 
 
 def read_labels(path: str | Path) -> dict[str, str]:
-    """The class (WordNet id) of each validation image, by file name without suffix.
-
-    Args:
-        path: the devkit (archive or folder) or a CSV; see the module.
-
-    Raises:
-        AFDSError: no such file, another kind of file, or a damaged one.
-    """
+    """The class (WordNet id) of each validation image, by file name without suffix, from a devkit or a CSV."""
     path = Path(path).expanduser()
     if path.name == GROUND_TRUTH:  # its meaning is in meta.mat beside it
         path = path.parent
     if path.is_dir():
         data = path / "data" if (path / "data").is_dir() else path
-        missing = [name for name in (GROUND_TRUTH, META) if not (data / name).is_file()]
-        if missing:
-            raise AFDSError(f"the folder {data} is no ImageNet devkit: it lacks {' and '.join(missing)}")
-        return _devkit((data / GROUND_TRUTH).read_bytes(), (data / META).read_bytes(), path)
+        return _devkit({n: (data / n).read_bytes() for n in (GROUND_TRUTH, META) if (data / n).is_file()}, path)
+    kinds = f"{DEVKIT}, the folder it unpacks to, or a CSV such as {KAGGLE}"
     if not path.is_file():
-        raise AFDSError(f"there is no file {path}: give {DEVKIT}, the folder it unpacks to, or a CSV such as {KAGGLE}")
+        raise AFDSError(f"there is no file {path}: give {kinds}")
     if path.suffix == ".csv":
         return _csv(path)
-    if path.name.endswith((".tar.gz", ".tgz", ".tar")):
-        return _devkit_archive(path)
-    raise AFDSError(f"{path} says no classes: give {DEVKIT}, the folder it unpacks to, or a CSV such as {KAGGLE}")
-
-
-def _devkit_archive(path: Path) -> dict[str, str]:
+    if not path.name.endswith((".tar.gz", ".tgz", ".tar")):
+        raise AFDSError(f"{path} says no classes: give {kinds}")
     if path.name == DEVKIT and digest(path, "md5") != DEVKIT_MD5:
         raise AFDSError(f"{path} has another md5 than {DEVKIT_MD5}: fetch it again from image-net.org")
-    found: dict[str, bytes] = {}
+    contents: dict[str, bytes] = {}
     try:
         with tarfile.open(path) as archive:
             for member in archive:
                 name = member.name.rsplit("/", 1)[-1]
                 if name in (GROUND_TRUTH, META) and (file := archive.extractfile(member)) is not None:
-                    found[name] = file.read()
+                    contents[name] = file.read()
     except (tarfile.TarError, EOFError, OSError) as error:
         raise AFDSError(f"the archive {path} is damaged ({error}): fetch it again from image-net.org") from error
-    if len(found) < 2:
-        raise AFDSError(f"the archive {path} is no ImageNet devkit: it lacks {GROUND_TRUTH} or {META}")
-    return _devkit(found[GROUND_TRUTH], found[META], path)
+    return _devkit(contents, path)
 
 
-def _devkit(ground_truth: bytes, meta: bytes, path: Path) -> dict[str, str]:
+def _devkit(contents: dict[str, bytes], path: Path) -> dict[str, str]:
     from scipy.io import loadmat
 
+    if missing := [name for name in (GROUND_TRUTH, META) if name not in contents]:
+        raise AFDSError(f"{path} is no ImageNet devkit: it lacks {' and '.join(missing)}")
     try:
-        synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
+        synsets = loadmat(io.BytesIO(contents[META]), squeeze_me=True)["synsets"]
         names = {int(i): str(wnid) for i, wnid in zip(synsets["ILSVRC2012_ID"], synsets["WNID"], strict=True)}
-        labels = [names[int(line)] for line in ground_truth.split()]
+        labels = [names[int(line)] for line in contents[GROUND_TRUTH].split()]
     except Exception as error:  # scipy raises many kinds for a damaged .mat
-        raise AFDSError(
-            f"the devkit {path} cannot be read ({type(error).__name__}: {error}): fetch it again"
-        ) from error
+        reason = f"{type(error).__name__}: {error}"
+        raise AFDSError(f"the devkit {path} cannot be read ({reason}): fetch it again") from error
     return {f"ILSVRC2012_val_{number:08d}": wnid for number, wnid in enumerate(labels, start=1)}
 
 
@@ -131,29 +113,21 @@ def _csv(path: Path) -> dict[str, str]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise AFDSError(f"the list {path} cannot be read ({error}): fetch it again") from error
     for number, row in enumerate(rows, start=1):
-        words = row[1].split() if len(row) > 1 else []
-        if number == 1 and not (words and re.fullmatch(r"n\d{8}", words[0])) and _is_header(row):
+        name, words = Path(row[0].strip()), row[1].split() if len(row) > 1 else []
+        header = not name.suffix and not re.search(r"\d", row[0]) and not re.match(r"n\d{8}", " ".join(words))
+        if number == 1 and header:
             continue
         if not words or "/" in words[0] or words[0] in (".", ".."):
             raise AFDSError(f"line {number} of {path} is {','.join(row)[:60]!r}: it needs an image and its class")
-        labels[Path(row[0].strip()).stem] = words[0]
+        labels[name.stem] = words[0]
     return labels
-
-
-def _is_header(row: list[str]) -> bool:
-    return not Path(row[0].strip()).suffix and not re.search(r"\d", row[0])
 
 
 # ------------------------------------------------------------------------------------------------------------ sorting
 
 
 def find_tree(root: str | Path) -> Path:
-    """The folder that holds `train/` and `val/`: `root` itself, or `imagenet`, `ILSVRC2012` or `ILSVRC/Data/CLS-LOC`
-    below it.
-
-    Raises:
-        AFDSError: none of them does.
-    """
+    """The folder with `train/` and `val/`: `root`, or `imagenet`, `ILSVRC2012` or `ILSVRC/Data/CLS-LOC` below it."""
     root = Path(root).expanduser()
     for folder in (root, root / "imagenet", root / "ILSVRC2012", root / "ILSVRC" / "Data" / "CLS-LOC"):
         if (folder / "train").is_dir() and (folder / "val").is_dir():
@@ -164,24 +138,14 @@ def find_tree(root: str | Path) -> Path:
     )
 
 
-def _find_labels(folder: Path) -> Path | None:
-    """The devkit or Kaggle's CSV, in the tree's folder or up to three above it."""
-    for place in (folder, *list(folder.resolve().parents)[:3]):
-        for name in (DEVKIT, DEVKIT.removesuffix(".tar.gz"), KAGGLE):
-            if (place / name).exists():
-                return place / name
-    return None
-
-
 def sort_validation(folder: Path, labels: dict[str, str]) -> int:
-    """Moves each loose image of `val/` into the folder of its class; an interrupted sort goes on where it stopped.
+    """Moves each loose image of `val/` of a tree into the folder of its class, and says how many.
+
+    An interrupted sort goes on where it stopped.
 
     Args:
         folder: the tree.
         labels: class by image name; see `read_labels`.
-
-    Returns:
-        How many images were moved.
 
     Raises:
         AFDSError: an image without a label, a class without a folder in `train/`, or an image that lies in the folder
@@ -189,14 +153,12 @@ def sort_validation(folder: Path, labels: dict[str, str]) -> int:
     """
     validation, known = folder / "val", set(folders(folder / "train"))
     loose = images(validation)
-    unlabelled = [name for name in loose if Path(name).stem not in labels]
-    if unlabelled:
+    if unlabelled := [name for name in loose if Path(name).stem not in labels]:
         raise AFDSError(
             f"{len(unlabelled):,} images of {validation} have no class in the list, first {unlabelled[0]}: give the "
             "list of this data set"
         )
-    strange = sorted({labels[Path(name).stem] for name in loose} - known)
-    if strange:
+    if strange := sorted({labels[Path(name).stem] for name in loose} - known):
         raise AFDSError(
             f"the class {strange[0]!r} of the list has no folder in {folder / 'train'} ({len(strange):,} in all): "
             "complete train/, or give the list of this data set"
@@ -219,13 +181,6 @@ def sort_validation(folder: Path, labels: dict[str, str]) -> int:
     return len(loose)
 
 
-def count(folder: Path) -> Counts:
-    """Classes and images of a sorted tree."""
-    classes = folders(folder / "train")
-    validation = [len(images(folder / "val" / one)) for one in folders(folder / "val")]
-    return Counts(len(classes), sum(len(images(folder / "train" / one)) for one in classes), sum(validation))
-
-
 def arrange(
     root: str | Path, labels: str | Path | None = None, *, expected: Counts | None = IMAGENET
 ) -> tuple[Path, int, Counts]:
@@ -233,7 +188,7 @@ def arrange(
 
     Args:
         root: the tree, or the folder it lies in; see `find_tree`.
-        labels: see `read_labels`; looked for beside the tree where it is needed and not given.
+        labels: see `read_labels`; looked for in the tree's folder and up to three above it where it is not given.
         expected: what the tree must hold; None to accept a part of ImageNet.
 
     Returns:
@@ -242,16 +197,19 @@ def arrange(
     Raises:
         AFDSError: what is missing, damaged or miscounted.
     """
-    folder = find_tree(root)
-    moved, found = 0, Path(labels) if labels is not None else _find_labels(folder)
+    folder, moved = find_tree(root), 0
     if images(folder / "val"):
-        if found is None:
+        names = (DEVKIT, DEVKIT.removesuffix(".tar.gz"), KAGGLE)
+        beside = [place / name for place in (folder, *list(folder.resolve().parents)[:3]) for name in names]
+        labels = labels or next((file for file in beside if file.exists()), None)
+        if labels is None:
             raise AFDSError(
                 f"the images of {folder / 'val'} are not sorted into classes: put {DEVKIT} or {KAGGLE} beside it, or "
                 "name such a file by --labels"
             )
-        moved = sort_validation(folder, read_labels(found))
-    counts = count(folder)
+        moved = sort_validation(folder, read_labels(labels))
+    train, validation = ([len(images(folder / part / c)) for c in folders(folder / part)] for part in ("train", "val"))
+    counts = Counts(len(train), sum(train), sum(validation))
     if expected is not None and counts != expected:
         raise AFDSError(
             f"{folder} holds {counts}, where ImageNet has {expected}: fetch what is missing, or accept a part of it "

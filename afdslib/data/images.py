@@ -20,16 +20,8 @@ from PIL import Image, ImageOps
 from afdslib.base.errors import AFDSError
 
 __all__ = [
-    "MEAN",
-    "STD",
-    "SMALL",
-    "CorruptImageError",
-    "to_rgb",
-    "read_rgb",
-    "resize_shorter",
-    "centre_box",
-    "resized_to",
-]
+    "MEAN", "SMALL", "STD", "CorruptImageError", "centre_box", "read_rgb", "resize_shorter", "resized_to", "to_rgb",
+]  # fmt: skip
 
 # ImageNet statistics for every set: a source network and its targets must share one normalisation. [ours]
 MEAN = (0.485, 0.456, 0.406)
@@ -59,11 +51,7 @@ def _to_8_bit(values: np.ndarray) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image -> mode RGB, transparency composited over white.
-
-    Raises:
-        ValueError: integers or floats on another scale than that of their kind of file
-    """
+    """Any Pillow image -> mode RGB, transparency composited over white; ValueError for values on another scale."""
     if image.mode.startswith(("I", "F")):
         return _to_8_bit(np.asarray(image)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -98,10 +86,7 @@ def resize_shorter(image: Image.Image, size: int) -> Image.Image:
     width, height = image.size
     if min(width, height) == size:
         return image
-    if width <= height:
-        new = (size, int(size * height / width))
-    else:
-        new = (int(size * width / height), size)
+    new = (size, int(size * height / width)) if width <= height else (int(size * width / height), size)
     return image.resize(new, Image.Resampling.BILINEAR)
 
 
@@ -111,11 +96,7 @@ def centre_box(width: int, height: int, size: int) -> tuple[int, int]:
 
 
 def resized_to(image: Image.Image, size: int, *, shorter: int | None = None) -> np.ndarray:
-    """The test-time geometry: resize the shorter side to `shorter` (default `size`), crop the centre `size` square.
-
-    Returns:
-        uint8 array (size, size, 3).
-    """
+    """The test-time geometry: shorter side to `shorter` (default `size`), centre crop; uint8 (size, size, 3)."""
     image = resize_shorter(image, shorter or size)
     left, top = centre_box(*image.size, size)
     return np.asarray(image.crop((left, top, left + size, top + size)))

@@ -5,20 +5,21 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from afdslib.base.errors import AFDSError
-from afdslib.data import cache, fetch, splits, trees
+from afdslib.data import cache, fetch, trees
 from afdslib.data.catalogue import NAMES, SETS, DataSet, Layout, digits
-from afdslib.data.datasets import ArrayImages, Arrays, FileImages, Files, ImageDataset, Source
+from afdslib.data.datasets import ArrayImages, Arrays, FileImages, Files, ImageDataset, Source, check_whole
 from afdslib.data.images import SMALL, CorruptImageError, resized_to
 from afdslib.data.sources import Remote
 from afdslib.data.trees import Listing
 
-__all__ = ["Splits", "load", "look"]
+__all__ = ["Sealed", "Splits", "load", "look", "sealed"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -67,13 +68,6 @@ class _Located:
     content: str | None
 
 
-def _whole(name: str, value: object, least: int, *, none: bool = False) -> None:
-    if none and value is None:
-        return
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)) or value < least:
-        raise AFDSError(f"{name} must be a whole number of at least {least}{' or None' if none else ''}, not {value!r}")
-
-
 # ------------------------------------------------------------------------------------------------------------- locating
 
 
@@ -83,21 +77,14 @@ def _search(spec: DataSet, root: str | Path | None) -> tuple[Layout, Path | None
     Only looks: nothing is opened or written.
     """
     folders = fetch.places(spec.base, root)
-    for chosen in ([f] for f in folders):
+    for some in (*([f] for f in folders), folders):  # one by one; at last, the files may lie in several of them
         for layout in spec.layouts:
-            if all((chosen[0] / marker).exists() for marker in layout.markers):
-                return layout, chosen[0], []
-            if files := _all_files(layout, chosen):
+            if len(some) == 1 and all((some[0] / marker).exists() for marker in layout.markers):
+                return layout, some[0], []
+            files = [file for remote in layout.remotes if (file := fetch.find(remote, some)) is not None]
+            if len(files) == len(layout.remotes):
                 return layout, None, files
-    for layout in spec.layouts:  # the files may lie in several of the folders
-        if files := _all_files(layout, folders):
-            return layout, None, files
     return None
-
-
-def _all_files(layout: Layout, folders: list[Path]) -> list[Path] | None:
-    files = [file for remote in layout.remotes if (file := fetch.find(remote, folders)) is not None]
-    return files if len(files) == len(layout.remotes) else None
 
 
 def _lacking(spec: DataSet, root: str | Path | None) -> list[Remote]:
@@ -131,13 +118,9 @@ def _locate(spec: DataSet, root: str | Path | None, download: bool) -> _Located:
 
 
 def look(name: str, root: str | Path | None = None) -> None:
-    """Looks whether the files of a data set are there, with the sizes their sources give.
+    """Looks whether the files of a data set are there, with the sizes their sources give; arguments as for `load`.
 
     Nothing is opened, fetched, extracted or written, so checksums and contents stay unknown until `load`.
-
-    Args:
-        name: a known name, or a path
-        root: as for `load`
 
     Raises:
         AFDSError: an unknown name, a missing file, or one of another size
@@ -164,9 +147,8 @@ def _given_path(name: str, root: str | Path | None) -> Path:
     if path is None:
         if os.sep in name or fetch.is_archive(name):
             raise AFDSError(f"the data set path {name} does not exist: give a folder or an archive ({kinds})")
-        raise AFDSError(
-            f"there is no data set {name!r}: take one of {', '.join(NAMES)}, or the path of an ImageFolder tree"
-        )
+        known = ", ".join(NAMES)
+        raise AFDSError(f"there is no data set {name!r}: take one of {known}, or the path of an ImageFolder tree")
     if path.is_file() and not fetch.is_archive(path):
         raise AFDSError(f"the file {path} is no archive of a known kind: give a folder or one of {kinds}")
     return path
@@ -236,12 +218,7 @@ def load(
     padding: str = "constant",
     sharpness: float = 0.0,
 ) -> Splits:
-    """Ready-made splits of a data set.
-
-    Names: stanford-dogs, mit-indoors, caltech-256, cub-200-2011, food-101, imagenet, cifar10, tiny-imagenet-32 (also
-    -source160 and -target40, which share no class), hymenoptera-160, digits (also digits-0-4, digits-5-9), or the path
-    of an ImageFolder tree (see `trees.image_folder`) or of an archive of one. The first five and CIFAR-10's python
-    archive have been tried on small fixtures of the same form only, never on the real downloads.
+    """Ready-made splits of a data set: one of `NAMES`, or the path of an ImageFolder tree or of an archive of one.
 
     Splits: official train and test parts where the set has them (tiny-imagenet-32: `val` is the test part). Caltech-256
     has none: 20 test images per class [our reading], the same for every seed. Digits: every second image of a class is
@@ -251,14 +228,14 @@ def load(
     by 4 (mean colour; black for digits), crops and mirrors (digits are never mirrored). Larger ones: shorter side to
     size*256/224, crop `size`, mirror. All are normalised with ImageNet's mean and deviation.
 
-    Every image of a tree or archive given by its path is decoded once before this returns, whatever its size; the
-    result is remembered until the files change. Files of the tree that are no images of a class are named in a warning.
+    Every image of a tree given by its path is decoded once before this returns, whatever its size; the result is
+    remembered until the files change. Files of the tree that are no images of a class are named in a warning.
 
     Args:
-        name: a known name, or a path
+        name: a known name, or a path (see `trees.image_folder`)
         root: folder with archives or extracted trees, which may be read-only; the raw data folder is looked in too
         per_class: fitting images per class, drawn by `seed`; validation then holds 100 (digits: 20) of the others of
-            each class. None: all training images but a tenth per class, which is the validation set
+            each class. None: all training images but a tenth per class, which is for validation
         seed: of the draws and of the augmentation
         size: side in pixels; default 32 for the 32 px sets and digits, else 224
         download: whether missing files may be fetched
@@ -272,9 +249,9 @@ def load(
     Raises:
         AFDSError: an unknown name, a missing, truncated or wrong file, a corrupt image, too few images in a class
     """
-    _whole("per_class", per_class, 1, none=True)
-    _whole("seed", seed, 0)
-    _whole("size", size, 8, none=True)
+    check_whole("per_class", per_class, 1, none=True)
+    check_whole("seed", seed, 0)
+    check_whole("size", size, 8, none=True)
     if padding not in ("constant", "reflect"):
         raise AFDSError(f"padding must be 'constant' or 'reflect', not {padding!r}")
     if not isinstance(sharpness, (int, float)) or isinstance(sharpness, bool) or not 0 <= sharpness <= 10:
@@ -302,13 +279,11 @@ def load(
     if spec.choose is not None:
         listing, rows = listing.of_classes(spec.choose(listing.classes))
     parts = spec.parts(listing) if spec.parts else listing.parts
-    drawn = splits.partition(
+    drawn = trees.partition(
         listing, parts, per_class=per_class, seed=seed, validation_per_class=spec.validation_per_class, holdout=holdout
     )
     if not len(drawn.test):
-        raise AFDSError(
-            f"the data set {name} has no test images: add a test/ folder, or at least 4 images to each class"
-        )
+        raise AFDSError(f"the data set {name} has no test images: add test/, or at least 4 images to each class")
 
     def make(chosen: np.ndarray, augment: bool) -> ImageDataset:
         which = rows[chosen], listing.targets[chosen], listing.classes
@@ -319,14 +294,25 @@ def load(
             )  # fmt: skip
         return FileImages(images, *which, size=size, augment=augment, flip=spec.flip, seed=int(seed))
 
+    validation = make(drawn.validation, False) if len(drawn.validation) else None
     return Splits(
-        train=make(drawn.train, True),
-        validation=make(drawn.validation, False) if len(drawn.validation) else None,
-        test=make(drawn.test, False),
-        statistics=make(drawn.train, False),
-        classes=listing.classes,
-        name=name,
-        note=note,
-        skipped=skipped,
-        captions=listing.captions or listing.classes,
-    )
+        make(drawn.train, True), validation, make(drawn.test, False), make(drawn.train, False), listing.classes,
+        name=name, note=note, skipped=skipped, captions=listing.captions or listing.classes,
+    )  # fmt: skip
+
+
+class Sealed(ImageDataset):
+    """A test split without images and labels. Reading from it is a fault of the program, so no AFDSError."""
+
+    def __init__(self, dataset: ImageDataset):
+        super().__init__(np.empty(0), dataset.classes, size=dataset.size, augment=False)
+
+    def _refuse(self, indices: Any) -> Any:
+        raise RuntimeError("a test image was asked for in a trial, which must choose without them")
+
+    __getitems__ = raw = _refuse  # type: ignore[assignment]
+
+
+def sealed(splits: Splits) -> Splits:
+    """The splits without test images, for trials, which choose something."""
+    return replace(splits, test=Sealed(splits.test))

@@ -1,7 +1,6 @@
 """Photographs for training from scratch: random resized crops, colour jitter and lighting, and any input statistics.
 
-What is random is a function of (seed, epoch, index) alone, as everywhere in this package: each image of each epoch has
-a generator of its own. The pixel operations are torchvision's (`transforms.v2.functional`), the draws are not, because
+What is random is a function of (seed, epoch, index) alone. The pixel operations are torchvision's, the draws are not:
 its transforms draw from torch's global generator, which would tie an image to the number of workers.
 
 Sources: the area and aspect ranges are Szegedy et al., "Going Deeper with Convolutions", arXiv 1409.4842; colour jitter
@@ -17,7 +16,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
@@ -25,7 +23,6 @@ from torchvision.transforms.v2 import functional as F
 from afdslib.backbones.inputs import IMAGENET, InputStatistics
 from afdslib.base.errors import AFDSError
 from afdslib.data.datasets import FileImages, ImageDataset, Source, generator
-from afdslib.data.images import resized_to
 from afdslib.data.load import Splits
 
 __all__ = ["AUGMENTATIONS", "Augmentation", "PhotoImages", "photographs"]
@@ -34,6 +31,7 @@ __all__ = ["AUGMENTATIONS", "Augmentation", "PhotoImages", "photographs"]
 _EIGENVALUES = np.array([0.2175, 0.0188, 0.0045])
 _EIGENVECTORS = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
 _CUBIC = InterpolationMode.BICUBIC
+_JITTER = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)
 
 
 @dataclass(frozen=True)
@@ -41,8 +39,8 @@ class Augmentation:
     """How a training image is varied.
 
     Attributes:
-        area: smallest and largest share of the image's area that a crop takes.
-        aspect: smallest and largest width / height of a crop, drawn evenly on a logarithmic scale.
+        area, aspect: smallest and largest share of the image's area that a crop takes, and width / height of a crop,
+            drawn evenly on a logarithmic scale.
         flip: whether half of the crops are mirrored.
         jitter: brightness, contrast and saturation are each multiplied by 1 - jitter to 1 + jitter, in random order;
             values are clipped to 0..255, as torchvision does and the Torch code did not. [ours]
@@ -63,39 +61,24 @@ AUGMENTATIONS = {
 }
 
 
-class PhotoImages(ImageDataset):
+class PhotoImages(FileImages):
     """Image files as float32 (3, size, size), normalised by any input statistics.
 
     Training: a random resized crop (bicubic), mirrored, jittered, lit. Otherwise the shorter side at size*256/224
     (bicubic) and the centre crop.
 
-    Args:
-        source: gives the images
-        rows: int64 (N,): which images of the source are in this split
-        augmentation: None for the test-time transform
-        statistics: mean and deviation of the input
+    `rows` (int64, N) are the images of `source` that are in this split; no `augmentation` is the test-time transform.
     """
 
     def __init__(
-        self,
-        source: Source,
-        rows: np.ndarray,
-        targets: np.ndarray,
-        classes: Sequence[str],
-        *,
-        size: int,
-        augmentation: Augmentation | None = None,
-        statistics: InputStatistics = IMAGENET,
-        seed: int = 0,
-    ) -> None:
-        self._source = source
-        self._rows = np.asarray(rows, dtype=np.int64)
+        self, source: Source, rows: np.ndarray, targets: np.ndarray, classes: Sequence[str], *, size: int,
+        augmentation: Augmentation | None = None, statistics: InputStatistics = IMAGENET, seed: int = 0,
+    ) -> None:  # fmt: skip
         self.augmentation = augmentation
-        self.shorter = round(size * 256 / 224)
         self._mean = torch.tensor(statistics.mean).view(3, 1, 1)
         self._deviation = torch.tensor(statistics.deviation).view(3, 1, 1)
         super().__init__(
-            targets, classes, size=size, augment=augmentation is not None,
+            source, rows, targets, classes, size=size, augment=augmentation is not None,
             flip=augmentation is not None and augmentation.flip, seed=seed,
         )  # fmt: skip
 
@@ -122,15 +105,13 @@ class PhotoImages(ImageDataset):
         if self.flip and random.random_sample() < 0.5:
             image = F.horizontal_flip(image)
         if self.augmentation.jitter:
-            image = _jittered(image, self.augmentation.jitter, random)
+            factors = random.uniform(1 - self.augmentation.jitter, 1 + self.augmentation.jitter, 3)
+            for i in random.permutation(3):
+                image = _JITTER[i](image, float(factors[i]))
         pixels = F.pil_to_tensor(image).float()
         if self.augmentation.lighting:
             pixels += _light(self.augmentation.lighting, random)
         return pixels
-
-    def raw(self, index: int) -> np.ndarray:
-        row = int(self._rows[self._check([index])[0]])
-        return resized_to(self._source.read(row), self.size, shorter=self.shorter)
 
 
 def random_box(
@@ -149,14 +130,6 @@ def random_box(
     return (height - h) // 2, (width - w) // 2, max(1, h), max(1, w)
 
 
-def _jittered(image: Image.Image, strength: float, random: np.random.RandomState) -> Image.Image:
-    factors = random.uniform(1 - strength, 1 + strength, 3)
-    steps = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)
-    for i in random.permutation(3):
-        image = steps[i](image, float(factors[i]))
-    return image
-
-
 def _light(deviation: float, random: np.random.RandomState) -> Tensor:
     """(3, 1, 1): what is added to the channels, on the scale 0..255."""
     shift = 255 * _EIGENVECTORS @ (random.normal(0, deviation, 3) * _EIGENVALUES)
@@ -169,14 +142,11 @@ def photographs(
     """The same splits with these transforms.
 
     Args:
-        splits: from `data.load` at a size above 64 px, where images stay files.
+        splits: from `data.load` at a size above 64 px, where images stay files; decoded arrays are refused.
         size: side of the crops, pixels.
         augmentation: one of `AUGMENTATIONS`.
         statistics: of the input; see `backbones.input_statistics`.
         seed: of the augmentation; by default that of the splits.
-
-    Raises:
-        AFDSError: an unknown augmentation, or splits that hold decoded arrays.
     """
     if augmentation not in AUGMENTATIONS:
         raise AFDSError(f"the augmentation {augmentation!r} is unknown; use one of {', '.join(AUGMENTATIONS)}")
@@ -191,8 +161,7 @@ def photographs(
 
     return replace(
         splits,
-        train=again(splits.train, AUGMENTATIONS[augmentation]),
+        train=again(splits.train, AUGMENTATIONS[augmentation]), test=again(splits.test, None),
         validation=None if splits.validation is None else again(splits.validation, None),
-        test=again(splits.test, None),
         statistics=again(splits.statistics, None),
-    )
+    )  # fmt: skip

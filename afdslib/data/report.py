@@ -31,14 +31,10 @@ def imbalance(split: ImageDataset) -> dict:
 
 
 def detail(split: ImageDataset, images: int = 256) -> float:
-    """Mean absolute difference of neighbouring pixels, in grey levels 0..255. [ours]
+    """Mean absolute difference of neighbouring pixels, in grey levels 0..255, of images spread evenly. [ours]
 
     Splits of one data set that differ in it were scaled down by different filters; a network trained on one of them is
     then less often right on the other, for no reason that the task has.
-
-    Args:
-        split: images of one size.
-        images: how many are looked at, spread evenly over the split.
     """
     chosen = np.unique(np.linspace(0, len(split) - 1, min(images, len(split))).round().astype(int))
     pixels = np.stack([split.raw(int(i)) for i in chosen]).astype(np.int16)
@@ -50,35 +46,18 @@ def describe(splits: Splits) -> pd.DataFrame:
 
     `statistics` holds the images of `train`, so it has no row of its own.
     """
-    rows = []
+    columns = ("split", "images", "classes", "smallest class", "largest class", "ratio", "detail")
+    rows: list[tuple] = []
     for name in ("train", "validation", "test"):
         split = getattr(splits, name)
         if split is None:
-            rows.append(
-                {
-                    "split": name,
-                    "images": 0,
-                    "classes": 0,
-                    "smallest class": 0,
-                    "largest class": 0,
-                    "ratio": float("nan"),
-                    "detail": float("nan"),
-                }
-            )
+            rows.append((name, 0, 0, 0, 0, float("nan"), float("nan")))
             continue
-        found = imbalance(split)
-        rows.append(
-            {
-                "split": name,
-                "images": len(split),
-                "classes": int(np.count_nonzero(list(found["counts"].values()))),
-                "smallest class": found["smallest"][1],
-                "largest class": found["largest"][1],
-                "ratio": round(found["ratio"], 2),
-                "detail": round(detail(split), 1),
-            }
-        )
-    return pd.DataFrame(rows)
+        held = imbalance(split)
+        classes = int(np.count_nonzero(list(held["counts"].values())))
+        numbers = held["smallest"][1], held["largest"][1], round(held["ratio"], 2), round(detail(split), 1)
+        rows.append((name, len(split), classes, *numbers))
+    return pd.DataFrame(rows, columns=columns)
 
 
 def prepare(name: str, root: str | Path | None = None, **options) -> pd.DataFrame:
@@ -89,10 +68,8 @@ def prepare(name: str, root: str | Path | None = None, **options) -> pd.DataFram
     """
     splits = load(name, root, **options)
     table = describe(splits)
-    print(
-        f"{splits.name}: {len(splits.classes)} classes, {splits.train.size} px"
-        + (f", {splits.note}" if splits.note else "")
-    )
+    note = f", {splits.note}" if splits.note else ""
+    print(f"{splits.name}: {len(splits.classes)} classes, {splits.train.size} px{note}")
     print(table.to_string(index=False))
     if splits.skipped:
         print(f"left out, not decodable: {', '.join(splits.skipped)}")

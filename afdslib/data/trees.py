@@ -1,4 +1,4 @@
-"""The folder layouts of the data sets: each reader turns an extracted folder into one Listing.
+"""The folder layouts of the data sets: each reader turns a folder into a Listing, from which the splits are drawn.
 
 Read against the published descriptions and small fixtures of the same form; of the real downloads only the three
 development archives (ImageFolder trees) have been read. Not run against the real download: Stanford Dogs, MIT Indoors,
@@ -8,6 +8,7 @@ Caltech-256, CUB-200-2011, Food-101 and CIFAR-10's python archive.
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from afdslib.base.errors import AFDSError
+from afdslib.data.datasets import generator
 
 __all__ = [
     "TRAIN", "VALIDATION", "TEST", "UNSPLIT", "Listing", "Reader", "caltech_256", "cub_200_2011", "folders", "food_101",
@@ -312,3 +314,92 @@ def cub_200_2011(folder: Path) -> Listing:
         path = _listed(base / "images.txt", file)[1]
         rows.append((f"CUB_200_2011/images/{path}", new[labels[key]], TRAIN if train[key] == "1" else TEST))
     return _listing(rows, [names[key].split(".", 1)[-1] for key in new])
+
+
+# --------------------------------------------------------------------------------------------------------------- splits
+# Which images are fitted, used for choosing, and tested on. All draws are per class and depend on (seed, class name)
+# only, through a permutation of which the fitted images are the first: so the 30 images of a class are among its 60,
+# and every method sees the same ones.
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Rows of a Listing, each array sorted."""
+
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+
+
+def _permutation(rows: np.ndarray, seed: int, name: str) -> np.ndarray:
+    return rows[generator(seed, zlib.crc32(name.encode())).permutation(len(rows))]
+
+
+def fixed_test(listing: Listing, count: int) -> np.ndarray:
+    """Parts with `count` test images per class, drawn once for all seeds, the rest for training."""
+    parts = listing.parts.copy()
+    for label, name in enumerate(listing.classes):
+        rows = np.flatnonzero(listing.targets == label)
+        if len(rows) <= count:
+            raise AFDSError(f"the class {name!r} has {len(rows)} images; {count} are for the test: it needs more")
+        parts[rows] = TRAIN
+        parts[_permutation(rows, 0, name)[:count]] = TEST
+    return parts
+
+
+def alternate_test(listing: Listing) -> np.ndarray:
+    """Parts for which, within each class, every second image in stored order is a test image, whatever the seed."""
+    parts = np.full(len(listing.targets), TRAIN, dtype=np.int8)
+    for label in range(len(listing.classes)):
+        parts[np.flatnonzero(listing.targets == label)[1::2]] = TEST
+    return parts
+
+
+def _thirds(listing: Listing, seed: int) -> np.ndarray:
+    """70/15/15 per class for a tree without a split; each class keeps at least one training image."""
+    parts = listing.parts.copy()
+    for label, name in enumerate(listing.classes):
+        rows = _permutation(np.flatnonzero((listing.targets == label) & (parts == UNSPLIT)), seed, name)
+        held = min(round(0.15 * len(rows)), (len(rows) - 1) // 2)
+        parts[rows] = TRAIN
+        parts[rows[:held]] = TEST
+        parts[rows[held : 2 * held]] = VALIDATION
+    return parts
+
+
+def partition(
+    listing: Listing, parts: np.ndarray, *, per_class: int | None, seed: int, validation_per_class: int,
+    holdout: bool = True,
+) -> Parts:  # fmt: skip
+    """Draw the splits.
+
+    With an official validation part, that part is used as it is. Otherwise validation images are training images that
+    are not fitted: `validation_per_class` of them, or a tenth of the training images when `per_class` is None.
+
+    Args:
+        parts: int8 (N,) as in Listing, UNSPLIT where the seed is to split 70/15/15 per class
+        per_class: fitting images per class, which each class must have; None for all but the validation images
+        seed: of the draw
+        validation_per_class: validation images per class when `per_class` is given (fewer where fewer are left)
+        holdout: whether training images may be held back for validation; False fits all of them
+    """
+    if np.any(parts == UNSPLIT):
+        parts = _thirds(listing, seed)
+    own_validation = np.flatnonzero(parts == VALIDATION)
+    train, validation = [], [own_validation]
+    for label, name in enumerate(listing.classes):
+        rows = _permutation(np.flatnonzero((listing.targets == label) & (parts == TRAIN)), seed, name)
+        if not len(rows):
+            raise AFDSError(f"the class {name!r} has no training image: add images to it, or remove the class")
+        if len(rows) < (per_class or 0):
+            raise AFDSError(
+                f"the class {name!r} has {len(rows)} training images, fewer than per_class={per_class}: "
+                f"ask for at most {len(rows)}"
+            )
+        held = validation_per_class if per_class else min(max(1, round(0.1 * len(rows))), len(rows) - 1)
+        if len(own_validation) or not holdout:
+            held = 0
+        fit = per_class or len(rows) - held
+        train.append(rows[:fit])
+        validation.append(rows[fit : fit + held])
+    return Parts(np.sort(np.concatenate(train)), np.sort(np.concatenate(validation)), np.flatnonzero(parts == TEST))

@@ -171,9 +171,9 @@ def test_targets_belong_to_their_images(home, make, tmp_path, monkeypatch):
     splits = data.load("stanford-dogs", folder)
     for split in (splits.train, splits.validation, splits.test):
         for i, target in enumerate(split.targets):
-            name = split._source.name(int(split._rows[i]))
+            name = split._source.relative[int(split._rows[i])]
             assert splits.classes[target] in name
-    official = {split._source.name(int(r)) for split in (splits.test,) for r in split._rows}
+    official = {split._source.relative[int(r)] for split in (splits.test,) for r in split._rows}
     assert all(int(n.rsplit("_", 1)[1][:-4]) >= 12 for n in official)
 
 

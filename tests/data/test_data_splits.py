@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 
 from afdslib.base.errors import AFDSError
-from afdslib.data.splits import alternate_test, fixed_test, partition
-from afdslib.data.trees import TEST, TRAIN, UNSPLIT, VALIDATION, Listing
+from afdslib.data.trees import TEST, TRAIN, UNSPLIT, VALIDATION, Listing, alternate_test, fixed_test, partition
 
 
 def _listing(counts, parts):
