@@ -3,7 +3,7 @@
 from afdslib.afs.convert import convert, layers, set_density
 from afdslib.afs.graph import living_channels, streams
 from afdslib.afs.importance import taylor_importance
-from afdslib.afs.io import load, save
+from afdslib.afs.io import load, load_network, save
 from afdslib.afs.layer import AFSConvBN, Gates
 from afdslib.afs.masks import LayerStatistics, MaskReport, collect_statistics, update_masks
 
@@ -17,6 +17,7 @@ __all__ = [
     "layers",
     "living_channels",
     "load",
+    "load_network",
     "save",
     "set_density",
     "streams",

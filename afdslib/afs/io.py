@@ -16,7 +16,7 @@ from afdslib.afs.convert import convert_in_place
 from afdslib.backbones.inputs import input_of
 from afdslib.base.errors import AFDSError
 
-__all__ = ["load", "save"]
+__all__ = ["load", "load_network", "save", "weight_file"]
 
 
 def save(model: nn.Module, path: str | Path, *, metadata: dict[str, str] | None = None) -> None:
@@ -74,6 +74,37 @@ def load(path: str | Path) -> nn.Module:
             f"{str(path)!r} does not fit its own architecture ({str(error).splitlines()[-1].strip()})"
         ) from None
     return model.eval()
+
+
+def weight_file(path: str | Path) -> Path:
+    """The absolute path of an existing file that `load_network` may read.
+
+    Raises:
+        AFDSError: no such file.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise AFDSError(
+            f"{str(path)!r} is neither a weight file nor a backbone: give a model.safetensors of a run, "
+            "resnet-34-export.pth, or a name such as resnet34 for torchvision's weights"
+        )
+    return file.resolve()
+
+
+def load_network(weights: str | Path) -> nn.Module:
+    """A trained network.
+
+    Args:
+        weights: a file of this library (.safetensors), a public attention-transfer export (.pth), or the name of a
+            backbone for torchvision's ImageNet weights.
+
+    Raises:
+        AFDSError: no such file or backbone, or a file of another kind.
+    """
+    if str(weights) in backbones.known_names():
+        return backbones.build(str(weights), 1000, weights="imagenet")
+    file = weight_file(weights)
+    return load(file) if file.suffix == ".safetensors" else backbones.load_export(file)
 
 
 def _rebuild(architecture: Any) -> nn.Module:

@@ -29,7 +29,6 @@ from afdslib.base.atomic import atomic_path, output_path
 from afdslib.base.errors import AFDSError
 from afdslib.data import ImageDataset
 from afdslib.data.images import MEAN, STD
-from afdslib.experiments.afs import MODEL, DataSource
 
 __all__ = ["KEY", "OPSET", "TOLERANCE", "Card", "GatedInference", "export_run", "inference", "save_onnx", "session"]
 
@@ -363,12 +362,12 @@ def export_run(
     if "diverged" in result.metrics:
         raise AFDSError(f"run {result.id} diverged, so it has no network to export; take another run")
     data = getattr(config, "data", None)
-    if not isinstance(data, DataSource):
+    if not callable(getattr(data, "load", None)):
         raise AFDSError(
             f"run {result.id} is a {type(config).__name__}, which names no data set whose classes could go into the "
             "file; export one that was trained on a data set"
         )
-    model = afs.load(result.artifact(MODEL))
+    model = afs.load(result.artifact(runs.MODEL))
     splits = data.load()
     architecture: Any = model.architecture
     classes = tuple(splits.captions or splits.classes)

@@ -10,14 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from afdslib import data
+from afdslib import afs, data
 from afdslib.afs.graph import eval_mode
 from afdslib.backbones import classifier_name, stages
 from afdslib.backbones.inputs import IMAGENET, fed
 from afdslib.base.errors import AFDSError
 from afdslib.data.images import read_rgb, resized_to
 from afdslib.losses.at import attention_map, input_gradient
-from afdslib.studies.recipes import Published
 from afdslib.training.features import taps
 
 __all__ = ["MapsView", "NetworkMaps", "activation_maps", "gradient_map", "look_at", "read_image", "view"]
@@ -159,7 +158,7 @@ def view(
     """What networks do with one image, a file or a test image of a data set.
 
     Args:
-        networks: weight files or backbones with torchvision's weights (see `Published.of`), each as "which" or
+        networks: weight files or backbones with torchvision's weights (see `afs.load_network`), each as "which" or
             "name=which".
         image: an image file; without one a test image of the data set is taken.
         data_set: names the classes, and holds the test image.
@@ -176,7 +175,7 @@ def view(
     models = {}
     for text in networks:
         name, equals, which = text.partition("=")
-        models[name if equals else Path(text).stem] = Published.of(which if equals else text).build()
+        models[name if equals else Path(text).stem] = afs.load_network(which if equals else text)
     label = None
     if data_set is not None:
         splits = data.load(data_set, data_dir, size=size, skip_corrupt=skip_corrupt)

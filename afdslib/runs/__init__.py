@@ -1,7 +1,7 @@
 """The run store: each training run is computed once, kept under a hash of its configuration, and resumed if killed."""
 
 from afdslib.runs.config import RESULTS_VERSION, Config, added, from_json, needs, register, run_id, to_json, unhashed
-from afdslib.runs.results import Result, history, publish, records, seconds
+from afdslib.runs.results import MODEL, Result, history, publish, records, seconds
 from afdslib.runs.run import Run, environment
 from afdslib.runs.store import (
     Summary,
@@ -21,6 +21,7 @@ from afdslib.runs.store import (
 )
 
 __all__ = [
+    "MODEL",
     "RESULTS_VERSION",
     "Config",
     "Result",

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from torch import nn
 
 from afdslib import afs, backbones, data, runs, training
 from afdslib.afs import macs
+from afdslib.afs.io import weight_file
 from afdslib.backbones.inputs import IMAGENET, InputStatistics, expect, input_of, input_statistics, set_input
 from afdslib.backbones.loading import imagenet_file
 from afdslib.base.errors import AFDSError, DivergedError
@@ -43,7 +43,6 @@ __all__ = [
     "Published",
     "Recipe",
     "evaluate",
-    "load_network",
     "plan",
     "prepare",
 ]
@@ -77,18 +76,6 @@ class Photographs:
         return photographs(splits, self.size, self.augmentation, statistics, seed=seed)
 
 
-def load_network(path: str | Path) -> nn.Module:
-    """A network from a file: one of this project's runs (.safetensors), or a public attention-transfer export (.pth).
-
-    Raises:
-        AFDSError: no such file, or one of another kind.
-    """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise AFDSError(f"there is no weight file {file}: give a model.safetensors of a run, or resnet-34-export.pth")
-    return afs.load(file) if file.suffix == ".safetensors" else backbones.load_export(file)
-
-
 @dataclass(frozen=True)
 class Published:
     """A trained network that is not trained here.
@@ -96,7 +83,7 @@ class Published:
     Attributes:
         network: name of the backbone, for torchvision's ImageNet weights; empty for a file.
         sha256: of the file, which is its identity.
-        file: a file as `load_network` reads it.
+        file: a file as `afs.load_network` reads it.
     """
 
     network: str = ""
@@ -108,17 +95,12 @@ class Published:
         """From a file's path, or the name of a backbone that torchvision has ImageNet weights of."""
         if what in backbones.known_names():
             return Published(what)
-        if not Path(what).expanduser().is_file():
-            raise AFDSError(
-                f"{what!r} is neither a weight file nor a backbone: give a model.safetensors of a run, "
-                "resnet-34-export.pth, or a name such as resnet34 for torchvision's weights"
-            )
-        file = Path(what).expanduser().resolve()
+        file = weight_file(what)
         return Published(sha256=digest(file), file=str(file))
 
     def build(self) -> nn.Module:
         """The network, with `architecture`."""
-        return load_network(self.file) if self.file else backbones.build(self.network, 1000, weights="imagenet")
+        return afs.load_network(self.file or self.network)
 
 
 @runs.register

@@ -1,6 +1,7 @@
 """Recipes: what they choose, what they refuse, training alone and with a teacher, evaluation of weights."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -218,7 +219,7 @@ def test_a_teacher_that_is_trained_first_is_a_run_of_its_own(tree):
     result = runs.get_or_run(run)
     assert {r.kind for r in runs.list_runs()} == {"PhotoRun"} and len(runs.list_runs()) == 2
     assert runs.lookup(teaching).metrics["steps"] == 4
-    loaded = recipes.load_network(result.artifact("model.safetensors"))
+    loaded = afs.load_network(result.artifact("model.safetensors"))
     found = training.evaluate(loaded, run.data.load().test)
     assert found.accuracy == pytest.approx(result.metrics["test_accuracy"])
 
@@ -285,7 +286,7 @@ def test_distill_trains_and_evaluate_measures_what_it_wrote(tree, teacher, capsy
 
 
 def test_the_public_exports_are_evaluated_and_teach(tree, capsys, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(recipes.Path(__file__).parents[1] / "backbones"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "backbones"))
     from test_backbones_importers import _folded
 
     state = {name: value * 0.5 for name, value in _folded((3, 4, 6, 3)).items()}
