@@ -34,19 +34,9 @@ if TYPE_CHECKING:
     from afdslib.runs.run import Run
 
 __all__ = [
-    "RESULTS_VERSION",
-    "Config",
-    "added",
-    "from_json",
-    "id_of",
-    "is_kind_of_run",
-    "known",
-    "needs",
-    "register",
-    "run_id",
-    "to_json",
-    "unhashed",
-]
+    "RESULTS_VERSION", "Config", "added", "from_json", "id_of", "is_kind_of_run", "known", "needs", "register",
+    "run_id", "to_json", "unhashed",
+]  # fmt: skip
 
 RESULTS_VERSION = 1
 """Part of every run's identity. Raise it by hand when a change of the code changes the numbers of old runs."""
@@ -127,7 +117,7 @@ def to_json(config: Any, *, hashed_only: bool = False) -> dict[str, Any]:
     """
     if not dataclasses.is_dataclass(config) or isinstance(config, type):
         raise TypeError(f"{config!r} is not a configuration (an instance of a frozen dataclass)")
-    hints = _hints(type(config))
+    hints = typing.get_type_hints(type(config))
     encoded: dict[str, Any] = {"class": type(config).__name__}
     for field in dataclasses.fields(config):
         if hashed_only and not field.metadata.get("hashed", True):
@@ -171,7 +161,7 @@ def from_json(data: dict[str, Any], cls: type | None = None) -> Any:
     cls = cls or known(name)
     if cls is None:
         raise AFDSError(f"unknown kind of run {name!r}; no module of afdslib that is imported here defines it")
-    hints = _hints(cls)
+    hints = typing.get_type_hints(cls)
     values = {key: value for key, value in data.items() if key != "class"}
     if unknown := sorted(set(values) - {field.name for field in dataclasses.fields(cls) if field.init}):
         raise AFDSError(f"{name} has no field {unknown[0]!r}; another version of afdslib wrote the configuration")
@@ -196,13 +186,6 @@ def _decode(value: Any, hint: Any) -> Any:
     if isinstance(value, int) and not isinstance(value, bool) and float in options and int not in options:
         return float(value)
     return value
-
-
-def _hints(cls: type) -> dict[str, Any]:
-    try:
-        return typing.get_type_hints(cls)
-    except NameError as error:
-        raise TypeError(f"annotations of {cls.__name__} cannot be resolved ({error}): define it in a module") from error
 
 
 def _options(hint: Any) -> tuple[Any, ...]:

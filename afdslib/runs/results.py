@@ -14,7 +14,6 @@ import csv
 import io
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -30,13 +29,11 @@ from afdslib.runs import config as configs
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["MODEL", "Result", "committed", "history", "publish", "read_json", "read_result", "records", "seconds"]
+__all__ = ["MODEL", "Result", "committed", "publish", "recorded", "records", "seconds"]
 
 _RUNS, _CURVES = "runs.jsonl", "curves.csv"
 MODEL = "model.safetensors"
 """The artifact that of a committed run may be kept, under the run's id, in data/weights/."""
-_LINE = re.compile(r'\{"(id|environment|columns)":"([0-9a-f]+)",')
-_Curves = tuple[list[str], dict[str, list[str]]]  # the header's names after the run's, and the lines of each run
 
 
 @dataclass(frozen=True)
@@ -62,10 +59,9 @@ class Result:
         """The logged rows (learning curves), empty if the run logged none."""
         import pandas
 
-        if self.committed:
-            return history(self.id, self.path.name)
         file = self.path / "metrics.csv"
-        return pandas.read_csv(file) if file.exists() else pandas.DataFrame()
+        text = curve(self.id, self.path) if self.committed else file.read_text("utf-8") if file.exists() else ""
+        return pandas.read_csv(io.StringIO(text)) if text else pandas.DataFrame()
 
     def artifact(self, name: str) -> Path:
         """The path of a file that the run wrote.
@@ -96,7 +92,7 @@ def seconds(result: Result) -> float | None:
     """Wall-clock time of a run, all its sessions together; None where it was not kept."""
     try:
         if result.committed:
-            return float(_open(result.path / _RUNS).record(result.id)["times"]["seconds"])
+            return float(recorded(result)["times"]["seconds"])
         return float(json.loads((result.path / "times.json").read_text(encoding="utf-8"))["seconds"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -105,103 +101,73 @@ def seconds(result: Result) -> float | None:
 # ----------------------------------------------------------------------------------------------------------- reading
 
 
-class _Records:
-    """The lines of one `runs.jsonl`, each decoded when it is asked for."""
-
-    def __init__(self, file: Path, lines: Sequence[str] = ()) -> None:
-        self.file = file
-        self.lines: dict[str, dict[str, str]] = {"environment": {}, "columns": {}, "id": {}}
-        for line in lines:
-            match = _LINE.match(line)
-            if match is None:
-                raise AFDSError(_corrupted(file))
-            self.lines[match[1]][match[2]] = line
-
-    def _decoded(self, kind: str, key: Any) -> dict[str, Any]:
-        try:
-            value: dict[str, Any] = json.loads(self.lines[kind][key])
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise AFDSError(_corrupted(self.file)) from None
-        return value
-
-    def config(self, id: str) -> dict[str, Any]:
-        """The whole configuration of a run, as `to_json(config, hashed_only=True)` gave it."""
-        config = self._decoded("id", id).get("config")
-        if not isinstance(config, dict):
-            raise AFDSError(_corrupted(self.file))
-        return {key: self._whole(value) for key, value in config.items()}
-
-    def _whole(self, value: Any) -> Any:
-        if isinstance(value, dict):
-            if set(value) == {"run"}:
-                return self.config(value["run"])
-            return {key: self._whole(item) for key, item in value.items()}
-        return [self._whole(item) for item in value] if isinstance(value, list) else value
-
-    def holds(self, id: str) -> bool:
-        """Whether the run's result is here, and not only its configuration."""
-        return id in self.lines["id"] and '"metrics":' in self.lines["id"][id]
-
-    def record(self, id: str) -> dict[str, Any]:
-        """What `publish` recorded: id, kind, version, config, metrics, environment, times."""
-        record = self._decoded("id", id)
-        if not isinstance(record.get("metrics"), dict) or not isinstance(record.get("kind"), str):
-            raise AFDSError(_corrupted(self.file))
-        record["metrics"] = _unpack(record["metrics"])
-        record["config"] = self.config(id)
-        record["environment"] = self._decoded("environment", record.get("environment")).get("value")
-        record.pop("columns", None)
-        return record
-
-    def columns(self, id: str) -> list[str]:
-        """The columns of the run's learning curve in their order; empty if it has none."""
-        key = self._decoded("id", id).get("columns") if id in self.lines["id"] else None
-        return [] if key is None else list(self._decoded("columns", key)["value"])
+def _load(folder: Path, name: str) -> dict[str, Any]:
+    """One of the two files of a profile as it is now; see `_parse_runs` and `_parse_curves`."""
+    try:
+        stat = (folder / name).stat()
+    except FileNotFoundError:
+        return {"environment": {}, "columns": {}, "id": {}} if name == _RUNS else {}
+    try:
+        parse = _parse_runs if name == _RUNS else _parse_curves
+        return parse(folder / name, (stat.st_mtime_ns, stat.st_size, stat.st_ino))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # ValueError: also invalid UTF-8
+        raise AFDSError(f"{folder / name} is corrupted; restore it with: git checkout -- {folder / name}") from None
 
 
-def _stamp(file: Path) -> tuple[int, int, int]:
-    stat = file.stat()
-    return stat.st_mtime_ns, stat.st_size, stat.st_ino
+@lru_cache(maxsize=16)
+def _parse_runs(file: Path, stamp: tuple[int, ...]) -> dict[str, dict[str, Any]]:
+    """The lines by their first key (id, environment or columns) and its value."""
+    parsed: dict[str, dict[str, Any]] = {"environment": {}, "columns": {}, "id": {}}
+    for text in _lines(file):
+        line = json.loads(text)
+        kind = next(iter(line))
+        parsed[kind][line.pop(kind)] = line
+    for line in parsed["id"].values():
+        if not isinstance(line.get("metrics", {}), dict) or not isinstance(line["config"], dict):
+            raise ValueError("no record")
+    return parsed
+
+
+@lru_cache(maxsize=16)
+def _parse_curves(file: Path, stamp: tuple[int, ...]) -> dict[str, list[str]]:
+    """The lines of each run, and under "run" the header."""
+    parsed: dict[str, list[str]] = {}
+    for line in _lines(file):
+        parsed.setdefault(line.partition(",")[0], []).append(line)
+    return parsed
 
 
 def _lines(file: Path) -> list[str]:
-    try:
-        *lines, rest = file.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError:
-        rest = "?"
+    *lines, rest = file.read_text(encoding="utf-8").split("\n")
     if rest or not lines:
-        raise AFDSError(_corrupted(file))
+        raise ValueError("cut off")
     return lines
 
 
-@lru_cache(maxsize=16)
-def _read(file: Path, stamp: tuple[int, int, int]) -> _Records:
-    return _Records(file, _lines(file))
+def _folders(profile: str | None = None) -> list[Path]:
+    return sorted(file.parent for file in paths.results("any").parent.glob(f"{profile or '*'}/{_RUNS}"))
 
 
-def _open(file: Path) -> _Records:
-    """The records of a file; an empty one if it does not exist."""
-    return _read(file, _stamp(file)) if file.exists() else _Records(file)
+def _record(runs: dict[str, dict[str, Any]], id: str) -> dict[str, Any]:
+    """What `publish` recorded of a run: id, kind, version, config, metrics, environment, times."""
+    record = {"id": id, **runs["id"][id], "config": _whole(runs, id)}
+    record["environment"] = runs["environment"][record["environment"]]["value"]
+    record["metrics"] = _unpack(record["metrics"])
+    record.pop("columns", None)
+    return record
 
 
-@lru_cache(maxsize=16)
-def _read_curves(file: Path, stamp: tuple[int, int, int]) -> _Curves:
-    header, *lines = _lines(file)
-    found: dict[str, list[str]] = {}
-    for line in lines:
-        found.setdefault(line.partition(",")[0], []).append(line)
-    return next(csv.reader([header]), [""])[1:], found
+def _whole(runs: dict[str, dict[str, Any]], id: str) -> dict[str, Any]:
+    """The whole configuration of a run, as `to_json(config, hashed_only=True)` gave it."""
 
+    def whole(value: Any) -> Any:
+        if isinstance(value, dict):
+            if set(value) == {"run"}:
+                return _whole(runs, value["run"])
+            return {key: whole(item) for key, item in value.items()}
+        return [whole(item) for item in value] if isinstance(value, list) else value
 
-def _open_curves(file: Path) -> _Curves:
-    return _read_curves(file, _stamp(file)) if file.exists() else ([], {})
-
-
-def _files(profile: str | None = None) -> list[Path]:
-    """The files of committed runs; none with AFDS_FRESH."""
-    if os.environ.get("AFDS_FRESH", "") not in ("", "0"):
-        return []
-    return sorted(paths.results("any").parent.glob(f"{profile or '*'}/{_RUNS}"))
+    return {key: whole(value) for key, value in runs["id"][id]["config"].items()}
 
 
 def records(profile: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -213,51 +179,44 @@ def records(profile: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         AFDSError: A file is corrupted.
     """
-    for file in sorted(paths.results("any").parent.glob(f"{profile or '*'}/{_RUNS}")):
-        one = _open(file)
-        yield from ((file.parent.name, one.record(id)) for id in one.lines["id"] if one.holds(id))
+    for folder in _folders(profile):
+        runs = _load(folder, _RUNS)
+        yield from ((folder.name, _record(runs, id)) for id, line in runs["id"].items() if "metrics" in line)
 
 
-def committed(id: str) -> tuple[Result, dict[str, Any]] | None:
-    """The committed result of a run and its record, or None. AFDS_FRESH hides all of them.
+def committed(prefix: str, profile: str | None = None) -> list[Result]:
+    """The committed results (of one profile) whose ids begin so; with AFDS_FRESH, which hides them, none.
 
     Raises:
         AFDSError: A file is corrupted.
     """
-    for file in _files():
-        if _open(file).holds(id):
-            record = _open(file).record(id)
-            return Result(id, record["metrics"], file.parent), record
-    return None
+    results: dict[str, Result] = {}
+    for folder in [] if os.environ.get("AFDS_FRESH", "") not in ("", "0") else _folders(profile):
+        lines = _load(folder, _RUNS)["id"]
+        ids = [prefix] if len(prefix) == 12 else [id for id in lines if id.startswith(prefix)]
+        for id in ids:
+            if "metrics" in lines.get(id, ()):
+                results.setdefault(id, Result(id, _unpack(lines[id]["metrics"]), folder))
+    return list(results.values())
 
 
-def committed_ids(prefix: str = "") -> list[str]:
-    """Ids of the committed results that begin so, sorted."""
-    opened = [_open(file) for file in _files()]
-    return sorted({id for one in opened for id in one.lines["id"] if id.startswith(prefix) and one.holds(id)})
+def recorded(result: Result) -> dict[str, Any]:
+    """The record of a committed result; see `records`."""
+    return _record(_load(result.path, _RUNS), result.id)
 
 
-def history(id: str, profile: str | None = None) -> pandas.DataFrame:
-    """The learning curve of a committed run, as it was logged; empty if the run logged none."""
-    import pandas
-
-    text = curve(id, profile)
-    return pandas.read_csv(io.StringIO(text)) if text else pandas.DataFrame()
-
-
-def curve(id: str, profile: str | None = None) -> str:
+def curve(id: str, folder: Path) -> str:
     """The `metrics.csv` of a committed run; empty if there is none."""
-    for file in sorted(paths.results("any").parent.glob(f"{profile or '*'}/{_CURVES}")):
-        names, lines = _open_curves(file)
-        if id in lines:
-            rows = [dict(zip(names, next(csv.reader([line]))[1:], strict=False)) for line in lines[id]]
-            columns = _open(file.with_name(_RUNS)).columns(id)
-            text = io.StringIO()
-            writer = csv.DictWriter(text, columns, restval="", extrasaction="ignore", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-            return text.getvalue()
-    return ""
+    runs, curves = _load(folder, _RUNS), _load(folder, _CURVES)
+    key = runs["id"].get(id, {}).get("columns")
+    if key is None or id not in curves:
+        return ""
+    header, *rows = csv.reader([*curves["run"], *curves[id]])
+    text = io.StringIO()
+    writer = csv.DictWriter(text, runs["columns"][key]["value"], "", extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(dict(zip(header[1:], row[1:], strict=False)) for row in rows)
+    return text.getvalue()
 
 
 def read_json(file: Path, id: str) -> dict[str, Any]:
@@ -299,10 +258,6 @@ def _damaged(file: Path, id: str) -> str:
     return f"{file} is missing or corrupted; delete the run with: afds runs rm {id}"
 
 
-def _corrupted(file: Path) -> str:
-    return f"{file} is corrupted; restore it with: git checkout -- {file}"
-
-
 # ----------------------------------------------------------------------------------------------------------- writing
 
 
@@ -329,8 +284,7 @@ def publish(results: Iterable[Result], profile: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(folder / ".lock"):
-            kept = _open(file) if _files(profile) else None
-            _merge(folder, [result for id, result in sorted(new.items()) if kept is None or not kept.holds(id)])
+            _merge(folder, [result for id, result in sorted(new.items()) if not committed(id, profile)])
     except OSError as error:
         raise AFDSError(f"cannot write {folder}: {error.strerror}; mend its permissions") from error
     return file
@@ -339,66 +293,68 @@ def publish(results: Iterable[Result], profile: str) -> Path:
 def _merge(folder: Path, results: Sequence[Result]) -> None:
     if not results:
         return
-    known = _open(folder / _RUNS)
-    lines = {kind: dict(old) for kind, old in known.lines.items()}
-    names, curves = _open_curves(folder / _CURVES)
-    names, curves = list(names), dict(curves)
+    lines = {kind: dict(old) for kind, old in _load(folder, _RUNS).items()}
+    curves = dict(_load(folder, _CURVES))
+    names = next(csv.reader(curves.pop("run", ["run"])))[1:]
 
     def shared(kind: str, value: Any) -> str:
         """Its key among the values that are written once."""
-        key = sha256(_json(value).encode()).hexdigest()[:8]
-        lines[kind][key] = f'{{"{kind}":"{key}","value":{_json(value)}}}'
+        key = sha256(_json(_sorted(value)).encode()).hexdigest()[:8]
+        lines[kind][key] = {"value": _sorted(value)}
         return key
 
-    def flat(config: Any, top: bool = True) -> Any:
+    def flat(value: Any, top: bool = False) -> Any:
         """The configuration with a reference in place of each nested run, which gets a line of its own."""
-        if isinstance(config, list):
-            return [flat(item, False) for item in config]
-        if not isinstance(config, dict):
-            return config
-        value = {key: flat(item, False) for key, item in config.items()}
-        if top or not configs.is_kind_of_run(configs.known(config.get("class"))):
+        if isinstance(value, list):
+            return [flat(item) for item in value]
+        if not isinstance(value, dict):
             return value
-        id = configs.id_of(config)
-        lines["id"].setdefault(id, f'{{"id":"{id}","config":{_json(value)}}}')
+        parts = {key: flat(item) for key, item in value.items()}
+        if top or not configs.is_kind_of_run(configs.known(value.get("class"))):
+            return parts
+        id = configs.id_of(value)
+        lines["id"].setdefault(id, {"config": _sorted(parts)})
         return {"run": id}
 
     for result in results:
         record = read_result(result.path, result.id)
-        config = configs.to_json(read_config(result.path, result.id), hashed_only=True)
-        fields = {"kind": record["kind"], "version": record["version"], "config": flat(config)}
-        fields["environment"] = shared("environment", read_json(result.path / "environment.json", result.id))
+        config = flat(configs.to_json(read_config(result.path, result.id), hashed_only=True), top=True)
+        line = {"kind": record["kind"], "version": record["version"], "config": _sorted(config)}
+        line["environment"] = shared("environment", read_json(result.path / "environment.json", result.id))
         if (taken := seconds(result)) is not None:
-            fields["times"] = {"seconds": taken}
+            line["times"] = {"seconds": taken}
         curves.pop(result.id, None)
         log = result.path / "metrics.csv"
         if log.exists():
             columns, *rows = list(csv.reader(io.StringIO(log.read_text(encoding="utf-8"))))
-            fields["columns"] = shared("columns", columns)
+            line["columns"] = shared("columns", columns)
             names += [name for name in columns if name not in names]
-            curves[result.id] = [_row(result.id, dict(zip(columns, row, strict=False)), names) for row in rows]
-        fields["metrics"] = _pack(record["metrics"])
-        text = ",".join(f'"{key}":{_json(value)}' for key, value in fields.items())
-        lines["id"][result.id] = f'{{"id":"{result.id}",{text}}}'
+            cells = [dict(zip(columns, row, strict=False)) for row in rows]
+            curves[result.id] = [_row([result.id, *(row.get(name, "") for name in names)]) for row in cells]
+        lines["id"][result.id] = line | {"metrics": _sorted(_pack(record["metrics"]))}
     if curves:  # before the runs: a curve without its run counts for nothing
-        table = [_row("run", {name: name for name in names}, names)]
-        table += [row for id in sorted(curves) for row in curves[id]]
+        table = [_row(["run", *names]), *(row for id in sorted(curves) for row in curves[id])]
         write_text(folder / _CURVES, "".join(f"{row}\n" for row in table))
-    write_text(folder / _RUNS, "".join(f"{line}\n" for kind in lines.values() for _, line in sorted(kind.items())))
+    text = [_json({kind: key, **lines[kind][key]}) for kind in lines for key in sorted(lines[kind])]
+    write_text(folder / _RUNS, "".join(f"{line}\n" for line in text))
 
 
-def _row(id: str, cells: dict[str, str], names: Sequence[str]) -> str:
-    """A line of `curves.csv`: the cells in the order of its columns, up to the last that is filled."""
-    values = [id, *(cells.get(name, "") for name in names)]
-    while values[-1] == "":
-        values.pop()
+def _row(cells: list[str]) -> str:
+    """A line of `curves.csv`, up to the last cell that is filled."""
+    while cells[-1] == "":
+        cells.pop()
     line = io.StringIO()
-    csv.writer(line, lineterminator="").writerow(values)
+    csv.writer(line, lineterminator="").writerow(cells)
     return line.getvalue()
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+    return json.dumps(value, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+
+
+def _sorted(value: Any) -> Any:
+    """JSON data with all keys in order."""
+    return json.loads(json.dumps(value, sort_keys=True, allow_nan=False))
 
 
 def _pack(value: Any) -> Any:
@@ -421,5 +377,6 @@ def _unpack(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     if set(value) == {"columns", "rows"}:
-        return {key: dict(zip(value["columns"], row, strict=True)) for key, row in value["rows"].items()}
+        columns, rows = value["columns"], value["rows"]
+        return {key: dict(zip(columns, _unpack(row), strict=True)) for key, row in rows.items()}
     return {key: _unpack(item) for key, item in value.items()}

@@ -29,25 +29,22 @@ from afdslib.base.atomic import remove_leftovers, write_json
 from afdslib.base.errors import AFDSError, BusyError
 from afdslib.runs import config as configs
 from afdslib.runs.config import Config, run_id
-from afdslib.runs.results import Result, committed, committed_ids, read_config, read_json, read_result, records, seconds
+from afdslib.runs.results import (
+    Result,
+    committed,
+    read_config,
+    read_json,
+    read_result,
+    recorded,
+    records,
+    seconds,
+)
 from afdslib.runs.run import Run, environment
 
 __all__ = [
-    "Summary",
-    "busy",
-    "finished",
-    "folder",
-    "get_or_run",
-    "list_committed",
-    "list_runs",
-    "load_config",
-    "lookup",
-    "remove",
-    "require_training",
-    "resume",
-    "show",
-    "steps_by_kind",
-]
+    "Summary", "busy", "finished", "folder", "get_or_run", "list_committed", "list_runs", "load_config", "lookup",
+    "remove", "require_training", "resume", "show",
+]  # fmt: skip
 
 _log = logging.getLogger(__name__)
 _ID = re.compile(r"[0-9a-f]{12}")
@@ -93,7 +90,7 @@ def get_or_run(
     if found := lookup(config, store=store, needs=needs):
         return found
     id = run_id(config)
-    if committed(id) is not None:
+    if committed(id):
         _log.warning("run %s is committed without %s and is computed again", id, ", ".join(needs))
     store = folder(store)
     with _away_from(_executing.get()), _locked(store, id, wait=wait):
@@ -134,8 +131,7 @@ def lookup(config: Any, *, store: str | Path | None = None, needs: Sequence[str]
     id = run_id(config)
     if result := _stored(folder(store), id, needs):
         return result
-    found = committed(id)
-    return found[0] if found and found[0].has(needs) else None
+    return next((result for result in committed(id) if result.has(needs)), None)
 
 
 def busy(config: Any, *, store: str | Path | None = None) -> bool:
@@ -151,8 +147,8 @@ def load_config(id: str, *, store: str | Path | None = None) -> Any:
     """
     id = _find(id, store)
     path = folder(store) / id
-    if not path.is_dir() and (found := committed(id)):
-        return configs.from_json(found[1]["config"])
+    if not path.is_dir() and (results := committed(id)):
+        return configs.from_json(recorded(results[0])["config"])
     return read_config(path, id)
 
 
@@ -173,8 +169,8 @@ def finished(id: str, *, store: str | Path | None = None) -> tuple[Any, Result]:
     id = _find(id, store)
     if result := _stored(folder(store), id, ()):
         return read_config(result.path, id), result
-    if found := committed(id):
-        return configs.from_json(found[1]["config"]), found[0]
+    for result in committed(id):
+        return configs.from_json(recorded(result)["config"]), result
     raise AFDSError(f"run {id} is not finished; finish it first with: afds resume {id}")
 
 
@@ -186,7 +182,6 @@ class Summary:
         state: "finished", "running", "interrupted" (resumable), "corrupted" or "committed".
         steps: Optimiser steps taken, as reported by a finished run, else None.
         seconds: Wall clock up to the end or the last checkpoint.
-        known: Whether this version of afdslib defines the kind.
     """
 
     id: str
@@ -195,7 +190,6 @@ class Summary:
     steps: int | None
     seconds: float | None
     path: Path
-    known: bool
 
 
 def list_runs(store: str | Path | None = None) -> list[Summary]:
@@ -209,12 +203,10 @@ def list_runs(store: str | Path | None = None) -> list[Summary]:
 
 def list_committed() -> list[Summary]:
     """The runs among the committed results, by profile and id."""
-    found = []
-    for profile, record in records():
-        path, steps, taken = paths.results(profile), _steps(record), record.get("times", {}).get("seconds")
-        known = configs.known(record["kind"]) is not None
-        found.append(Summary(record["id"], record["kind"], "committed", steps, taken, path, known))
-    return found
+    return [
+        Summary(r["id"], r["kind"], "committed", _steps(r), r.get("times", {}).get("seconds"), paths.results(profile))
+        for profile, r in records()
+    ]
 
 
 def _summary(path: Path) -> Summary:
@@ -228,17 +220,17 @@ def _summary(path: Path) -> Summary:
             state = "running"
     except (AFDSError, OSError):
         state = "corrupted"
-    return Summary(id, kind, state, steps, seconds(Result(id, {}, path)), path, configs.known(kind) is not None)
+    return Summary(id, kind, state, steps, seconds(Result(id, {}, path)), path)
 
 
 def show(id: str, *, store: str | Path | None = None) -> dict[str, Any]:
     """Everything small about a run: state, configuration, metrics, environment, times and files with their bytes."""
     id = _find(id, store)
     path = folder(store) / id
-    if not path.is_dir() and (found := committed(id)):
-        result, record = found
+    if not path.is_dir() and (results := committed(id)):
+        record = recorded(results[0])
         parts: dict[str, Any] = {key: record.pop(key) for key in ("config", "environment", "times") if key in record}
-        return {"id": id, "state": "committed", "path": str(result.path), **parts, "result": record, "files": {}}
+        return {"id": id, "state": "committed", "path": str(results[0].path), **parts, "result": record, "files": {}}
     shown: dict[str, Any] = {"id": id, "state": _summary(path).state, "path": str(path)}
     for name in ("config", "result", "environment", "times"):
         if (path / f"{name}.json").exists():
@@ -258,30 +250,22 @@ def remove(id: str, *, store: str | Path | None = None) -> Path:
     path = folder(store) / id
     with _locked(path.parent, id, wait=False):
         trash = path.with_name(f".{id}.{uuid.uuid4().hex[:8]}.removed")
-        try:
+        with _changing(path, "delete"):
             os.rename(path, trash)  # gone at once, even if deleting is interrupted
             shutil.rmtree(trash)
-        except OSError as error:
-            raise AFDSError(f"cannot delete {path}: {error.strerror}; mend its permissions") from error
     return path
 
 
-def steps_by_kind(store: str | Path | None = None) -> dict[str, int]:
-    """Optimiser steps of the finished runs of a store, summed by kind of run (kinds that report "steps" only)."""
-    total: dict[str, int] = {}
-    for summary in list_runs(store):
-        if summary.steps is not None:
-            total[summary.kind] = total.get(summary.kind, 0) + summary.steps
-    return total
-
-
 def require_training(store: str | Path | None = None) -> dict[str, int]:
-    """Optimiser steps by kind, if every kind of training took some.
+    """Optimiser steps of the finished runs by kind (kinds that report "steps" only), if each took some.
 
     Raises:
         AFDSError: Nothing was trained in this store: the numbers came from somewhere else.
     """
-    steps = steps_by_kind(store)
+    steps: dict[str, int] = {}
+    for summary in list_runs(store):
+        if summary.steps is not None:
+            steps[summary.kind] = steps.get(summary.kind, 0) + summary.steps
     idle = sorted(kind for kind, number in steps.items() if number == 0)
     if idle or not steps:
         what = f"{', '.join(idle)} took no training step" if idle else "no training step was taken"
@@ -294,20 +278,27 @@ def folder(store: str | Path | None = None) -> Path:
     return Path(store).expanduser().resolve() if store is not None else paths.runs()
 
 
-def _make_folder(path: Path) -> None:
+@contextmanager
+def _changing(path: Path, what: str) -> Iterator[None]:
+    """Turns errors of the file system into one sentence."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        yield
+    except TimeoutError:  # of a lock that another process holds
+        raise
     except OSError as error:
         raise AFDSError(
-            f"cannot make the folder {path}: {error.strerror}; mend its permissions or set AFDS_RUNS to another folder"
+            f"cannot {what} {path}: {error.strerror}; mend its permissions or set AFDS_RUNS to another folder"
         ) from error
 
 
+def _make_folder(path: Path) -> None:
+    with _changing(path, "make the folder"):
+        path.mkdir(parents=True, exist_ok=True)
+
+
 def _unlink(path: Path) -> None:
-    try:
+    with _changing(path, "delete"):
         path.unlink(missing_ok=True)
-    except OSError as error:
-        raise AFDSError(f"cannot delete {path}: {error.strerror}; mend the permissions of its folder") from error
 
 
 def _lock_file(store: Path, id: str) -> Path:
@@ -323,16 +314,13 @@ def _locked(store: Path, id: str, *, wait: bool = True) -> Iterator[None]:
     _make_folder(file.parent)
     lock = filelock.FileLock(file)
     try:
-        lock.acquire(timeout=0)
+        with _changing(file, "lock"):
+            lock.acquire(timeout=0)
     except filelock.Timeout:
         if not wait:
             raise BusyError(f"run {id} is being computed by another process; stop that one first") from None
         _log.warning("waiting for run %s, which another process is computing", id)
         lock.acquire()
-    except OSError as error:
-        raise AFDSError(
-            f"cannot lock {file}: {error.strerror}; mend its permissions or set AFDS_RUNS to another folder"
-        ) from error
     try:
         yield
     finally:
@@ -367,7 +355,7 @@ def _find(id: str, store: str | Path | None, *, anywhere: bool = True) -> str:
         raise AFDSError(f"{id!r} is not a run id; see the ids with: afds runs list")
     found = {file.name for file in path.glob(f"{id}*") if _ID.fullmatch(file.name)} if path.is_dir() else set()
     if anywhere and not found:
-        found = set(committed_ids(id))
+        found = {result.id for result in committed(id)}
     if len(found) != 1:
         what = "no run" if not found else f"{len(found)} runs"
         raise AFDSError(f"{what} in {path} begin with {id!r}; see the ids with: afds runs list")

@@ -533,7 +533,7 @@ def test_publishing_merges_and_writes_each_shared_part_once(store):
     assert (whole / "runs.jsonl").read_text().count('"class":"ToySource"') == 2  # a line each, one without a result
     assert len(list(runs.records("whole"))) == 4
     for result in results:
-        assert curve(result.id, "parts") == curve(result.id, "whole") == logged(result)
+        assert curve(result.id, parts) == curve(result.id, whole) == logged(result)
 
 
 def test_tables_within_metrics_come_back_as_they_were(store):
@@ -589,7 +589,7 @@ def test_listing_survives_runs_of_unknown_kind_and_strange_folders(store):
     (old / "config.json").write_text('{"class": "FromAnotherAge", "x": 1}')
     (store / "ba9876543210").mkdir()
     listed = {summary.id: summary for summary in runs.list_runs(store)}
-    assert len(listed) == 4 and listed["0123456789ab"].kind == "FromAnotherAge" and not listed["0123456789ab"].known
+    assert len(listed) == 4 and listed["0123456789ab"].kind == "FromAnotherAge"
     assert listed["ba9876543210"].state == "corrupted"
     with pytest.raises(AFDSError, match="unknown kind of run 'FromAnotherAge'"):
         runs.resume("0123456789ab", store=store)
@@ -600,7 +600,7 @@ def test_listing_survives_runs_of_unknown_kind_and_strange_folders(store):
 def test_steps_are_summed_over_the_store_by_kind(store):
     runs.get_or_run(ToyTrain(source=ToySource()), store=store)
     runs.get_or_run(ToyTrain(steps=2), store=store)
-    assert runs.steps_by_kind(store) == {"ToySource": 3, "ToyTrain": 8}
+    assert runs.require_training(store) == {"ToySource": 3, "ToyTrain": 8}
 
 
 def test_show_tells_state_configuration_metrics_and_files(store):

@@ -172,7 +172,7 @@ def test_an_empty_space_and_trials_of_another_version_or_space_are_one_sentence(
     assert [t.number for t in found] == [0, 1, 2] and found[1].outcome.value == found[1].settings["lr"]
     with pytest.raises(AFDSError, match="another search space"):
         tuning.search(tmp_path, "x", SPACE[:1], 3, outcome)
-    monkeypatch.setattr("afdslib.runs.config.RESULTS_VERSION", 99)
+    monkeypatch.setattr("afdslib.runs.RESULTS_VERSION", 99)
     with pytest.raises(AFDSError, match="RESULTS_VERSION 1, and this is 99"):
         tuning.search(tmp_path, "x", SPACE, 3, outcome)
     blocked = tmp_path / "file"
@@ -199,7 +199,7 @@ sys.path.insert(0, sys.argv[1])
 import toy_runs
 from afdslib import runs
 from afdslib.studies import tuning
-from afdslib.protocol import Axis
+from afdslib.studies.protocol import Axis
 
 def evaluate(settings):
     config = toy_runs.ToyTrain(name=f"{settings['lr']:.6f}", steps=8, every=1, folder=sys.argv[2], pause=0.05)
