@@ -49,21 +49,17 @@ class Maker:
                 tar.add(source / name, arcname=name)
         return archive
 
-    def tar_entry(self, archive: Path, name: str, *, good_first: bool = True, **fields) -> Path:
+    def tar_entry(self, archive: Path, name: str, **fields) -> Path:
         """A tar with one good image and one entry of the given name and TarInfo fields."""
+        good = io.BytesIO()
+        picture(0).save(good, "PNG")
         with tarfile.open(archive, "w") as tar:
-            if good_first:
-                data = io.BytesIO()
-                picture(0).save(data, "PNG")
-                info = tarfile.TarInfo("a/good.png")
-                info.size = data.tell()
-                data.seek(0)
-                tar.addfile(info, data)
-            info = tarfile.TarInfo(name)
-            for key, value in fields.items():
-                setattr(info, key, value)
-            info.size = 3 if info.isfile() else 0
-            tar.addfile(info, io.BytesIO(b"bad") if info.isfile() else None)
+            for entry, content, known in (("a/good.png", good.getvalue(), {}), (name, b"bad", fields)):
+                info = tarfile.TarInfo(entry)
+                for key, value in known.items():
+                    setattr(info, key, value)
+                info.size = len(content) if info.isfile() else 0
+                tar.addfile(info, io.BytesIO(content) if info.isfile() else None)
         return archive
 
 

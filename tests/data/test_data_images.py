@@ -1,82 +1,89 @@
+"""An image file as RGB: every mode, upright, one scale per kind of file; and the geometry of evaluation."""
+
 import io
 
 import numpy as np
 import pytest
 import torch
+from conftest import picture
 from PIL import Image
 from torchvision.transforms import v2
 
 from afdslib.data import images
-from afdslib.data.images import CorruptImageError, read_rgb, resized_to, to_rgb
+from afdslib.data.datasets import _normalise
+from afdslib.data.images import CorruptImageError, read_rgb, resized_to
 
 RED = (200, 30, 40)
 
 
-def _saved(tmp_path, image, name, **options):
-    image.save(tmp_path / name, **options)
-    return tmp_path / name
+@pytest.fixture
+def saved(tmp_path):
+    """Pixels of an image as they are read from its file."""
+
+    def read(image, name="x.png", **options):
+        image.save(tmp_path / name, **options)
+        return np.asarray(read_rgb(tmp_path / name))
+
+    return read
 
 
-def test_grey_is_repeated_over_the_channels(tmp_path):
-    grey = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
-    out = np.asarray(read_rgb(_saved(tmp_path, grey, "g.png")))
-    assert out.shape == (16, 16, 3)
-    assert (out == np.arange(256).reshape(16, 16, 1)).all()
+def test_grey_and_black_and_white_are_repeated_over_the_channels(saved):
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    assert (saved(Image.fromarray(grey)) == np.repeat(grey[..., None], 3, 2)).all()
+    assert (saved(Image.fromarray(np.eye(8, dtype=bool)))[..., 0] == np.eye(8) * 255).all()
 
 
-def test_bilevel_image_becomes_black_and_white(tmp_path):
-    mask = Image.fromarray(np.eye(8, dtype=bool))
-    assert (np.asarray(read_rgb(_saved(tmp_path, mask, "b.png")))[..., 0] == np.eye(8) * 255).all()
+def test_palettes_and_cmyk_are_their_colours(saved):
+    image = Image.new("RGB", (16, 16), RED)
+    assert saved(image.convert("P", palette=Image.Palette.ADAPTIVE))[0, 0].tolist() == list(RED)
+    assert np.abs(saved(image.convert("CMYK"), "c.jpg", quality=95)[8, 8].astype(int) - RED).max() <= 12
 
 
-def test_palette_is_looked_up(tmp_path):
-    image = Image.new("RGB", (8, 8), RED).convert("P", palette=Image.Palette.ADAPTIVE)
-    assert np.asarray(read_rgb(_saved(tmp_path, image, "p.png")))[0, 0].tolist() == list(RED)
-
-
-def test_transparency_is_composited_over_white(tmp_path):
+def test_transparency_is_composited_over_white(saved):
     pixels = np.zeros((2, 2, 4), np.uint8)
     pixels[..., :3] = RED
     pixels[0, 0, 3], pixels[0, 1, 3] = 255, 0
     pixels[1, :, 3] = 128
-    out = np.asarray(read_rgb(_saved(tmp_path, Image.fromarray(pixels), "t.png")))
-    assert out[0, 0].tolist() == list(RED)
-    assert out[0, 1].tolist() == [255, 255, 255]
-    expected = np.array(RED) * 128 / 255 + 255 * 127 / 255
-    assert np.abs(out[1, 0] - expected).max() <= 1
-
-
-def test_palette_with_a_transparent_entry_is_composited_over_white(tmp_path):
+    out = saved(Image.fromarray(pixels))
+    assert out[0].tolist() == [list(RED), [255, 255, 255]]
+    assert np.abs(out[1, 0] - (np.array(RED) * 128 / 255 + 255 * 127 / 255)).max() <= 1
     image = Image.fromarray(np.array([[0, 1]], np.uint8)).convert("P")
     image.putpalette([*RED, 1, 2, 3])
-    out = np.asarray(read_rgb(_saved(tmp_path, image, "t.png", transparency=1)))
-    assert out[0].tolist() == [list(RED), [255, 255, 255]]
+    assert saved(image, transparency=1)[0].tolist() == [list(RED), [255, 255, 255]]
 
 
-def test_cmyk_jpeg_loads_near_its_colour(tmp_path):
-    image = Image.new("RGB", (16, 16), RED).convert("CMYK")
-    out = np.asarray(read_rgb(_saved(tmp_path, image, "c.jpg", quality=95)))
-    assert np.abs(out[8, 8].astype(int) - RED).max() <= 12
+@pytest.mark.parametrize(
+    ("values", "out"),
+    [
+        (np.array([[0, 257, 128 * 257, 65535]], np.uint16), [0, 1, 128, 255]),
+        (np.array([[0, 257, 128 * 257, 65535]], np.int32), [0, 1, 128, 255]),
+        (np.array([[0, 100, 200, 200]], np.int32), [0, 0, 1, 1]),
+        (np.array([[0, 0.5, 1]], np.float32), [0, 128, 255]),
+        (np.array([[0, 0.5, 1.5]], np.float32), [0, 128, 255]),
+        (np.array([[0, 0.1, np.nan]], np.float32), [0, 26, 0]),
+    ],
+)
+def test_the_scale_is_that_of_the_kind_of_file_whatever_an_image_holds(saved, values, out):
+    assert saved(Image.fromarray(values), "x.tif")[0].tolist() == [[v] * 3 for v in out]
 
 
-def test_16_bit_grey_is_scaled_to_8(tmp_path):
-    values = np.array([[0, 257, 128 * 257, 65535]], np.uint16)
-    out = np.asarray(read_rgb(_saved(tmp_path, Image.fromarray(values), "s.png")))
-    assert out[0].tolist() == [[v] * 3 for v in (0, 1, 128, 255)]
+def test_an_image_on_another_scale_is_refused_instead_of_read_as_white(saved):
+    with pytest.raises(CorruptImageError, match="most of its float32 values are above 1.0"):
+        saved(Image.fromarray(np.full((4, 4), 200, np.float32)), "x.tif")
 
 
-def test_32_bit_and_float_modes_become_rgb():
-    assert np.asarray(to_rgb(Image.fromarray(np.array([[0, 65535]], np.int32))))[0, :, 0].tolist() == [0, 255]
-    assert np.asarray(to_rgb(Image.fromarray(np.array([[0.0, 1.0]], np.float32))))[0, :, 0].tolist() == [0, 255]
+def test_a_damaged_exif_block_does_not_lose_the_picture(saved, monkeypatch):
+    monkeypatch.setattr(Image.Image, "getexif", lambda self: (_ for _ in ()).throw(SyntaxError("damaged")))
+    assert saved(picture(0), "x.jpg").shape == (16, 20, 3)
 
 
 @pytest.mark.parametrize("content", [b"", b"no image at all", None], ids=["empty", "text", "truncated"])
 def test_a_corrupt_image_is_named_in_one_sentence(tmp_path, content):
     path = tmp_path / "broken.jpg"
     if content is None:
-        data = io.BytesIO()
-        Image.fromarray(np.random.RandomState(0).randint(0, 255, (64, 64, 3), dtype=np.uint8)).save(data, "JPEG")
-        content = data.getvalue()[: len(data.getvalue()) // 2]
+        buffer = io.BytesIO()
+        picture(0, 64, 64).save(buffer, "JPEG")
+        content = buffer.getvalue()[: len(buffer.getvalue()) // 2]
     path.write_bytes(content)
     with pytest.raises(CorruptImageError) as error:
         read_rgb(path)
@@ -85,14 +92,11 @@ def test_a_corrupt_image_is_named_in_one_sentence(tmp_path, content):
 
 @pytest.mark.parametrize("width, height", [(300, 200), (201, 333), (256, 256), (90, 120)])
 def test_test_time_geometry_equals_torchvisions(width, height):
-    image = Image.fromarray(np.random.RandomState(1).randint(0, 256, (height, width, 3), dtype=np.uint8))
-    reference = v2.Compose([v2.Resize(256, antialias=True), v2.CenterCrop(224)])(image)
-    assert np.array_equal(resized_to(image, 224, shorter=256), np.asarray(reference))
+    reference = v2.Compose([v2.Resize(256, antialias=True), v2.CenterCrop(224)])(picture(1, width, height))
+    assert np.array_equal(resized_to(picture(1, width, height), 224, shorter=256), np.asarray(reference))
 
 
 def test_normalisation_equals_torchvisions():
-    from afdslib.data.datasets import _normalise
-
     pixels = np.random.RandomState(2).randint(0, 256, (2, 5, 7, 3), dtype=np.uint8)
     tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
     reference = v2.functional.normalize(tensor, list(images.MEAN), list(images.STD))

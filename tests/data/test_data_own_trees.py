@@ -2,7 +2,6 @@
 
 import shutil
 import warnings
-import zipfile
 
 import numpy as np
 import pytest
@@ -12,8 +11,8 @@ from scipy.io import savemat
 
 from afdslib import cli, data
 from afdslib.base.errors import AFDSError
-from afdslib.data import cache, fetch, trees
-from afdslib.data.images import CorruptImageError, read_rgb
+from afdslib.data import cache, trees
+from afdslib.data.images import CorruptImageError
 from afdslib.inference.export import Card
 from afdslib.inference.maps import read_image
 from afdslib.inference.predict import prepare
@@ -117,14 +116,10 @@ def test_a_class_of_unreadable_kinds_is_refused_with_their_number(flat):
         data.load(flat, size=16)
 
 
-def test_split_folders_of_other_spellings_and_half_a_split(home, make):
+def test_split_folders_of_other_spellings(home, make):
     tree = make.tree("t", {"Training": {"a": 6, "b": 6}, "VAL": {"a": 2, "b": 2}, "testing": {"a": 3, "b": 3}})
     splits = data.load(tree, size=16)
     assert [len(s) for s in (splits.train, splits.validation, splits.test)] == [12, 4, 6]
-    with pytest.raises(AFDSError, match="has test, val, but no train/"):
-        data.load(make.tree("u", {"val": {"a": 2, "b": 2}, "test": {"a": 2, "b": 2}}), size=16)
-    with pytest.raises(AFDSError, match="two folders of one purpose"):
-        data.load(make.tree("v", {"train": {"a": 2, "b": 2}, "val": {"a": 2, "b": 2}, "valid": {"a": 1}}), size=16)
 
 
 # ------------------------------------------------------------------------------------------------------ list files
@@ -197,19 +192,6 @@ def test_a_list_with_a_byte_order_mark_is_read(tmp_path):
     assert listing.classes == ("a", "b") and listing.relative[0] == "Images/a/1.jpg"
 
 
-def test_an_archive_that_would_fill_the_disk_is_refused(home, tmp_path, make, monkeypatch):
-    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as file:
-        file.writestr("a/1.png", bytes(3_000_000))
-    (tmp_path / "big").mkdir()
-    (tmp_path / "big" / "1.png").write_bytes(bytes(3_000_000))
-    make.tar(tmp_path / "bomb.tar.gz", tmp_path / "big", mode="w:gz")
-    monkeypatch.setattr(fetch, "ALLOWED", 1_000_000)
-    for name in ("bomb.zip", "bomb.tar.gz"):
-        with pytest.raises(AFDSError, match=f"{name} grows to more than 3,000,000 bytes in 1 entries"):
-            fetch.extract((tmp_path / name,), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 # --------------------------------------------------------------------------------------------------------- pixels
 
 
@@ -238,33 +220,6 @@ def test_a_photograph_is_turned_alike_in_training_predict_and_maps(flat, tmp_pat
     assert seen[4, 8, 0] > 200 and seen[12, 8, 2] > 200
     card = Card(("a", "b"), 16, 16, (0, 0, 0), (1, 1, 1), "x", "y")
     assert prepare(flat / "a" / f"phone.{suffix}", card)[0, 4, 8] > 0.8
-
-
-def test_a_damaged_exif_block_does_not_lose_the_picture(tmp_path):
-    picture(0).save(tmp_path / "x.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x09\x01\x12\0\x03\xff\xff\xff\xff")
-    assert read_rgb(tmp_path / "x.jpg").size == (20, 16)
-
-
-@pytest.mark.parametrize(
-    ("values", "out"),
-    [
-        (np.array([[0, 257, 25700]], np.uint16), [0, 1, 100]),
-        (np.array([[0, 257, 25700]], np.int32), [0, 1, 100]),
-        (np.array([[0, 100, 200]], np.int32), [0, 0, 1]),
-        (np.array([[0, 0.5, 1]], np.float32), [0, 128, 255]),
-        (np.array([[0, 0.5, 1.5]], np.float32), [0, 128, 255]),
-        (np.array([[0, 0.1, np.nan]], np.float32), [0, 26, 0]),
-    ],
-)
-def test_the_scale_is_that_of_the_kind_of_file_whatever_an_image_holds(tmp_path, values, out):
-    Image.fromarray(values).save(tmp_path / "x.tif")
-    assert np.asarray(read_rgb(tmp_path / "x.tif"))[0].tolist() == [[v] * 3 for v in out]
-
-
-def test_an_image_on_another_scale_is_refused_instead_of_read_as_white(tmp_path):
-    Image.fromarray(np.full((4, 4), 200, np.float32)).save(tmp_path / "x.tif")
-    with pytest.raises(CorruptImageError, match="most of its float32 values are above 1.0"):
-        read_rgb(tmp_path / "x.tif")
 
 
 def test_splits_say_what_they_hold(flat):

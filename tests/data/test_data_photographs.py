@@ -7,13 +7,13 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from afdslib import data
 from afdslib.backbones.inputs import IMAGENET, RAW, InputStatistics
 from afdslib.base.errors import AFDSError
+from afdslib.data.datasets import Arrays
 from afdslib.data.photographs import (
     _EIGENVALUES,
     _EIGENVECTORS,
@@ -26,31 +26,11 @@ from afdslib.data.photographs import (
 )
 
 
-class Pictures:
-    """Images in memory as a source."""
-
-    def __init__(self, *pixels: np.ndarray) -> None:
-        self.pixels = pixels
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def name(self, row: int) -> str:
-        return f"image {row}"
-
-    def read(self, row: int) -> Image.Image:
-        return Image.fromarray(self.pixels[row])
-
-
-def pictures(count: int = 6, height: int = 40, width: int = 56) -> Pictures:
-    random = np.random.RandomState(0)
-    return Pictures(*random.randint(0, 256, (count, height, width, 3), dtype=np.uint8))
-
-
-def images(source: Pictures | None = None, *, size: int = 24, **options) -> PhotoImages:
-    source = source or pictures()
-    count = len(source)
-    return PhotoImages(source, np.arange(count), np.arange(count) % 2, ("a", "b"), size=size, **options)
+def images(pixels: np.ndarray | None = None, *, size: int = 24, **options) -> PhotoImages:
+    if pixels is None:
+        pixels = np.random.RandomState(0).randint(0, 256, (6, 40, 56, 3), dtype=np.uint8)
+    rows = np.arange(len(pixels))
+    return PhotoImages(Arrays(pixels), rows, rows % 2, ("a", "b"), size=size, **options)
 
 
 def test_the_test_time_transform_is_torchvisions():
@@ -59,19 +39,17 @@ def test_the_test_time_transform_is_torchvisions():
     assert x.shape == (2, 3, 24, 24) and x.dtype == torch.float32 and y.tolist() == [0, 1]
     recipe = v2.Compose(
         [
-            v2.Resize(round(24 * 256 / 224), interpolation=v2.InterpolationMode.BICUBIC),
-            v2.CenterCrop(24),
-            v2.PILToTensor(),
-            v2.ToDtype(torch.float32, scale=True),
+            v2.Resize(round(24 * 256 / 224), interpolation=v2.InterpolationMode.BICUBIC), v2.CenterCrop(24),
+            v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True),
             v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
         ]
-    )
+    )  # fmt: skip
     for row, image in zip((0, 3), x, strict=True):
         torch.testing.assert_close(image, recipe(split._source.read(row)), rtol=0, atol=1e-5)
 
 
 def test_raw_statistics_leave_the_pixel_values():
-    split = images(Pictures(np.full((30, 30, 3), (10, 120, 250), dtype=np.uint8)), statistics=RAW)
+    split = images(np.full((1, 30, 30, 3), (10, 120, 250), dtype=np.uint8), statistics=RAW)
     assert split[0][0].mean((1, 2)).tolist() == [10, 120, 250]
 
 
@@ -108,14 +86,14 @@ def test_boxes_stay_inside_and_within_their_ranges():
 
 def test_boxes_are_drawn_like_torchvisions():
     """The two distributions, by their means and deviations over many draws."""
-    theirs = v2.RandomResizedCrop(8)
+    crops = v2.RandomResizedCrop(8)
     torch.manual_seed(0)
     image = torch.zeros(3, 60, 90)
-    expected = np.array([list(theirs.make_params([image]).values()) for _ in range(4000)])
+    expected = np.array([list(crops.make_params([image]).values()) for _ in range(4000)])
     random = np.random.RandomState(1)
-    mine = np.array([random_box(90, 60, Augmentation(), random) for _ in range(4000)])
+    boxes = np.array([random_box(90, 60, Augmentation(), random) for _ in range(4000)])
     for moment in (np.mean, np.std):
-        np.testing.assert_allclose(moment(mine, 0), moment(expected, 0), rtol=0.06)
+        np.testing.assert_allclose(moment(boxes, 0), moment(expected, 0), rtol=0.06)
 
 
 @pytest.mark.parametrize("width, height", [(1000, 10), (10, 1000), (1, 1)])
@@ -129,7 +107,7 @@ def test_an_image_no_crop_fits_gives_its_largest_central_box(width, height):
 def test_half_of_the_crops_are_mirrored_and_none_where_flip_is_off():
     ramp = np.broadcast_to(np.arange(0, 240, 4, dtype=np.uint8)[None, :, None], (60, 60, 3)).copy()
     for flip, low, high in ((True, 0.35, 0.65), (False, 0, 0)):
-        split = images(Pictures(*[ramp] * 100), augmentation=Augmentation(flip=flip))
+        split = images(np.stack([ramp] * 100), augmentation=Augmentation(flip=flip))
         x, _ = split.__getitems__(list(range(100)))
         share = float((x[:, 0, 0, 0] > x[:, 0, 0, -1]).double().mean())
         assert low <= share <= high
@@ -137,7 +115,7 @@ def test_half_of_the_crops_are_mirrored_and_none_where_flip_is_off():
 
 def test_jitter_changes_colours_within_its_strength():
     grey = np.full((40, 40, 3), 100, dtype=np.uint8)
-    split = images(Pictures(*[grey] * 200), augmentation=Augmentation(jitter=0.4), statistics=RAW)
+    split = images(np.stack([grey] * 200), augmentation=Augmentation(jitter=0.4), statistics=RAW)
     x, _ = split.__getitems__(list(range(200)))
     means = x.mean((1, 2, 3))  # of a grey image only the brightness moves
     assert 59 <= float(means.min()) < 65 and 135 < float(means.max()) <= 141
@@ -150,7 +128,7 @@ def test_lighting_moves_all_pixels_along_the_principal_components():
     wanted = (_EIGENVECTORS * (25.5 * _EIGENVALUES) ** 2) @ _EIGENVECTORS.T
     np.testing.assert_allclose(np.cov(shifts.T), wanted, rtol=0.05, atol=0.05)
     np.testing.assert_allclose(_EIGENVECTORS.T @ _EIGENVECTORS, np.eye(3), atol=1e-3)
-    flat = Pictures(np.full((30, 30, 3), 128, dtype=np.uint8))
+    flat = np.full((1, 30, 30, 3), 128, dtype=np.uint8)
     x = images(flat, augmentation=Augmentation(lighting=0.1), statistics=RAW)[0][0]
     assert float(x.std((1, 2)).max()) < 1e-4 and float((x - 128).abs().max()) > 0
 

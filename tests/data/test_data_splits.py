@@ -40,30 +40,27 @@ def test_per_class_draws_validation_from_what_is_not_fitted():
     assert _counts(listing, drawn.validation) == [5, 2]
     assert not set(drawn.train) & set(drawn.validation)
     assert (listing.parts[drawn.train] == TRAIN).all() and (listing.parts[drawn.validation] == TRAIN).all()
+    assert not len(_draw(listing.take(drawn.train), per_class=10).validation)  # nothing is left
 
 
-def test_the_seed_draws_the_fitted_images_and_not_the_test():
-    listing = _listing([(40, 5), (40, 5)], (TRAIN, TEST))
-    one, same, other = (_draw(listing, per_class=10, seed=s) for s in (1, 1, 2))
-    assert np.array_equal(one.train, same.train) and np.array_equal(one.validation, same.validation)
-    assert not np.array_equal(one.train, other.train)
-    assert np.array_equal(one.test, other.test)
-
-
-def test_fewer_images_are_among_more():
+def test_the_seed_draws_the_fitted_images_and_not_the_test_and_fewer_are_among_more():
     listing = _listing([(90, 5), (90, 5)], (TRAIN, TEST))
-    assert set(_draw(listing, per_class=30, seed=3).train) < set(_draw(listing, per_class=60, seed=3).train)
+    one, same, other, more = (_draw(listing, per_class=n, seed=s) for n, s in ((30, 1), (30, 1), (30, 2), (60, 1)))
+    assert np.array_equal(one.train, same.train) and np.array_equal(one.validation, same.validation)
+    assert not np.array_equal(one.train, other.train) and np.array_equal(one.test, other.test)
+    assert set(one.train) < set(more.train)
 
 
-def test_a_class_with_too_few_images_is_named():
-    listing = _listing([(20, 5), (9, 5)], (TRAIN, TEST))
-    with pytest.raises(AFDSError, match=r"class 'class1' has 9 training images, fewer than per_class=10"):
-        _draw(listing, per_class=10)
-
-
-def test_no_validation_when_nothing_is_left():
-    listing = _listing([(10, 5), (10, 5)], (TRAIN, TEST))
-    assert len(_draw(listing, per_class=10).validation) == 0
+@pytest.mark.parametrize(
+    ("counts", "words"),
+    [
+        ([(20, 5), (9, 5)], "class 'class1' has 9 training images, fewer than per_class=10"),
+        ([(15, 2), (0, 2)], "class1"),
+    ],
+)
+def test_a_class_with_too_few_images_is_named(counts, words):
+    with pytest.raises(AFDSError, match=words):
+        _draw(_listing(counts, (TRAIN, TEST)), per_class=10)
 
 
 @pytest.mark.parametrize("per_class, fitted", [(None, [20, 31]), (10, [10, 10])])
@@ -92,12 +89,6 @@ def test_a_flat_tree_is_split_70_15_15_by_the_seed():
     assert not np.array_equal(drawn.test, other.test)
 
 
-def test_a_class_left_without_training_images_is_named():
-    listing = _listing([(5, 2), (0, 2)], (TRAIN, TEST))
-    with pytest.raises(AFDSError, match="class1"):
-        _draw(listing)
-
-
 def test_fixed_test_takes_the_same_images_whatever_the_seed():
     listing = _listing([(80,), (95,)], (UNSPLIT,))
     parts = fixed_test(listing, 20)
@@ -116,9 +107,5 @@ def test_alternate_test_halves_each_class():
 
 def test_the_draw_is_pinned():
     """A change of the rule or of a library would change every result: these numbers must not move."""
-    listing = _listing([(8, 2), (8, 2)], (TRAIN, TEST))
-    drawn = _draw(listing, per_class=3, seed=7, validation=2)
-    assert (drawn.train.tolist(), drawn.validation.tolist()) == PINNED
-
-
-PINNED = ([2, 3, 6, 12, 13, 17], [0, 1, 10, 14])
+    drawn = _draw(_listing([(8, 2), (8, 2)], (TRAIN, TEST)), per_class=3, seed=7, validation=2)
+    assert (drawn.train.tolist(), drawn.validation.tolist()) == ([2, 3, 6, 12, 13, 17], [0, 1, 10, 14])
