@@ -27,7 +27,7 @@ def execute(file: Path) -> None:
     NotebookClient(
         node,
         timeout=1800,
-        kernel_manager_class=pipeline._kernel_manager(),
+        kernel_manager_class=pipeline.kernel_manager(),
         resources={"metadata": {"path": file.parent}},
     ).execute()
     for cell in node.cells:

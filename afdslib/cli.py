@@ -229,7 +229,7 @@ def publish(
 ) -> None:
     """Write what is committed of a finished study: a results page, and networks with a model card in data/weights/."""
     chosen = _profile(profile, budget, data_dir)
-    from afdslib.report import summary
+    from afdslib.report import sweep as results
     from afdslib.studies import sweep as study
 
     done = study.Study(chosen)
@@ -237,7 +237,7 @@ def publish(
         typer.echo(f"source networks and model card written to {done.publish_networks(())}")
         return
     typer.echo(f"networks and model card written to {done.publish_networks()}")
-    typer.echo(f"results page written to {summary.write_page(done)}")
+    typer.echo(f"results page written to {results.write_page(done)}")
 
 
 @app.command()

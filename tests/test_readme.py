@@ -12,8 +12,8 @@ import torch
 from afdslib import afs, runs, training
 from afdslib.afs import macs
 from afdslib.inference.predict import predict
-from afdslib.report import measured
 from afdslib.report import numbers as cited
+from afdslib.report import speed
 from afdslib.studies import statistics
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -109,7 +109,7 @@ def test_the_results_table_is_that_of_the_committed_files():
     assert f"| {' / '.join(f'{value:.1f}' for value in medians)} % |" in README
     (source,) = (record for _, record in runs.records("imagenet32") if record["id"] == "49ed7a9d7b82")
     assert f"| {100 * source['metrics']['test_accuracy']:.1f} % |" in README
-    fast = measured.best(measured.stored())
+    fast = speed.best(speed.benchmarks())
     fast = fast[(fast.network == "resnet101-10x") & (fast.variant == "compact")].sort_values("batch").faster
     assert f"| {' / '.join(f'{value:.1f}' for value in fast)} times as fast |" in README
 

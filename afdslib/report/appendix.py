@@ -6,18 +6,17 @@ Everything is read from files; the list of faults is held to the mutants of the 
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections import defaultdict
 from pathlib import Path
 
 import pandas as pd
 
 from afdslib import runs
 from afdslib.base import paths
-from afdslib.report import comparison as competitors
-from afdslib.report.plots.students import student_look
-from afdslib.report.summary import Table, Text, accuracy_table
+from afdslib.report import comparison
+from afdslib.report.plots import look
+from afdslib.report.sweep import accuracy_table
+from afdslib.report.tables import Table, Text
 
 __all__ = ["FAULTS", "committed_text", "cost_table", "faults_table", "figures_table", "references"]
 
@@ -52,14 +51,15 @@ def faults_table() -> Table:
     return Table(header, rows, numbers=False)
 
 
-# ------------------------------------------------------------------------------------------------------- results
+# ------------------------------------------------------------------------------------------------------------- results
 
 
-def _studies(pattern: str) -> list[tuple[str, str, Path]]:
-    """(profile, budget, file) of the committed tables of one name."""
+def _studies(pattern: str) -> list[tuple[str, Path, str]]:
+    """(profile and budget for readers, file, options of the command) of the committed tables of one name."""
     base = paths.results("any").parent
-    files = [(file.relative_to(base).parts, file) for file in base.glob(f"*/*/{pattern}")]
-    return sorted((parts[0], parts[1], file) for parts, file in files)
+    files = sorted((*file.relative_to(base).parts[:2], file) for file in base.glob(f"*/*/{pattern}"))
+    options = "--profile {} --budget {} --data-dir DIR"
+    return [(f"**{profile}, {budget}**", file, options.format(profile, budget)) for profile, budget, file in files]
 
 
 def _seeds_of(table: pd.DataFrame) -> str:
@@ -71,42 +71,29 @@ def _seeds_of(table: pd.DataFrame) -> str:
 def committed_text() -> Text:
     """Every committed sweep, comparison and study of students, each under its profile and budget with its command."""
     parts = []
-    for profile, budget, file in _studies("sweep.csv"):
+    for name, file, options in _studies("sweep.csv"):
         table = pd.read_csv(file)
-        parts += [
-            f"**{profile}, {budget}**: test accuracy, mean ± standard deviation over {_seeds_of(table)} seeds. "
-            f"`afds run --profile {profile} --budget {budget} --data-dir DIR`",
-            accuracy_table(table)._repr_markdown_(),
-        ]
-    for profile, budget, file in _studies("comparison-*/comparison.csv"):
+        text = f"test accuracy, mean ± standard deviation over {_seeds_of(table)} seeds. `afds run {options}`"
+        parts += [f"{name}: {text}", accuracy_table(table)._repr_markdown_()]
+    for name, file, options in _studies("comparison-*/comparison.csv"):
         table, target = pd.read_csv(file), file.parent.name.removeprefix("comparison-")
-        parts += [
-            f"**{profile}, {budget}**, the comparison on {target}: test accuracy in %, mean ± standard deviation over "
-            f"{_seeds_of(table)} seeds. `afds compare --profile {profile} --budget {budget} --data-dir DIR`",
-            competitors.accuracy_table(table)._repr_markdown_(),
-        ]
+        text = f"test accuracy in %, mean ± standard deviation over {_seeds_of(table)} seeds. `afds compare {options}`"
+        parts += [f"{name}, the comparison on {target}: {text}", comparison.accuracy_table(table)._repr_markdown_()]
     for study in ("attention", "selectivity"):
-        for profile, budget, file in _studies(f"{study}.csv"):
-            parts += [
-                f"**{profile}, {budget}**, students ({study}): test accuracy in %. "
-                f"`afds students --study {study} --profile {profile} --budget {budget} --data-dir DIR`",
-                _students(pd.read_csv(file))._repr_markdown_(),
-            ]
+        for name, file, options in _studies(f"{study}.csv"):
+            text = f"students ({study}): test accuracy in %. `afds students --study {study} {options}`"
+            parts += [f"{name}, {text}", _students(pd.read_csv(file))._repr_markdown_()]
     return Text("\n\n".join(parts) or "No result is committed.")
 
 
 def _students(table: pd.DataFrame) -> Table:
     rows = []
     keys = ["student", "teacher", "method"]
-    for (student, teacher, method), mine in table.fillna({"teacher": ""}).groupby(keys, sort=False):
-        label = "teacher" if method == "teacher" else student_look(str(method)).label
-        name = f"{student}, {label}" + (f" from {teacher}" if teacher else "")
-        values = 100 * mine.test_accuracy
+    for (student, teacher, method), here in table.fillna({"teacher": ""}).groupby(keys, sort=False):
+        name = f"{student}, {look(str(method)).label}" + (f" from {teacher}" if teacher else "")
+        values = 100 * here.test_accuracy
         rows.append([name, f"{values.median():.1f}", f"{values.min():.1f} to {values.max():.1f}", str(len(values))])
     return Table(["network, method", "median", "range", "seeds"], rows)
-
-
-# ---------------------------------------------------------------------------------------------------------- cost
 
 
 KINDS = {
@@ -128,21 +115,17 @@ KINDS = {
 
 def cost_table() -> Table:
     """Wall-clock hours of the committed runs by profile and kind, with the device; the sum of all their sessions."""
-    hours: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    rows = []
     for profile, record in runs.records():
         where = record["environment"]
         device = ", ".join(where["gpus"]) or f"{where['cpu']}, {where['threads']} of {where['cores']} cores"
-        seconds = record.get("times", {}).get("seconds")
-        hours[profile, record["kind"], device].append(math.nan if seconds is None else seconds / 3600)
-    rows = []
-    for (profile, kind, device), values in sorted(hours.items()):
-        known = [value for value in values if not math.isnan(value)]
-        name = KINDS.get(kind, kind)
-        rows.append([profile, name, device, str(len(values)), f"{sum(known):.2f}" if known else "not kept"])
-    return Table(["profile", "trained", "device", "runs", "hours"], rows, numbers=False)
-
-
-# ------------------------------------------------------------------------------------------------------- figures
+        rows.append((profile, record["kind"], device, record.get("times", {}).get("seconds")))
+    table = pd.DataFrame(rows, columns=["profile", "kind", "device", "seconds"]).astype({"seconds": float})
+    cells = []
+    for (profile, kind, device), here in table.groupby(["profile", "kind", "device"]):
+        hours = f"{here.seconds.sum() / 3600:.2f}" if here.seconds.notna().any() else "not kept"
+        cells.append([profile, KINDS.get(str(kind), kind), device, str(len(here)), hours])
+    return Table(["profile", "trained", "device", "runs", "hours"], cells, numbers=False)
 
 
 def figures_table(profile: str, budget: str) -> Table:
@@ -164,7 +147,7 @@ def figures_table(profile: str, budget: str) -> Table:
     return Table(["figures", "command", "time of the notebook here"], rows, numbers=False)
 
 
-# ---------------------------------------------------------------------------------------------------- references
+# ---------------------------------------------------------------------------------------------------------- references
 
 BIBLIOGRAPHY = Path(__file__).resolve().parents[2] / "references.bib"
 CITED = (

@@ -18,8 +18,8 @@ from afdslib import afs
 from afdslib.afs import macs
 from afdslib.afs.layer import AFSConvBN
 from afdslib.experiments.afs import MODEL
-from afdslib.report import summary
-from afdslib.report import views as inspection
+from afdslib.report import views
+from afdslib.report.sweep import run_text
 
 if TYPE_CHECKING:
     import pandas
@@ -27,17 +27,9 @@ if TYPE_CHECKING:
     from afdslib.studies.sweep import Study
 
 __all__ = [
-    "about_conversion",
-    "about_gates",
-    "about_source",
-    "adds_up",
-    "gates_act",
-    "learns",
-    "obeys_gates",
-    "regulariser_acts",
-    "source_costs",
-    "sweep_learns",
-]
+    "about_conversion", "about_gates", "about_source", "adds_up", "gates_act", "learns", "obeys_gates",
+    "regulariser_acts", "source_costs", "sweep_learns",
+]  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------ one run, network or result
@@ -124,7 +116,7 @@ def regulariser_acts(study: Study, method: str, *, budget: float = 1.0) -> bool:
     return all(
         adds_up(history, study.chosen(target)[method].strength, method.replace("-", "_"))
         for target in study.targets.values()
-        for history in inspection.histories(study, [method], budget=budget, target=target)[method]
+        for history in views.histories(study, [method], budget=budget, target=target)[method]
     )
 
 
@@ -143,7 +135,7 @@ def gates_act(
         for budget in budgets:
             if "diverged" in study.point(method, seed, budget, target).metrics:
                 continue
-            result = inspection.network(study, study.point_run(method, seed, budget=budget, target=target))
+            result = views.network(study, study.point_run(method, seed, budget=budget, target=target))
             if result is None:
                 return None
             outcome.append(obeys_gates(afs.load(result.artifact(MODEL)), batch))
@@ -160,7 +152,7 @@ def about_source(study: Study) -> list[str]:
     """Whether the plain source network has learnt; for published weights one sentence."""
     result = study.source()
     if study.source_data is None or "test_accuracy" not in result.metrics:
-        return [summary.run_text(result.metrics)]
+        return [run_text(result.metrics)]
     chance, loss = 1 / len(study.source_data.classes), result.history().loss
     learnt = {split: learns(result.metrics, chance, share=0.1, split=split) for split in ("validation", "test")}
     lines = [f"{split} images: a tenth of the way from guessing to perfect: {ok}" for split, ok in learnt.items()]
@@ -169,7 +161,7 @@ def about_source(study: Study) -> list[str]:
 
 def source_costs(study: Study) -> list[str]:
     """Whether the stored numbers of the plain source network are those of its architecture."""
-    model, size = inspection.source_architecture(study)
+    model, size = views.source_architecture(study)
     m, o, dense = study.source().metrics, study.profile.source_training, macs.count(model, size).total
     lines = [f"parameters as counted above: {m['parameters'] == sum(p.numel() for p in model.parameters())}"]
     if "macs" in m:
@@ -184,8 +176,8 @@ def about_conversion(study: Study) -> list[str]:
     plain, gated = study.source().metrics, study.afs_source().metrics
     lines = [f"gated layers: {gated['gates']}"]
     if not gated["steps"]:
-        return [*lines, inspection.NOT_TUNED]
-    model, size = inspection.source_architecture(study)
+        return [*lines, views.NOT_TUNED]
+    model, size = views.source_architecture(study)
     converted, dense = gated["converted_validation_accuracy"], macs.count(model, size).total
     start = plain.get("validation_accuracy", converted)
     gain = gated["validation_accuracy"] - start
@@ -199,9 +191,9 @@ def about_conversion(study: Study) -> list[str]:
 
 def about_gates(study: Study) -> list[str]:
     """Whether the source network's gates were constant before its predictors were trained, and vary afterwards."""
-    gates = inspection.source_gates(study)
+    gates = views.source_gates(study)
     if not gates:
-        return [inspection.NOT_TUNED]
+        return [views.NOT_TUNED]
     before, after = gates["before"].values(), gates["after"].values()
     watched = study.afs_source().history()
     finite = bool(watched.gate_variance.between(0, 1e6).all())

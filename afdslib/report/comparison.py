@@ -1,4 +1,4 @@
-"""What notebook 4 and the report show of a comparison: its rules, its tables, its figures' data and its sentence."""
+"""What notebooks 4, 5 and 8 show of a comparison: its rules, its tables, its figures' data and its sentences."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import pandas as pd
 import torch
@@ -17,29 +18,25 @@ from afdslib.base.text import times
 from afdslib.experiments.afs import TransferRun
 from afdslib.pruning import CRITERIA
 from afdslib.report import plots
-from afdslib.report.summary import Table, Text, mean_sd
+from afdslib.report.tables import Table, Text, at, bullets, mean_sd, plural
 from afdslib.studies import collapse, profiles, settling, statistics
 from afdslib.studies.comparison import WHOLE, Comparison, run_comparison
 from afdslib.studies.profiles import Profile
-from afdslib.studies.protocol import Axis, Method, label_of, protocol, regulariser_space, selection_space
+from afdslib.studies.protocol import (
+    Axis,
+    Method,
+    Protocol,
+    label_of,
+    protocol,
+    regulariser_space,
+    selection_space,
+)  # fmt: skip
 
 __all__ = [
-    "Compared",
-    "Competitors",
-    "Variants",
-    "ablation_table",
-    "accuracy_table",
-    "better_text",
-    "chosen_table",
-    "costs_table",
-    "missing_text",
-    "paired_table",
-    "rules_table",
-    "size_table",
-    "spaces_table",
-    "statistics_text",
+    "Compared", "Competitors", "Variants", "ablation_table", "accuracy_table", "better_text", "chosen_table",
+    "costs_table", "missing_text", "paired_table", "rules_table", "size_table", "spaces_table", "statistics_text",
     "untrained_text",
-]
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,26 +53,14 @@ class Compared:
         """A table of the comparison's folder, by its name without suffix."""
         return pd.read_csv(self.comparison.folder() / f"{name}.csv")
 
-    def has(self, name: str) -> bool:
-        """Whether a table has been written."""
-        return (self.comparison.folder() / f"{name}.csv").is_file()
+    def has(self, *names: str) -> bool:
+        """Whether tables have been written."""
+        return all((self.comparison.folder() / f"{name}.csv").is_file() for name in names)
 
     @cached_property
     def table(self) -> pd.DataFrame:
         """One row per method, seed and budget."""
         return self.read("comparison")
-
-    @property
-    def unfinished(self) -> str:
-        """How far a comparison is whose tables were written before its end; empty for a finished one."""
-        if self.comparison.finished:
-            return ""
-        missing = self.read("missing")
-        seeds = {int(s) for t in (self.table, missing) for s in t[t.method == "afd+afs"].seed}
-        return (
-            f"**Not finished**: {len(seeds)} of {len(self.comparison.rules.seeds)} seeds of AFDS. It goes on with "
-            f"`{self.comparison.command}`."
-        )
 
     @cached_property
     def trials(self) -> pd.DataFrame:
@@ -83,9 +68,35 @@ class Compared:
         return self.read("trials")
 
     @property
+    def rules(self) -> Protocol:
+        """The comparison's rules."""
+        return self.comparison.rules
+
+    @property
+    def budget(self) -> float:
+        """The endpoint's."""
+        return self.rules.primary_budget
+
+    @property
+    def rival(self) -> str:
+        """The best competitor on validation images."""
+        return statistics.rival(self.table, budget=self.budget, seeds=self.rules.seeds[: self.rules.rest])
+
+    @property
     def paired(self) -> pd.DataFrame:
         """AFDS minus every other method at the endpoint's budget."""
-        return statistics.paired_table(self.table, budget=self.comparison.rules.primary_budget)
+        return statistics.paired_table(self.table, budget=self.budget)
+
+    @property
+    def unfinished(self) -> str:
+        """How far a comparison is whose tables were written before its end; empty for a finished one."""
+        if self.comparison.finished:
+            return ""
+        seeds = {int(s) for t in (self.table, self.read("missing")) for s in t[t.method == "afd+afs"].seed}
+        return (
+            f"**Not finished**: {len(seeds)} of {len(self.rules.seeds)} seeds of AFDS. It goes on with "
+            f"`{self.comparison.command}`."
+        )
 
     def trials_read_no_test_image(self) -> bool:
         """Whether no trial's stored result holds a test metric."""
@@ -161,15 +172,11 @@ class Competitors:
 
     def sizes(self) -> Text:
         """MACs, with and without predictors, and parameters at the endpoint's budget."""
-        return self._each(lambda c: size_table(c.table, c.comparison.rules.primary_budget))
+        return self._each(lambda c: size_table(c.table, c.budget))
 
     def costs(self) -> Text:
         """What the networks took."""
-        return self._each(
-            lambda c: costs_table(
-                c.read("costs"), c.read("times"), c.read("macs_within"), c.comparison.rules.primary_budget
-            )
-        )
+        return self._each(lambda c: costs_table(*map(c.read, ("costs", "times", "macs_within")), c.budget))
 
     def ablations(self) -> Text:
         """AFDS with one part changed, and the rival at equal wall-clock time."""
@@ -180,8 +187,7 @@ class Competitors:
             if set(table.variant) <= {WHOLE}:
                 return f"Not computed: {rest}"
             time = _equal_time(c) if c.has("equal_time") else f"The rest is not computed: {rest}"
-            rules = c.comparison.rules
-            better = better_text(table, c.table, budget=rules.primary_budget, seeds=rules.seeds[: rules.rest])
+            better = better_text(table, c.table, budget=c.budget, rival=c.rival)
             return f"{ablation_table(table)._repr_markdown_()}\n\n{untrained_text(table)}{better}{time}"
 
         return self._each(text)
@@ -192,7 +198,7 @@ class Competitors:
         def text(c: Compared) -> str:
             if not c.has("attention"):
                 return f"Not written: `{c.comparison.command} --finished` does."
-            return collapse.text(c.read("attention"), c.table, budget=c.comparison.rules.primary_budget)
+            return collapse.text(c.read("attention"), c.table, budget=c.budget)
 
         return self._each(text)
 
@@ -211,12 +217,10 @@ class Competitors:
         """Whether detached attention is confirmed, in a comparison that was made to tell; else empty."""
 
         def text(c: Compared) -> str:
-            rules = c.comparison.rules
-            if not rules.settings_of:
+            if not c.rules.settings_of:
                 return ""
-            seeds, budget = rules.seeds, rules.primary_budget
-            best = statistics.rival(c.table, budget=budget, seeds=seeds[: rules.rest])
-            return collapse.confirmation_text(c.read("attention"), c.table, budget=budget, rival=best, seeds=seeds)
+            common: dict[str, Any] = {"budget": c.budget, "rival": c.rival, "seeds": c.rules.seeds}
+            return collapse.confirmation_text(c.read("attention"), c.table, **common)
 
         return self._each(text)
 
@@ -224,11 +228,10 @@ class Competitors:
         """What it changes when AFDS's budgets are met by Taylor importance."""
 
         def text(c: Compared) -> str:
-            rules, found = c.comparison.rules, ""
-            if c.has("settled") and c.has("attention"):
-                best = statistics.rival(c.table, budget=rules.primary_budget, seeds=rules.seeds[: rules.rest])
+            found = ""
+            if c.has("settled", "attention"):
                 tables = (c.read("settled"), c.read("attention"), c.table)
-                found = settling.text(*tables, budget=rules.primary_budget, rival=best)
+                found = settling.text(*tables, budget=c.budget, rival=c.rival)
             return found or f"Not computed: `{c.comparison.command} --extras` does."
 
         return self._each(text)
@@ -284,10 +287,6 @@ def statistics_text() -> Text:
     return Text(lines[2].strip())
 
 
-def _one(values: Sequence[float]) -> str:
-    return ", ".join(f"{value:g}" for value in values)
-
-
 def rules_table(profile: Profile) -> Table:
     """How much of the comparison a profile runs."""
     r = protocol(profile)
@@ -300,23 +299,21 @@ def rules_table(profile: Profile) -> Table:
         by_selection: dict[str, list[str]] = {}
         for method in r.methods:
             by_selection.setdefault(method.selection, []).append(label_of(method.regulariser))
+        multipliers = ", ".join(f"{value:g}" for value in sorted(r.multipliers))
         rows = [
             *((f"with {label_of(selection)}", ", ".join(names)) for selection, names in by_selection.items()),
             ("trials of each regulariser and selection", str(r.trials)),
             ("selections are tuned at", times(r.trial_budget)),
-            ("strength once more, times", f"{_one(sorted(r.multipliers))} at {times(r.primary_budget)}"),
+            ("strength once more, times", f"{multipliers} at {times(r.primary_budget)}"),
         ]
+    before = f"AFS: {100 * r.first_update:g} %, and its gates freeze after {100 * TransferRun.trim:g} %"
     rows += [
         ("budgets", ", ".join(map(times, r.budgets))),
         ("seeds of AFDS and the top rivals", f"{len(r.seeds)} (rivals: the best {r.rivals} on validation)"),
         ("seeds of the rest", "–" if r.settings_of else str(r.rest)),
         ("steps on the target, unpruned", str(max(2, round(profile.transfer.steps * r.steps)))),
         ("steps per later budget", str(max(2, round(profile.tuning.steps * r.steps)))),
-        (
-            "share of them before the cut",
-            f"static pruning: none; AFS: {100 * r.first_update:g} %, and its gates freeze after "
-            f"{100 * TransferRun.trim:g} %",
-        ),
+        ("share of them before the cut", f"static pruning: none; {before}"),
     ]
     return Table(["rule", "here"], rows, numbers=False)
 
@@ -331,38 +328,51 @@ def _space(axes: Sequence[Axis]) -> str:
 
 def spaces_table(profile: Profile) -> Table:
     """The search spaces of the methods that a profile compares; lr and predictor_lr are factors on each stage's own."""
-    r = protocol(profile)
-    spaces = [regulariser_space(m.base) for m in r.methods], [selection_space(m.selection, profile) for m in r.methods]
-    named = dict(zip((label_of(m.base) for m in r.methods), spaces[0], strict=True))
-    named |= dict(zip((label_of(m.selection) for m in r.methods), spaces[1], strict=True))
-    return Table(["method", "searched"], [(name, _space(axes)) for name, axes in named.items()], numbers=False)
+    methods = protocol(profile).methods
+    spaces = {label_of(m.base): regulariser_space(m.base) for m in methods}
+    spaces |= {label_of(m.selection): selection_space(m.selection, profile) for m in methods}
+    return Table(["method", "searched"], [(name, _space(axes)) for name, axes in spaces.items()], numbers=False)
 
 
 # -------------------------------------------------------------------------------------------------------------- results
 
 
-def chosen_table(table: pd.DataFrame) -> Table:
-    """The settings that the trials chose for each method.
+def _label(method: object) -> str:
+    return Method.parse(str(method)).label
 
-    Args:
-        table: of `Comparison.sweep`.
-    """
-    rows = []
-    for method, mine in table.groupby("method", sort=False):
-        settings = json.loads(mine.settings.iloc[0])
-        said = [f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in settings.items()]
-        rows.append((Method.parse(str(method)).label, ", ".join(said)))
-    return Table(["method", "chosen on validation images"], rows, numbers=False)
+
+def _by_method(table: pd.DataFrame, header: Sequence[str], row: Callable[[pd.DataFrame], Sequence[str]], **kw) -> Table:
+    """A row per method, in the table's order."""
+    rows = [[_label(method), *row(here)] for method, here in table.groupby("method", sort=False)]
+    return Table(["method", *header], rows, **kw)
+
+
+def chosen_table(table: pd.DataFrame) -> Table:
+    """The settings that the trials chose for each method of a comparison's table."""
+
+    def row(here: pd.DataFrame) -> list[str]:
+        settings = json.loads(here.settings.iloc[0])
+        return [", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in settings.items())]
+
+    return _by_method(table, ["chosen on validation images"], row, numbers=False)
 
 
 def accuracy_table(table: pd.DataFrame) -> Table:
     """Test accuracy in percent, mean and standard deviation over seeds: a row per method, a column per budget."""
     budgets = sorted(table.budget.unique(), reverse=True)
-    rows = []
-    for method, mine in table.groupby("method", sort=False):
-        cells = [mean_sd(mine[mine.budget == b].test_accuracy, 100) for b in budgets]
-        rows.append([Method.parse(str(method)).label, *cells])
-    return Table(["method", *map(times, budgets)], rows)
+
+    def row(here: pd.DataFrame) -> list[str]:
+        return [mean_sd(here[here.budget == b].test_accuracy, 100) for b in budgets]
+
+    return _by_method(table, list(map(times, budgets)), row)
+
+
+def _to(low: float, high: float) -> str:
+    return "–" if math.isnan(low) else f"{low:+.1f} to {high:+.1f}"
+
+
+def _p(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.2g}"
 
 
 def paired_table(table: pd.DataFrame) -> Table:
@@ -373,10 +383,8 @@ def paired_table(table: pd.DataFrame) -> Table:
     """
     rows = [
         [
-            Method.parse(r.method).label, f"{round(r.validation, 6):.1f}", f"{round(r.mean, 6):.1f}",
-            f"{r.difference:+.1f}",
-            "–" if pd.isna(r.low) else f"{r.low:+.1f} to {r.high:+.1f}",
-            "–" if pd.isna(r.p_holm) else f"{r.p_holm:.2g}", str(r.seeds),
+            _label(r.method), f"{round(r.validation, 6):.1f}", f"{round(r.mean, 6):.1f}", f"{r.difference:+.1f}",
+            _to(r.low, r.high), _p(r.p_holm), str(r.seeds),
         ]
         for r in table.itertuples()
     ]  # fmt: skip
@@ -386,16 +394,16 @@ def paired_table(table: pd.DataFrame) -> Table:
 
 def size_table(table: pd.DataFrame, budget: float) -> Table:
     """What is left at one budget, mean over seeds: shares of the dense MACs on test images, parameters, channels."""
-    rows = []
-    for method, mine in table[(table.budget - budget).abs() < 1e-9].groupby("method", sort=False):
-        mean = mine[["macs", "macs_predictors", "train_macs", "parameters"]].mean()
-        living = mine[["dynamic", "static"]].mean().fillna(0)
-        rows.append([
-            Method.parse(str(method)).label, f"{100 * mean.macs:.2f} %", f"{100 * mean.macs_predictors:.2f} %",
-            f"{100 * mean.train_macs:.2f} %", f"{mean.parameters / 1000:.0f}", f"{living.dynamic:.0f}",
-        ])  # fmt: skip
-    header = ["method", "MACs, test", "of them predictors", "MACs, training images", "parameters (thousands)"]
-    return Table([*header, "dynamic channels"], rows)
+
+    def row(here: pd.DataFrame) -> list[str]:
+        mean = here.mean(numeric_only=True)
+        shares = (mean.macs, mean.macs_predictors, mean.train_macs)
+        dynamic = mean.get("dynamic", math.nan)
+        return [*(f"{100 * share:.2f} %" for share in shares), f"{mean.parameters / 1000:.0f}",
+                f"{0 if math.isnan(dynamic) else dynamic:.0f}"]  # fmt: skip
+
+    header = ["MACs, test", "of them predictors", "MACs, training images", "parameters (thousands)", "dynamic channels"]
+    return _by_method(at(table, budget), header, row)
 
 
 def costs_table(costs: pd.DataFrame, times: pd.DataFrame, needed: pd.DataFrame, budget: float) -> Table:
@@ -404,19 +412,22 @@ def costs_table(costs: pd.DataFrame, times: pd.DataFrame, needed: pd.DataFrame, 
     One row per method, mean over seeds; the source's work is shared by all that start from the same network. The last
     column is the share of MACs that a method needs to stay within one point of its own unpruned network.
     """
-    minutes = times[(times.budget - budget).abs() < 1e-9].groupby("method")[["source_seconds", "seconds"]].mean() / 60
-    shares = dict(zip(needed.method, needed.macs, strict=True))
-    rows = [
-        [
-            Method.parse(r.method).label, f"{r.source_macs / 1e12:.3g}", f"{r.training_macs / 1e12:.3g}",
-            *(f"{value:.1f}" for value in minutes.loc[r.method]),
-            "–" if math.isnan(share := float(shares.get(r.method, math.nan))) else f"{100 * share:.0f} %",
-        ]
-        for r in costs.itertuples()
-    ]  # fmt: skip
-    return Table(
-        ["method", "source TMACs", "target TMACs", "source minutes", "target minutes", "MACs within 1 point"], rows
-    )
+    minutes = at(times, budget).groupby("method")[["source_seconds", "seconds"]].mean() / 60
+    shares = needed.set_index("method").macs
+    rows = []
+    for r in costs.itertuples():
+        share = float(shares.get(r.method, math.nan))
+        work = f"{r.source_macs / 1e12:.3g}", f"{r.training_macs / 1e12:.3g}"
+        spent = [f"{value:.1f}" for value in minutes.loc[r.method]]
+        rows.append([_label(r.method), *work, *spent, "–" if math.isnan(share) else f"{100 * share:.0f} %"])
+    work = ["source TMACs", "target TMACs", "source minutes", "target minutes"]
+    return Table(["method", *work, "MACs within 1 point"], rows)
+
+
+def _pair(one: pd.DataFrame, other: pd.DataFrame) -> statistics.Paired | None:
+    """The paired difference of test accuracies by seed, without those that are missing; None without a pair."""
+    values = [statistics.by_seed(table.dropna(subset="test_accuracy")) for table in (one, other)]
+    return statistics.paired(*values) if set(values[0]) & set(values[1]) else None
 
 
 def ablation_table(table: pd.DataFrame) -> Table:
@@ -426,63 +437,52 @@ def ablation_table(table: pd.DataFrame) -> Table:
     """
     afds, rows, p = table[table.variant == WHOLE], [], []
     for (budget, variant), found in table.groupby(["budget", "variant"], sort=False):
-        at, mine = times(budget), found.set_index("seed").test_accuracy
         there = budget if (afds.budget == budget).any() else afds.budget.iloc[0]
-        whole = afds[afds.budget == there].set_index("seed").test_accuracy
-        both = pd.DataFrame({"mine": mine, "whole": whole}).dropna()
-        cell = "–"
-        p.append(math.nan)
-        if variant != WHOLE and len(both):
-            pair = statistics.paired(both.mine.to_dict(), both.whole.to_dict())
-            d, p[-1] = pair.difference, pair.p
-            cell = f"{100 * d.mean:+.1f}"
-            cell += "" if math.isnan(d.low) else f" ({100 * d.low:+.1f} to {100 * d.high:+.1f})"
-        rows.append([variant, at, mean_sd(mine, 100), cell, f"{mine.notna().sum()} of {len(mine)}"])
+        pair, cell = _pair(found, afds[afds.budget == there]) if variant != WHOLE else None, "–"
+        if pair:
+            d = pair.difference
+            cell = f"{100 * d.mean:+.1f}" + ("" if math.isnan(d.low) else f" ({_to(100 * d.low, 100 * d.high)})")
+        p.append(pair.p if pair else math.nan)
+        accuracy = found.test_accuracy
+        rows.append([variant, times(budget), mean_sd(accuracy, 100), cell, f"{accuracy.notna().sum()} of {len(found)}"])
     for row, corrected in zip(rows, statistics.holm(p), strict=True):
-        row.insert(-1, "–" if math.isnan(corrected) else f"{corrected:.2g}")
+        row.insert(-1, _p(corrected))
     return Table(["variant", "at", "test accuracy (%)", "minus AFDS (95 % interval)", "p (Holm)", "seeds"], rows)
 
 
-def better_text(table: pd.DataFrame, main: pd.DataFrame, *, budget: float, seeds: Sequence[int]) -> str:
+def better_text(table: pd.DataFrame, main: pd.DataFrame, *, budget: float, rival: str) -> str:
     """Which variants at the primary budget beat AFDS by more than their interval, and how they stand to the rival.
 
     Args:
         table: of the ablations.
-        main: of the sweep, from which the rival is known.
+        main: of the sweep, with the rival's rows.
         budget: the primary one.
-        seeds: those on which the rival is chosen.
+        rival: its method.
     """
-    there = table[(table.budget - budget).abs() < 1e-9]
-    accuracy = {variant: mine.set_index("seed").test_accuracy for variant, mine in there.groupby("variant", sort=False)}
-    if WHOLE not in accuracy:
-        return ""
-    rival = statistics.rival(main, budget=budget, seeds=seeds)
-    theirs = main[(main.method == rival) & ((main.budget - budget).abs() < 1e-9)].set_index("seed").test_accuracy
+    there = at(table, budget)
+    afds, other = there[there.variant == WHOLE], at(main[main.method == rival], budget)
     lines = []
-    for variant, mine in accuracy.items():
-        if "unextended" in variant or len(mine := mine.dropna()) < 2:  # the former is the rival's, not AFDS's
+    for variant, here in there.groupby("variant", sort=False):
+        pair = _pair(here, afds)
+        if pair is None or "unextended" in str(variant) or not pair.difference.low > 0:  # the second is the rival's
             continue
-        gain = statistics.paired(mine.to_dict(), accuracy[WHOLE].to_dict()).difference
-        if gain.low > 0:
-            beside = statistics.paired(mine.to_dict(), theirs.to_dict()).difference
+        if beside := _pair(here, other):
             lines.append(
-                f"- {variant}: {statistics.points(gain)} points from AFDS and {statistics.points(beside)} from the "
-                f"rival, {Method.parse(rival).label}, on the same {beside.n} seeds"
+                f"{variant}: {statistics.points(pair.difference)} points from AFDS and "
+                f"{statistics.points(beside.difference)} from the rival, {_label(rival)}, on the same "
+                f"{beside.difference.n} seeds"
             )
-    if not lines:
-        return ""
     note = "Better than AFDS by more than the interval. Exploratory: these were found by looking at test accuracy."
-    return "\n".join([note, "", *lines, "", ""])
+    return f"{bullets(lines, note)}\n\n" if lines else ""
 
 
 def untrained_text(table: pd.DataFrame) -> str:
     """Why variants of the ablation have no network; of seeds that fail alike the first is quoted."""
-    gone = table[table.diverged.notna()]
     lines = [
-        f"- {variant} at {times(budget)}, {len(mine)} seed{'s' if len(mine) > 1 else ''}: {mine.diverged.iloc[0]}"
-        for (variant, budget), mine in gone.groupby(["variant", "budget"], sort=False)
+        f"{variant} at {times(budget)}, {plural(len(here), 'seed')}: {here.diverged.iloc[0]}"
+        for (variant, budget), here in table[table.diverged.notna()].groupby(["variant", "budget"], sort=False)
     ]
-    return "\n".join(["Without a network:", "", *lines, "", ""]) if lines else ""
+    return f"{bullets(lines, 'Without a network:')}\n\n" if lines else ""
 
 
 def _equal_time(compared: Compared) -> str:
@@ -491,11 +491,11 @@ def _equal_time(compared: Compared) -> str:
     if again.empty:
         return "The rival at equal wall-clock time has no network."
     rival, factor = again.method.iloc[0], float(again.steps_factor.iloc[0])
-    budget = compared.comparison.rules.primary_budget
-    here = compared.table[((compared.table.budget - budget).abs() < 1e-9) & compared.table.seed.isin(set(again.seed))]
+    here = at(compared.table, compared.budget)
+    here = here[here.seed.isin(set(again.seed))]
     ours, before = (mean_sd(here[here.method == m].test_accuracy, 100) for m in ("afd+afs", rival))
     return (
-        f"At equal wall-clock time on the target, {factor:g} times its steps, the rival {Method.parse(rival).label} "
+        f"At equal wall-clock time on the target, {factor:g} times its steps, the rival {_label(rival)} "
         f"reaches {mean_sd(again.test_accuracy, 100)} % ({before} % before; AFDS {ours} %; "
         f"{again.seed.nunique()} seeds)."
     )
@@ -503,10 +503,8 @@ def _equal_time(compared: Compared) -> str:
 
 def missing_text(missing: pd.DataFrame) -> str:
     """How many points have no network, and why."""
-    if missing.empty:
-        return "Every planned point has a network."
     lines = [
-        f"- {Method.parse(str(method)).label}: {len(mine)} point{'s' if len(mine) > 1 else ''}: {reason}"
-        for (method, reason), mine in missing.groupby(["method", "reason"], sort=False)
+        f"{_label(method)}: {plural(len(here), 'point')}: {reason}"
+        for (method, reason), here in missing.groupby(["method", "reason"], sort=False)
     ]
-    return "Points without a network:\n\n" + "\n".join(lines)
+    return bullets(lines, "Points without a network:") or "Every planned point has a network."

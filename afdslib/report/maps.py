@@ -6,7 +6,7 @@ from pathlib import Path
 
 from afdslib.base.atomic import atomic_path
 from afdslib.inference.maps import MapsView
-from afdslib.report.plots.students import attention_maps
+from afdslib.report.plots import attention_maps
 
 __all__ = ["draw"]
 

@@ -20,10 +20,10 @@ from afdslib.studies import statistics
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Number", "difference", "mean", "number", "read", "rows"]
+__all__ = ["Number", "difference", "mean", "number", "of_interval", "path_of", "read", "rows"]
 
 SCALES = {"%": 100.0, "points": 100.0}
-"""Accuracies and MACs are stored as shares; a column that is not one takes `scale=1`."""
+"""Accuracies and MACs are stored as shares."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,12 @@ class Number:
         return self.value
 
 
+def of_interval(found: statistics.Interval, unit: str, *, scale: float | None = None, **kwargs: Any) -> Number:
+    """The number of a mean with its interval; shares are shown in percent or points."""
+    scale = SCALES.get(unit, 1.0) if scale is None else scale
+    return Number(scale * found.mean, unit, scale * found.low, scale * found.high, found.n, **kwargs)
+
+
 def path_of(file: str | Path) -> Path:
     """A file as it is given if it is absolute, else below data/results/."""
     return Path(file) if Path(file).is_absolute() else paths.results("any").parent / file
@@ -90,19 +96,19 @@ def read(file: str | Path) -> pd.DataFrame:
         raise AFDSError(f"the result file {file} is no table ({reason}); write it again") from None
 
 
-def rows(file: str | Path, column: str, **row: Any) -> pd.DataFrame:
+def rows(file: str | Path, *columns: str, **row: Any) -> pd.DataFrame:
     """The rows of a result file that have the given values.
 
     Args:
         file: see `read`.
-        column: that must exist.
+        columns: that must exist.
         row: value by column; numbers match up to rounding, "" matches an empty cell.
 
     Raises:
         AFDSError: no such file, column or row.
     """
     table = read(file)
-    for name in (column, *row):
+    for name in (*columns, *row):
         if name not in table:
             raise AFDSError(f"{file} has no column {name!r}; it has {', '.join(map(str, table.columns))}")
     for name, value in row.items():
@@ -121,15 +127,9 @@ def rows(file: str | Path, column: str, **row: Any) -> pd.DataFrame:
 
 
 def number(
-    file: str | Path,
-    column: str,
-    *,
-    unit: str = "",
-    scale: float | None = None,
-    interval: tuple[str, str] | None = None,
-    digits: int = 1,
-    **row: Any,
-) -> Number:
+    file: str | Path, column: str, *, unit: str = "", scale: float | None = None, interval: tuple[str, ...] = (),
+    digits: int = 1, **row: Any,
+) -> Number:  # fmt: skip
     """One cell of a result file.
 
     Args:
@@ -144,13 +144,12 @@ def number(
     Raises:
         AFDSError: no such file, column or row, several rows, or an empty cell.
     """
-    found = rows(file, column, **row)
+    found = rows(file, column, *interval, **row)
     if len(found) > 1:
         raise AFDSError(f"{file} has {len(found)} rows with {_said(row)}; name more columns until one is left")
     scale = SCALES.get(unit, 1.0) if scale is None else scale
-    value = scale * _cell(found, column, file, row)
-    low, high = (scale * _cell(found, name, file, row) for name in interval) if interval else (math.nan, math.nan)
-    return Number(value, unit, low, high, 1, str(file), digits)
+    value, *limits = (scale * _cell(found, name, file, row) for name in (column, *interval))
+    return Number(value, unit, *(limits or (math.nan, math.nan)), 1, str(file), digits)
 
 
 def mean(file: str | Path, column: str, *, over: str = "seed", unit: str = "", digits: int = 1, **row: Any) -> Number:
@@ -160,21 +159,13 @@ def mean(file: str | Path, column: str, *, over: str = "seed", unit: str = "", d
         AFDSError: as `number`, or if a seed has several rows.
     """
     values = _by(file, column, over, row)
-    found, scale = statistics.interval(list(values.values())), SCALES.get(unit, 1.0)
-    return Number(scale * found.mean, unit, scale * found.low, scale * found.high, found.n, str(file), digits)
+    return of_interval(statistics.interval(list(values.values())), unit, file=str(file), digits=digits)
 
 
 def difference(
-    file: str | Path,
-    column: str,
-    one: Mapping[str, Any],
-    other: Mapping[str, Any],
-    *,
-    over: str = "seed",
-    unit: str = "points",
-    digits: int = 1,
-    **row: Any,
-) -> Number:
+    file: str | Path, column: str, one: Mapping[str, Any], other: Mapping[str, Any], *, over: str = "seed",
+    unit: str = "points", digits: int = 1, **row: Any,
+) -> Number:  # fmt: skip
     """One method minus another, paired by seed, with Student's 95 % interval.
 
     Args:
@@ -190,22 +181,17 @@ def difference(
         AFDSError: as `number`, or if the two share no seed.
     """
     a, b = (_by(file, column, over, {**row, **mine}) for mine in (one, other))
-    found, scale = statistics.paired(a, b).difference, SCALES.get(unit, 1.0)
-    return Number(scale * found.mean, unit, scale * found.low, scale * found.high, found.n, str(file), digits, True)
+    return of_interval(statistics.paired(a, b).difference, unit, file=str(file), digits=digits, signed=True)
 
 
 def _by(file: str | Path, column: str, over: str, row: Mapping[str, Any]) -> dict[int, float]:
-    found = rows(file, column, **row)
-    if over not in found:
-        raise AFDSError(f"{file} has no column {over!r}; it has {', '.join(map(str, found.columns))}")
+    found = rows(file, column, over, **row)
     if found[over].duplicated().any():
         raise AFDSError(f"{file} has several rows per {over} with {_said(row)}; name more columns until one is left")
     return {int(key): _cell(found[found[over] == key], column, file, row) for key in found[over]}
 
 
 def _cell(found: pd.DataFrame, column: str, file: str | Path, row: Mapping[str, Any]) -> float:
-    if column not in found:
-        raise AFDSError(f"{file} has no column {column!r}; it has {', '.join(map(str, found.columns))}")
     try:
         value = float(found[column].iloc[0])
     except (TypeError, ValueError):

@@ -2,7 +2,7 @@
 
 A stage is finished when its marker `executed/<notebook>.json` holds the stage's key:
 
-    key = sha256(cells of the notebook, its parameters, sources of afdslib, key of the stage before)
+    key = sha256(cells of the notebook, its parameters, sources of afdslib, references.bib, key of the stage before)
 
 so a changed notebook, parameter or line of the library executes that stage and all later ones again (which is cheap:
 the training inside comes from the run store, which has an identity of its own), and an interrupted report goes on after
@@ -17,16 +17,14 @@ that. Kernels run in the caller's working directory, so that a relative `data_di
 from __future__ import annotations
 
 import ast
-import base64
 import hashlib
 import html
 import json
-import mimetypes
 import re
 import secrets
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,13 +33,26 @@ from typing import Any, TextIO
 from afdslib.base import paths
 from afdslib.base.atomic import atomic_path, write_json, write_text
 from afdslib.base.errors import AFDSError
-from afdslib.report.stylesheet import styled
 
-__all__ = ["Stage", "convert", "execute", "notebooks", "parameters_of", "plan", "render"]
+__all__ = [
+    "STYLE",
+    "NotebookStage",
+    "convert",
+    "execute",
+    "kernel_manager",
+    "notebooks",
+    "parameters_of",
+    "plan",
+    "render",
+]
+
+
+STYLE = Path(__file__).with_name("report.css")
+"""Added to nbconvert's style."""
 
 
 @dataclass(frozen=True)
-class Stage:
+class NotebookStage:
     """One notebook with the parameters of one profile.
 
     Attributes:
@@ -92,11 +103,7 @@ def parameters_of(notebook: str | Path) -> dict[str, Any]:
     Raises:
         AFDSError: Not a notebook, no such cell or several, or a statement that is not `name = literal`.
     """
-    notebook = Path(notebook)
-    return _parameters(notebook, _read(notebook))
-
-
-def _parameters(notebook: Path, node: Any) -> dict[str, Any]:
+    node = _read(notebook := Path(notebook))
     cells = [cell for cell in node.cells if "parameters" in cell.metadata.get("tags", []) and cell.cell_type == "code"]
     if len(cells) != 1:
         raise AFDSError(f"{notebook.name} has {len(cells)} code cells tagged 'parameters'; it needs exactly one")
@@ -132,22 +139,16 @@ def convert(name: str, default: Any, value: Any) -> Any:
     Raises:
         AFDSError: The value does not fit, or is not finite.
     """
-    kind = type(default)
-    parsed = value
+    kind, parsed = type(default), value
     if isinstance(value, str) and kind is not str:
-        text = value.strip()
-        if kind is bool:
-            parsed = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(text.lower())
-        elif kind in (int, float):
-            try:
-                parsed = kind(text)
-            except ValueError:
-                parsed = None
-        else:
-            try:
-                parsed = ast.literal_eval(text)
-            except (ValueError, SyntaxError):
-                parsed = value if default is None else None
+        truth = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        try:
+            if kind is bool:
+                parsed = truth.get(value.strip().lower())
+            else:
+                parsed = kind(value) if kind in (int, float) else ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError):
+            parsed = value if default is None else None
     if kind is float and isinstance(parsed, int) and not isinstance(parsed, bool):
         parsed = float(parsed)
     if default is not None and type(parsed) is not kind:
@@ -163,7 +164,7 @@ def plan(
     *,
     only: Collection[str] | None = None,
     folder: str | Path | None = None,
-) -> list[Stage]:
+) -> list[NotebookStage]:
     """The stages of a profile, checked, in order. Starts nothing and writes nothing.
 
     Args:
@@ -179,7 +180,7 @@ def plan(
         raise AFDSError(f"{profile!r} cannot name a profile; use letters, digits, '-', '_' and '.'")
     given = {**(parameters or {}), "profile": profile}
     target = paths.figures(profile) / "executed"
-    stages: list[Stage] = []
+    stages: list[NotebookStage] = []
     known: set[str] = set()
     key = _library_hash()
     numbers = [notebook.name[:2] for notebook in notebooks(folder)]
@@ -187,7 +188,7 @@ def plan(
         raise AFDSError(f"there is no notebook {missing[0]!r}; there are: {', '.join(numbers)}")
     for notebook in notebooks(folder):
         node = _read(notebook)
-        defaults = _parameters(notebook, node)
+        defaults = parameters_of(notebook)
         if "profile" not in defaults:
             raise AFDSError(f"{notebook.name} has no parameter 'profile'; add it to the cell tagged 'parameters'")
         known.update(defaults)
@@ -197,18 +198,20 @@ def plan(
         cells = [(cell.cell_type, cell.source) for cell in node.cells]
         key = hashlib.sha256(json.dumps([key, notebook.name, cells, values], sort_keys=True).encode()).hexdigest()[:16]
         log, marker = (target / f"{notebook.stem}{suffix}" for suffix in (".log", ".json"))
-        stages.append(Stage(notebook, values, key, target / notebook.name, log, marker))
+        stages.append(NotebookStage(notebook, values, key, target / notebook.name, log, marker))
     if unknown := sorted(set(given) - known):
         raise AFDSError(f"no notebook has a parameter {unknown[0]!r}; there are: {', '.join(sorted(known))}")
     return stages
 
 
 def _library_hash() -> str:
-    """Changes with every source file of afdslib."""
+    """Changes with every source file of afdslib, not only those in Python, and with the references."""
     folder = Path(__file__).resolve().parents[1]
+    files = [file for file in folder.rglob("*") if file.suffix in (".py", ".cpp", ".css", ".toml")]
+    files += [file for file in [folder.parent / "references.bib"] if file.is_file()]
     digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*.py")):
-        digest.update(file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+    for file in sorted(files):
+        digest.update(file.relative_to(folder.parent).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()
 
 
@@ -275,7 +278,7 @@ def execute(
     return report
 
 
-def _forget(stage: Stage) -> None:
+def _forget(stage: NotebookStage) -> None:
     try:
         stage.marker.unlink(missing_ok=True)
     except OSError as error:
@@ -303,7 +306,7 @@ def _only_one(profile: str) -> Iterator[None]:
         lock.release()
 
 
-def _execute_stage(stage: Stage, verbose: bool) -> float:
+def _execute_stage(stage: NotebookStage, verbose: bool) -> float:
     """Runs one notebook to its end and writes its marker. Returns the seconds it took."""
     import nbformat
     import papermill
@@ -322,7 +325,7 @@ def _execute_stage(stage: Stage, verbose: bool) -> float:
                 _unformatted(stage.executed),
                 parameters=stage.parameters,
                 kernel_name="python3",
-                kernel_manager_class=_kernel_manager(),
+                kernel_manager_class=kernel_manager(),
                 progress_bar=False,
                 stdout_file=output,
                 stderr_file=output,
@@ -354,25 +357,14 @@ def _unformatted(path: Path) -> str:
     return str(path.resolve()).replace("{", "{{").replace("}", "}}")
 
 
-def _kernel_manager() -> type:
+def kernel_manager() -> type:
     """A kernel manager whose only kernel is this interpreter, even if another `python3` kernelspec is installed."""
     from jupyter_client import AsyncKernelManager
-    from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
-
-    class ThisInterpreter(KernelSpecManager):
-        def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
-            argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-            return KernelSpec(
-                argv=argv,
-                display_name="Python 3 (ipykernel)",
-                language="python",
-                name=kernel_name,
-                metadata={"supported_encryption": ["curve"]},
-            )
+    from jupyter_client.kernelspec import KernelSpecManager
 
     class Manager(AsyncKernelManager):
         def _kernel_spec_manager_default(self) -> KernelSpecManager:
-            return ThisInterpreter(parent=self)
+            return KernelSpecManager(parent=self, kernel_dirs=[])  # so only ipykernel's own is found
 
         def _transport_encryption_default(self) -> str:  # or every kernel warns of plain-text sockets
             return "auto"
@@ -395,7 +387,7 @@ class _Tee:
             file.flush()
 
 
-def _failure(stage: Stage, error: Exception) -> AFDSError:
+def _failure(stage: NotebookStage, error: Exception) -> AFDSError:
     """One sentence that names notebook, cell and log, into which the whole story goes."""
     from papermill.exceptions import PapermillExecutionError
 
@@ -416,7 +408,7 @@ def _failure(stage: Stage, error: Exception) -> AFDSError:
     return AFDSError(f"{stage.notebook.name} failed in {cell}: {_one_line(what)}; see the log {_short(stage.log)}")
 
 
-def _failed_cell(stage: Stage) -> tuple[int, str]:
+def _failed_cell(stage: NotebookStage) -> tuple[int, str]:
     """The number of the last code cell that was started, counted in the source notebook from 1, and its first line."""
     try:
         cells = _read(stage.executed).cells
@@ -437,7 +429,7 @@ def _failed_cell(stage: Stage) -> tuple[int, str]:
     return found
 
 
-def _clean(node: Any, stage: Stage) -> None:
+def _clean(node: Any, stage: NotebookStage) -> None:
     """Drops the added last cell, and the folders and times that papermill notes: executed copies may be committed."""
     node.cells = [cell for cell in node.cells if _LAST not in cell.metadata.get("tags", [])]
     for cell in node.cells:
@@ -459,11 +451,11 @@ def _short(path: Path) -> str:
         return str(path)
 
 
-# ------------------------------------------------------------------------------------------------------------- HTML
+# ---------------------------------------------------------------------------------------------------------------- HTML
 
 
 def render(profile: str, *, folder: str | Path | None = None) -> Path:
-    """Writes `report.html` from the executed copy of the last notebook: images embedded, code hidden.
+    """Writes `report.html` from the executed copy of the last notebook: images embedded, code hidden, our style.
 
     Raises:
         AFDSError: The profile has not been executed to its end.
@@ -476,16 +468,17 @@ def render(profile: str, *, folder: str | Path | None = None) -> Path:
         raise AFDSError(f"profile {profile} has no finished report yet; execute it with: afds run --profile {profile}")
     node = _read(executed)
     for cell in node.cells:
-        if cell.cell_type == "markdown":
-            cell.source = _embed_images(cell.source, last.parent)
-        elif cell.cell_type == "code":  # without the progress of a training, which is in the log
+        if cell.cell_type == "code":  # without the progress of a training, which is in the log
             cell.outputs = [_with_alternative(output) for output in cell.outputs if output.get("name") != "stderr"]
-    exporter = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True)
+    hidden = {"exclude_input": True, "exclude_input_prompt": True, "exclude_output_prompt": True}
+    exporter = HTMLExporter(embed_images=True, **hidden)
     exporter.mathjax_url = exporter.require_js_url = exporter.jquery_url = ""  # the page needs nothing from elsewhere
-    page, _ = exporter.from_notebook_node(node, resources={"metadata": {"name": f"AFDS report: {profile}"}})
+    about = {"name": f"AFDS report: {profile}", "path": str(last.parent)}
+    page, _ = exporter.from_notebook_node(node, resources={"metadata": about})
     report = paths.figures(profile) / "report.html"
+    style = f"<style>{STYLE.read_text('utf-8')}</style>\n"  # it comes last and so wins
     with atomic_path(report) as part:
-        part.write_text(styled(page), encoding="utf-8")
+        part.write_text(page.replace("</head>", f"{style}</head>", 1), encoding="utf-8")
     return report
 
 
@@ -499,24 +492,3 @@ def _with_alternative(output: Any) -> Any:
     size = f' width="{width}"' if width else ""
     data["text/html"] = f'<p><img alt="{name}"{size} src="data:image/png;base64,{content}"></p>'
     return output
-
-
-_IMAGES: Sequence[re.Pattern[str]] = (
-    re.compile(r"(!\[[^\]]*\]\(\s*)([^)\s]+)"),
-    re.compile(r"""(<img\b[^>]*?\bsrc\s*=\s*["'])([^"']+)"""),
-)
-
-
-def _embed_images(markdown: str, folder: Path) -> str:
-    """Replaces links to local images, relative to the notebook, by their content: the report is one file."""
-
-    def embed(match: re.Match[str]) -> str:
-        file = folder / match.group(2)
-        if re.match(r"[a-z]+:", match.group(2)) or not file.is_file():
-            return match.group(0)
-        kind = mimetypes.guess_type(file.name)[0] or "image/png"
-        return f"{match.group(1)}data:{kind};base64,{base64.b64encode(file.read_bytes()).decode('ascii')}"
-
-    for pattern in _IMAGES:
-        markdown = pattern.sub(embed, markdown)
-    return markdown

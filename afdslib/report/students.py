@@ -1,17 +1,14 @@
-"""Tables and sentences about students and teachers, computed from a study's results: no number is typed.
-
-The numbers in `REPORTED` are the original paper's, at 200 epochs, those in `QUOTED` other people's; every one is a
-quotation with its source.
-"""
+"""Tables and sentences about students and teachers, computed from a study's results: no number is typed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -22,15 +19,14 @@ from afdslib.experiments.afs import MODEL, Network
 from afdslib.experiments.student import StudentRun, tapped
 from afdslib.inference import maps
 from afdslib.losses import attention_map
-from afdslib.report import views as inspection
-from afdslib.report.numbers import Number
-from afdslib.report.plots import students as figures
-from afdslib.report.plots.students import student_look
-from afdslib.report.plots.style import Picture, save
-from afdslib.report.summary import Table, Text
+from afdslib.report import plots, views
+from afdslib.report.numbers import Number, of_interval
+from afdslib.report.plots import Picture, look, save
+from afdslib.report.quoted import QUOTED, REPORTED, Quotation
+from afdslib.report.sweep import stage_text
+from afdslib.report.tables import Table, Text, bullets
 from afdslib.report.views import NOT_STORED
 from afdslib.studies import statistics
-from afdslib.training import Optimisation
 from afdslib.training.features import Teacher, taps
 
 if TYPE_CHECKING:
@@ -43,110 +39,12 @@ if TYPE_CHECKING:
     from afdslib.studies.students import DistillationStudy
 
 __all__ = [
-    "NOT_STORED",
-    "QUOTED",
-    "REPORTED",
-    "Gain",
-    "Quotation",
-    "beta_in_paper_scale",
-    "beta_table",
-    "better_than_guessing",
-    "command",
-    "compared_sizes",
-    "decays",
-    "draw",
-    "falls",
-    "finished_gains",
-    "first_pair",
-    "gain",
-    "gains_text",
-    "networks",
-    "no_test_in_trials",
-    "nst_memory",
-    "pull_text",
-    "quoted_gains_text",
-    "quoted_table",
-    "reach_text",
-    "saved_text",
-    "scope",
-    "seen_text",
-    "settings",
-    "steps_saved",
-    "steps_until",
-    "stored_like_table",
-    "student_table",
-    "taps_of",
-    "terms_add_up",
-    "view",
-    "weights_text",
-    "write_page",
-]
-
-# (data set, teacher, student, method): accuracy in percent. Zagoruyko, Komodakis, ICLR 2017, 200 epochs. [paper]
-REPORTED = {
-    ("cifar10", "", "wrn-16-2", "teacher"): 93.69,
-    ("cifar10", "", "wrn-16-1", "alone"): 91.23,
-    ("cifar10", "wrn-16-2", "wrn-16-1", "at"): 92.07,
-}
-
-
-@dataclass(frozen=True)
-class Quotation:
-    """Numbers of others about one teacher and student, quoted and not reproduced.
-
-    Attributes:
-        data: the data set.
-        networks: teacher and student.
-        measure: "accuracy" or "error"; in percent.
-        numbers: by method, as in `STUDENTS`; of an error top-1 and top-5.
-        source: who reports them.
-        digits: after the point, as they are reported.
-    """
-
-    data: str
-    networks: str
-    measure: str
-    numbers: Mapping[str, tuple[float, ...]]
-    source: str
-    digits: int = 2
-
-    @property
-    def gains(self) -> dict[str, float]:
-        """What each method gains over the student alone, percentage points of (top-1) accuracy."""
-        sign = 1 if self.measure == "accuracy" else -1
-        others = {m: n[0] for m, n in self.numbers.items() if m not in ("teacher", "alone")}
-        alone = self.numbers.get("alone")
-        return {} if alone is None else {m: round(sign * (n - alone[0]), 2) for m, n in others.items()}
-
-
-_ZOO = (
-    'README of AberHu/Knowledge-Distillation-Zoo, which warns: "hyper-parameters not chosen carefully ... do not '
-    'reflect which method is better"'
-)
-QUOTED = (
-    Quotation(
-        "CIFAR-10", "WRN-16-2 to WRN-16-1", "accuracy", {"teacher": (93.69,), "alone": (91.23,), "at": (92.07,)},
-        "AT's paper, 200 epochs",
-    ),
-    Quotation(
-        "CIFAR-100", "WRN-40-2 to WRN-16-2", "accuracy",
-        {"alone": (73.26,), "kd": (74.92,), "at": (74.08,), "nst": (73.68,)}, "README of HobbitLong/RepDistiller",
-    ),
-    Quotation(
-        "CIFAR-10", "ResNet-110 to ResNet-20", "accuracy",
-        {"alone": (92.37,), "kd": (92.82,), "at": (93.21,), "nst": (92.83,)}, _ZOO,
-    ),
-    Quotation(
-        "ImageNet", "ResNet-34 to ResNet-18", "error", {"alone": (30.4, 10.8), "at": (29.3, 10.0)}, "AT's paper", 1,
-    ),
-    Quotation(
-        "ImageNet", "ResNet-101 to Inception-BN", "error",
-        {"alone": (25.74, 8.07), "nst": (24.81, 7.55), "nst-poly+kd": (24.34, 7.11)}, "NST's paper",
-    ),
-    Quotation(
-        "ImageNet", "ResNet-101 to the modified ResNet-50", "error", {"nst-poly+kd": (21.05, 5.56)}, "NST's paper",
-    ),
-)  # fmt: skip
+    "NOT_STORED", "Gain", "beta_in_paper_scale", "beta_table", "better_than_guessing", "command", "compared_sizes",
+    "decays", "draw", "falls", "finished_gains", "first_pair", "gain", "gains_text", "networks", "no_test_in_trials",
+    "nst_memory", "pull_text", "quoted_gains_text", "quoted_table", "reach_text", "saved_text", "scope", "seen_text",
+    "settings", "steps_saved", "steps_until", "stored_like_table", "student_table", "taps_of", "terms_add_up", "view",
+    "weights_text", "write_page",
+]  # fmt: skip
 
 
 def beta_in_paper_scale(beta: float, norm: float, positions: int) -> float:
@@ -158,6 +56,9 @@ def beta_in_paper_scale(beta: float, norm: float, positions: int) -> float:
         positions: H x W of the map.
     """
     return 2 * beta * norm / positions
+
+
+# ------------------------------------------------------------------------------------------------------------ accuracy
 
 
 @dataclass(frozen=True)
@@ -195,83 +96,75 @@ def gain(method: Sequence[float], alone: Sequence[float]) -> Gain:
     return Gain(difference, spread, abs(difference) > spread)
 
 
-def _pairs(table: pd.DataFrame) -> list[tuple[str, str]]:
-    """(teacher, student) of the table, in order; a student alone belongs to every teacher."""
+def _pairs(table: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """(teacher, student, their rows) of the table, in order; a student alone belongs to every teacher."""
     taught = table[table.teacher != ""]
-    return list(dict.fromkeys(zip(taught.teacher, taught.student, strict=True)))
+    for teacher, student in dict.fromkeys(zip(taught.teacher, taught.student, strict=True)):
+        own = (table.student == student) & ((table.teacher == teacher) | (table.method == "alone"))
+        yield teacher, student, table[own | ((table.method == "teacher") & (table.student == teacher))]
 
 
-def _rows(table: pd.DataFrame, teacher: str, student: str) -> pd.DataFrame:
-    mine = (table.student == student) & ((table.teacher == teacher) | (table.method == "alone"))
-    return table[mine | ((table.method == "teacher") & (table.student == teacher))]
+def _methods(table: pd.DataFrame) -> Iterator[tuple[str, str, str, pd.DataFrame, pd.Series]]:
+    """(teacher, student, method, its rows, accuracies of the student alone)."""
+    for teacher, student, rows in _pairs(table):
+        alone = rows[rows.method == "alone"].test_accuracy
+        for method, found in rows[rows.method != "teacher"].groupby("method", sort=False):
+            yield teacher, student, str(method), found, alone
 
 
 def first_pair(table: pd.DataFrame) -> pd.DataFrame:
     """The rows of the first student and teacher."""
-    pairs = _pairs(table)
-    return _rows(table, *pairs[0]) if pairs else table
-
-
-def _spread(values: pd.Series) -> str:
-    return "–" if len(values) < 2 else f"{100 * (values.max() - values.min()):.1f}"
+    return next((rows for *_, rows in _pairs(table)), table)
 
 
 def student_table(study: DistillationStudy) -> Table:
     """Teachers and students: median over seeds, spread (largest minus smallest), gain; and, where there is one, the
     number that the original paper reports."""
     table, name = study.table(), study.profile.data.name
-    rows = []
-    for row in table[table.method == "teacher"].itertuples():
-        reported = REPORTED.get((name, "", row.student, "teacher"))
-        rows.append([f"teacher {row.student}", "", f"{100 * row.test_accuracy:.1f}", "–", "1", "", _reported(reported)])
-    told = set()
-    for teacher, student in _pairs(table):
-        mine = _rows(table, teacher, student)
-        alone = mine[mine.method == "alone"].test_accuracy
-        for method, found in mine[mine.method != "teacher"].groupby("method", sort=False):
-            if (method, student) in told and method == "alone":
-                continue
-            told.add((method, student))
-            values = found.test_accuracy
-            better = "" if method == "alone" or alone.empty else f"{gain(values, alone).gain:+.1f}"
-            with_teacher = "" if method == "alone" else teacher
-            reported = REPORTED.get((name, with_teacher, student, str(method)))
-            label = f"{student}, {student_look(str(method)).label}{f' ({with_teacher})' if with_teacher else ''}"
-            weight = "" if not found.weight.iloc[0] else f"{found.weight.iloc[0]:g}"
-            cells = [f"{100 * values.median():.1f}", _spread(values), str(len(values)), better, _reported(reported)]
-            rows.append([label, weight, *cells])
+
+    def reported(*key: str) -> str:
+        value = REPORTED.get((name, *key))  # type: ignore[call-overload]
+        return "" if value is None else f"{value:.2f}"
+
+    rows = [
+        [f"teacher {row.student}", "", f"{100 * row.test_accuracy:.1f}", "–", "1", "",
+         reported("", row.student, "teacher")]
+        for row in table[table.method == "teacher"].itertuples()
+    ]  # fmt: skip
+    plain = set()
+    for teacher, student, method, found, alone in _methods(table):
+        if method == "alone" and student in plain:
+            continue
+        plain |= {student} if method == "alone" else set()
+        values, source = found.test_accuracy, "" if method == "alone" else teacher
+        better = "" if method == "alone" or alone.empty else f"{gain(values, alone).gain:+.1f}"
+        label = f"{student}, {look(method).label}{f' ({source})' if source else ''}"
+        weight = "" if not found.weight.iloc[0] else f"{found.weight.iloc[0]:g}"
+        spread = "–" if len(values) < 2 else f"{100 * (values.max() - values.min()):.1f}"
+        cells = [f"{100 * values.median():.1f}", spread, str(len(values)), better, reported(source, student, method)]
+        rows.append([label, weight, *cells])
     header = ["network, method (teacher)", "weight", "median (%)", "spread", "seeds", "gain over alone"]
     if not any(row[-1] for row in rows):
         return Table(header, [row[:-1] for row in rows])
     return Table([*header, "reported at 200 epochs (%)"], rows)
 
 
-def _reported(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
-
-
 def gains_text(study: DistillationStudy) -> Text:
     """One sentence per method: its gain over the student alone, and whether that exceeds the spread between seeds."""
-    table = study.table()
-    lines = []
-    for teacher, student in _pairs(table):
-        mine = _rows(table, teacher, student)
-        alone = mine[mine.method == "alone"].test_accuracy
-        for method, found in mine[~mine.method.isin(["teacher", "alone"])].groupby("method", sort=False):
-            if alone.empty:
-                continue
-            g = gain(found.test_accuracy, alone)
-            verdict = {
-                None: "with one seed, so nothing can be said",
-                True: f"a {'gain' if g.gain > 0 else 'loss'} larger than the spread between seeds ({g.spread:.1f})",
-                False: f"not larger than the spread between seeds ({g.spread:.1f})",
-            }[g.exceeds]
-            lines.append(
-                f"- **{student_look(str(method)).label}** from {teacher} to {student}: {g.gain:+.1f} points, {verdict}."
-            )
+    table, lines = study.table(), []
+    for teacher, student, method, found, alone in _methods(table):
+        if alone.empty or method == "alone":
+            continue
+        g = gain(found.test_accuracy, alone)
+        verdict = {
+            None: "with one seed, so nothing can be said",
+            True: f"a {'gain' if g.gain > 0 else 'loss'} larger than the spread between seeds ({g.spread:.1f})",
+            False: f"not larger than the spread between seeds ({g.spread:.1f})",
+        }[g.exceeds]
+        lines.append(f"**{look(method).label}** from {teacher} to {student}: {g.gain:+.1f} points, {verdict}.")
     for gap in table.attrs.get("missing", ()):
-        lines.append(f"- Missing: {gap['student']}, {gap['method']}, seed {gap['seed']}, because {gap['reason']}.")
-    return Text("\n".join(lines) if lines else "No student with a teacher is finished yet.")
+        lines.append(f"Missing: {gap['student']}, {gap['method']}, seed {gap['seed']}, because {gap['reason']}.")
+    return Text(bullets(lines) or "No student with a teacher is finished yet.")
 
 
 def finished_gains(profile: str, budget: str) -> Text:
@@ -286,6 +179,9 @@ def finished_gains(profile: str, budget: str) -> Text:
     )
 
 
+# ------------------------------------------------------------------------------------------- weights, curves and scale
+
+
 def weights_text(study: DistillationStudy) -> Text:
     """Where each method's weight comes from: chosen among those tried, given, or taken from another method."""
     trials = study.trials()
@@ -295,7 +191,7 @@ def weights_text(study: DistillationStudy) -> Text:
     for name, method in study.methods.items():
         if name not in used or method.distillation.transfer == "none":
             continue
-        label, rows = student_look(name).label, trials[trials.method == name]
+        label, rows = look(name).label, trials[trials.method == name]
         if method.like:
             borrowed.setdefault(method.like, []).append(label)
         elif len(method.weights) == 1:
@@ -304,16 +200,16 @@ def weights_text(study: DistillationStudy) -> Text:
             chosen = study.weight(name)
             between = 100 * (rows.validation_accuracy.max() - rows.validation_accuracy.min())
             tried.append(f"{label} {chosen:g} (of {len(rows)}, which differ by up to {between:.1f} points)")
-            if chosen in (rows.strength.min(), rows.strength.max()):
-                edges.append(label)
-    parts = [f"Chosen on validation images: {'; '.join(tried)}."] if tried else []
-    if edges:
-        parts.append(f"At the edge of the values tried, so perhaps not the best: {', '.join(edges)}.")
-    if given:
-        parts.append(f"Taken as given, with no other value tried: {'; '.join(given)}.")
-    for name, labels in borrowed.items():
-        parts.append(f"The weight of {student_look(name).label} is taken, untuned, by {'; '.join(labels)}.")
-    return Text(" ".join(parts) or "No weight is chosen yet.")
+            edges += [label] if chosen in (rows.strength.min(), rows.strength.max()) else []
+    parts = [
+        ("Chosen on validation images: ", "; ".join(tried)),
+        ("At the edge of the values tried, so perhaps not the best: ", ", ".join(edges)),
+        ("Taken as given, with no other value tried: ", "; ".join(given)),
+    ]
+    parts += [
+        (f"The weight of {look(name).label} is taken, untuned, by ", "; ".join(by)) for name, by in borrowed.items()
+    ]
+    return Text(" ".join(f"{head}{names}." for head, names in parts if names) or "No weight is chosen yet.")
 
 
 def reach_text(study: DistillationStudy, share: float = 0.9) -> Text:
@@ -321,21 +217,17 @@ def reach_text(study: DistillationStudy, share: float = 0.9) -> Text:
     found = study.reach(share)
     if found.empty:
         return Text("No learning curve on validation images is finished yet.")
-    lines = [
-        f"Steps until {100 * share:.0f} % of the plain student's final validation accuracy "
-        f"({100 * found.target.iloc[0]:.1f} %), of {found.total.iloc[0]} steps:",
-        "",
-    ]
-    alone = found[found.method == "alone"].steps
+    alone, lines = found[found.method == "alone"].steps, []
     for row in found.itertuples():
-        label = student_look(row.method).label
-        if math.isnan(row.steps):
-            lines.append(f"- {label}: never.")
-        elif row.method == "alone" or alone.isna().all():
-            lines.append(f"- {label}: {row.steps:.0f}.")
-        else:
-            lines.append(f"- {label}: {row.steps:.0f}, {100 * (row.steps / alone.iloc[0] - 1):+.0f} % of them.")
-    return Text("\n".join(lines) + "\n\nOne seed; the curve is looked at as often as its figure has signs.")
+        text = "never" if math.isnan(row.steps) else f"{row.steps:.0f}"
+        if text != "never" and row.method != "alone" and not alone.isna().all():
+            text += f", {100 * (row.steps / alone.iloc[0] - 1):+.0f} % of them"
+        lines.append(f"{look(row.method).label}: {text}.")
+    head = (
+        f"Steps until {100 * share:.0f} % of the plain student's final validation accuracy "
+        f"({100 * found.target.iloc[0]:.1f} %), of {found.total.iloc[0]} steps:"
+    )
+    return Text(f"{bullets(lines, head)}\n\nOne seed; the curve is looked at as often as its figure has signs.")
 
 
 def steps_until(curve: pd.DataFrame, target: float) -> float:
@@ -345,15 +237,12 @@ def steps_until(curve: pd.DataFrame, target: float) -> float:
         curve: columns step and train_accuracy.
         target: the accuracy.
     """
-    before: tuple[float, float] | None = None
-    for step, accuracy in zip(curve.step, curve.train_accuracy, strict=True):
-        if accuracy >= target:
-            if before is None:
-                return float(step)
-            share = (target - before[1]) / (accuracy - before[1])
-            return float(before[0] + share * (step - before[0]))
-        before = float(step), float(accuracy)
-    return float(curve.step.iloc[-1])
+    steps, accuracy = (curve[name].to_numpy(float) for name in ("step", "train_accuracy"))
+    above = np.flatnonzero(accuracy >= target)
+    if not len(above):
+        return float(steps[-1])
+    part = slice(max(0, above[0] - 1), above[0] + 1)
+    return float(np.interp(target, accuracy[part], steps[part]))
 
 
 def steps_saved(alone: Mapping[int, pd.DataFrame], method: Mapping[int, pd.DataFrame], *, share: float = 0.9) -> Number:
@@ -378,8 +267,7 @@ def steps_saved(alone: Mapping[int, pd.DataFrame], method: Mapping[int, pd.DataF
         target = share * float(curves[0].train_accuracy.iloc[-1])
         for found, curve in zip(steps, curves, strict=True):
             found[seed] = steps_until(curve, target)
-    gain = statistics.paired(*steps).difference
-    return Number(gain.mean, "steps", gain.low, gain.high, gain.n, digits=0, signed=True)
+    return of_interval(statistics.paired(*steps).difference, "steps", digits=0, signed=True)
 
 
 def saved_text(study: DistillationStudy, share: float = 0.9) -> Text:
@@ -391,19 +279,17 @@ def saved_text(study: DistillationStudy, share: float = 0.9) -> Text:
         if job.kind == "student" and taught and "diverged" not in result.metrics:
             curves.setdefault(job.method, {})[job.config.seed] = result.history()
     lines = []
-    for method, mine in curves.items():
-        if method != "alone" and set(mine) & set(curves.get("alone", {})):
-            found = steps_saved(curves["alone"], mine, share=share)
-            seeds = f"{found.n} paired seed{'s' if found.n > 1 else ''}"
-            lines.append(f"- {student_look('alone').label} minus {student_look(method).label}: {found}, {seeds}.")
-    if not lines:
-        return Text("No student with a teacher is finished yet.")
+    for method, by_seed in curves.items():
+        if method != "alone" and set(by_seed) & set(curves.get("alone", {})):
+            found = steps_saved(curves["alone"], by_seed, share=share)
+            names = f"{look('alone').label} minus {look(method).label}"
+            lines.append(f"{names}: {found}, {statistics.paired_seeds(found.n)}.")
     head = (
         f"Steps until {100 * share:.0f} % of the plain student's final accuracy on training images, of "
         f"{study.profile.student_training.steps}: mean difference with its 95 % interval, above 0 where the method is "
         "faster."
     )
-    return Text(f"{head}\n\n" + "\n".join(lines))
+    return Text(bullets(lines, head) or "No student with a teacher is finished yet.")
 
 
 def _pixels(images: ImageDataset) -> list[int]:
@@ -426,23 +312,23 @@ def seen_text(study: DistillationStudy) -> Text:
         used = {" and ".join(used): next(iter(used.values()))}
     if not used:
         return Text("Nothing is chosen or drawn on validation images in this study.")
-    model, fitted, said = _network(study, config), set(_pixels(config.data.load().train)), []
+    model, fitted, parts = _network(study, config), set(_pixels(config.data.load().train)), []
     test = study.result(config).metrics.get("test_accuracy", math.nan)
     for name, source in used.items():
         validation = source.load().validation
         if validation is None:
             continue
         seen = sum(one in fitted for one in _pixels(validation))
-        text = f"Of the {len(validation):,} validation images of the {name} the teacher was fitted on {seen:,}."
+        parts.append(f"Of the {len(validation):,} validation images of the {name} the teacher was fitted on {seen:,}.")
         if model is None:
-            said.append(f"{text} How right it is on them is not shown: its weights are not stored here.")
+            parts.append("How right it is on them is not shown: its weights are not stored here.")
             continue
         right = training.evaluate(model, validation, precision=p.teacher_training.precision).accuracy
-        said.append(
-            f"{text} It is right on {100 * right:.1f} % of these {len(validation):,} and on {100 * test:.1f} % of the "
+        parts.append(
+            f"It is right on {100 * right:.1f} % of these {len(validation):,} and on {100 * test:.1f} % of the "
             f"test images: a difference of {100 * (right - test):+.1f} points."
         )
-    return Text(" ".join(said))
+    return Text(" ".join(parts))
 
 
 def pull_text(study: DistillationStudy, method: str = "at", *, hardly: float = 0.05) -> Text:
@@ -453,13 +339,11 @@ def pull_text(study: DistillationStudy, method: str = "at", *, hardly: float = 0
         method: of the first pair.
         hardly: below this share of the loss the sentence warns. [ours]
     """
-    log = study.histories().get(method)
+    log, label = study.histories().get(method), look(method).label
     if log is None:
-        return Text(f"No student with {student_look(method).label} is finished yet.")
-    stem = study.methods[method].distillation.transfer.replace("-", "_")
-    terms = log[[c for c in log if c.startswith(f"{stem}_")]].sum(axis=1)
+        return Text(f"No student with {label} is finished yet.")
+    terms = log[_terms(log, study.methods[method].distillation)].sum(axis=1)
     share = float((log.beta * terms / log.loss).mean())
-    label = student_look(method).label
     text = f"The weight of {label} here is {study.weight(method):g}: its terms are {100 * share:.2g} % of this "
     text += "student's loss (mean over the logged rows)"
     if share < hardly:
@@ -467,17 +351,18 @@ def pull_text(study: DistillationStudy, method: str = "at", *, hardly: float = 0
     return Text(f"{text}.")
 
 
+def _terms(log: pd.DataFrame, distillation: Any) -> list[str]:
+    """The columns of a log that hold a student's layer-wise terms."""
+    stem = distillation.transfer.replace("-", "_")
+    return [] if stem == "none" else [column for column in log if column.startswith(stem)]
+
+
 def settings(study: DistillationStudy) -> Table:
     """The settings that a reader needs to judge the numbers; `afds students --show` prints them all."""
     p = study.profile
-
-    def stage(o: Optimisation) -> str:
-        drops = f" (x{o.drop:g} at {', '.join(f'{m:.0%}' for m in o.milestones)})" if o.milestones else ""
-        return f"{o.steps} steps of {o.batch_size}, learning rate {o.lr:g}, {o.schedule}{drops}, {o.precision}"
-
     used = {name for pair in p.pairs for name in pair.methods}
     grids = [
-        f"{student_look(m.name).label} {{{', '.join(f'{w:g}' for w in m.weights)}}}"
+        f"{look(m.name).label} {{{', '.join(f'{w:g}' for w in m.weights)}}}"
         for m in p.methods
         if m.weights and m.name in used
     ]
@@ -485,9 +370,9 @@ def settings(study: DistillationStudy) -> Table:
     rows = [
         ("data", f"{p.data.name}, {held}{', reflected crops' if p.data.padding == 'reflect' else ''}"),
         ("teachers and students", "; ".join(f"{a.teacher.name} to {_name(a.student)}" for a in p.pairs)),
-        ("teacher training", stage(p.teacher_training)),
-        ("student training", stage(p.student_training)),
-        ("trial of one weight, nine tenths of the data", stage(p.trial)),
+        ("teacher training", stage_text(p.teacher_training, "")),
+        ("student training", stage_text(p.student_training, "")),
+        ("trial of one weight, nine tenths of the data", stage_text(p.trial, "")),
         ("weights tried; a single one is taken as given", "; ".join(grids)),
         ("seeds", ", ".join(map(str, p.pairs[0].seeds)) + f"; trials: {p.trial_seed}"),
         ("weight decay", f"{p.weight_decay:g}"),
@@ -529,20 +414,19 @@ def terms_add_up(study: DistillationStudy, method: str, *, tolerance: float = 1e
     """
     job, result = next((j, r) for j, r in study.results() if j.kind == "student" and j.method == method)
     d, log = job.config.method, result.history()
+    columns = _terms(log, d)
     total = d.hard * log.cross_entropy
+    if columns:
+        total = total + log.beta * log[columns].sum(axis=1)
     if d.soft:
         total = total + d.soft * log.soft
-    columns = [c for c in log if c.startswith(d.transfer.replace("-", "_"))] if d.transfer != "none" else []
-    for column in columns:
-        total = total + log.beta * log[column]
-    working = all(bool((log[c] > 0).all()) for c in columns) and (d.transfer == "none" or bool(columns))
+    working = bool((log[columns] > 0).all(axis=None)) and (d.transfer == "none" or bool(columns))
     return working and bool(((log.loss - total).abs() <= tolerance * log.loss.abs()).all())
 
 
 def decays(study: DistillationStudy, method: str = "at-kd") -> bool:
     """Whether the logged weight of a method falls from row to row, from no more than its start to less than half."""
-    beta = study.histories()[method].beta
-    start = study.weight(method)
+    beta, start = study.histories()[method].beta, study.weight(method)
     return bool(beta.is_monotonic_decreasing and beta.iloc[0] <= start and beta.iloc[-1] < 0.5 * start)
 
 
@@ -561,8 +445,7 @@ def stored_like_table(study: DistillationStudy) -> bool:
 
 def no_test_in_trials(study: DistillationStudy) -> bool:
     """Whether no trial and no curve has read a test image."""
-    found = [r.metrics for j, r in study.results() if not j.config.use_test]
-    return not any("test" in key for metrics in found for key in metrics)
+    return not any("test" in key for j, r in study.results() if not j.config.use_test for key in r.metrics)
 
 
 def falls(study: DistillationStudy, method: str, term: str) -> bool:
@@ -574,8 +457,8 @@ def falls(study: DistillationStudy, method: str, term: str) -> bool:
 def taps_of(study: DistillationStudy, where: str) -> tuple[str, str]:
     """The last layer compared in the teacher and in the student, with their networks."""
     pair = study.profile.pairs[0]
-    teacher, student = (network.build(2, 0) for network in (pair.teacher, pair.student))
-    return f"{pair.teacher.name} {tapped(teacher, where)[-1]}", f"{pair.student.name} {tapped(student, where)[-1]}"
+    teacher, student = (f"{n.name} {tapped(n.build(2, 0), where)[-1]}" for n in (pair.teacher, pair.student))
+    return teacher, student
 
 
 def compared_sizes(study: DistillationStudy) -> str:
@@ -600,7 +483,7 @@ def nst_memory(shape: Sequence[int] = (64, 1024, 14, 14), kernels: Iterable[str]
     with ThreadPoolExecutor() as pool:
         peaks = pool.map(lambda kernel: bench.nst_peak(kernel, tuple(shape)), kernels)
     for kernel, peak in zip(kernels, peaks, strict=True):
-        label = student_look(f"nst-{kernel}").label
+        label = look(f"nst-{kernel}").label
         rows.append([f"{label}: forward and backward pass", "not measured" if peak is None else f"{peak:.2f}"])
     avoided = batch * channels * channels * height * width * 4 / 1e9
     rows.append(["one (B, C, C, HW) tensor, never built", f"{avoided:.1f}"])
@@ -612,18 +495,15 @@ def nst_memory(shape: Sequence[int] = (64, 1024, 14, 14), kernels: Iterable[str]
 
 def _quotations(study: DistillationStudy) -> list[Quotation]:
     """Those that belong to a study's notebook."""
-    if study.profile.study == "attention":
-        return [q for q in QUOTED if "at" in q.numbers]
-    return [q for q in QUOTED if {"nst", "nst-poly+kd"} & set(q.numbers)]
+    wanted = {"at"} if study.profile.study == "attention" else {"nst", "nst-poly+kd"}
+    return [q for q in QUOTED if wanted & set(q.numbers)]
 
 
 def quoted_table(study: DistillationStudy) -> Table:
     """What others report, one row per teacher and student, with the source."""
     rows = []
     for q in _quotations(study):
-        numbers = [
-            f"{student_look(m).label} {'/'.join(f'{n:.{q.digits}f}' for n in found)}" for m, found in q.numbers.items()
-        ]
+        numbers = [f"{look(m).label} {'/'.join(f'{n:.{q.digits}f}' for n in found)}" for m, found in q.numbers.items()]
         measure = "accuracy (%)" if q.measure == "accuracy" else "top-1/top-5 error (%)"
         rows.append([f"{q.data}, {q.networks}", measure, ", ".join(numbers), q.source])
     return Table(["data, teacher to student", "measure", "numbers", "source"], rows, numbers=False)
@@ -631,30 +511,29 @@ def quoted_table(study: DistillationStudy) -> Table:
 
 def quoted_gains_text(study: DistillationStudy) -> Text:
     """From where to where the quoted gains run, and how many exceed the spread between the seeds of this study."""
-    gains = [(gain, m, q) for q in _quotations(study) for m, gain in q.gains.items()]
-
-    def told(entry: tuple[float, str, Quotation]) -> str:
-        gain, method, q = entry
-        return f"{gain:+.2f} points ({student_look(method).label}, {q.data}, {q.networks})"
-
-    least, most = (pick(gains, key=lambda entry: entry[0]) for pick in (min, max))
-    text = f"The {len(gains)} gains over the student alone quoted above run from {told(least)} to {told(most)}."
+    gains = {
+        f"{gain:+.2f} points ({look(m).label}, {q.data}, {q.networks})": gain
+        for q in _quotations(study)
+        for m, gain in q.gains.items()
+    }
+    least, most = (pick(gains, key=lambda text: gains[text]) for pick in (min, max))
+    text = f"The {len(gains)} gains over the student alone quoted above run from {least} to {most}."
     students = study.table()
     students = students[students.method != "teacher"]
     seeds = students.groupby(["teacher", "student", "method"]).test_accuracy
     spreads = (100 * (seeds.max() - seeds.min()))[seeds.size() > 1]
     if spreads.empty:
         return Text(f"{text} No student of this study has two seeds, so they cannot be held against a spread.")
-    clear = sum(gain > spreads.max() for gain, _, _ in gains)
+    clear = sum(gain > spreads.max() for gain in gains.values())
     text += f" In this study seeds of one method differ by up to {spreads.max():.1f} points (median over methods: "
     return Text(f"{text}{spreads.median():.1f}); {clear} of the quoted gains are larger than that.")
 
 
-# ------------------------------------------------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------------------------------------- networks and figures
 
 
 def _network(study: DistillationStudy, config: StudentRun) -> nn.Module | None:
-    found: runs.Result | None = inspection.network(study, config)  # type: ignore[arg-type]
+    found: runs.Result | None = views.network(study, config)  # type: ignore[arg-type]
     return None if found is None else afs.load(found.artifact(MODEL))
 
 
@@ -666,7 +545,7 @@ def networks(study: DistillationStudy, *methods: str) -> dict[str, nn.Module] | 
     """
     pair = study.profile.pairs[0]
     configs = {"teacher": study.teacher_run(pair.teacher)}
-    configs |= {student_look(m).label: study.student_run(pair, m, pair.seeds[0]) for m in methods}
+    configs |= {look(m).label: study.student_run(pair, m, pair.seeds[0]) for m in methods}
     found = {name: _network(study, config) for name, config in configs.items()}
     return None if None in found.values() else {name: model for name, model in found.items() if model is not None}
 
@@ -677,9 +556,8 @@ def view(study: DistillationStudy, *methods: str, index: int = 0) -> maps.MapsVi
     if found is None:
         return None
     splits = study.profile.data.load()
-    return maps.look_at(
-        found, splits.test.raw(index), splits.captions or splits.classes, label=int(splits.test.targets[index])
-    )
+    classes, label = splits.captions or splits.classes, int(splits.test.targets[index])
+    return maps.look_at(found, splits.test.raw(index), classes, label=label)
 
 
 @torch.no_grad()
@@ -697,26 +575,17 @@ def beta_table(study: DistillationStudy, *, images: int = 128) -> Table | None:
     source, beta = Teacher(teacher, maps.stages(teacher)), study.weight("at")
     _, theirs = source(batch)
     names = maps.stages(student)
-    with taps(student.eval(), names) as mine:
+    with taps(student.eval(), names) as features:
         student(batch)
     rows = []
     for group, (name, other) in enumerate(zip(names, source.names, strict=True), 1):
-        one, two = attention_map(mine[name]), attention_map(theirs[other])
-        norm = torch.linalg.vector_norm(one - two, dim=1)
-        positions = one.shape[1]
-        rows.append(
-            [
-                f"group {group}, {mine[name].shape[2]}x{mine[name].shape[3]}",
-                f"{float((one - two).square().mean()):.2g}",
-                f"{float(norm.mean()):.2g}",
-                f"{beta:g}",
-                f"{beta_in_paper_scale(beta, float(norm.mean()), positions):.2g}",
-            ]
-        )
+        one, two = attention_map(features[name]), attention_map(theirs[other])
+        norm = torch.linalg.vector_norm(one - two, dim=1).mean()
+        paper = beta_in_paper_scale(beta, float(norm), one.shape[1])
+        loss = f"{float((one - two).square().mean()):.2g}", f"{float(norm):.2g}"
+        size = f"group {group}, {features[name].shape[2]}x{features[name].shape[3]}"
+        rows.append([size, *loss, f"{beta:g}", f"{paper:.2g}"])
     return Table(["maps", "loss, code", "loss, paper", "β, code", "β, paper, of the same size"], rows)
-
-
-# ---------------------------------------------------------------------------------------------------------- publishing
 
 
 def draw(study: DistillationStudy) -> list[Picture]:
@@ -724,19 +593,19 @@ def draw(study: DistillationStudy) -> list[Picture]:
     p, table, kind = study.profile, study.table(), {"attention": "at", "selectivity": "nst"}[study.profile.study]
     found: dict[str, Figure] = {}
     if (table.method != "teacher").any():
-        found["accuracy"] = figures.student_accuracy(first_pair(table), title=f"{p.data.name}, {p.study} study")
+        found["accuracy"] = plots.student_accuracy(first_pair(table), title=f"{p.data.name}, {p.study} study")
     trials, methods = study.trials(), list(study.methods)
     tuned = [m for m in methods if (trials.method == m).sum() == len(study.methods[m].weights) > 1]
     for method in sorted(tuned, key=lambda m: -len(study.methods[m].weights))[:1]:
-        mine, label = trials[trials.method == method], f"weight of {student_look(method).label} (log scale)"
-        found["betas"] = figures.weights_tried(mine, {method: study.weight(method)}, xlabel=label)
+        rows, label = trials[trials.method == method], f"weight of {look(method).label} (log scale)"
+        found["betas"] = plots.trials(rows, {method: study.weight(method)}, xlabel=label)
     if p.curves and study.curves():
         reach = study.reach()
-        found["curves"] = figures.student_curves(study.curves(), target=float(reach.target.iloc[0]))
+        found["curves"] = plots.student_curves(study.curves(), target=float(reach.target.iloc[0]))
     elif not p.curves and study.histories():
-        found["curves"] = figures.student_curves(study.histories(), column="train_accuracy")
+        found["curves"] = plots.student_curves(study.histories(), column="train_accuracy")
     if {"alone", "at"} <= set(table.method) and (seen := view(study, "alone", "at")):
-        found["maps"] = figures.attention_maps(seen)
+        found["maps"] = plots.attention_maps(seen)
     return [cast("Picture", save(figure, p.name, f"{kind}_{name}")) for name, figure in found.items()]
 
 

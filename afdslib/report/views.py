@@ -17,7 +17,8 @@ from torch import nn
 from afdslib import afs, runs
 from afdslib.experiments.afs import MODEL, OBJECTIVE, PUBLISHED_CLASSES, DataSource
 from afdslib.losses.afd import AFDLoss
-from afdslib.report.summary import Text, smallest
+from afdslib.report.sweep import smallest
+from afdslib.report.tables import Text
 from afdslib.training.features import Teacher, compared_shapes
 from afdslib.training.objective import Objective
 
@@ -25,23 +26,10 @@ if TYPE_CHECKING:
     from afdslib.studies.sweep import Study
 
 __all__ = [
-    "NOT_STORED",
-    "NOT_TUNED",
-    "AttentionView",
-    "Confusion",
-    "attention",
-    "attentions",
-    "confusions",
-    "conversion_error",
-    "entropy_bounds",
-    "entropy_text",
-    "feature_sizes",
-    "histories",
-    "layers_by_budget",
-    "network",
-    "source_architecture",
-    "source_gates",
-]
+    "NOT_STORED", "NOT_TUNED", "AttentionView", "Confusion", "attention", "attentions", "confusions",
+    "conversion_error", "entropy_bounds", "entropy_text", "feature_sizes", "histories", "layers_by_budget", "network",
+    "source_architecture", "source_gates",
+]  # fmt: skip
 
 NOT_STORED = (
     "Not shown: only the results of this profile are stored here, not its networks. "
@@ -61,6 +49,9 @@ def network(study: Study, config: Any, *, needs: Sequence[str] = (MODEL,)) -> ru
     if found is None and not study.profile.committed and "diverged" not in runs.get_or_run(config).metrics:
         found = runs.get_or_run(config, needs=needs)
     return found
+
+
+# ---------------------------------------------------------------------------------------------------- source and gates
 
 
 def source_architecture(study: Study) -> tuple[nn.Module, tuple[int, int, int]]:
@@ -92,15 +83,12 @@ def conversion_error(study: Study, images: int = 16) -> dict[str, float] | None:
     statistics = next(iter(study.target_data.values())).statistics
     batch, _ = statistics.__getitems__(list(range(min(images, len(statistics)))))
     errors = {}
-    for name, dtype, train in (
-        ("float64 eval", torch.float64, False),
-        ("float64 train", torch.float64, True),
-        ("float32 eval", torch.float32, False),
-    ):
-        one = copy.deepcopy(plain).to(dtype).train(train)
+    for dtype, mode in ((torch.float64, "eval"), (torch.float64, "train"), (torch.float32, "eval")):
+        one = copy.deepcopy(plain).to(dtype).train(mode == "train")
         other = afs.convert(one, gates=study.profile.gates)
         expected = one(batch.to(dtype))
-        errors[name] = float((other(batch.to(dtype)) - expected).abs().max() / expected.abs().max())
+        error = (other(batch.to(dtype)) - expected).abs().max() / expected.abs().max()
+        errors[f"{str(dtype).removeprefix('torch.')} {mode}"] = float(error)
     return errors
 
 
@@ -118,6 +106,9 @@ def layers_by_budget(
     """Per-layer gate summaries of the points of one chain, by budget, without those that diverged."""
     metrics = {budget: study.point(method, seed, budget, target).metrics for budget in budgets}
     return {budget: found["layers"] for budget, found in metrics.items() if "layers" in found}
+
+
+# ----------------------------------------------------------------------------------------------------------- attention
 
 
 @dataclass(frozen=True)
@@ -202,10 +193,10 @@ def attentions(study: Study) -> dict[str, AttentionView]:
 
 def entropy_bounds(study: Study, target: DataSource | None = None) -> tuple[float, float, float]:
     """Smallest and largest logged entropy of a target's unpruned AFD runs, and that of a uniform attention, nats."""
-    logged = [history.entropy for history in histories(study, ["afd"], target=target)["afd"]]
+    logged = pd.concat([history.entropy for history in histories(study, ["afd"], target=target)["afd"]])
     sizes = _feature_shapes(study, 64).values()
     uniform = sum(math.log(channels) for channels, _, _ in sizes) / len(sizes)
-    return min(float(e.min()) for e in logged), max(float(e.max()) for e in logged), uniform
+    return float(logged.min()), float(logged.max()), uniform
 
 
 def entropy_text(study: Study) -> Text:
@@ -232,6 +223,9 @@ def _feature_shapes(study: Study, side: int) -> dict[str, tuple[int, int, int]]:
     return compared_shapes(study.profile.network, features, side)
 
 
+# ----------------------------------------------------------------------------------------------------------- confusion
+
+
 @dataclass(frozen=True)
 class Confusion:
     """The confusion matrix of one network on a target's test images.
@@ -252,18 +246,11 @@ class Confusion:
 
 
 def confusions(study: Study, sweep: pd.DataFrame, method: str) -> dict[str, Confusion]:
-    """The confusion matrix of a method's smallest network, first seed, by target.
-
-    Args:
-        study: of the sweep.
-        sweep: from `Study.sweep`.
-        method: by name.
-    """
+    """The confusion matrix of a method's smallest network of a sweep's table, first seed, by target."""
     found = {}
     for title, target in study.targets.items():
         row, splits = smallest(sweep[sweep.target == title], method), study.target_data[title]
-        metrics = study.point(method, int(row.seed), float(row.budget), target).metrics
-        found[title] = Confusion(
-            metrics["confusion"], splits.captions, float(row.budget), float(row.test_accuracy), len(splits.test)
-        )
+        budget = float(row.budget)
+        matrix = study.point(method, int(row.seed), budget, target).metrics["confusion"]
+        found[title] = Confusion(matrix, splits.captions, budget, float(row.test_accuracy), len(splits.test))
     return found

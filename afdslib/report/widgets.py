@@ -10,10 +10,10 @@ import pandas as pd
 
 from afdslib.base.errors import AFDSError
 from afdslib.base.text import times
-from afdslib.report import plots
-from afdslib.report import views as inspection
-from afdslib.report.plots.style import DPI, STYLE, shown_width
-from afdslib.report.summary import budgets_of
+from afdslib.report import plots, views
+from afdslib.report.plots.pictures import DPI, shown_width
+from afdslib.report.sweep import budgets_of
+from afdslib.report.tables import at
 
 if TYPE_CHECKING:
     from afdslib.studies.sweep import Study
@@ -22,13 +22,7 @@ __all__ = ["explore", "view"]
 
 
 def view(study: Study, sweep: pd.DataFrame, method: str, budget: float) -> tuple[str, bytes]:
-    """What the slider shows at one budget, of the primary target.
-
-    Args:
-        study: of the sweep.
-        sweep: from `Study.sweep`.
-        method: by name.
-        budget: share of the dense MACs.
+    """What the slider shows at one budget of a sweep's table, of the primary target.
 
     Returns:
         A line of HTML (test accuracy and measured MACs over the seeds), and a PNG of the gates of the first seed.
@@ -37,7 +31,7 @@ def view(study: Study, sweep: pd.DataFrame, method: str, budget: float) -> tuple
         AFDSError: the sweep has no such network.
     """
     target = next(iter(study.targets))
-    rows = sweep[(sweep.target == target) & (sweep.method == method) & ((sweep.budget - budget).abs() < 1e-9)]
+    rows = at(sweep[(sweep.target == target) & (sweep.method == method)], budget)
     if rows.empty:
         raise AFDSError(f"the sweep has no network of {method!r} at {times(budget)} on {target}")
     accuracy, seed = 100 * rows.test_accuracy, int(rows.seed.min())
@@ -48,22 +42,17 @@ def view(study: Study, sweep: pd.DataFrame, method: str, budget: float) -> tuple
         f"measured MACs {100 * rows.macs.mean():.1f} % of the dense network's, "
         f"{rows.parameters.mean() / 1000:.0f} thousand parameters"
     )
-    layers = inspection.layers_by_budget(study, method, seed, [budget], study.targets[target])
+    layers = views.layers_by_budget(study, method, seed, [budget], study.targets[target])
     image = io.BytesIO()
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(plots.STYLE):
         plots.channel_states(layers).savefig(image, format="png", dpi=DPI, bbox_inches="tight")
     return text, image.getvalue()
 
 
 def explore(study: Study, sweep: pd.DataFrame) -> Any:
-    """A slider for the budget and a menu for the method, for JupyterLab.
+    """A slider for the budget and a menu for the method of a sweep's table, for JupyterLab.
 
-    Args:
-        study: of the sweep.
-        sweep: from `Study.sweep`.
-
-    Returns:
-        The widget; without a front end that shows widgets it prints as its name.
+    Without a front end that shows widgets it prints as its name.
     """
     import ipywidgets as widgets
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from afdslib.base import paths
 from afdslib.base.errors import AFDSError
@@ -280,17 +280,3 @@ def test_full_disk_is_one_sentence(monkeypatch):
     with pytest.raises(AFDSError, match="cannot write .*No space left"):
         pipeline.execute("tiny", echo=no_echo)
     assert not pipeline.plan("tiny")[0].finished
-
-
-def test_the_report_holds_what_cells_print_but_not_their_progress(tmp_path, monkeypatch):
-    monkeypatch.setenv("AFDS_FIGURES", str(tmp_path / "figures"))
-    node = new_notebook(cells=[new_code_cell("1")])
-    said = (("stdout", "a result"), ("stderr", "step 5/10"))
-    node.cells[0].outputs = [new_output("stream", name=name, text=text) for name, text in said]
-    folder, executed = tmp_path / "other", paths.figures("some") / "executed"
-    for place in (folder, executed):
-        place.mkdir(parents=True)
-        nbformat.write(node, place / "01_x.ipynb")
-    (executed / "01_x.json").write_text("{}")
-    html = pipeline.render("some", folder=folder).read_text()
-    assert "a result" in html and "step 5/10" not in html

@@ -80,7 +80,8 @@ def test_every_kind_of_run_that_trains_has_a_name_for_readers():
     from afdslib.experiments import student as distillation  # noqa: F401  (they register the kinds of runs)
 
     kinds = {
-        name for name, kind in config._registry.items()
+        name
+        for name, kind in config._registry.items()
         if kind.__module__.startswith("afdslib") and name.endswith("Run")
     }
     assert kinds == set(evidence.KINDS)

@@ -18,7 +18,7 @@ from afdslib.experiments.student import Distillation
 from afdslib.inference import bench
 from afdslib.losses import BetaSchedule
 from afdslib.report import claims, students
-from afdslib.report.plots import students as figures
+from afdslib.report import plots as figures
 from afdslib.studies import students as distillation_study
 from afdslib.studies.students import DistillationProfile, DistillationStudy, Method, Pair, steps_to_reach
 
@@ -304,7 +304,7 @@ def test_texts_figures_and_maps_of_a_finished_study(study):
     curves = figures.student_curves(study.curves(), target=0.3).get_axes()[0]
     assert "validation" in curves.get_ylabel() and len(curves.get_legend().get_texts()) == 2
     trials = study.trials()
-    tried = figures.weights_tried(trials, {"at": study.weight("at")}, xlabel="β").get_axes()[0]
+    tried = figures.trials(trials, {"at": study.weight("at")}, xlabel="β").get_axes()[0]
     assert tried.get_xscale() == "log"
 
 
@@ -313,7 +313,7 @@ def test_looks_of_students_differ():
     shared = {"nst-poly": "nst", "nst-poly+kd": "at-kd", "nst-poly, after ReLU": "hint"}  # of the other notebook
     assert len(set(looks)) == len(looks) - len(shared)
     with pytest.raises(AFDSError, match="no colour and marker for method 'fsp'"):
-        figures.student_look("fsp")
+        figures.look("fsp")
 
 
 @pytest.mark.parametrize("name", distillation_study.STUDIES)
@@ -324,7 +324,7 @@ def test_every_profile_names_known_methods_and_survives_json(name, profile, budg
     DistillationStudy(made)
     assert json.loads(distillation_study.show(made))["study"] == name
     assert made.trial_seed not in {seed for pair in made.pairs for seed in pair.seeds}
-    assert all(figures.student_look(m.name) for m in made.methods)
+    assert all(figures.look(m.name) for m in made.methods)
     assert made.committed == (profile != "demo")
     weights = {m.name: m.weights for m in made.methods}
     assert name == "selectivity" or len(weights["at"]) == 5

@@ -13,7 +13,7 @@ from afdslib import afs, runs
 from afdslib.base import paths
 from afdslib.base.errors import AFDSError
 from afdslib.experiments.afs import DataSource, Network
-from afdslib.report import summary
+from afdslib.report import sweep as results
 from afdslib.studies import plan as planning
 from afdslib.studies import profiles
 from afdslib.studies.profiles import Candidates
@@ -110,7 +110,7 @@ def test_results_and_networks_of_a_real_study_can_be_committed_and_are_found_aga
     table = Study(real, workers=1).sweep()
     Study(real, workers=1).publish_networks([("afd", 0, 0.5)])
     assert card.read_text().count("| `") == 3
-    page = summary.write_page(Study(real, workers=1)).read_text()
+    page = results.write_page(Study(real, workers=1)).read_text()
     assert f"{100 * table.test_accuracy[table.budget == 0.5].iloc[0]:.1f}" in page and "| 2x |" in page
     (home / "runs").rename(home / "elsewhere")  # another machine, with the committed files only
     again = Study(real, workers=1)
@@ -177,7 +177,7 @@ def test_targets_are_tuned_apart_and_a_trial_that_diverged_is_never_chosen(profi
     assert study.regularisers["l2"].strength == 1e-4 and study.chosen(other)["l2"].strength == 1e-3
     assert study.point_run("l2", 0, target=other).regulariser.strength == 1e-3
     assert study.point_run("l2", 0, target=other).data == other
-    text = summary.strengths_text(study)
+    text = results.strengths_text(study)
     assert "images of tree-6: L2 0.0001" in text and "images of tree-7: L2 0.001" in text
     with pytest.raises(AFDSError, match="same title"):
         Study(replace(profile, targets=(other, replace(other, size=24))))
@@ -195,4 +195,4 @@ def test_a_point_that_diverges_is_missing_with_its_reason_and_the_others_are_the
     study.sweep()
     assert {run.id for run in runs.list_runs()} == ids  # a divergence is a result, computed once
     assert len(pd.read_csv(study.folder() / "missing.csv")) == 4
-    assert "Missing: L2 seed 0 at 2x" in summary.differences_text(table, budgets=(1.0,))
+    assert "Missing: L2 seed 0 at 2x" in results.differences_text(table, budgets=(1.0,))

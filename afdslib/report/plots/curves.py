@@ -1,17 +1,20 @@
-"""Curves over training steps, and the trials that chose a strength."""
+"""Curves over training steps, and the trials that chose a strength or a weight."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from afdslib.report.plots.style import METHODS, Look, look, note, percent, styled
+from afdslib.base.errors import AFDSError
+from afdslib.report.plots.style import Look, canvas, drawn_as, handles, labelled, level, look, note, percent, styled
 
-__all__ = ["band", "learning_curves", "trials"]
+__all__ = ["attention_entropy", "learning_curves", "student_curves", "trials"]
 
 PANELS = {
     "cross_entropy": "cross-entropy, training images (nats)",
@@ -19,20 +22,37 @@ PANELS = {
     "validation_accuracy": "accuracy, validation images (%)",
 }
 # For curves that are no methods, such as the source network's stages.
-_OTHERS = (Look("", "#0072B2", "o"), Look("", "#D55E00", "D", (0, (5, 1.5))), Look("", "#009E73", "^", (0, (1, 1))))
+_OTHERS = (("#0072B2", "o"), ("#D55E00", "D", (5, 1.5)), ("#009E73", "^", (1, 1)))
 
 
-def band(ax: Axes, histories: Sequence[pd.DataFrame], column: str, style: Look, label: str, scale: float = 1.0) -> bool:
-    """Mean over seeds with a band of one standard deviation. Returns whether anything could be drawn."""
-    series = [h.set_index("step")[column].dropna() * scale for h in histories if column in h]
-    if not series:
+def _looks(names: Sequence[str]) -> list[Look]:
+    found = []
+    for index, name in enumerate(names):
+        try:
+            found.append(look(name))
+        except AFDSError:
+            found.append(Look(name, *_OTHERS[index % len(_OTHERS)]))
+    return found
+
+
+def _bands(
+    ax: Axes, histories: Mapping[str, Sequence[pd.DataFrame]], column: str, looks: Sequence[Look], scale: float = 1.0
+) -> bool:
+    """A line per name: the mean over seeds, with a band of one standard deviation. Returns whether there was any."""
+    frames = [
+        pd.DataFrame({"step": frame.step, "value": scale * frame[column], "label": one.label})
+        for one, many in zip(looks, histories.values(), strict=True)
+        for frame in many
+        if column in frame
+    ]
+    if not frames:
         return False
-    table = pd.concat(series, axis=1).dropna()
-    steps, mean = table.index.to_numpy(), table.mean(axis=1).to_numpy()
-    ax.plot(steps, mean, color=style.colour, marker=style.marker, linestyle=style.line, label=label, markersize=4)
-    if len(series) > 1:
-        sd = table.std(axis=1, ddof=1).to_numpy()
-        ax.fill_between(steps, mean - sd, mean + sd, color=style.colour, alpha=0.15, linewidth=0)
+    errorbar = "sd" if max(map(len, histories.values())) > 1 else None
+    kwargs = drawn_as(looks) | {"markersize": 4, "err_kws": {"alpha": 0.15, "linewidth": 0}}
+    sns.lineplot(pd.concat(frames), x="step", y="value", errorbar=errorbar, ax=ax, **kwargs)
+    ax.set(xlabel="optimiser step", ylabel=PANELS.get(column, column))
+    if column.endswith("accuracy"):
+        percent(ax.yaxis)
     return True
 
 
@@ -42,66 +62,98 @@ def learning_curves(histories: Mapping[str, Sequence[pd.DataFrame]], *, title: s
 
     Args:
         histories: logged rows of each seed (`Result.history()`), by method or by any label.
-        title: above the panels.
 
     The second panel shows validation images where they were evaluated during training, else training images.
     """
-    frames = [frame for many in histories.values() for frame in many]
-    validated = any("validation_accuracy" in frame for frame in frames)
+    validated = any("validation_accuracy" in frame for many in histories.values() for frame in many)
     second = "validation_accuracy" if validated else "train_accuracy"
-    fig = Figure(figsize=(8.4, 3.3), layout="constrained")
-    for ax, column in zip(fig.subplots(1, 2), ("cross_entropy", second), strict=True):
-        drawn = False
-        for index, (name, many) in enumerate(histories.items()):
-            style = look(name) if name in METHODS else _OTHERS[index % len(_OTHERS)]
-            drawn |= band(ax, many, column, style, style.label or name)
-        if not drawn:
+    looks = _looks(list(histories))
+    fig, (panels,) = canvas(8.4, 3.3, 1, 2, title=title)
+    for ax, column in zip(panels, ("cross_entropy", second), strict=True):
+        if not _bands(ax, histories, column, looks):
             note(ax, "no curve was stored")
             continue
-        ax.set_xlabel("optimiser step")
-        ax.set_ylabel(PANELS[column])
         if column == "cross_entropy":
             ax.set_ylim(bottom=0)
-        else:
-            percent(ax.yaxis)
         if len(histories) > 1:
-            ax.legend()
-    if title:
-        fig.suptitle(title, fontsize=10, fontweight="bold")
+            ax.legend(handles=handles(looks, markersize=4))
     return fig
 
 
 @styled
-def trials(table: pd.DataFrame, chosen: Mapping[str, float], *, title: str = "") -> Figure:
-    """Validation accuracy of every strength tried; the chosen one is ringed.
+def attention_entropy(
+    histories: Mapping[str, Sequence[pd.DataFrame]], shapes: Mapping[str, tuple], *, title: str = ""
+) -> Figure:
+    """Entropy of the attention over the steps, as a share of the uniform attention's, with bands over seeds.
+
+    Args:
+        histories: logged rows of each seed, by variant ("joint", "detached").
+        shapes: (C, H, W) of the tapped layers.
+    """
+    uniform = float(np.mean([math.log(shape[0]) for shape in shapes.values()]))
+    looks = [Look("joint", "#D55E00", "D"), Look("detached", "#0072B2", "o", (5, 1.5))][: len(histories)]
+    fig, ((ax,),) = canvas(5.2, 3.1, title=title)
+    _bands(ax, histories, "entropy", looks, 100 / uniform)
+    level(ax, 100, "uniform", below=True)
+    # At least five percent are shown, so that an attention that stays uniform looks uniform.
+    depth = max(5.0, 1.15 * (100 - ax.get_ylim()[0]))
+    ax.set_ylim(max(0.0, 100 - depth), 100 + 0.08 * depth)
+    ax.set_ylabel("entropy of ρ (% of uniform)")
+    if len(histories) > 1:
+        ax.legend(handles=handles(looks))
+    return fig
+
+
+@styled
+def student_curves(
+    curves: Mapping[str, pd.DataFrame], *, column: str = "validation_accuracy", target: float | None = None,
+    title: str = "",
+) -> Figure:  # fmt: skip
+    """Accuracy over the steps, one line per method, and the accuracy that is to be reached.
+
+    Args:
+        curves: logged rows with step and the column, by method; those without it are left out.
+        column: "validation_accuracy" or "train_accuracy".
+        target: drawn as a line, such as 90 % of the plain student's final accuracy.
+    """
+    fig, ((ax,),) = canvas(6.6, 3.4, title=title)
+    shown = {method: [curve] for method, curve in curves.items() if column in curve}
+    looks = _looks(list(shown))
+    if not _bands(ax, shown, column, looks):
+        note(ax, "no curve is stored yet")
+        return fig
+    if target is not None:
+        level(ax, target, "90 % of the student alone", below=True)
+    ax.legend(handles=handles(looks, markersize=4), loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return fig
+
+
+@styled
+def trials(
+    table: pd.DataFrame, chosen: Mapping[str, float], *, xlabel: str = "strength of the regulariser (log scale)",
+    title: str = "",
+) -> Figure:  # fmt: skip
+    """Validation accuracy of every strength or weight tried, one line per method; the chosen one is ringed.
 
     Args:
         table: columns method, strength, validation_accuracy.
         chosen: strength by method.
-        title: above the panel.
+        xlabel: what was tried, in which scale.
     """
-    fig = Figure(figsize=(5.6, 3.3), layout="constrained")
-    ax = fig.subplots()
-    for index, (method, rows) in enumerate(table.groupby("method", sort=False)):
-        style, rows = look(str(method)), rows.sort_values("strength")
-        shift = 1.08**index  # methods with the same grid and the same accuracy would hide each other
-        ax.plot(
-            rows.strength * shift, rows.validation_accuracy, color=style.colour, marker=style.marker,
-            linestyle=style.line, label=style.label,
-        )  # fmt: skip
-        best = rows[np.isclose(rows.strength, chosen[str(method)])]
-        ax.plot(
-            best.strength * shift, best.validation_accuracy, linestyle="", marker="o", markersize=13, fillstyle="none",
-            color=style.colour,
-        )  # fmt: skip
+    table, looks = labelled(table)
+    shifts = {method: 1.08**index for index, method in enumerate(dict.fromkeys(table.method))}
+    # Methods with the same grid and the same accuracy would hide each other.
+    table = table.assign(x=table.strength * table.method.map(shifts))
+    fig, ((ax,),) = canvas(5.8, 3.3, title=title)
+    sns.lineplot(table, x="x", y="validation_accuracy", ax=ax, **drawn_as(looks))
+    best = table[np.isclose(table.strength, table.method.map(chosen))]
+    colours = [look(method).colour for method in best.method]
+    ax.scatter(best.x, best.validation_accuracy, s=170, facecolors="none", edgecolors=colours, linewidths=1.6)
     ax.set_xscale("log")
-    ax.set_xlabel("strength of the regulariser (log scale)")
-    ax.set_ylabel("accuracy, validation images (%)")
+    ax.set(xlabel=xlabel, ylabel=PANELS["validation_accuracy"])
     ax.margins(0.12)
     percent(ax.yaxis)
-    ax.legend(
-        loc="center left", bbox_to_anchor=(1.0, 0.5), title="ringed: chosen;\nshifted to be seen", alignment="left"
-    )
-    if title:
-        ax.set_title(title)
+    beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5), "alignment": "left"}
+    words = "ringed: chosen" + (";\nshifted to be seen" if len(looks) > 1 else "")
+    ax.legend(handles=handles(looks), title=words, **beside)
     return fig

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
+import pandas as pd
+import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from afdslib.base.text import times
-from afdslib.report.plots.style import STATES, percent, styled
+from afdslib.report.plots.style import STATES, canvas, percent, styled
 
 __all__ = ["channel_states", "gates_heatmap", "gates_histogram"]
 
@@ -43,21 +44,19 @@ def gates_histogram(before: Layers, after: Layers, *, labels: Sequence[str] = ("
     """
     top = max(max(layer["gate_quantiles"]) for layers in (before, after) for layer in layers.values())
     edges = np.linspace(0, top * 1.001, 41)
-    fig = Figure(figsize=(6.2, 3.1), layout="constrained")
-    ax = fig.subplots()
+    fig, ((ax,),) = canvas(6.2, 3.1)
     ax.stairs(_density(before, edges), edges, color="#7F7F7F", fill=True, alpha=0.45, label=labels[0])
     ax.stairs(_density(after, edges), edges, color="#D55E00", linewidth=1.8, label=labels[1])
-    ax.set_xlabel("mean gate of a channel, E[η]")
-    ax.set_ylabel("share of channels (%)")
+    ax.set(xlabel="mean gate of a channel, E[η]", ylabel="share of channels (%)")
     percent(ax.yaxis)
     ax.legend()
     return fig
 
 
-def _sparse(ax_axis: Any, names: Sequence[str], most: int = 36) -> None:
-    """Every layer has a tick where there is room; else every second, third, ..."""
-    step = -(-len(names) // most)
-    ax_axis.set_ticks(range(0, len(names), step), [names[i] for i in range(0, len(names), step)])
+QUANTITIES = {
+    "gate_quantiles": ("mean gate of a channel, E[η]", 1),
+    "active_quantiles": ("share of images computed (%)", 100),
+}
 
 
 @styled
@@ -67,50 +66,28 @@ def gates_heatmap(layers: Mapping[str, Layers], *, quantity: str = "gate_quantil
     Args:
         layers: by caption, for instance {"before": ..., "after": ...}.
         quantity: "gate_quantiles", the mean gate, or "active_quantiles", the share of images a channel is computed for.
-        title: above the panels.
     """
-    label = {"gate_quantiles": "mean gate of a channel, E[η]", "active_quantiles": "share of images computed (%)"}
-    panels = {caption: np.array([layer[quantity] for layer in one.values()]) for caption, one in layers.items()}
-    rows = max(len(values) for values in panels.values())
-    top = 1.0 if quantity == "active_quantiles" else max(float(values.max()) for values in panels.values())
-    fig = Figure(figsize=(1.9 + 2.9 * len(panels), min(8.0, 1.3 + 0.17 * rows)), layout="constrained")
-    axes = fig.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    image: Any = None
-    for ax, (caption, values) in zip(axes, panels.items(), strict=True):
-        image = ax.imshow(values, aspect="auto", vmin=0, vmax=top, interpolation="nearest")
+    label, scale = QUANTITIES[quantity]
+    panels = {
+        caption: scale * pd.DataFrame.from_dict({n: layer[quantity] for n, layer in one.items()}, orient="index")
+        for caption, one in layers.items()
+    }
+    rows = max(map(len, panels.values()))
+    top = scale if quantity == "active_quantiles" else max(float(panel.max(axis=None)) for panel in panels.values())
+    size = 1.9 + 2.9 * len(panels), min(8.0, 1.3 + 0.17 * rows)
+    fig, (axes,) = canvas(*size, 1, len(panels), title=title, sharey=True)
+    for ax, (caption, panel) in zip(axes, panels.items(), strict=True):
         ax.grid(False)
-        ax.set_xticks(range(0, values.shape[1], 2), [f"{10 * i}" for i in range(0, values.shape[1], 2)])
-        ax.set_xlabel("channels below (%)")
+        sns.heatmap(
+            panel.rename(columns=lambda i: 10 * i), ax=ax, vmin=0, vmax=top, cmap="cividis", cbar=False, xticklabels=2
+        )
+        ax.tick_params(axis="x", labelrotation=0)
+        ax.set(xlabel="channels below (%)")
         ax.set_title(caption)
-    names = list(next(iter(layers.values())))
-    _sparse(axes[0].yaxis, names)
-    axes[0].tick_params(axis="y", labelsize=7)
+    axes[0].tick_params(axis="y", labelsize=7, labelrotation=0)
     axes[0].set_ylabel("layer, input first")
-    bar = fig.colorbar(image, ax=list(axes), pad=0.02)
-    bar.set_label(label[quantity])
-    if quantity == "active_quantiles":
-        percent(bar.ax.yaxis)
-    if title:
-        fig.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
+    fig.colorbar(axes[-1].collections[0], ax=list(axes), pad=0.02, label=label)
     return fig
-
-
-def _stack(ax: Axes, layers: Layers) -> None:
-    bottom = np.zeros(len(layers))
-    width = np.array([layer["channels"] for layer in layers.values()], dtype=float)
-    for state, (colour, hatch) in STATES.items():
-        height = np.array([layer[state] for layer in layers.values()]) / width
-        ax.bar(
-            range(len(layers)), height, bottom=bottom, width=0.86, color=colour, hatch=hatch, edgecolor="white",
-            linewidth=0,
-        )  # fmt: skip
-        bottom += height
-    ax.set_ylim(0, 1)
-    ax.set_xlim(-0.6, len(layers) - 0.4)
-    ax.grid(False)
-    percent(ax.yaxis)
-    ax.set_yticks([0, 0.5, 1])
-    ax.set_ylabel("channels (%)")
 
 
 @styled
@@ -119,24 +96,31 @@ def channel_states(layers: Mapping[float, Layers], *, title: str = "") -> Figure
 
     Args:
         layers: by budget; by layer: channels, dynamic, static, removed (of a run's metrics).
-        title: above the panels.
     """
     names = list(next(iter(layers.values())))
-    fig = Figure(figsize=(max(6.4, min(11, 1.5 + 0.3 * len(names))), 1.25 * len(layers) + 1.5), layout="constrained")
-    axes = fig.subplots(len(layers), 1, sharex=True, squeeze=False)[:, 0]
-    for ax, (budget, one) in zip(axes, layers.items(), strict=True):
-        _stack(ax, one)
-        gone = sum(layer["removed"] for layer in one.values()) / sum(layer["channels"] for layer in one.values())
+    size = max(6.4, min(11, 1.5 + 0.3 * len(names))), 1.25 * len(layers) + 1.5
+    fig, axes = canvas(*size, len(layers), title=title, sharex=True)
+    for (ax,), (budget, one) in zip(axes, layers.items(), strict=True):
+        table = pd.DataFrame(one).T[["channels", *STATES]].astype(float)
+        bottom = np.zeros(len(table))
+        for state, (colour, hatch) in STATES.items():
+            share = (table[state] / table.channels).to_numpy()
+            signs = {"color": colour, "hatch": hatch, "edgecolor": "white", "linewidth": 0}
+            ax.bar(range(len(table)), share, bottom=bottom, width=0.86, **signs)
+            bottom += share
+        ax.grid(False)
+        percent(ax.yaxis)
+        ax.set(ylim=(0, 1), xlim=(-0.6, len(table) - 0.4), yticks=[0, 0.5, 1], ylabel="channels (%)")
         which = "unpruned" if budget == 1 else f"{times(budget)} fewer MACs"
-        ax.set_title(f"{which}: {100 * gone:.0f} % of all channels removed", fontweight="normal")
-    _sparse(axes[-1].xaxis, names)
-    axes[-1].tick_params(axis="x", labelrotation=90, labelsize=7)
-    axes[-1].set_xlabel("layer, input first")
-    handles = [
+        gone = 100 * table.removed.sum() / table.channels.sum()
+        ax.set_title(f"{which}: {gone:.0f} % of all channels removed", fontweight="normal")
+    step = -(-len(names) // 36)  # where there is no room every second, third, ... layer has a tick
+    axes[-1, 0].set_xticks(range(0, len(names), step), names[::step])
+    axes[-1, 0].tick_params(axis="x", labelrotation=90, labelsize=7)
+    axes[-1, 0].set_xlabel("layer, input first")
+    entries = [
         Patch(facecolor=colour, hatch=hatch, edgecolor="white", linewidth=0, label=state)
         for state, (colour, hatch) in STATES.items()
     ]
-    fig.legend(handles=handles, loc="outside upper right", ncols=3)
-    if title:
-        fig.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
+    fig.legend(handles=entries, loc="outside upper right", ncols=3)
     return fig

@@ -2,40 +2,25 @@
 
 from __future__ import annotations
 
-import base64
 import functools
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import matplotlib
-import matplotlib.ticker
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter
 
-from afdslib.base import paths
-from afdslib.base.atomic import atomic_path
 from afdslib.base.errors import AFDSError
-from afdslib.base.text import Text
+from afdslib.studies.protocol import label_of
 
 __all__ = [
-    "METHODS",
-    "STATES",
-    "STYLE",
-    "Gallery",
-    "Look",
-    "Picture",
-    "look",
-    "percent",
-    "save",
-    "sentence",
-    "stored",
-    "styled",
-]
-
-DPI = 150
+    "METHODS", "STATES", "STYLE", "STUDENTS", "Look", "canvas", "drawn_as", "handles", "labelled", "level", "look",
+    "note", "percent", "styled",
+]  # fmt: skip
 
 STYLE: Any = {  # the names are matplotlib's rcParams
     "font.family": "DejaVu Sans",  # ships with matplotlib, so figures are the same everywhere
@@ -51,6 +36,7 @@ STYLE: Any = {  # the names are matplotlib's rcParams
     "grid.linewidth": 0.6,
     "legend.frameon": False,
     "legend.fontsize": 8.5,
+    "legend.title_fontsize": 8.5,
     "lines.linewidth": 1.6,
     "lines.markersize": 5.5,
     "errorbar.capsize": 3,
@@ -68,51 +54,98 @@ class Look:
     Attributes:
         label: in legends and tables.
         colour: of the Okabe-Ito palette, which colour-blind readers can tell apart.
-        marker, line: a second and a third sign, for readers of grey copies.
+        marker, dashes: a second and a third sign, for readers of grey copies; no dashes are a whole line.
     """
 
     label: str
     colour: str
     marker: str
-    line: str | tuple = "-"
+    dashes: tuple[float, ...] = ()
 
 
 _BLACK, _ORANGE, _SKY, _GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 _BLUE, _RED, _PINK, _GREY = "#0072B2", "#D55E00", "#CC79A7", "#7F7F7F"
-_DASH, _DOT, _DASHDOT = (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5))
+_DASH, _DOT, _DASHDOT = (5, 1.5), (1.2, 1.2), (5, 1.5, 1.2, 1.5)
 
-METHODS = {
-    "l2": Look("L2", _BLACK, "o", _DASH),
-    "l2sp": Look("L2-SP", _ORANGE, "s", _DASHDOT),
-    "feature-map": Look("feature map", _SKY, "^", _DOT),
-    "afd": Look("AFD", _RED, "D", "-"),
-    "delta": Look("DELTA", _GREEN, "v", _DASH),
-    "lwf": Look("LwF", _BLUE, "P", _DASHDOT),
-    "at": Look("AT", _PINK, "X", _DOT),
+_SIGNS: dict[str, tuple] = {  # regularisers and selections: one line each
+    "l2": (_BLACK, "o", _DASH),
+    "l2sp": (_ORANGE, "s", _DASHDOT),
+    "feature-map": (_SKY, "^", _DOT),
+    "afd": (_RED, "D"),
+    "delta": (_GREEN, "v", _DASH),
+    "lwf": (_BLUE, "P", _DASHDOT),
+    "at": (_PINK, "X"),
+    "fbs": (_BLUE, "h"),
+    "slimming": (_PINK, "p", _DASH),
+    "taylor": (_GREEN, "*", _DASHDOT),
+    "l1": (_GREY, "d", _DASHDOT),
+    "random": (_GREY, "X", _DOT),
+    "width": (_BLUE, "8", _DOT),
+    "width-kd": (_ORANGE, "H", _DASH),
+}
+STUDENTS = {
+    "teacher": Look("teacher", _BLACK, "*"),
+    "alone": Look("student alone", _BLACK, "o", _DASH),
+    "hint": Look("F-ActT", _ORANGE, "s", _DASHDOT),
+    "at": Look("AT", *_SIGNS["at"]),
+    "gradient-at": Look("gradient AT", _SKY, "^", _DOT),
     "kd": Look("KD", _GREY, "<", _DASH),
+    "at-kd": Look("AT + KD, β decays", _RED, "D"),
     "nst": Look("NST", _GREEN, ">", _DOT),
-    "fbs": Look("FBS", _BLUE, "h", "-"),
-    "slimming": Look("network slimming", _PINK, "p", _DASH),
-    "taylor": Look("Taylor", _GREEN, "*", _DASHDOT),
-    "l1": Look("L1 norm", _GREY, "d", _DASHDOT),
-    "random": Look("random", _GREY, "x", _DOT),
-    "width": Look("narrower network", _BLUE, "8", _DOT),
-    "width-kd": Look("narrower network with KD", _ORANGE, "H", _DASH),
+    "nst-poly": Look("NST, polynomial", _GREEN, ">"),
+    "nst-linear": Look("NST, linear", _SKY, "v", _DOT),
+    "nst-gaussian": Look("NST, Gaussian", _BLUE, "P", _DASHDOT),
+    "nst-poly+kd": Look("NST + KD", _RED, "D"),
+    "nst-poly, after ReLU": Look("NST, polynomial, after ReLU", _ORANGE, "s", _DASH),
+}
+"""Ways of training a student."""
+
+METHODS = {name: Look(label_of(name), *signs) for name, signs in _SIGNS.items()} | {
+    k: STUDENTS[k] for k in ("kd", "nst")
 }
 
-# Channel states: colour and hatch.
 STATES = {"dynamic": (_BLUE, ""), "static": (_ORANGE, "///"), "removed": ("#E4E4E4", "...")}
+"""Channel states: colour and hatch."""
 
 
 def look(method: str) -> Look:
-    """The look of a method.
+    """The look of a regulariser, a selection or a way of training a student.
 
     Raises:
         AFDSError: for a method without one.
     """
-    if method not in METHODS:
-        raise AFDSError(f"no colour and marker for method {method!r}; known are {', '.join(METHODS)}")
-    return METHODS[method]
+    found = METHODS.get(method) or STUDENTS.get(method)
+    if found is None:
+        known = ", ".join(dict.fromkeys([*METHODS, *STUDENTS]))
+        raise AFDSError(f"no colour and marker for method {method!r}; known are {known}")
+    return found
+
+
+def labelled(table: pd.DataFrame) -> tuple[pd.DataFrame, list[Look]]:
+    """A table with the label of each row's method in a column `label`, and the looks in the table's order."""
+    looks = {method: look(method) for method in dict.fromkeys(table.method)}
+    return table.assign(label=[looks[method].label for method in table.method]), list(looks.values())
+
+
+def drawn_as(looks: Iterable[Look], *, lines: bool = True) -> dict[str, Any]:
+    """Arguments with which seaborn draws the column `label` of a table by these looks, without a legend of its own."""
+    looks = list(looks)
+    labels = [one.label for one in looks]
+    dashes = {one.label: one.dashes or "" for one in looks}
+    return ({"dashes": dashes, "markeredgecolor": "auto"} if lines else {}) | {
+        "hue": "label", "style": "label", "hue_order": labels, "style_order": labels, "legend": False,
+        "palette": {one.label: one.colour for one in looks}, "markers": {one.label: one.marker for one in looks},
+    }  # fmt: skip
+
+
+def handles(looks: Iterable[Look], **kwargs: Any) -> list[Line2D]:
+    """Entries of a legend."""
+    return [
+        Line2D(
+            [], [], color=one.colour, marker=one.marker, linestyle=(0, one.dashes or None), label=one.label, **kwargs
+        )
+        for one in looks
+    ]
 
 
 _Draw = TypeVar("_Draw", bound=Callable[..., Figure])
@@ -129,105 +162,31 @@ def styled(draw: _Draw) -> _Draw:
     return wrapper  # type: ignore[return-value]
 
 
+def canvas(
+    width: float, height: float, rows: int = 1, columns: int = 1, *, title: str = "", **kwargs: Any
+) -> tuple[Figure, Any]:
+    """A figure of a size in inches with a title above, and its panels as an array (rows, columns)."""
+    fig = Figure(figsize=(width, height), layout="constrained")
+    if title:
+        fig.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
+    return fig, fig.subplots(rows, columns, squeeze=False, **kwargs)
+
+
 def percent(axis: Any) -> None:
     """Ticks of a share in percent."""
-    axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{round(100 * value, 6):g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{round(100 * value, 6):g}"))
+
+
+def level(ax: Axes, y: float, text: str = "", *, below: bool = False, end: float = 0.995) -> None:
+    """A dashed line across a panel, such as chance, with its name at one end."""
+    ax.axhline(y, color="#555555", linewidth=0.9, linestyle=(0, (2, 2)))
+    ax.annotate(
+        text, (end, y), xycoords=("axes fraction", "data"), xytext=(0, -3 if below else 2), textcoords="offset points",
+        ha="right" if end > 0.5 else "left", va="top" if below else "bottom", fontsize=8, color="#555555",
+    )  # fmt: skip
 
 
 def note(ax: Axes, text: str) -> None:
     """A sentence in the middle of a panel that has nothing to draw."""
     ax.set_axis_off()
     ax.text(0.5, 0.5, text, ha="center", va="center", transform=ax.transAxes, wrap=True)
-
-
-def shown_width(png: bytes) -> int:
-    """The width at which a figure's PNG is shown, in pixels: at 100 per inch, so that it is sharp on a fine screen."""
-    return int.from_bytes(png[16:20], "big") * 100 // DPI
-
-
-class Picture:
-    """A saved figure; a notebook shows it as an image.
-
-    Attributes:
-        path: the PNG.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __repr__(self) -> str:
-        return f"figure {self.path.stem}"
-
-    def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
-        content = self.path.read_bytes()
-        return content, {"width": shown_width(content)}
-
-
-class Gallery:
-    """Several saved figures, one per target; a notebook shows them below each other.
-
-    Attributes:
-        pictures: in the order of the targets.
-    """
-
-    def __init__(self, pictures: Sequence[Picture]):
-        self.pictures = list(pictures)
-
-    def __repr__(self) -> str:
-        return "\n".join(map(repr, self.pictures))
-
-    def _repr_html_(self) -> str:
-        lines = []
-        for picture in self.pictures:
-            content, size = picture._repr_png_()
-            data = base64.b64encode(content).decode("ascii")
-            lines.append(f'<p><img alt="{picture}" width="{size["width"]}" src="data:image/png;base64,{data}"></p>')
-        return "\n".join(lines)
-
-
-def _file(profile: str, name: str, target: str = "") -> Path:
-    suffix = re.sub(r"[^A-Za-z0-9.]+", "-", f"-{target}") if target else ""
-    return paths.figures(profile) / f"{name}{suffix}.png"
-
-
-def _shown(files: Sequence[Path]) -> Picture | Gallery:
-    pictures = [Picture(file) for file in files]
-    return pictures[0] if len(pictures) == 1 else Gallery(pictures)
-
-
-def save(figure: Figure | Mapping[str, Figure], profile: str, name: str) -> Picture | Gallery:
-    """Writes a figure to the profile's folder of figures, atomically: the same figure gives the same bytes.
-
-    Args:
-        figure: from one of this package's functions; or one per target, by the target's title.
-        profile: the profile's name.
-        name: of the file, without suffix; a target's title is added to it.
-    """
-    figures = figure if isinstance(figure, Mapping) else {"": figure}
-    files = [_file(profile, name, target) for target in figures]
-    for file, fig in zip(files, figures.values(), strict=True):
-        with atomic_path(file) as part, matplotlib.rc_context(STYLE):
-            fig.savefig(part, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.08, metadata={"Software": None})
-    return _shown(files)
-
-
-def stored(profile: str, name: str, targets: Iterable[str] = ("",)) -> Picture | Gallery | Text:
-    """A figure that an earlier notebook saved, or a sentence that it is not there.
-
-    Args:
-        profile: the profile's name.
-        name: as it was saved.
-        targets: titles of the targets, for a figure of which each target has its own.
-    """
-    files = [file for target in targets if (file := _file(profile, name, target)).is_file()]
-    if not files:
-        return Text(f"Figure {name} is not drawn yet; draw it with: afds run --profile {profile}")
-    return _shown(files)
-
-
-@styled
-def sentence(text: str) -> Figure:
-    """A picture that says why there is nothing to draw."""
-    fig = Figure(figsize=(6.4, 0.9), layout="constrained")
-    note(fig.subplots(), text)
-    return fig

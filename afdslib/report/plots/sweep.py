@@ -1,36 +1,42 @@
-"""Figures of the pruning sweep: accuracy and parameters against MACs, and the confusion matrix of one network."""
+"""Figures over the budgets of a sweep or a comparison: one line per method against measured MACs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 from afdslib.base.text import times
-from afdslib.report.plots.style import Look, look, percent, styled
+from afdslib.report.plots.style import Look, canvas, drawn_as, handles, labelled, level, look, percent, styled
+from afdslib.studies.protocol import Method, label_of
 
-__all__ = ["accuracy_macs", "confusion", "density_and_masks", "parameters_budget"]
+__all__ = ["accuracy_macs", "attention_width", "competitors", "confusion", "density_and_masks", "parameters_budget"]
 
 QUANTITIES = {
     "test_accuracy": "accuracy, test images (%)",
     "test_mean_class_accuracy": "mean class accuracy, test images (%)",
     "validation_accuracy": "accuracy, validation images (%)",
-    "parameters": "parameters (thousands)",
+}
+AFDS = "afd+afs"
+PALE = Look("AFDS", "#EBA985", "")
+ATTENTIONS = {
+    "joint": Look("joint attention", "#D55E00", "D"),
+    "detached": Look("detached attention", "#0072B2", "o", (5, 1.5)),
 }
 
 
-def macs_axis(ax: Axes, budgets: Sequence[float]) -> None:
+def _macs_axis(ax: Axes, budgets: Sequence[float]) -> None:
     """Share of the dense MACs on a log scale, with the reductions 1x, 2x, ... along the top."""
     ax.set_xscale("log")
-    ticks = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
-    ax.xaxis.set_major_locator(FixedLocator(ticks))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}"))
+    ax.xaxis.set_major_locator(FixedLocator([0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0]))
     ax.xaxis.set_minor_formatter(NullFormatter())
+    percent(ax.xaxis)
     ax.set_xlabel("MACs, share of the dense network (%, log scale)")
     top = ax.secondary_xaxis("top")
     top.set_xscale("log")
@@ -45,35 +51,22 @@ def macs_axis(ax: Axes, budgets: Sequence[float]) -> None:
     top.tick_params(length=2, labelsize=8, pad=1)
 
 
-def _by_budget(rows: pd.DataFrame, value: str) -> pd.DataFrame:
-    found = rows.groupby("budget").agg(x=("macs", "mean"), y=(value, "mean"), sd=(value, "std"), n=(value, "size"))
-    return found.sort_index()
+def _lines(ax: Axes, table: pd.DataFrame, value: str, looks: Sequence[Look], **kwargs) -> None:
+    """A line per label: the mean over seeds at each budget and its mean MACs, with bars of one standard deviation.
+
+    Each line is moved sideways, a little, so that error bars of equal budgets stay apart.
+    """
+    shifts = {one.label: 1.012 ** (i - (len(looks) - 1) / 2) for i, one in enumerate(looks)}
+    x = table.groupby(["label", "budget"]).macs.transform("mean") * table.label.map(shifts)
+    kwargs = {"errorbar": "sd", "err_style": "bars", "err_kws": {"elinewidth": 1.0}} | kwargs
+    sns.lineplot(table.assign(x=x), x="x", y=value, ax=ax, **drawn_as(looks), **kwargs)
+    ax.set_ylabel(QUANTITIES.get(value, value))
+    _macs_axis(ax, table.budget.unique())
+    if "accuracy" in value:
+        percent(ax.yaxis)
 
 
-def draw_line(
-    ax: Axes, rows: pd.DataFrame, value: str, style: Look, *, scale: float = 1.0, shift: float = 1.0,
-    errors: bool = True, **kwargs: Any,
-) -> None:  # fmt: skip
-    """One method's line: the mean over seeds at each budget, with bars of one standard deviation."""
-    found = _by_budget(rows, value)
-    ax.errorbar(
-        found.x * shift, found.y * scale, yerr=found.sd.fillna(0) * scale if errors else None, color=style.colour,
-        marker=style.marker, linestyle=style.line, label=style.label, elinewidth=1.0, **kwargs,
-    )  # fmt: skip
-
-
-def shifts(lines: int) -> list[float]:
-    """A factor per line by which it is moved sideways, a little, so that error bars of equal budgets stay apart."""
-    return [1.012 ** (index - (lines - 1) / 2) for index in range(lines)]
-
-
-def _lines(ax: Axes, table: pd.DataFrame, value: str, scale: float = 1.0) -> None:
-    methods = list(dict.fromkeys(table.method))
-    for method, shift in zip(methods, shifts(len(methods)), strict=True):
-        draw_line(ax, table[table.method == method], value, look(method), scale=scale, shift=shift)
-
-
-def seeds_text(table: pd.DataFrame) -> str:
+def _seeds(table: pd.DataFrame) -> str:
     """What the error bars stand for."""
     seeds = table.groupby(["target", "method", "budget"]).size().unique()
     if len(seeds) == 1 and seeds[0] == 1:
@@ -90,54 +83,36 @@ def accuracy_macs(
     chance: Mapping[str, float] | None = None,
     title: str = "",
 ) -> Figure:
-    """Accuracy against measured MACs, one line per method, error bars of one standard deviation over seeds.
+    """Accuracy against measured MACs, one line per method; each target has a row of panels, its title above the first.
 
     Args:
-        table: from `Study.sweep`: target, method, seed, budget, macs and the columns of `values`.
+        table: of a sweep: target, method, seed, budget, macs and the columns of `values`.
         values: one panel each.
         chance: accuracy of guessing by target, drawn as a line.
-        title: above the panels.
-
-    Each target has a row of panels, with its title above the first.
     """
-    targets = list(dict.fromkeys(table.target))
-    fig = Figure(figsize=(4.7 * len(values) + 0.4, 3.7 * len(targets) + 0.5), layout="constrained")
-    axes = fig.subplots(len(targets), len(values), squeeze=False)
-    for row, target in enumerate(targets):
-        mine = table[table.target == target]
-        for ax, value in zip(axes[row], values, strict=True):
-            _lines(ax, mine, value)
+    table, looks = labelled(table)
+    by_target = dict(tuple(table.groupby("target", sort=False)))
+    size = 4.7 * len(values) + 0.4, 3.7 * len(by_target) + 0.5
+    fig, axes = canvas(*size, len(by_target), len(values), title=title)
+    for row, (target, mine) in zip(axes, by_target.items(), strict=True):
+        for ax, value in zip(row, values, strict=True):
+            _lines(ax, mine, value, looks)
             if chance:
-                ax.axhline(chance[target], color="#555555", linewidth=0.9, linestyle=(0, (2, 2)))
-                ax.annotate(
-                    "chance", (0.995, chance[target]), xycoords=("axes fraction", "data"), xytext=(0, 2),
-                    textcoords="offset points", ha="right", fontsize=8, color="#555555",
-                )  # fmt: skip
-            percent(ax.yaxis)
-            ax.set_ylabel(QUANTITIES[value])
-            macs_axis(ax, mine.budget.unique())
-        axes[row][0].set_title(target)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    fig.legend(
-        handles, labels, loc="outside lower center", ncols=len(labels), title=seeds_text(table), title_fontsize=8.5
-    )
-    if title:
-        fig.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
+                level(ax, chance[str(target)], "chance")
+        row[0].set_title(target)
+    fig.legend(handles=handles(looks), loc="outside lower center", ncols=len(looks), title=_seeds(table))
     return fig
 
 
 @styled
 def parameters_budget(table: pd.DataFrame, *, title: str = "") -> Figure:
-    """Parameters that remain on one target against measured MACs, one line per method, error bars over seeds."""
-    fig = Figure(figsize=(5.4, 3.5), layout="constrained")
-    ax = fig.subplots()
-    _lines(ax, table, "parameters", 1e-3)
-    ax.set_ylabel(QUANTITIES["parameters"])
+    """Parameters that remain on one target against measured MACs, one line per method."""
+    table, looks = labelled(table.assign(parameters=table.parameters / 1000))
+    fig, ((ax,),) = canvas(5.4, 3.5, title=title)
+    _lines(ax, table, "parameters", looks)
+    ax.set_ylabel("parameters (thousands)")
     ax.set_ylim(bottom=0)
-    macs_axis(ax, table.budget.unique())
-    ax.legend(title=seeds_text(table), title_fontsize=8, alignment="left")
-    if title:
-        fig.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
+    ax.legend(handles=handles(looks), title=_seeds(table), alignment="left")
     return fig
 
 
@@ -146,24 +121,96 @@ def density_and_masks(table: pd.DataFrame, *, title: str = "") -> Figure:
     """How each budget is met: the density d that is set, and the share of channels that the masks leave.
 
     Args:
-        table: from `Study.sweep`, one target: method, budget, macs, density, removed, static, dynamic.
-        title: above the panel.
+        table: of a sweep, one target: method, budget, macs, density, removed, static, dynamic.
     """
-    table = table.assign(living=(table.static + table.dynamic) / (table.removed + table.static + table.dynamic))
-    fig = Figure(figsize=(5.8, 3.5), layout="constrained")
-    ax = fig.subplots()
-    density = table.groupby("budget").agg(x=("macs", "mean"), y=("density", "mean")).sort_index()
-    ax.plot(density.x, density.y, color="#555555", linestyle=(0, (2, 2)), marker="|", label="density d, set")
-    _lines(ax, table, "living")
+    living = table.static + table.dynamic
+    table, looks = labelled(table.assign(living=living / (table.removed + living)))
+    fig, ((ax,),) = canvas(5.8, 3.5, title=title)
+    density = table.groupby("budget")[["macs", "density"]].mean()
+    (line,) = ax.plot(
+        density.macs, density.density, color="#555555", linestyle=(0, (2, 2)), marker="|", label="density d, set"
+    )
+    _lines(ax, table, "living", looks)
     ax.set_ylim(0, 1.05)
     percent(ax.yaxis)
     ax.set_ylabel("share of channels (%)")
-    macs_axis(ax, table.budget.unique())
-    handles, labels = ax.get_legend_handles_labels()
-    labels = [label if label.startswith("density") else f"left by the masks: {label}" for label in labels]
-    ax.legend(handles, labels, loc="lower right")
-    if title:
-        ax.set_title(title)
+    left = [replace(one, label=f"left by the masks: {one.label}") for one in looks]
+    ax.legend(handles=[line, *handles(left)], loc="lower right")
+    return fig
+
+
+@styled
+def attention_width(table: pd.DataFrame, *, title: str = "") -> Figure:
+    """How wide the attention is at each budget, joint and detached, and the accuracy beside it.
+
+    Args:
+        table: of `collapse.widths`: attention, seed, budget, width, uniform, macs, test_accuracy.
+    """
+    looks = [ATTENTIONS[name] for name in dict.fromkeys(table.attention)]
+    table = table.assign(label=[ATTENTIONS[name].label for name in table.attention], target="", method=table.attention)
+    fig, ((left, right),) = canvas(8.6, 3.7, 1, 2, title=title)
+    _lines(left, table, "width", looks)
+    _lines(right, table, "test_accuracy", looks)
+    level(left, float(table.uniform.iloc[0]), "uniform", below=True, end=0.01)
+    left.set_yscale("log")
+    left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    left.set_ylim(bottom=1)
+    left.set_ylabel("width of the attention, channels (log scale)")
+    fig.legend(handles=handles(looks), loc="outside lower center", ncols=2, title=_seeds(table))
+    return fig
+
+
+def _panel(selection: str) -> str:
+    return "narrower networks" if selection.startswith("width") else label_of(selection)
+
+
+def _look(regulariser: str, selection: str) -> Look:
+    """Of a line in its panel: by its regulariser, dotted where attention is detached; narrower ones by theirs, too."""
+    name = Method(regulariser, selection).base
+    if selection.startswith("width"):
+        base = look(selection)
+        if regulariser == "l2":
+            return base
+        return replace(base, label=f"{base.label}, {label_of(regulariser)}", colour=look(name).colour)
+    return look(name) if name == regulariser else replace(look(name), label=label_of(regulariser), dashes=(1.2, 1.2))
+
+
+@styled
+def competitors(table: pd.DataFrame, *, chance: float | None = None, title: str = "") -> Figure:
+    """Test accuracy against measured MACs: a panel per selection, a line per regulariser, AFDS pale in every other.
+
+    Args:
+        table: of a comparison, one target: method, regulariser, selection, seed, budget, macs, test_accuracy.
+        chance: accuracy of guessing, drawn as a line.
+    """
+    looks = {pair: _look(*pair) for pair in dict.fromkeys(zip(table.regulariser, table.selection, strict=True))}
+    label = [looks[pair].label for pair in zip(table.regulariser, table.selection, strict=True)]
+    table = table.assign(label=label, panel=[_panel(selection) for selection in table.selection])
+    panels = list(dict.fromkeys(table.panel))
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    size = 4.6 * columns + 0.4, 3.2 * rows + 0.8
+    fig, axes = canvas(*size, rows, columns, title=title, sharex=True, sharey=True)
+    ours, pale = table[table.method == AFDS].assign(label=PALE.label), False
+    for ax, panel in zip(axes.flat, panels, strict=False):
+        here = table[table.panel == panel]
+        if AFDS not in set(here.method) and len(ours):
+            _lines(ax, ours, "test_accuracy", [PALE], errorbar=None, linewidth=4, zorder=1)
+            pale = True
+        _lines(ax, here, "test_accuracy", [one for pair, one in looks.items() if _panel(pair[1]) == panel])
+        if chance is not None:
+            level(ax, chance)
+        ax.set_title(panel)
+        ax.tick_params(labelbottom=True)
+    for ax in list(axes.flat)[len(panels) :]:
+        ax.set_axis_off()
+    entries = handles([PALE] if pale else [], linewidth=4) + handles(
+        {one.label: one for one in looks.values()}.values()
+    )
+    fig.legend(
+        handles=entries, loc="outside lower center", ncols=min(4, len(entries)),
+        title=_seeds(table) + ("; dashed grey: chance" if chance is not None else ""),
+    )  # fmt: skip
     return fig
 
 
@@ -171,24 +218,15 @@ def density_and_masks(table: pd.DataFrame, *, title: str = "") -> Figure:
 def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str], *, title: str = "") -> Figure:
     """Confusion matrix: share of each true class (row) that is taken for each class (column), in percent."""
     counts = np.asarray(matrix, dtype=float)
-    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    share = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     few = len(classes) <= 20
     side = 1.9 + (0.44 * len(classes) if few else 4.4)
-    fig = Figure(figsize=(side + 0.8, side), layout="constrained")
-    ax = fig.subplots()
-    image = ax.imshow(share, vmin=0, vmax=1)
+    fig, ((ax,),) = canvas(side + 0.8, side, title=title)
     ax.grid(False)
-    if few:
-        ax.set_xticks(range(len(classes)), classes, rotation=90 if max(map(len, classes)) > 2 else 0)
-        ax.set_yticks(range(len(classes)), classes)
-        for (row, column), value in np.ndenumerate(share):
-            colour = "white" if value < 0.55 else "black"
-            ax.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color=colour)
-    ax.set_xlabel("predicted class")
-    ax.set_ylabel("true class")
-    bar = fig.colorbar(image, ax=ax, shrink=0.85, pad=0.03)
-    bar.set_label("share of the true class (%)")
-    percent(bar.ax.yaxis)
-    if title:
-        ax.set_title(title)
+    sns.heatmap(
+        pd.DataFrame(share, classes, classes) if few else share, ax=ax, vmin=0, vmax=100, cmap="cividis", square=True,
+        annot=few, fmt=".0f", annot_kws={"fontsize": 8},
+        cbar_kws={"label": "share of the true class (%)", "shrink": 0.85, "pad": 0.03},
+    )  # fmt: skip
+    ax.set(xlabel="predicted class", ylabel="true class")
     return fig

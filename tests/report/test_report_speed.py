@@ -8,7 +8,7 @@ import torch
 
 from afdslib import runs
 from afdslib.inference import bench
-from afdslib.report import latency, plots
+from afdslib.report import plots, speed
 from afdslib.studies import profiles
 from afdslib.studies.profiles import Candidates
 from afdslib.studies.sweep import Study
@@ -33,13 +33,13 @@ def study(tmp_path_factory):
 
 def test_each_network_is_timed_beside_the_dense_one(study):
     sweep = study.sweep()
-    table = latency.measure(study, sweep, method="l2", settings=replace(SETTINGS, runtimes=("onnxruntime",)))
+    table = speed.measure(study, sweep, method="l2", settings=replace(SETTINGS, runtimes=("onnxruntime",)))
     assert set(table.runtime) == {"onnxruntime"}
-    assert list(table) == latency.COLUMNS and table.groupby(["budget", "batch"]).size().tolist() == [1] * 4
+    assert list(table) == speed.COLUMNS and table.groupby(["budget", "batch"]).size().tolist() == [1] * 4
     assert (table.median_ms > 0).all() and set(table.run) == set(sweep.run) and (table.threads == 1).all()
     unpruned, small = table[table.budget == 1].computed, table[table.budget == 0.2].computed
     assert unpruned.tolist() == pytest.approx([1.0, 1.0]) and (small < 0.8).all()
-    text = latency.sentence(table, sweep)
+    text = speed.sentence(table, sweep)
     assert text.count("at 5x fewer MACs") == 2 and f"{table.speedup[table.budget == 0.2].iloc[0]:.2f}x as fast" in text
     axes = plots.latency(table).axes
     assert [line.get_label() for line in axes[1].lines if line.get_label() == "ideal"] == ["ideal"]
@@ -47,44 +47,44 @@ def test_each_network_is_timed_beside_the_dense_one(study):
 
 def test_kept_times_are_read_and_those_of_other_networks_are_not(study, monkeypatch):
     sweep = study.sweep()
-    monkeypatch.setattr(latency, "SETTINGS", SETTINGS)
-    monkeypatch.setattr(latency.importlib.util, "find_spec", lambda name: None)
-    assert latency.stored(study, sweep).empty
-    first = latency.times(study, sweep, method="l2")
-    assert len(latency.stored(study, sweep)) == len(first) == 4
-    pd.testing.assert_frame_equal(latency.times(study, sweep, method="l2"), first, check_exact=False, rtol=1e-5)
+    monkeypatch.setattr(speed, "SETTINGS", SETTINGS)
+    monkeypatch.setattr(speed.importlib.util, "find_spec", lambda name: None)
+    assert speed.stored(study, sweep).empty
+    first = speed.times(study, sweep, method="l2")
+    assert len(speed.stored(study, sweep)) == len(first) == 4
+    pd.testing.assert_frame_equal(speed.times(study, sweep, method="l2"), first, check_exact=False, rtol=1e-5)
     file = study.folder() / "times.csv"
     pd.read_csv(file).assign(run="000000000000", median_ms=1e9).to_csv(file, index=False)
-    assert (latency.times(study, sweep, method="l2").median_ms < 1e9).all()
+    assert (speed.times(study, sweep, method="l2").median_ms < 1e9).all()
 
 
 def test_kept_times_of_another_method_or_of_some_networks_are_measured_again(study, monkeypatch):
     sweep = study.sweep()
-    monkeypatch.setattr(latency, "SETTINGS", SETTINGS)
-    monkeypatch.setattr(latency.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(speed, "SETTINGS", SETTINGS)
+    monkeypatch.setattr(speed.importlib.util, "find_spec", lambda name: None)
     file = study.folder() / "times.csv"
-    latency.times(study, sweep, method="l2")
+    speed.times(study, sweep, method="l2")
     kept = pd.read_csv(file)
     kept.assign(method="afd").to_csv(file, index=False)
-    assert set(latency.times(study, sweep, method="l2").method) == {"l2"}
+    assert set(speed.times(study, sweep, method="l2").method) == {"l2"}
     kept[kept.budget == 1].to_csv(file, index=False)
-    assert set(latency.times(study, sweep, method="l2").budget) == {1.0, 0.2}
+    assert set(speed.times(study, sweep, method="l2").budget) == {1.0, 0.2}
     with monkeypatch.context() as patch:  # what is kept stays where the networks are not at hand
         kept[kept.budget == 1].to_csv(file, index=False)
         patch.setattr(runs, "lookup", lambda config, **kwargs: None)
-        assert set(latency.times(study, sweep, method="l2").budget) == {1.0}
+        assert set(speed.times(study, sweep, method="l2").budget) == {1.0}
     assert set(pd.read_csv(file).budget) == {1.0}
 
 
 def test_without_weights_nothing_is_measured_and_it_says_so(study, monkeypatch):
     sweep = study.sweep()
     monkeypatch.setattr(runs, "lookup", lambda config, **kwargs: None)
-    table = latency.measure(study, sweep, method="l2", settings=SETTINGS)
-    assert table.empty and latency.sentence(table, sweep).startswith("Not measured")
+    table = speed.measure(study, sweep, method="l2", settings=SETTINGS)
+    assert table.empty and speed.sentence(table, sweep).startswith("Not measured")
     assert isinstance(plots.latency(table).axes[0].texts[0].get_text(), str)
 
 
 def test_the_number_of_threads_is_given_back(study):
     before = torch.get_num_threads()
-    latency.measure(study, study.sweep(), method="l2", settings=replace(SETTINGS, threads=2))
+    speed.measure(study, study.sweep(), method="l2", settings=replace(SETTINGS, threads=2))
     assert torch.get_num_threads() == before

@@ -7,7 +7,7 @@ import pytest
 
 from afdslib.base.errors import AFDSError
 from afdslib.data import load
-from afdslib.report import summary
+from afdslib.report import sweep as results
 from afdslib.studies import profiles
 
 
@@ -34,20 +34,20 @@ def sweep():
 
 
 def test_table_shows_mean_and_standard_deviation_over_seeds(sweep):
-    table = summary.accuracy_table(sweep)
+    table = results.accuracy_table(sweep)
     assert table.header == ["reduction", "measured MACs", "L2 (%)", "AFD (%)"]
     assert table.rows == [["1x", "100.0 %", "55.0 ± 7.1", "59.0 ± 8.5"], ["10x", "10.0 %", "30.0 ± 14.1", "30.0 ± 0.0"]]
-    assert summary.accuracy_table(sweep[sweep.seed == 0]).rows[0][2] == "50.0"  # no spread from one seed
+    assert results.accuracy_table(sweep[sweep.seed == 0]).rows[0][2] == "50.0"  # no spread from one seed
     assert table._repr_markdown_().splitlines()[2] == "| 1x | 100.0 % | 55.0 ± 7.1 | 59.0 ± 8.5 |"
     assert repr(table).splitlines()[1].startswith("1x")
 
 
 def test_differences_are_paired_by_seed(sweep):
-    found = summary.differences(sweep).set_index("budget")
+    found = results.differences(sweep).set_index("budget")
     assert found.difference[1.0] == pytest.approx(4) and found.sd[1.0] == pytest.approx(2**0.5)
     assert found.difference[0.1] == pytest.approx(0) and found.seeds[0.1] == 2
     missing = sweep[~((sweep.method == "l2") & (sweep.seed == 1))]
-    assert summary.differences(missing).seeds.tolist() == [1, 1]
+    assert results.differences(missing).seeds.tolist() == [1, 1]
 
 
 @pytest.mark.parametrize(
@@ -60,85 +60,85 @@ def test_differences_are_paired_by_seed(sweep):
 )
 def test_sentence_says_how_the_difference_compares_with_its_spread(sweep, values, words):
     sweep.loc[(sweep.method == "afd") & (sweep.budget == 1), "test_accuracy"] = values
-    text = summary.differences_text(sweep, budgets=(1.0,))
+    text = results.differences_text(sweep, budgets=(1.0,))
     assert f"**1x**, toy: AFD minus L2 is {words}" in text
 
 
 def test_one_seed_has_no_spread_and_many_seeds_no_warning(sweep):
-    assert "so the interval is not known" in summary.differences_text(sweep[sweep.seed == 0])
+    assert "so the interval is not known" in results.differences_text(sweep[sweep.seed == 0])
     many = pd.concat([sweep.assign(seed=sweep.seed + 2 * i) for i in range(3)])
-    assert "6 seeds" in summary.differences_text(many) and "too few" not in summary.differences_text(many)
+    assert "6 seeds" in results.differences_text(many) and "too few" not in results.differences_text(many)
 
 
 def test_a_difference_that_rounds_to_zero_has_no_minus(sweep):
     sweep.loc[(sweep.method == "afd") & (sweep.budget == 1), "test_accuracy"] = (0.4999, 0.5999)
-    assert "+0.0 points" in summary.differences_text(sweep, budgets=(1.0,))
+    assert "+0.0 points" in results.differences_text(sweep, budgets=(1.0,))
 
 
 def test_missing_rows_are_one_sentence(sweep):
     with pytest.raises(AFDSError, match="no seed with both afd and at"):
-        summary.differences(sweep, "afd", "at")
+        results.differences(sweep, "afd", "at")
     with pytest.raises(AFDSError, match="no row of method 'at'"):
-        summary.smallest(sweep, "at")
+        results.smallest(sweep, "at")
     with pytest.raises(AFDSError, match="none of the budgets 4x"):
-        summary.differences_text(sweep, budgets=(0.25,))
+        results.differences_text(sweep, budgets=(0.25,))
 
 
 def test_smallest_network_growing_and_budgets(sweep):
-    row = summary.smallest(sweep)
+    row = results.smallest(sweep)
     assert (row.budget, row.seed, row.method) == (0.1, 0, "afd")
-    assert summary.budgets_of(sweep) == [1.0, 0.1]
-    assert summary.growing(sweep, "removed") and not summary.growing(sweep, "parameters")
+    assert results.budgets_of(sweep) == [1.0, 0.1]
+    assert results.growing(sweep, "removed") and not results.growing(sweep, "parameters")
 
 
 def test_network_table_and_gates_sentence(sweep):
-    assert summary.network_table(sweep, "afd").rows[1] == ["10x", "0.50", "10.0 %", "1.0 %", "0", "1", "1", "9"]
-    assert "on toy: L2 10.0 % dead, variation 0.200; AFD 10.0 % dead" in summary.gates_text(sweep)
+    assert results.network_table(sweep, "afd").rows[1] == ["10x", "0.50", "10.0 %", "1.0 %", "0", "1", "1", "9"]
+    assert "on toy: L2 10.0 % dead, variation 0.200; AFD 10.0 % dead" in results.gates_text(sweep)
 
 
 def test_several_targets_have_a_column_and_a_sentence_each(sweep):
     both = pd.concat([sweep, sweep.assign(target="other", test_accuracy=0.25)])
-    table = summary.accuracy_table(both)
+    table = results.accuracy_table(both)
     assert table.header[:2] == ["target", "reduction"] and [row[0] for row in table.rows] == ["toy"] * 2 + ["other"] * 2
     assert table.rows[0][3] == "55.0 ± 7.1" and table.rows[2][3] == "25.0 ± 0.0"
-    assert summary.accuracy_table(both, target="other").rows[0] == table.rows[2][1:]
-    assert [row[:2] for row in summary.network_table(both, "afd").rows] == [row[:2] for row in table.rows]
-    assert summary.gates_text(both).count("Gates of the unpruned networks on") == 2
-    assert "1x**, other:" in summary.differences_text(both) and "1x**, toy:" in summary.differences_text(both)
+    assert results.accuracy_table(both, target="other").rows[0] == table.rows[2][1:]
+    assert [row[:2] for row in results.network_table(both, "afd").rows] == [row[:2] for row in table.rows]
+    assert results.gates_text(both).count("Gates of the unpruned networks on") == 2
+    assert "1x**, other:" in results.differences_text(both) and "1x**, toy:" in results.differences_text(both)
 
 
 def test_a_data_set_is_described_and_one_that_is_not_read_says_so():
     source, target = load("digits"), load("digits-5-9", per_class=12)
-    text = summary.about_data(target, source)
+    text = results.about_data(target, source)
     assert "size of an image: 32 x 32 pixels" in text and "shared with the source: 5, 6, 7, 8, 9" in text
-    assert "fitting images: 1.00" in text and "shared" not in summary.about_data(source)
-    assert summary.about_data(None) == summary.PUBLISHED
+    assert "fitting images: 1.00" in text and "shared" not in results.about_data(source)
+    assert results.about_data(None) == results.PUBLISHED
 
 
 def test_channels_left_checks_what_it_counts():
     good = {"a": {"channels": 4, "removed": 1, "static": 2, "dynamic": 1}}
-    assert summary.channels_left(good) == 0.75
+    assert results.channels_left(good) == 0.75
     with pytest.raises(AFDSError, match="lost all"):
-        summary.channels_left({"a": {"channels": 4, "removed": 4, "static": 0, "dynamic": 0}})
+        results.channels_left({"a": {"channels": 4, "removed": 4, "static": 0, "dynamic": 0}})
     with pytest.raises(AFDSError, match="not all its channels"):
-        summary.channels_left({"a": {"channels": 4, "removed": 1, "static": 1, "dynamic": 1}})
+        results.channels_left({"a": {"channels": 4, "removed": 1, "static": 1, "dynamic": 1}})
 
 
 def test_scope_says_what_is_not_tested():
-    assert "**not tested**" in summary.scope_text(profiles.get("demo"))
-    assert "too small" in summary.scope_text(profiles.get("demo"))
-    assert "has not been run" in summary.scope_text(profiles.get("paper"))
+    assert "**not tested**" in results.scope_text(profiles.get("demo"))
+    assert "too small" in results.scope_text(profiles.get("demo"))
+    assert "has not been run" in results.scope_text(profiles.get("paper"))
 
 
 def test_settings_name_every_stage_of_every_profile():
     for name, budget in itertools.product(profiles.names(), ("quick", "standard")):
         profile = profiles.get(name, budget)
-        shown = {key: value for key, value in summary.settings(profile).rows}
+        shown = {key: value for key, value in results.settings(profile).rows}
         assert str(profile.transfer.steps) in shown["transfer, unpruned"] and "10x" in shown["budgets"]
         assert shown["regularisers"].count("{") == len(profile.candidates)
-        assert summary.networks(profile) % len(profile.seeds) == 0
+        assert results.networks(profile) % len(profile.seeds) == 0
 
 
 def test_shared_classes_are_found_by_readable_names():
-    assert summary.share_classes(load("digits-0-4"), load("digits-5-9")) == []
-    assert summary.share_classes(load("digits"), load("digits-5-9")) == list("56789")
+    assert results.share_classes(load("digits-0-4"), load("digits-5-9")) == []
+    assert results.share_classes(load("digits"), load("digits-5-9")) == list("56789")

@@ -1,0 +1,133 @@
+"""Pictures of images: samples, augmentation, AFD's attention, and the attention maps of several networks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from afdslib.data import MEAN, STD, ImageDataset
+from afdslib.report.plots.style import canvas, styled
+
+if TYPE_CHECKING:
+    from afdslib.inference.maps import MapsView
+    from afdslib.report.views import AttentionView
+
+__all__ = ["attention", "attention_maps", "augmentations", "samples"]
+
+
+def _show(ax: Axes, image: np.ndarray | None, caption: str = "", heat: np.ndarray | None = None, **kwargs) -> None:
+    """An image under its caption; with a map, from 0 to 1, the image in grey under the map, enlarged to its size."""
+    ax.set(xticks=[], yticks=[])
+    ax.grid(False)
+    ax.set_frame_on(False)
+    ax.set_title(caption, fontsize=8, fontweight="normal", loc="center")
+    if image is None:
+        return
+    if heat is None:
+        ax.imshow(image, interpolation="nearest")
+        return
+    extent = (0, image.shape[1], image.shape[0], 0)
+    ax.imshow(image.mean(2), cmap="gray", extent=extent, vmin=0, vmax=255)
+    ax.imshow(heat, cmap="inferno", alpha=0.6, extent=extent, vmin=0, vmax=1, **kwargs)
+
+
+def _short(text: str, length: int = 13) -> str:
+    text = text.split(",")[0]
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+@styled
+def samples(
+    dataset: ImageDataset, *, captions: Sequence[str] = (), classes: int = 10, per_class: int = 4, title: str = ""
+) -> Figure:
+    """A grid of images: one column per class, its name above.
+
+    Args:
+        dataset: shown as `raw` gives it: resized, but neither augmented nor normalised.
+        captions: readable class names; default: the data set's own.
+        classes: columns at most, evenly spaced over the classes.
+        per_class: rows.
+    """
+    names = captions or dataset.classes
+    count = min(classes, len(names))
+    fig, axes = canvas(0.95 * count + 0.2, 0.95 * per_class + 0.6, per_class, count, title=title)
+    for column, target in enumerate(i * len(names) // count for i in range(count)):
+        found = np.flatnonzero(dataset.targets == target)[:per_class]
+        for row, ax in enumerate(axes[:, column]):
+            image = dataset.raw(int(found[row])) if row < len(found) else None
+            _show(ax, image, "" if row else _short(str(names[target])))
+    return fig
+
+
+@styled
+def augmentations(dataset: ImageDataset, index: int = 0, *, epochs: int = 8, title: str = "") -> Figure:
+    """One training image as the network sees it in the first epochs, beside the image itself."""
+    fig, (axes,) = canvas(1.0 * (epochs + 1) + 0.2, 1.5, 1, epochs + 1, title=title)
+    _show(axes[0], dataset.raw(index), "as stored")
+    before = dataset.epoch
+    try:
+        for epoch, ax in enumerate(axes[1:]):
+            dataset.set_epoch(epoch)
+            image = dataset[index][0].permute(1, 2, 0).numpy() * np.array(STD) + np.array(MEAN)
+            _show(ax, image.clip(0, 1), f"epoch {epoch + 1}")
+    finally:
+        dataset.set_epoch(before)
+    return fig
+
+
+@styled
+def attention(view: AttentionView, *, top: int = 4, title: str = "") -> Figure:
+    """The attention of one image: every channel's weight against uniform, and where the top channels respond.
+
+    Args:
+        view: from `views.attention`.
+        top: channels shown as overlays.
+    """
+    living = int((view.weights > 0).sum())
+    order = np.argsort(-view.weights, kind="stable")[:living]
+    fig = Figure(figsize=(9.6, 4.5), layout="constrained")
+    upper, lower = fig.subfigures(2, 1, height_ratios=[1.2, 1])
+    ax = upper.subplots()
+    colours = ["#D55E00"] * top + ["#8C8C8C"] * (living - top)
+    ax.bar(range(living), 100 * (view.weights[order] * living - 1), width=0.85, color=colours[:living])
+    ax.axhline(0, color="black", linewidth=1)
+    ax.set_xlim(-1, living)
+    ax.margins(y=0.12)
+    ax.set_xlabel(f"the {living} channels of {view.layer}, largest attention first (coloured: shown below)")
+    ax.set_ylabel("attention ρ against\nuniform attention (%)")
+    axes = lower.subplots(1, top + 2)
+    _show(axes[0], view.image, f"image, class {view.caption}")
+    heats = [(f"channel {channel}", view.maps[channel]) for channel in order[:top]]
+    heats.append(("all, weighted by ρ", np.tensordot(view.weights, view.maps, 1)))
+    for ax, (caption, heat) in zip(axes[1:], heats, strict=True):
+        span = np.ptp(heat)
+        _show(ax, view.image, caption, (heat - heat.min()) / (span if span > 0 else 1), interpolation="bilinear")
+    if title:
+        upper.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
+    return fig
+
+
+@styled
+def attention_maps(view: MapsView, *, title: str = "") -> Figure:
+    """One image, one row per network: the activation map of each stage, then the gradient map.
+
+    Args:
+        view: from `maps.look_at`.
+    """
+    columns, rows = max(len(seen.stages) for seen in view.networks.values()) + 2, len(view.networks)
+    title = title or f"image of class {view.caption}"
+    fig, axes = canvas(1.55 * columns + 0.2, 1.62 * rows + 0.4, rows, columns, title=title)
+    for line, (name, seen) in zip(axes, view.networks.items(), strict=True):
+        for ax in line:
+            _show(ax, None)
+        _show(line[0], view.image, f"says {seen.prediction}")
+        line[0].set_ylabel(name, fontsize=8.5)
+        heats = {f"{stage}, {heat.shape[0]}x{heat.shape[1]}": heat for stage, heat in seen.stages.items()}
+        for ax, (caption, heat) in zip(line[1:-1], heats.items(), strict=False):
+            _show(ax, view.image, caption, heat / (heat.max() or 1))
+        _show(line[-1], view.image, "gradient of the loss", seen.gradient / (seen.gradient.max() or 1))
+    return fig

@@ -1,0 +1,113 @@
+"""Figures as files: saved once per profile and target, shown by notebooks as images."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from afdslib.base import paths
+from afdslib.base.atomic import atomic_path
+from afdslib.base.text import Text
+from afdslib.report.plots.style import STYLE, canvas, note, styled
+
+__all__ = ["DPI", "Gallery", "Picture", "save", "sentence", "shown_width", "stored"]
+
+DPI = 150
+
+
+def shown_width(png: bytes) -> int:
+    """The width at which a figure's PNG is shown, in pixels: at 100 per inch, so that it is sharp on a fine screen."""
+    return int.from_bytes(png[16:20], "big") * 100 // DPI
+
+
+class Picture:
+    """A saved figure; a notebook shows it as an image.
+
+    Attributes:
+        path: the PNG.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __repr__(self) -> str:
+        return f"figure {self.path.stem}"
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
+        content = self.path.read_bytes()
+        return content, {"width": shown_width(content)}
+
+
+class Gallery:
+    """Several saved figures, one per target; a notebook shows them below each other.
+
+    Attributes:
+        pictures: in the order of the targets.
+    """
+
+    def __init__(self, pictures: Sequence[Picture]):
+        self.pictures = list(pictures)
+
+    def __repr__(self) -> str:
+        return "\n".join(map(repr, self.pictures))
+
+    def _repr_html_(self) -> str:
+        lines = []
+        for picture in self.pictures:
+            content, size = picture._repr_png_()
+            data = base64.b64encode(content).decode("ascii")
+            lines.append(f'<p><img alt="{picture}" width="{size["width"]}" src="data:image/png;base64,{data}"></p>')
+        return "\n".join(lines)
+
+
+def _file(profile: str, name: str, target: str = "") -> Path:
+    suffix = re.sub(r"[^A-Za-z0-9.]+", "-", f"-{target}") if target else ""
+    return paths.figures(profile) / f"{name}{suffix}.png"
+
+
+def _shown(files: Sequence[Path]) -> Picture | Gallery:
+    pictures = [Picture(file) for file in files]
+    return pictures[0] if len(pictures) == 1 else Gallery(pictures)
+
+
+def save(figure: Figure | Mapping[str, Figure], profile: str, name: str) -> Picture | Gallery:
+    """Writes a figure to the profile's folder of figures, atomically: the same figure gives the same bytes.
+
+    Args:
+        figure: from one of this package's functions; or one per target, by the target's title.
+        profile: the profile's name.
+        name: of the file, without suffix; a target's title is added to it.
+    """
+    figures = figure if isinstance(figure, Mapping) else {"": figure}
+    files = [_file(profile, name, target) for target in figures]
+    for file, fig in zip(files, figures.values(), strict=True):
+        with atomic_path(file) as part, matplotlib.rc_context(STYLE):
+            fig.savefig(part, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.08, metadata={"Software": None})
+    return _shown(files)
+
+
+def stored(profile: str, name: str, targets: Iterable[str] = ("",)) -> Picture | Gallery | Text:
+    """A figure that an earlier notebook saved, or a sentence that it is not there.
+
+    Args:
+        profile: the profile's name.
+        name: as it was saved.
+        targets: titles of the targets, for a figure of which each target has its own.
+    """
+    files = [file for target in targets if (file := _file(profile, name, target)).is_file()]
+    if not files:
+        return Text(f"Figure {name} is not drawn yet; draw it with: afds run --profile {profile}")
+    return _shown(files)
+
+
+@styled
+def sentence(text: str) -> Figure:
+    """A picture that says why there is nothing to draw."""
+    fig, axes = canvas(6.4, 0.9)
+    note(axes[0, 0], text)
+    return fig

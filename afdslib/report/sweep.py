@@ -1,0 +1,345 @@
+"""Tables and sentences about a profile and its sweep, computed from result tables: no number is typed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from afdslib import data
+from afdslib.base.atomic import write_text
+from afdslib.base.errors import AFDSError
+from afdslib.base.text import Text, times
+from afdslib.report.plots import look
+from afdslib.report.tables import Table, at, bullets, mean_sd
+from afdslib.studies import statistics
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from afdslib.data import Splits
+    from afdslib.studies.profiles import Profile
+    from afdslib.studies.sweep import Study
+
+__all__ = [
+    "PUBLISHED", "about_data", "accuracy_table", "budgets_of", "channels_left", "differences", "differences_text",
+    "gates_text", "growing", "network_table", "networks", "run_text", "schedule", "scope_text", "settings",
+    "share_classes", "smallest", "sources_text", "stage_text", "strengths_text", "write_page",
+]  # fmt: skip
+
+PUBLISHED = "Published weights are taken as they are: this study reads no source image and trains no source network."
+
+
+# ----------------------------------------------------------------------------------------------------------- the sweep
+
+
+def budgets_of(table: pd.DataFrame) -> list[float]:
+    """The budgets of a sweep, decreasing from 1."""
+    return sorted((float(b) for b in table.budget.unique()), reverse=True)
+
+
+def _by_target(table: pd.DataFrame, header: Sequence[str], row: Callable[[pd.DataFrame], list[str]]) -> Table:
+    """One row per target and budget; the targets have a column if there are several."""
+    several = table.target.nunique() > 1
+    rows = [
+        [*([target] if several else []), times(budget), *row(at(mine, budget))]
+        for target, mine in table.groupby("target", sort=False)
+        for budget in budgets_of(mine)
+    ]
+    return Table([*(["target"] if several else []), "reduction", *header], rows)
+
+
+def accuracy_table(table: pd.DataFrame, *, value: str = "test_accuracy", target: str | None = None) -> Table:
+    """Mean and standard deviation over seeds, in percent: one row per target and budget, one column per method.
+
+    Args:
+        table: of a sweep.
+        value: an accuracy.
+        target: of the table; default: all.
+    """
+    table = table if target is None else table[table.target == target]
+    methods = list(dict.fromkeys(table.method))
+
+    def row(here: pd.DataFrame) -> list[str]:
+        cells = [mean_sd(here[here.method == method][value], 100) for method in methods]
+        return [f"{100 * here.macs.mean():.1f} %", *cells]
+
+    return _by_target(table, ["measured MACs", *(f"{look(m).label} (%)" for m in methods)], row)
+
+
+def network_table(table: pd.DataFrame, method: str) -> Table:
+    """What the sweep made of the network, mean over seeds: MACs, predictors' share, parameters, channels."""
+
+    def row(here: pd.DataFrame) -> list[str]:
+        mean = here.mean(numeric_only=True)
+        return [
+            f"{mean.density:.2f}", f"{100 * mean.macs:.1f} %", f"{100 * mean.macs_predictors:.1f} %",
+            f"{mean.parameters / 1000:.0f}", *(f"{mean[state]:.0f}" for state in ("dynamic", "static", "removed")),
+        ]  # fmt: skip
+
+    header = ["density d", "measured MACs", "of them predictors", "parameters (thousands)"]
+    return _by_target(table[table.method == method], [*header, "dynamic", "static", "removed channels"], row)
+
+
+def differences(
+    table: pd.DataFrame, method: str = "afd", other: str = "l2", *, value: str = "test_accuracy"
+) -> pd.DataFrame:
+    """Paired differences of two methods: the same seed means the same images, initial classifier and order.
+
+    Returns:
+        A table with target, budget, difference (mean over seeds, percentage points), sd (of the paired differences),
+        low and high (Student's 95 % interval; like sd NaN for one seed) and seeds.
+    """
+    index = ["target", "budget", "seed"]
+    one, two = (table[table.method == name].set_index(index)[value] for name in (method, other))
+    paired = (one - two).dropna() * 100
+    if paired.empty:
+        raise AFDSError(f"the sweep has no seed with both {method} and {other}; compute both")
+    rows = []
+    for (target, budget), values in paired.groupby(["target", "budget"], sort=False):
+        d = statistics.interval(values.to_list())
+        rows.append((target, budget, d.mean, d.sd, d.low, d.high, d.n))
+    found = pd.DataFrame(rows, columns=["target", "budget", "difference", "sd", "low", "high", "seeds"])
+    return found.sort_values(["target", "budget"], ascending=[True, False], ignore_index=True)
+
+
+def _difference(row: Any, one: str, other: str) -> str:
+    value, low, high = (f"{round(points, 1) + 0.0:+.1f}" for points in (row.difference, row.low, row.high))  # no -0.0
+    size = f"{one} minus {other} is {value} points"
+    if row.seeds < 2:
+        return f"{size} with one seed, so the interval is not known"
+    size += f" [{low}, {high}], {row.seeds} seeds"
+    if row.low <= 0 <= row.high:
+        return f"{size}: the seeds do not tell the two apart"
+    few = ", of too few seeds to conclude" if row.seeds < 5 else ""
+    return f"{size}: {one} is {'ahead' if row.difference > 0 else 'behind'}{few}"
+
+
+def differences_text(
+    table: pd.DataFrame, method: str = "afd", other: str = "l2", *, budgets: Sequence[float] = (1.0, 0.5, 0.2, 0.1)
+) -> Text:
+    """One sentence per target and budget: the paired difference with its 95 % interval, and what it says."""
+    found = differences(table, method, other)
+    lines = [
+        f"**{times(budget)}**, {row.target}: {_difference(row, look(method).label, look(other).label)}."
+        for _, mine in found.groupby("target", sort=False)
+        for budget in budgets
+        for row in at(mine, budget).itertuples()
+    ]
+    for gap in table.attrs.get("missing", ()):
+        name = f"{look(gap['method']).label} seed {gap['seed']} at {times(gap['budget'])}, {gap['target']}"
+        lines.append(f"Missing: {name}, because it diverged {gap['reason']}.")
+    if not lines:
+        raise AFDSError(f"the sweep has none of the budgets {', '.join(map(times, budgets))}")
+    return Text(bullets(lines))
+
+
+def smallest(table: pd.DataFrame, method: str = "afd") -> pd.Series:
+    """The row of the smallest budget of a method, first seed."""
+    rows = table[table.method == method].sort_values(["budget", "seed"])
+    if rows.empty:
+        raise AFDSError(f"the sweep has no row of method {method!r}")
+    return rows.iloc[0]
+
+
+def growing(table: pd.DataFrame, column: str) -> bool:
+    """Whether a column never falls from one budget to the next smaller one, in every chain of the sweep."""
+    chains = table.sort_values("budget", ascending=False).groupby(["target", "method", "seed"])
+    return all(chain[column].is_monotonic_increasing for _, chain in chains)
+
+
+def gates_text(table: pd.DataFrame) -> Text:
+    """Dead gates and the gates' variation of the unpruned networks, mean over seeds, by target and method."""
+    texts = []
+    for target, rows in at(table, max(budgets_of(table))).groupby("target", sort=False):
+        means = rows.groupby("method", sort=False)[["dead_gates", "gate_variance"]].mean()
+        parts = [
+            f"{look(str(row.Index)).label} {100 * row.dead_gates:.1f} % dead, variation {row.gate_variance:.3f}"
+            for row in means.itertuples()
+        ]
+        texts.append(f"Gates of the unpruned networks on {target}: {'; '.join(parts)}.")
+    return Text("\n\n".join(texts))
+
+
+def channels_left(layers: Mapping[str, Mapping[str, Any]]) -> float:
+    """Share of all channels that are not removed.
+
+    Raises:
+        AFDSError: if a layer has none left, or its dynamic, static and removed channels are not all of its channels.
+    """
+    for name, layer in layers.items():
+        if layer["removed"] >= layer["channels"]:
+            raise AFDSError(f"layer {name} has lost all its channels")
+        if layer["dynamic"] + layer["static"] + layer["removed"] != layer["channels"]:
+            raise AFDSError(f"dynamic, static and removed channels of layer {name} are not all its channels")
+    channels, removed = (sum(layer[key] for layer in layers.values()) for key in ("channels", "removed"))
+    return 1 - removed / channels
+
+
+# ----------------------------------------------------------------------------------------------------------- the study
+
+
+def _accuracy(metrics: Mapping[str, Any], split: str) -> str:
+    return f"{100 * metrics[f'{split}_accuracy']:.1f} %"
+
+
+def run_text(metrics: Mapping[str, Any]) -> Text:
+    """Accuracies of a source run in one sentence."""
+    splits = [split for split in ("validation", "test") if f"{split}_accuracy" in metrics]
+    parts = [f"{_accuracy(metrics, split)} of the {split} images" for split in splits]
+    if not parts:
+        return Text("Published weights were taken; nothing was trained.")
+    return Text(f"Right on {' and '.join(parts)} after {metrics['steps']} steps.")
+
+
+def sources_text(study: Study) -> Text:
+    """How accurate the source networks are that the sweep starts from, on their own test images."""
+    if study.source_run.published:
+        return Text(PUBLISHED)
+    networks = {"The source network": study.source(), "with gates, trained on,": study.afs_source()}
+    parts = [f"{name} is right on {_accuracy(result.metrics, 'test')}" for name, result in networks.items()]
+    return Text(f"{'; '.join(parts)} of the source's test images. One network of each: seeds do not vary them.")
+
+
+def strengths_text(study: Study) -> Text:
+    """The strengths that each target's trials chose, how far apart these were, and which lie at a grid's edge."""
+    trials = study.trials()
+    texts = []
+    for title, target in study.targets.items():
+        chosen = {name: regulariser.strength for name, regulariser in study.chosen(target).items()}
+        parts = [f"{look(name).label} {strength:g}" for name, strength in chosen.items()]
+        text = f"Chosen on validation images of {title}: {', '.join(parts)}."
+        grids = trials[trials.target == title].groupby("method", sort=False)
+        spread = 100 * (grids.validation_accuracy.max() - grids.validation_accuracy.min())
+        edges = [look(m).label for m, grid in grids.strength if chosen[str(m)] in (grid.min(), grid.max())]
+        if len(spread):
+            text += f" Within one method the strengths tried differ by at most {spread.max():.1f} points."
+        if edges:
+            text += f" At the edge of the values tried, so perhaps not the best: {', '.join(edges)}."
+        texts.append(text)
+    return Text("\n\n".join(texts))
+
+
+def schedule(study: Study) -> Table:
+    """Budgets of the sweep and the density that is set at each."""
+    method = study.profile.candidates[0].regulariser  # all have the same
+    points = [study.transfer_run(method, study.profile.seeds[0], budget=b) for b in study.profile.budgets]
+    rows = [(times(p.budgets[-1]), f"{p.budgets[-1]:g}", f"{p.density:.2f}") for p in points]
+    return Table(["reduction", "MACs budget", "density d"], rows)
+
+
+def write_page(study: Study) -> Path:
+    """Writes README.md beside the study's tables: the command, the scale, and the results in words and rows."""
+    p, table = study.profile, study.sweep()
+    parts = [
+        f"# Results of the study {p.name}, budget {p.budget}",
+        f"Regenerated by `afds run --profile {p.name} --data-dir DIR --budget {p.budget}`; written by `afds publish`.",
+        scope_text(p),
+        run_text(study.source().metrics),
+    ]
+    for target in dict.fromkeys(table.target):
+        parts += [f"## Test accuracy on {target}, %", accuracy_table(table, target=target)._repr_markdown_()]
+    parts += [
+        "## AFD minus plain fine-tuning (L2), same seeds",
+        differences_text(table),
+        "Every point is a row of `sweep.csv`, every trial of `trials.csv`; each run's settings, learning curve, "
+        "device and versions are in `../runs/`.",
+    ]
+    page = study.folder() / "README.md"
+    write_text(page, "\n\n".join(map(str, parts)) + "\n")
+    return page
+
+
+# ----------------------------------------------------------------------------------------------- profiles and data sets
+
+
+def about_data(splits: Splits | None, source: Splits | None = None) -> str:
+    """What a data set holds, line by line, to be printed.
+
+    Args:
+        splits: the data set; None for one that is not read.
+        source: for a target: the source, with which it may share classes.
+    """
+    if splits is None:
+        return PUBLISHED
+    lines = [
+        f"{splits.name}:",
+        data.describe(splits).to_string(index=False),
+        "detail: mean difference of neighbouring pixels, grey levels; it shows splits scaled down by different filters",
+        f"size of an image: {splits.train.size} x {splits.train.size} pixels",
+        f"note: {splits.note or 'none'}",
+        f"largest class / smallest class of the fitting images: {data.imbalance(splits.train)['ratio']:.2f}",
+    ]
+    if source is not None:
+        lines.append(f"classes shared with the source: {', '.join(share_classes(source, splits)) or 'none'}")
+    return "\n".join(lines)
+
+
+def share_classes(one: Splits, other: Splits) -> list[str]:
+    """Class names that two data sets have in common, by their readable names."""
+    names = [
+        {part.strip().lower() for caption in splits.captions for part in str(caption).split(",")}
+        for splits in (one, other)
+    ]
+    return sorted(set.intersection(*names))
+
+
+def networks(profile: Profile) -> int:
+    """How many networks the sweep of a profile has."""
+    return len(profile.targets) * len(profile.candidates) * len(profile.seeds) * len(profile.budgets)
+
+
+def _targets(profile: Profile) -> str:
+    images = {t: "" if t.per_class is None else f", {t.per_class} images per class" for t in profile.targets}
+    return "; ".join(f"{target.name}{text}" for target, text in images.items())
+
+
+def scope_text(profile: Profile) -> Text:
+    """What a reader must know about the scale before looking at any number."""
+    p = profile
+    text = (
+        f"This report is of profile **{p.name}**, budget {p.budget}: a {p.network.name} of width {p.network.width:g}, "
+        f"from {p.source.name} to {_targets(p)}; {len(p.seeds)} seeds."
+    )
+    if not any(t.name == "stanford-dogs" for t in p.targets):
+        text += " Stanford Dogs is not among the targets, so the paper's 11.07 points are **not tested** here."
+    if p.name == "demo":
+        text += " The demo shows that the whole chain works; its data are too small and too easy to judge any method."
+    return Text(f"{text} {p.not_run}".strip())
+
+
+def settings(profile: Profile) -> Table:
+    """The settings of a profile that a reader needs to judge its numbers; `afds run --show` prints them all."""
+    p = profile
+    shape = f"{p.network.name}, {p.network.stem} stem, width {p.network.width:g}"
+    grids = [f"{look(c.regulariser.name).label} {{{_values(sorted(c.strengths))}}}" for c in p.candidates]
+    rows = [
+        ("source data", p.source.name),
+        ("target data", _targets(p)),
+        ("network", shape if p.network.weights is None else f"{shape}, {p.network.weights} weights"),
+        ("source training", stage_text(p.source_training)),
+        ("AFS fine-tuning of the source", stage_text(p.afs_training)),
+        ("trial of one strength", stage_text(p.trial)),
+        ("transfer, unpruned", stage_text(p.transfer)),
+        ("each later budget", stage_text(p.tuning)),
+        ("regularisers", "; ".join(grids)),
+        ("budgets", ", ".join(map(times, p.budgets))),
+        ("density", f"d = max({p.density_floor:g}, √b) at the share b of the dense MACs; the masks do the rest"),
+        ("threshold of static gates, δ_s", f"{p.delta_s:g}"),
+        ("training images on which a budget is met", f"at most {p.macs_images}"),
+        ("seeds", f"{len(p.seeds)} ({_values(p.seeds)}); trials: {p.trial_seed}"),
+    ]
+    return Table(["setting", "value"], rows, numbers=False)
+
+
+def _values(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
+def stage_text(o: Any, word: str = " schedule") -> str:
+    """A stage of training, an `Optimisation`, in one line."""
+    if not o.steps:
+        return "none"
+    drops = f" (x{o.drop:g} at {', '.join(f'{m:.0%}' for m in o.milestones)})" if o.milestones else ""
+    return f"{o.steps} steps of {o.batch_size}, learning rate {o.lr:g}, {o.schedule}{word}{drops}, {o.precision}"

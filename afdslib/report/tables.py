@@ -1,0 +1,65 @@
+"""How the report shows rows and numbers: tables that a notebook renders, means, and the rows at one budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pandas as pd
+
+from afdslib.base.text import Text
+
+__all__ = ["Table", "Text", "at", "bullets", "mean_sd", "plural"]
+
+
+class Table:
+    """Rows of text that a notebook renders as a table.
+
+    Args:
+        header: column names.
+        rows: of as many cells each; numbers are formatted by the caller.
+        numbers: whether all columns but the first hold numbers, which are aligned to the right.
+    """
+
+    def __init__(self, header: Sequence[str], rows: Iterable[Sequence[Any]], *, numbers: bool = True):
+        self.numbers = numbers
+        self.header = [str(cell) for cell in header]
+        self.rows = [[str(cell) for cell in row] for row in rows]
+        if any(len(row) != len(self.header) for row in self.rows):
+            raise ValueError("a row has another number of cells than the header")
+
+    def _repr_markdown_(self) -> str:
+        lines = [self.header, ["---", *["--:" if self.numbers else ":--"] * (len(self.header) - 1)], *self.rows]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    def __repr__(self) -> str:
+        lines = [self.header, *self.rows]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        sides = ["<", *[">" if self.numbers else "<"] * (len(widths) - 1)]
+        form = "  ".join(f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True))
+        return "\n".join(form.format(*line).rstrip() for line in lines)
+
+
+def mean_sd(values: pd.Series, scale: float = 1.0, digits: int = 1) -> str:
+    """Mean and standard deviation (n - 1) of what is not missing, as text; "–" of nothing."""
+    values = values.dropna() * scale
+    if values.empty:
+        return "–"
+    text = f"{round(values.mean(), 6):.{digits}f}"  # without the last bits, which decide how a 5 is rounded
+    return text if len(values) < 2 else f"{text} ± {values.std(ddof=1):.{digits}f}"
+
+
+def at(table: pd.DataFrame, budget: float) -> pd.DataFrame:
+    """The rows at a budget, a share of the dense MACs."""
+    return table[(table.budget - budget).abs() < 1e-9]
+
+
+def plural(count: int, noun: str) -> str:
+    """ "1 seed", "2 seeds"."""
+    return f"{count} {noun}{'s' if count > 1 else ''}"
+
+
+def bullets(lines: Iterable[str], head: str = "") -> str:
+    """A Markdown list below a sentence; empty without lines."""
+    listed = "\n".join(f"- {line}" for line in lines)
+    return f"{head}\n\n{listed}" if head and listed else listed
