@@ -112,7 +112,7 @@ def run(
         str | None, typer.Option(help="mine: imagenet (torchvision's), or a weight file.")
     ] = None,
     macs_budget: Annotated[float | None, typer.Option(help="mine: share of the MACs to keep, e.g. 0.2.")] = None,
-    network: Annotated[str | None, typer.Option(help="mine: backbone of the weights; default: resnet50.")] = None,
+    network: Annotated[str | None, typer.Option(help="mine: backbone; default: the file's own, or resnet50.")] = None,
     size: Annotated[int | None, typer.Option(min=8, help="mine: side of the images; default: 224 pixels.")] = None,
     skip_corrupt: SkipCorrupt = False,
 ) -> None:

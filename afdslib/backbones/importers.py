@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from afdslib.backbones.loading import few, load_state, read_state
+from afdslib.backbones.loading import load_state, read_state, refuse_other_names
 from afdslib.backbones.preact import PREACT_LAYOUTS
 from afdslib.backbones.registry import build
 from afdslib.backbones.resnet import LAYOUTS
@@ -75,11 +75,7 @@ def _is_first_conv(name: str, group: int, suffix: str) -> bool:
 def _translated(model: nn.Module, state: Mapping[str, Tensor], *, preact: bool, source: str) -> dict[str, Tensor]:
     """The model's state dict from the file's, after a check that both name the same things."""
     pairs = dict(_preact_names(model) if preact else _folded_names(model))
-    missing, foreign = set(pairs.values()) - state.keys(), state.keys() - set(pairs.values())
-    if missing or foreign:
-        told = [f"lacks {few(missing)}"] if missing else []
-        told += [f"holds the foreign {few(foreign)}"] if foreign else []
-        raise AFDSError(f"{source} {' and '.join(told)}: it is not a complete export, fetch it again from {_URL}.")
+    refuse_other_names(pairs.values(), state, f"{source} %s: it is not a complete export, fetch it again from {_URL}.")
     translated = {ours: state[theirs] for ours, theirs in pairs.items()}
     for name, module in model.named_modules():
         if isinstance(module, nn.BatchNorm2d):

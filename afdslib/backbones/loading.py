@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import json
 import pickle
+import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -17,7 +23,26 @@ from torch import nn
 
 from afdslib.base.errors import AFDSError
 
-__all__ = ["few", "imagenet_state", "load_file", "load_state", "read_state"]
+__all__ = ["architecture", "few", "imagenet_state", "load_file", "load_state", "read_state"]
+
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".tar", ".ckpt")
+# Under which training programs keep a state dict, and its moving average.
+_HOLDERS = (
+    "state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights", "params", "module",
+    "state_dict_ema", "model_state_dict_ema", "model_ema_state_dict", "ema_state_dict", "model_ema", "ema_model", "ema",
+    "params_ema", "ema_params", "shadow",
+)  # fmt: skip
+# Parts of names: of DataParallel and DistributedDataParallel, torch.compile, FSDP and checkpointing.
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# What thop leaves in a network, and the counter of torch's AveragedModel.
+_LEFTOVERS = {"total_ops", "total_params", "n_averaged"}
+# Values beside the tensors that say nothing of the weights.
+_NOTES = (bool, int, float, str, type(None))
+# Plain data of training programs that torch does not unpickle by itself: options, and numpy's numbers.
+_PLAIN = [
+    argparse.Namespace, np.dtype, (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+    np._core.multiarray.scalar, *(type(np.dtype(kind)) for kind in ("f8", "f4", "i8", "i4", "?")),
+]  # fmt: skip
 
 
 def few(names: Iterable[str], limit: int = 3) -> str:
@@ -76,29 +101,114 @@ def _verify(file: Path, url: str) -> None:
         )
 
 
+def architecture(path: str | Path) -> dict[str, Any] | None:
+    """What a safetensors file of `afs.save` says of its network: name, num_classes, stem, width and more; else None."""
+    if Path(path).suffix != ".safetensors" or not Path(path).is_file():
+        return None
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            found = json.loads((file.metadata() or {}).get("afds", "null"))
+    except (safetensors.SafetensorError, ValueError, OSError):
+        return None
+    return found if isinstance(found, dict) and "name" in found else None
+
+
 def read_state(path: str | Path) -> dict[str, torch.Tensor]:
-    """A state dict from a .safetensors, .pt or .pth file, on the CPU; nothing is unpickled but tensors.
+    """The state dict in a file, on the CPU: alone, or the only one in a training checkpoint. No code is unpickled.
 
     Raises:
-        AFDSError: no such file, another suffix, a damaged file, or contents that are not a flat dict of tensors.
+        AFDSError: no such file, another suffix, a damaged file, one that pickles more than numbers, or one without a
+            state dict or with two (such as the network and its moving average).
     """
     path = Path(path).expanduser()
     if not path.is_file():
         raise AFDSError(
             f"There is no weight file {path}; give weights=None, 'imagenet' or the path of an existing file."
         )
-    if path.suffix not in (".safetensors", ".pt", ".pth"):
-        raise AFDSError(f"{path} is not a weight file this project reads: use .safetensors, .pt or .pth.")
+    if path.suffix not in _SUFFIXES:
+        raise AFDSError(
+            f"{path} is not a weight file this project reads: use .safetensors, .pt or .pth (or .pth.tar, .ckpt)."
+        )
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(str(path))
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        with torch.serialization.safe_globals(_PLAIN):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError,
+        AttributeError, TypeError,
+    ) as error:  # fmt: skip
+        unsafe = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if unsafe:
+            raise AFDSError(
+                f"{path} is not a readable weight file: it pickles {unsafe[1]}, which is not unpickled here; save "
+                f"model.state_dict() alone."
+            ) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise AFDSError(f"{path} is not a readable weight file ({reason[:120]}): fetch or write it again.") from error
-    if not isinstance(state, Mapping) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise AFDSError(f"{path} does not hold a state dict (names to tensors): save model.state_dict() alone.")
-    return dict(state)
+    found = dict(_state_dicts(content))
+    if len(found) > 1 and not _equal(list(found.values())):
+        raise AFDSError(
+            f"{path} holds {len(found)} networks, {' and '.join(found)}: save the one you mean alone, as in "
+            f"torch.save(torch.load(path)[{list(found)[0].split('.')[0]!r}], 'one.pth')."
+        )
+    if not found:
+        held = f"a {type(content).__name__}"
+        if isinstance(content, Mapping):
+            held = few(map(str, content)) if content else "nothing"
+        raise AFDSError(
+            f"{path} does not hold a state dict (names to tensors) but {held}: save model.state_dict() alone."
+        )
+    return dict(next(iter(found.values())))
+
+
+def _state_dicts(content: Any, where: str = "") -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """(place, names to tensors): the content itself, or what lies under the names that training programs use."""
+    if not isinstance(content, Mapping):
+        return
+    held = [key for key in _HOLDERS if isinstance(content.get(key), Mapping)]
+    for key in held:
+        yield from _state_dicts(content[key], f"{where}.{key}".strip("."))
+    tensors = {n: v for n, v in content.items() if isinstance(n, str) and isinstance(v, torch.Tensor)}
+    if tensors and not held and all(isinstance(v, _NOTES) for n, v in content.items() if n not in tensors):
+        yield where, tensors
+
+
+def _equal(states: list[dict[str, torch.Tensor]]) -> bool:
+    """Whether all hold the same values, as an average that was not updated yet."""
+    own = [{_bare(n): v for n, v in state.items()} for state in states]
+    return all(
+        other.keys() == own[0].keys() and all(torch.equal(v, own[0][n]) for n, v in other.items()) for other in own
+    )
+
+
+def _bare(name: str) -> str:
+    """A parameter's name without what wrappers put into it: "module.features._orig_mod.0.weight"."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _fitted(own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
+    """A state dict under a network's own names: without wrappers' parts, one common prefix and profilers' leftovers.
+
+    Files from before torch 0.4.1 have no counters of batches, which only a batch norm without momentum reads; they
+    start at 0.
+    """
+    if own.keys() != state.keys():
+        used = {n: v for n, v in state.items() if n.rpartition(".")[2] not in _LEFTOVERS}
+        bare = {_bare(n): v for n, v in used.items()}
+        if len(bare) < len(used):
+            raise AFDSError(f"{source} holds parameters with and without a wrapper's name: save one network alone.")
+        # The prefix under which most of the network's names lie, such as Lightning's "model.".
+        ends = ((n, n[at:]) for n in bare for at in (0, *(i + 1 for i, c in enumerate(n) if c == ".")))
+        counts = Counter(n.removesuffix(end) for n, end in ends if end in own)
+        prefixes = [prefix for prefix, count in counts.items() if count > len(own) // 2]
+        if len(prefixes) > 1:
+            named = " and ".join(repr(p.rstrip(".")) if p else "no prefix" for p in prefixes)
+            raise AFDSError(f"{source} holds {len(prefixes)} networks, under {named}: save the one you mean alone.")
+        prefix = prefixes[0] if prefixes else ""
+        state = {n.removeprefix(prefix): v for n, v in bare.items() if n.startswith(prefix)}
+    counters = {n: v for n, v in own.items() if n.endswith("num_batches_tracked") and n not in state}
+    return {**state, **counters}
 
 
 def load_state(
@@ -108,24 +218,21 @@ def load_state(
 
     Args:
         model: The network, changed in place.
-        state: Names to tensors.
+        state: Names to tensors; with the prefixes of DataParallel, torch.compile, averages or Lightning, too.
         source: Where the state is from, for the sentence.
         classifier: Name of the last linear layer; if the file has another number of classes there (and nothing else
             differs), that layer alone keeps the model's own values.
 
     Raises:
-        AFDSError: missing or foreign names, or another shape.
+        AFDSError: missing or foreign names, names of two networks, or another shape.
     """
-    state, own = dict(state), model.state_dict()
+    own = model.state_dict()
+    state = _fitted(own, state, source)
     if classifier is not None and _other_classes(own, state, classifier):
         for name in (f"{classifier}.weight", f"{classifier}.bias"):
             if name in own and name in state:
                 state[name] = own[name]
-    missing, foreign = own.keys() - state.keys(), state.keys() - own.keys()
-    if missing or foreign:
-        told = [f"lacks {few(missing)}"] if missing else []
-        told += [f"holds the foreign {few(foreign)}"] if foreign else []
-        raise AFDSError(f"{source} {' and '.join(told)}: these are weights of another network, give the matching name.")
+    refuse_other_names(own, state, f"{source} %s: these are weights of another network, give the matching name.")
     wrong = {n for n in own if own[n].shape != state[n].shape}
     if wrong:
         first = min(wrong, key=list(own).index)
@@ -135,6 +242,15 @@ def load_state(
             f"stem, width and number of classes."
         )
     model.load_state_dict(state)
+
+
+def refuse_other_names(wanted: Iterable[str], given: Iterable[str], sentence: str) -> None:
+    """An AFDSError whose %s says which names are missing and which are foreign; nothing where they are equal."""
+    missing, foreign = set(wanted) - set(given), set(given) - set(wanted)
+    if missing or foreign:
+        parts = [f"lacks {few(missing)}"] if missing else []
+        parts += [f"holds the foreign {few(foreign)}"] if foreign else []
+        raise AFDSError(sentence.replace("%s", " and ".join(parts)))
 
 
 def _other_classes(own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], classifier: str) -> bool:
@@ -149,4 +265,7 @@ def _other_classes(own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Te
 
 def load_file(model: nn.Module, path: str | Path, *, classifier: str | None = None) -> None:
     """`read_state` and `load_state` in one step."""
-    load_state(model, read_state(path), source=str(path), classifier=classifier)
+    known = architecture(path)
+    form = "" if known is None else f" (a {known['name']} of width {known.get('width', 1):g}"
+    form += " with gates)" if known and known.get("gates") else ")" if form else ""
+    load_state(model, read_state(path), source=f"{path}{form}", classifier=classifier)

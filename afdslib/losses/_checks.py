@@ -1,22 +1,22 @@
 """What the losses refuse, each with one sentence.
 
-The checks look at shapes and flags, which costs nothing on any device. Values are looked at in one place only,
-`finite`: on the CPU it tests the finished scalar of a loss and searches for the culprit only when that is NaN. On an
-accelerator that test would make the host wait in every step, so it is left out there; the training loop's own check of
-all terms still stops such a run and names the term.
+The checks look at shapes and flags, which costs nothing on any device. Values are looked at on the CPU only: `targets`
+looks for indices that are no class, and `finite` tests the finished scalar of a loss and searches for the culprit only
+when that is NaN. On an accelerator both would make the host wait in every step; there torch stops at such an index, and
+the training loop's own check of all terms names the term that is not finite.
 """
 
 from __future__ import annotations
-
-import math
-from numbers import Real
 
 import torch
 from torch import Tensor
 
 from afdslib.base.errors import AFDSError, DivergedError
 
-__all__ = ["at_least", "finite", "logits", "pair", "positive", "same_shape", "whole"]
+__all__ = ["NOTHING", "finite", "logits", "pair", "same_shape", "targets"]
+
+NOTHING = -(2**31)
+"""`ignore_index` of a cross-entropy that leaves no target out, whatever stands there."""
 
 _FROZEN = "run the teacher in eval mode under torch.no_grad()"
 
@@ -59,22 +59,17 @@ def logits(student: Tensor, teacher: Tensor) -> None:
     same_shape(student, teacher, "logits")
 
 
-def positive(value: float, name: str) -> None:
-    """A finite number above 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise AFDSError(f"{name} is {value!r}; give a finite number above 0.")
-
-
-def at_least(value: float, name: str, least: float) -> None:
-    """A finite number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not least <= value < math.inf:
-        raise AFDSError(f"{name} is {value!r}; give a finite number of at least {least}.")
-
-
-def whole(value: int, name: str, least: int) -> None:
-    """A whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, Real) or value % 1 != 0 or value < least:
-        raise AFDSError(f"{name} is {value!r}; give a whole number of at least {least}.")
+def targets(target: Tensor, logits: Tensor) -> None:
+    """One class index per row of (B, classes) logits. The values are looked at on the CPU only."""
+    rows, classes = logits.shape
+    if target.shape != (rows,) or target.dtype != torch.int64:
+        raise AFDSError(
+            f"The target is {target.dtype} of the shape {tuple(target.shape)} for {rows} samples; give one class index "
+            f"per sample, int64."
+        )
+    if target.device.type == "cpu" and rows and not (0 <= int(target.min()) and int(target.max()) < classes):
+        wrong = next(int(t) for t in target if not 0 <= t < classes)
+        raise AFDSError(f"The target {wrong} is none of the {classes} classes; give indices from 0 to {classes - 1}.")
 
 
 def finite(loss: Tensor, **inputs: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from afdslib.base import checks
 from afdslib.base.errors import AFDSError
 from afdslib.losses import _checks
 from afdslib.losses._maps import full_precision, match_size
@@ -34,7 +35,7 @@ def attention_map(features: Tensor, p: float = 2) -> Tensor:
 
 def _energy(features: Tensor, p: float) -> Tensor:
     """(B, C, H, W) -> (B, H, W): the mean over channels of |F|^p."""
-    x = full_precision(features)
+    x = _visible(full_precision(features), p)
     if p == 2:
         return x.square().mean(1)
     x = x.abs()
@@ -43,6 +44,19 @@ def _energy(features: Tensor, p: float) -> Tensor:
     # Below 1 the slope at 0 is infinite; a channel that is off gets none, as behind a ReLU.
     off = x == 0
     return torch.where(off, 0.0, torch.where(off, 1.0, x).pow(p)).mean(1)
+
+
+def _visible(x: Tensor, p: float) -> Tensor:
+    """The maps (B, C, H, W), those of them so faint that |F|^p would vanish beside 1e-12 times a power of two.
+
+    The norm takes the factor out again. Other maps are multiplied by 1, which changes no bit.
+    """
+    largest = x.detach().abs().amax((1, 2, 3), keepdim=True)
+    faint = (largest > 0) & (largest.pow(p) < 1e-8)
+    exponent = torch.where(faint, -torch.frexp(largest).exponent, 0)
+    # In two steps: the factor for the smallest numbers is not finite itself.
+    half = torch.div(exponent, 2, rounding_mode="floor")
+    return x * torch.exp2(half.to(x)) * torch.exp2((exponent - half).to(x))
 
 
 def _normalised(energy: Tensor) -> Tensor:
@@ -75,7 +89,7 @@ def at_loss(student: Tensor, teacher: Tensor, *, p: float = 2, mode: str = "code
     """
     if mode not in ("code", "paper"):
         raise AFDSError(f"The mode {mode!r} of attention transfer is unknown; use 'code' or 'paper'.")
-    _checks.positive(p, "The exponent p")
+    checks.number("the exponent p", p, above=0)
     _checks.pair(student, teacher, "feature map")
     energies = match_size(_energy(student, p), _energy(teacher, p), "Attention transfer")
     difference = _normalised(energies[0]) - _normalised(energies[1])
@@ -90,7 +104,7 @@ class ATLoss(nn.Module):
     """The sum of `at_loss` over layers, each network's map taken over the channels that the student still has.
 
     Args:
-        names: The layers.
+        names: The student's layers.
         mode: See `at_loss`.
     """
 
@@ -121,12 +135,25 @@ class ATLoss(nn.Module):
 
         Args:
             student: (B, C, H, W) of each layer.
-            source: The teacher's for the same images, without gradient.
+            source: The teacher's for the same images, without gradient; of a network of another depth under its own
+                names, one map per stage in the same order.
+
+        Raises:
+            AFDSError: a layer that the student lacks, or unequally many stages; and as `at_loss`.
         """
+        if missing := [name for name in self.names if name not in student]:
+            raise AFDSError(f"The student's features lack {missing[0]}; they hold {', '.join(student) or 'nothing'}.")
+        if any(name not in source for name in self.names):
+            if len(source) != len(self.names):
+                raise AFDSError(
+                    f"The teacher gives {len(source)} maps for {len(self.names)} of the student; give one per stage."
+                )
+            source = dict(zip(self.names, source.values(), strict=True))
         terms = []
         for name in self.names:
             a, b = student[name], source[name]
-            if name in self.alive and not bool(self.alive[name].all()):
+            # A teacher of another width has no counterparts to the student's channels.
+            if name in self.alive and not bool(self.alive[name].all()) and a.shape[1] == b.shape[1]:
                 keep = self.alive[name].to(a.device).nonzero().flatten()
                 # Zero channels add nothing to the student's energy, whose scale the norm takes out.
                 b = b.index_select(1, keep)
@@ -149,10 +176,14 @@ def input_gradient(logits: Tensor, target: Tensor, inputs: Tensor, *, create_gra
 
     Shape:
         (B, classes), (B,), (B, 3, H, W) -> (B, 3, H, W).
+
+    Raises:
+        AFDSError: images without gradient; targets as `kd_loss` refuses them.
     """
     if not inputs.requires_grad:
         raise AFDSError("The images carry no gradient; call images.requires_grad_() before the forward pass.")
-    loss = F.cross_entropy(logits, target, reduction="sum")
+    _checks.targets(target, logits)
+    loss = F.cross_entropy(logits, target, reduction="sum", ignore_index=_checks.NOTHING)
     return torch.autograd.grad(loss, inputs, create_graph=create_graph)[0]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from afdslib.base.errors import AFDSError
+from afdslib.base import checks
 from afdslib.losses import _checks
 from afdslib.losses._maps import full_precision
 from afdslib.losses.term import Batch, Term
@@ -35,18 +35,15 @@ def kd_loss(
         logits (B, classes), target (B,); the result is a scalar.
 
     Raises:
-        AFDSError: other shapes, T not above 0, alpha outside 0 to 1; a loss that is not finite, on the CPU (on an
-            accelerator it is returned, and the training loop names it).
+        AFDSError: other shapes, T not above 0, alpha outside 0 to 1, targets that are no whole numbers; on the CPU
+            also a target that is no class (-100, too, which torch would leave out), and a loss that is not finite. (On
+            an accelerator torch stops at such a target; such a loss is returned, and the training loop names it.)
     """
-    if not 0 <= alpha <= 1:
-        raise AFDSError(f"alpha is {alpha!r}; give the soft term's share, 0 to 1.")
+    checks.number("alpha, the soft term's share,", alpha, least=0, most=1)
     soft = soft_kl_loss(student_logits, teacher_logits, T=T)
-    if target.shape != student_logits.shape[:1]:
-        raise AFDSError(
-            f"The target has the shape {tuple(target.shape)} for {student_logits.shape[0]} samples; give one class "
-            f"index per sample."
-        )
-    return alpha * soft + (1 - alpha) * F.cross_entropy(full_precision(student_logits), target)
+    _checks.targets(target, student_logits)
+    hard = F.cross_entropy(full_precision(student_logits), target, ignore_index=_checks.NOTHING)
+    return alpha * soft + (1 - alpha) * hard
 
 
 def soft_kl_loss(student_logits: Tensor, teacher_logits: Tensor, *, T: float) -> Tensor:
@@ -55,7 +52,7 @@ def soft_kl_loss(student_logits: Tensor, teacher_logits: Tensor, *, T: float) ->
     Shape:
         two (B, classes); the result is a scalar, 0 for equal logits.
     """
-    _checks.positive(T, "The temperature T")
+    checks.number("the temperature T", T, above=0)
     _checks.logits(student_logits, teacher_logits)
     student = F.log_softmax(full_precision(student_logits) / T, dim=1)
     teacher = F.log_softmax(full_precision(teacher_logits) / T, dim=1)

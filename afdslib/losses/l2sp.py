@@ -3,7 +3,6 @@ Networks" (L2-SP), arXiv 1802.01483."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from afdslib.backbones import classifier_name
+from afdslib.base import checks
 from afdslib.base.errors import AFDSError
 from afdslib.losses.term import TERMS, Axis, Batch, Term, TermContext
 
@@ -53,9 +53,8 @@ class L2SP(nn.Module):
         classifier: str | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("alpha", alpha), ("beta", beta)):
-            if not 0 <= value < math.inf:
-                raise AFDSError(f"{name} of L2-SP is {value!r}; give a finite number of at least 0.")
+        checks.number("alpha of L2-SP", alpha, least=0)
+        checks.number("beta of L2-SP", beta, least=0)
         self.alpha, self.beta = alpha, beta
         head = f"{classifier or classifier_name(model)}."
         start = dict(model.named_parameters()) if reference is None else reference

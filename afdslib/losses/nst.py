@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from afdslib.base import checks
 from afdslib.base.errors import AFDSError
 from afdslib.losses import _checks
 from afdslib.losses._maps import full_precision, match_size
@@ -58,8 +59,8 @@ def nst_loss(student: Tensor, teacher: Tensor, *, kernel: str = "poly", d: int =
     if kernel not in ("poly", "linear", "gaussian"):
         raise AFDSError(f"The kernel {kernel!r} is unknown; use 'poly', 'linear' or 'gaussian'.")
     if kernel == "poly":
-        _checks.whole(d, "The degree d of the polynomial kernel", 1)
-        _checks.at_least(c, "The offset c of the polynomial kernel", 0)
+        checks.whole("the degree d of the polynomial kernel", d, 1)
+        checks.number("the offset c of the polynomial kernel", c, least=0)
     _checks.pair(student, teacher, "feature map")
     # Autocast would run the products below in half precision; the terms nearly cancel.
     with torch.autocast(student.device.type, enabled=False):

@@ -8,8 +8,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from afdslib.base import checks
 from afdslib.base.errors import AFDSError
-from afdslib.losses import _checks
 
 __all__ = ["BetaSchedule"]
 
@@ -43,14 +43,14 @@ class BetaSchedule:
         if self.kind not in KINDS:
             raise AFDSError(f"The beta schedule {self.kind!r} is unknown; use {', '.join(KINDS)}.")
         for name in ("beta", "end", "factor"):
-            _checks.at_least(getattr(self, name), f"{name} of the beta schedule", 0)
+            checks.number(f"{name} of the beta schedule", getattr(self, name), least=0)
         if self.length is not None:
-            _checks.at_least(self.length, "The length of the beta schedule", 1)
+            checks.number("the length of the beta schedule", self.length, least=1)
         times = self.milestones
         if not isinstance(times, (tuple, list)):
             raise AFDSError(f"The milestones of the beta schedule are {times!r}; give a tuple of increasing times.")
         for time in times:
-            _checks.at_least(time, "A milestone of the beta schedule", 0)
+            checks.number("a milestone of the beta schedule", time, least=0)
         if any(b <= a for a, b in zip(times, times[1:], strict=False)):
             raise AFDSError(f"The milestones of the beta schedule are {times}; give increasing times from 0 on.")
         if self.kind == "step" and not times:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from afdslib import afs, data, training
-from afdslib.backbones.loading import read_state
+from afdslib.backbones.loading import architecture, read_state
 from afdslib.backbones.resnet import LAYOUTS
 from afdslib.base import paths
 from afdslib.base.atomic import write_json
@@ -94,7 +94,7 @@ def options(
     weights: str | None,
     macs_budget: float | None,
     *,
-    network: str = "resnet50",
+    network: str | None = None,
     size: int = 224,
     budget: str | None = None,
     skip_corrupt: bool = False,
@@ -106,7 +106,7 @@ def options(
         weights: "imagenet" (torchvision's), or a file that `backbones.build` takes. A ResNet's stem and width are read
             from the file.
         macs_budget: share of the dense MACs of the network to end with, in (0, 1].
-        network: a backbone by name.
+        network: a backbone by name; default: what the weight file says of itself, else "resnet50".
         size: side of the images in pixels.
         budget: "quick" (the default) or "standard".
         skip_corrupt: whether images that cannot be decoded are left out.
@@ -133,10 +133,14 @@ def options(
     content, stem, width = "", "imagenet", 1.0
     if weights != "imagenet":
         file = Path(weights).expanduser().resolve()
-        stem, width = _shape(network, file)
+        known = architecture(file) or {}
+        network = network or known.get("name", "resnet50")
+        same = known.get("name") == network
+        stem, width = (known["stem"], float(known["width"])) if same else _shape(network, file)
         with file.open("rb") as stream:
             content = hashlib.file_digest(stream, "sha256").hexdigest()[:12]
         weights = str(file)
+    network = network or "resnet50"
     # Built and converted once, so that weights of another network or one without gates are refused now.
     afs.convert(Network(network, stem=stem, width=width, weights=weights).build(PUBLISHED_CLASSES, 0))
     return Options(

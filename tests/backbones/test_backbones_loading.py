@@ -1,12 +1,15 @@
+import argparse
 import hashlib
 from urllib.error import URLError
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 import torchvision
 
-from afdslib import backbones
+from afdslib import afs, backbones
+from afdslib.backbones import loading
 from afdslib.base.errors import AFDSError
 
 TINY = dict(name="resnet14", stem="cifar", width=1 / 32)
@@ -81,13 +84,86 @@ def test_damaged_files_are_one_sentence(tmp_path, name, content, words):
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_pickled_model_is_not_unpickled(tmp_path):
-    torch.save(_tiny(), tmp_path / "whole.pt")
-    with pytest.raises(AFDSError, match="not a readable weight file"):
+def test_a_pickled_model_is_not_unpickled_and_named(tmp_path):
+    torch.save({"epoch": 3, "model": _tiny()}, tmp_path / "whole.pt")
+    with pytest.raises(
+        AFDSError, match="not a readable weight file: it pickles afdslib.*save model.state_dict"
+    ) as caught:
         backbones.build(num_classes=3, weights=tmp_path / "whole.pt", **TINY)
-    torch.save({"epoch": 3, "model": _tiny().state_dict()}, tmp_path / "checkpoint.pt")
-    with pytest.raises(AFDSError, match="save model.state_dict"):
-        backbones.build(num_classes=3, weights=tmp_path / "checkpoint.pt", **TINY)
+    assert "\n" not in str(caught.value)
+
+
+# files that people have
+
+OLD = {n: v for n, v in _tiny().state_dict().items() if not n.endswith("num_batches_tracked")}
+
+
+def renamed(change, state=OLD):
+    return {change(n): v for n, v in state.items()}
+
+
+AVERAGE = {n: v + 1 for n, v in OLD.items()}
+FILES = {
+    "before torch 0.4.1": OLD,
+    "DataParallel": renamed(lambda n: f"module.{n}"),
+    "compiled, in parallel": renamed(lambda n: f"module._orig_mod.{n}"),
+    "compiled in parts": renamed(lambda n: n.replace("layer1.", "layer1._orig_mod.").replace("fc.", "fc.module.")),
+    "checkpoint": {"epoch": 3, "arch": "resnet14", "state_dict": renamed(lambda n: f"module.{n}"), "best": 0.5,
+                   "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]}},
+    "options and numpy": {"model": OLD, "args": argparse.Namespace(lr=0.1), "acc": np.float64(0.5)},
+    "nested": {"ema": {"module": renamed(lambda n: f"_orig_mod.{n}"), "updates": 7}},
+    "equal average": {"state_dict": OLD, "state_dict_ema": renamed(lambda n: f"module.{n}")},
+    "torch's average": renamed(lambda n: f"module.{n}") | {"n_averaged": torch.tensor(3)},
+    "thop": OLD | {"total_ops": torch.zeros(1), "layer1.0.conv1.total_params": torch.zeros(1)},
+    "Lightning": {"state_dict": renamed(lambda n: f"model.{n}") | {"criterion.weight": torch.ones(3)}, "epoch": 1},
+    "deeper": renamed(lambda n: f"net.backbone.{n}"),
+    "epoch among the names": OLD | {"epoch": 3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pth.tar"])
+@pytest.mark.parametrize("name", FILES)
+def test_weight_files_that_people_have_are_loaded(tmp_path, name, suffix):
+    torch.save(FILES[name], tmp_path / f"net{suffix}")
+    state = backbones.build(num_classes=3, weights=tmp_path / f"net{suffix}", **TINY).state_dict()
+    assert all(torch.equal(state[n], v) for n, v in OLD.items())
+    assert all(int(v) == 0 for n, v in state.items() if n.endswith("num_batches_tracked"))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (
+            {"state_dict": OLD, "state_dict_ema": AVERAGE},
+            "holds 2 networks, state_dict and state_dict_ema: save the one",
+        ),
+        (OLD | renamed(lambda n: f"module.{n}"), "with and without a wrapper's name"),
+        (renamed(lambda n: f"model.{n}") | renamed(lambda n: f"ema.{n}", AVERAGE), "under 'model' and 'ema'"),
+        ({"student": OLD, "teacher": OLD, "epoch": 1}, "but epoch, student, teacher: save model.state_dict() alone"),
+        ([torch.ones(2)], "but a list"),
+        (
+            renamed(lambda n: f"model.{n}", {n: v for n, v in OLD.items() if n != "conv1.weight"}),
+            "lacks conv1.weight: ",
+        ),
+    ],
+    ids=["average", "twice", "prefixes", "unknown places", "list", "missing"],
+)
+def test_what_is_ambiguous_or_missing_is_named(tmp_path, content, words):
+    torch.save(content, tmp_path / "net.pt")
+    with pytest.raises(AFDSError) as caught:
+        backbones.build(num_classes=3, weights=tmp_path / "net.pt", **TINY)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_file_of_this_project_says_what_network_it_holds(tmp_path):
+    afs.save(_tiny(), tmp_path / "net.safetensors")
+    assert loading.architecture(tmp_path / "net.safetensors") == _tiny().architecture
+    safetensors.torch.save_file(OLD, tmp_path / "plain.safetensors")
+    torch.save(OLD, tmp_path / "plain.pt")
+    for other in ("plain.safetensors", "plain.pt", "missing.safetensors"):
+        assert loading.architecture(tmp_path / other) is None
+    with pytest.raises(AFDSError, match=r"\(a resnet14 of width 0.03125\) .*another network"):
+        backbones.build("resnet18", 3, weights=tmp_path / "net.safetensors")
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from torch import nn
 from afdslib import backbones
 from afdslib.base.errors import AFDSError
 from afdslib.losses._maps import area_matrix
-from afdslib.losses.at import at_loss, attention_map, gradient_at_loss, input_gradient
+from afdslib.losses.at import ATLoss, at_loss, attention_map, gradient_at_loss, input_gradient
 
 
 def _maps(*shape, seed=0, dtype=torch.float64):
@@ -71,13 +71,39 @@ def test_identical_maps_give_zero_and_a_finite_gradient(mode):
 
 
 @pytest.mark.parametrize("mode", ["code", "paper"])
-@pytest.mark.parametrize("scale", [1e-4, 3.0, 1e4])
-def test_at_ignores_a_positive_rescaling_of_each_sample_of_either_network(scale, mode):
+@pytest.mark.parametrize("p, scale", [(2, 3.0), (2, 1e4), (1, 1e-13), (2, 1e-7), (4, 1e-3), (4, 1e-4), (3, 1e-36)])
+def test_at_ignores_a_positive_rescaling_of_each_sample_of_either_network(p, scale, mode):
     student, teacher = _maps(2, 3, 4, 4, dtype=torch.float32), _maps(2, 3, 4, 4, seed=1, dtype=torch.float32)
     scales = torch.tensor([scale, 2 * scale])[:, None, None, None]
-    wanted = at_loss(student, teacher, mode=mode).item()
-    assert at_loss(student * scales, teacher, mode=mode).item() == pytest.approx(wanted, rel=1e-5)
-    assert at_loss(student, teacher * scales, mode=mode).item() == pytest.approx(wanted, rel=1e-5)
+    wanted = at_loss(student, teacher, p=p, mode=mode).item()
+    assert at_loss(student * scales, teacher, p=p, mode=mode).item() == pytest.approx(wanted, rel=1e-5)
+    assert at_loss(student, teacher * scales, p=p, mode=mode).item() == pytest.approx(wanted, rel=1e-5)
+    assert at_loss((student * scales).requires_grad_(), student, p=p, mode=mode).item() < 1e-6
+
+
+@pytest.mark.parametrize("p", [0.5, 1, 2, 4])
+@pytest.mark.parametrize("dtype, power", [(torch.float16, -17), (torch.bfloat16, -120), (torch.float64, -500)])
+def test_the_faintest_maps_of_a_format_are_normalised_and_others_keep_their_bits(dtype, power, p):
+    maps = (_maps(2, 3, 4, 4).abs() * 3).round()  # small whole numbers, which any format holds at any power of two
+    faint = (maps * 2.0**power).to(dtype)
+    assert torch.equal(attention_map(faint, p), attention_map(maps.to(faint.dtype), p)) or p == 0.5
+    torch.testing.assert_close(attention_map(faint, p), attention_map(maps.to(dtype), p))
+    plain = torch.nn.functional.normalize(maps.pow(p).mean(1).flatten(1), dim=1)
+    assert p < 1 or torch.equal(attention_map(maps, p), plain)
+
+
+def test_maps_of_a_network_of_another_depth_are_paired_by_stage():
+    names = {n: backbones.stages(backbones.build(n, 3, width=1 / 32)) for n in ("resnet18", "resnet34")}
+    student = {n: _maps(2, 3, 4, 4, seed=i) for i, n in enumerate(names["resnet18"])}
+    teacher = {n: _maps(2, 5, 4, 4, seed=9 + i) for i, n in enumerate(names["resnet34"])}
+    loss = ATLoss(student)
+    loss.set_alive({names["resnet18"][0]: torch.tensor([True, False, True])})  # the student's channels, not the other's
+    wanted = sum(at_loss(a, b) for a, b in zip(student.values(), teacher.values(), strict=True))
+    assert loss(student, teacher).item() == pytest.approx(wanted.item(), rel=1e-12)
+    with pytest.raises(AFDSError, match="The teacher gives 3 maps for 4 of the student"):
+        loss(student, dict(list(teacher.items())[:3]))
+    with pytest.raises(AFDSError, match="The student's features lack layer1.1; they hold layer1.2"):
+        loss(teacher, teacher)
 
 
 def test_a_map_that_is_off_has_no_gradient_and_no_nan():
@@ -142,7 +168,7 @@ def test_the_resize_is_the_same_in_every_run():
         (_maps(2, 3, 4, 4) * math.nan, _maps(2, 3, 4, 4), {}, "Student map holds 96 values"),
         (_maps(2, 3, 4, 4), _maps(2, 3, 4, 4).requires_grad_(), {}, "under torch.no_grad()"),
         (_maps(2, 3, 4, 4), _maps(2, 3, 4, 4), dict(mode="both"), "mode 'both'"),
-        (_maps(2, 3, 4, 4), _maps(2, 3, 4, 4), dict(p=0), "exponent p is 0"),
+        (_maps(2, 3, 4, 4), _maps(2, 3, 4, 4), dict(p=0), "exponent p must be a number above 0, got 0"),
         (_maps(2, 3, 4, 4).int(), _maps(2, 3, 4, 4), {}, "map is of torch.int32; give floating-point"),
         (_maps(2, 3, 4, 4), _maps(2, 3, 4, 4).long(), {}, "teacher's feature map is of torch.int64"),
         (_maps(2, 3, 4, 4).float() * 1e25, _maps(2, 3, 4, 4).float(), {}, "its inputs are finite, the largest"),
@@ -239,6 +265,10 @@ def test_gradient_at_differentiates_a_residual_network_twice(training):
     assert analytic == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-6)
 
 
-def test_images_without_gradient_are_refused():
-    with pytest.raises(AFDSError, match="requires_grad_"):
-        input_gradient(torch.zeros(1, 2), torch.tensor([0]), torch.zeros(1, 3, 2, 2))
+@pytest.mark.parametrize(
+    ("target", "gradient", "words"), [([0], False, "requires_grad_"), ([-100], True, "-100 is none of the 2 classes")]
+)
+def test_images_without_gradient_and_impossible_targets_are_refused(target, gradient, words):
+    images = torch.zeros(1, 3, 2, 2, requires_grad=gradient)
+    with pytest.raises(AFDSError, match=words):
+        input_gradient(images.sum((2, 3))[:, :2], torch.tensor(target), images)

@@ -58,16 +58,22 @@ def test_kd_runs_in_full_precision_on_half_precision_logits():
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (dict(T=0), "temperature T is 0"),
-        (dict(T=-1.0), "temperature T is -1.0"),
-        (dict(T=float("nan")), "temperature T is nan"),
-        (dict(alpha=1.5), "alpha is 1.5"),
+        (dict(T=0), "temperature T must be a number above 0, got 0"),
+        (dict(T=-1.0), "temperature T must be a number above 0, got -1.0"),
+        (dict(T=float("nan")), "temperature T must be a number above 0, got nan"),
+        (dict(alpha=1.5), "must be a number in [0, 1], got 1.5"),
         (dict(teacher=TEACHER[:1]), "holds 2 samples and the teacher's 1"),
         (dict(teacher=TEACHER[:, :2]), "equal shapes"),
         (dict(teacher=TEACHER.clone().requires_grad_()), "carries gradients"),
         (dict(teacher=TEACHER * math.nan), "Teacher logits holds 6 values"),
         (dict(student=STUDENT[:0], teacher=TEACHER[:0]), "is empty"),
         (dict(target=TARGET[:1]), "one class index per sample"),
+        (dict(target=TARGET.double()), "target is torch.float64 of the shape (2,) for 2 samples"),
+        (dict(target=TARGET.int()), "int64"),
+        (dict(target=STUDENT.softmax(1)), "one class index per sample"),
+        (dict(target=torch.tensor([0, -100])), "target -100 is none of the 3 classes"),
+        (dict(target=torch.tensor([-100, -100])), "target -100 is none of the 3 classes"),
+        (dict(target=torch.tensor([0, 3])), "target 3 is none of the 3 classes; give indices from 0 to 2"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments, words):

@@ -76,5 +76,5 @@ def test_a_network_whose_shapes_changed_is_refused():
     model.conv1 = nn.Conv2d(3, 1, 3)
     with pytest.raises(AFDSError, match="conv1.weight of shape"):
         penalty()
-    with pytest.raises(AFDSError, match="alpha of L2-SP is -1"):
+    with pytest.raises(AFDSError, match="alpha of L2-SP must be a number of at least 0, got -1"):
         L2SP(_model(), alpha=-1, beta=0)
