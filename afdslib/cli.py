@@ -574,13 +574,13 @@ def bench(
         output_path(out)
     measured: list[benchmarks.Row] = []
 
-    def told(row: benchmarks.Row) -> None:
+    def show(row: benchmarks.Row) -> None:
         typer.echo(benchmarks.describe(row))
         measured.append(row)
         if out is not None:
             benchmarks.to_csv(measured, settings, out)  # after each row: measuring takes long
 
-    benchmarks.run(case or list(benchmarks.CASES), settings, told=told)
+    benchmarks.run(case or list(benchmarks.CASES), settings, show)
     if out is not None:
         typer.echo(f"written to {out}")
 

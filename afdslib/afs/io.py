@@ -135,3 +135,20 @@ def _unit_scales(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.BatchNorm2d) and module.affine:
             nn.init.ones_(module.weight)
     return model
+
+
+def read_masks(path: str | Path) -> dict[str, Any]:
+    """Masks that `afds speed` wrote, without weights: "architecture" and "masks", see `compact.set_masks`.
+
+    Raises:
+        AFDSError: a missing or foreign file.
+    """
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not (isinstance(record["architecture"]["name"], str) and isinstance(record["masks"], dict) and record["masks"]):
+            raise KeyError("masks")
+    except FileNotFoundError:
+        raise AFDSError(f"no file {str(path)!r}; give one that afds speed wrote") from None
+    except (ValueError, KeyError, TypeError, IsADirectoryError):
+        raise AFDSError(f"{str(path)!r} holds no masks; give a file that afds speed wrote") from None
+    return record

@@ -16,9 +16,8 @@ import logging
 import multiprocessing
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -28,25 +27,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from afdslib import afs, backbones, runs
+from afdslib import afs, runs
 from afdslib.afs import macs
 from afdslib.afs.compact import compact, set_masks
-from afdslib.afs.graph import streams
+from afdslib.afs.io import read_masks
 from afdslib.base.atomic import write_text
 from afdslib.base.cpu import keep_freed_memory
 from afdslib.base.errors import AFDSError
 from afdslib.inference import dynamic
 from afdslib.inference.export import need, save_onnx, session
-from afdslib.studies.speed import read_masks
+from afdslib.inference.gates import inference
+from afdslib.inference.networks import (
+    cut, folded, jaccard, photographs, plain_network, random_gates, rebuilt, torch_pruned,
+)  # fmt: skip
+from afdslib.inference.timing import interleave, on_threads
 
 __all__ = [
-    "CASES", "Row", "Settings", "compare", "cut", "environment", "interleave", "jaccard", "nst_peak", "on_threads",
-    "photographs", "random_gates", "ratio", "run", "table", "to_csv",
+    "CASES", "RUNTIMES", "Row", "Settings", "compare", "describe", "environment", "interleave", "nst_peak",
+    "on_threads", "ratio", "run", "table", "to_csv",
 ]  # fmt: skip
 
 RUNTIMES = ("eager", "compiled", "onnxruntime")
-# Margins of a selection below this are float32's rounding in a deep network.
-_ROUNDING = 2e-6
 
 
 @dataclass(frozen=True)
@@ -151,39 +152,7 @@ class Row:
     note: str = ""
 
 
-# -------------------------------------------------------------------------------------------------------------- timing
-
-
-def interleave(
-    variants: Mapping[str, Callable[[int], object]], repeats: int, warmup: int = 1, *, before: float = 0.0
-) -> dict[str, list[float]]:
-    """Seconds of each call: in every round each variant once, one after the other.
-
-    Args:
-        variants: functions of the round's number, by name, so that each round can use another image.
-        repeats: measured rounds.
-        warmup: rounds before them, numbered from -warmup.
-        before: seconds for which each variant is called before the call that is timed, so that it finds its own weights
-            in the caches, as a network that is served does, and no thread of another variant that still spins.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for repeat in range(-warmup, repeats):
-        for name, call in variants.items():
-            begin = time.perf_counter()
-            while time.perf_counter() - begin < before:
-                call(repeat + 1)
-            _wait()
-            start = time.perf_counter()
-            call(repeat)
-            _wait()
-            if repeat >= 0:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def _wait() -> None:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
+# ------------------------------------------------------------------------------------------- times, memory, runtimes
 
 
 def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -198,46 +167,26 @@ def _rows(
     seconds: Mapping[str, Sequence[float]], row: Row, *, extra: Mapping[str, Mapping[str, Any]] | None = None
 ) -> list[Row]:
     """Rows of one comparison; `row` names what they share, its baseline included."""
-    made = []
+    rows = []
     for variant, values in seconds.items():
         median, first, third = (1000 * v for v in _quartiles(values))
         ratio, low, high = _quartiles([b / v for b, v in zip(seconds[row.baseline], values, strict=True)])
-        made.append(
+        rows.append(
             replace(
                 row, variant=variant, median_ms=median, q1_ms=first, q3_ms=third, speedup=ratio, speedup_q1=low,
                 speedup_q3=high, **(extra or {}).get(variant, {}),
             )
         )  # fmt: skip
-    return made
-
-
-@contextmanager
-def on_threads(number: int) -> Iterator[None]:
-    """Sets torch's number of threads for a while."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return rows
 
 
 def _peak(target: Callable[..., Callable[[], object]], *arguments: object) -> float | None:
     """MiB that the call which `target(*arguments)` gives adds at its peak in a process of its own; None off Linux."""
-    context = multiprocessing.get_context("spawn")
-    reader, writer = context.Pipe(duplex=False)
-    process = context.Process(target=_measure_peak, args=(writer, target, arguments))
-    process.start()
-    writer.close()
-    try:
-        return reader.recv()
-    except EOFError:
-        raise RuntimeError("the process whose memory was measured ended early") from None
-    finally:
-        process.join()
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_measure_peak, target, arguments).result()
 
 
-def _measure_peak(writer: Any, target: Callable[..., Callable[[], object]], arguments: tuple) -> None:
+def _measure_peak(target: Callable[..., Callable[[], object]], arguments: tuple) -> float | None:
     torch.set_num_threads(1)
     call = target(*arguments)
     try:
@@ -245,179 +194,14 @@ def _measure_peak(writer: Any, target: Callable[..., Callable[[], object]], argu
         Path("/proc/self/clear_refs").write_text("5")
         held = _kib("VmRSS")
         call()
-        writer.send((_kib("VmHWM") - held) / 1024)
+        return (_kib("VmHWM") - held) / 1024
     except OSError:
-        writer.send(None)
+        return None
 
 
 def _kib(what: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{what}:"))
-
-
-# ------------------------------------------------------------------------------------------------- networks and images
-
-
-def photographs(count: int, size: int, seed: int) -> Tensor:
-    """Smooth random images (count, 3, size, size), each of mean 0 and deviation 1; unlike noise, no two look alike."""
-    generator = torch.Generator().manual_seed(seed)
-    image = torch.zeros(count, 3, size, size)
-    for cells in (2, 4, 8, 16, 32):
-        field = torch.randn(count, 3, cells, cells, generator=generator)
-        image += F.interpolate(field, size=(size, size), mode="bilinear")
-    image -= image.mean((1, 2, 3), keepdim=True)
-    return image / image.std((1, 2, 3), keepdim=True)
-
-
-@torch.no_grad()
-def random_gates(model: nn.Module, images: Tensor, *, spread: float = 0.05, seed: int = 0) -> None:
-    """Predictors at random, in place, so that importances vary with the image; and batch norms fitted to the images.
-
-    Each importance is 1 + spread * (z(x) + u / 3) with z of unit variance over the images and a u of the channel, and
-    falls where all inputs rise, so that scales do not multiply up through a hundred layers. Without u the channels of
-    the first layer, which reads three inputs, tie up to rounding errors. Random gates say nothing about accuracy.
-
-    Args:
-        model: a converted network, put into eval mode.
-        images: (B, 3, H, W), from which the variances are taken, layer by layer.
-        spread: of the importances.
-        seed: of the predictors.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def prepare(layer: afs.AFSConvBN, arguments: tuple[Tensor, ...]) -> None:
-        (x,) = arguments
-        pooled = x.mean((2, 3))
-        mean, deviation = pooled.mean(0), pooled.std(0).norm()
-        phi = torch.randn(layer.predictor.weight.shape, generator=generator).to(pooled)
-        if mean.norm() > 0.1 * deviation:
-            direction = mean / mean.norm()
-            phi -= torch.outer(phi @ direction, direction)
-        phi *= spread / ((pooled - mean) @ phi.T).std(0)[:, None].clamp_min(1e-6)
-        if mean.norm() > 0.1 * deviation:
-            phi -= 0.3 * mean / mean.square().sum()
-        layer.predictor.weight.copy_(phi)
-        offset = torch.randn(len(phi), generator=generator).to(pooled) / 3
-        layer.predictor.bias.copy_(1 + spread * offset - phi @ mean)
-        y = layer.conv(x)
-        layer.norm.running_mean.copy_(y.mean((0, 2, 3)))  # type: ignore[union-attr]
-        layer.norm.running_var.copy_(y.var((0, 2, 3)))  # type: ignore[union-attr]
-
-    handles = [layer.register_forward_pre_hook(prepare) for layer in afs.layers(model).values()]
-    try:
-        model.eval()(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _watched(model: nn.Module, look: Callable[[afs.AFSConvBN, tuple[Tensor, ...], Tensor], None]) -> Iterator[None]:
-    """For a while, `look` is called after every AFS layer."""
-    handles = [layer.register_forward_hook(look) for layer in afs.layers(model).values()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@torch.no_grad()
-def jaccard(model: nn.Module, images: Tensor) -> float:
-    """Mean over layers and pairs of neighbouring images of |kept by both| / |kept by either|."""
-    found: list[float] = []
-
-    def look(layer: afs.AFSConvBN, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-        kept = layer.gates(arguments[0]).active > 0
-        both, either = (kept[1:] & kept[:-1]).sum(1), (kept[1:] | kept[:-1]).sum(1)
-        found.extend((both / either.clamp_min(1)).tolist())
-
-    with _watched(model, look):
-        model(images)
-    return statistics.mean(found)
-
-
-@torch.no_grad()
-def margins(model: nn.Module, images: Tensor) -> list[float]:
-    """For each image, by how much of its importance the last selected channel beats the next, in the closest layer.
-
-    Computed in float64: where the margin is about float32's rounding, two correct ways may select differently.
-    """
-    exact, closest = copy.deepcopy(model).double(), [1.0] * len(images)
-
-    def look(layer: afs.AFSConvBN, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-        pi, k = layer.gates(arguments[0]).pi, layer.k
-        h = F.linear(arguments[0].mean((2, 3)), *layer.predictor_weights()).relu()
-        for i in range(len(images)):
-            chosen, others = h[i][pi[i] > 0], h[i][(pi[i] == 0) & (layer.m * layer.s > 0)]
-            if len(chosen) and len(others) and k < h.shape[1]:
-                closest[i] = min(closest[i], float(1 - others.max() / chosen.min()))
-
-    with _watched(exact, look):
-        exact(images.double())
-    return closest
-
-
-@torch.no_grad()
-def cut(model: nn.Module, *, keep: float, stream: float, multiple: int, seed: int = 0) -> None:
-    """Random masks, in place, that keep a share of every layer and of every residual stream; all gates become constant.
-
-    Args:
-        model: a converted network.
-        keep: share of a layer's channels.
-        stream: share of the channels of layers that are added up in a residual stream, the same channels in each.
-        multiple: the numbers are rounded to the nearest multiple, at least one.
-        seed: of the choice.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    found = afs.layers(model)
-    together = {name: names for names in streams(model) for name in names}
-    chosen: dict[tuple[str, ...], Tensor] = {}
-    for name, layer in found.items():
-        names, share = together.get(name, (name,)), stream if name in together else keep
-        if names not in chosen:
-            width = layer.m.numel()
-            kept = min(width, max(multiple, multiple * round(share * width / multiple)))
-            chosen[names] = torch.zeros(width).index_fill_(0, torch.randperm(width, generator=generator)[:kept], 1.0)
-        layer.m.copy_(chosen[names])
-        layer.gamma.copy_(layer.predictor.bias.relu())
-        layer.s.zero_()
-
-
-def _plain(settings: Settings, name: str, classes: int = 1000) -> nn.Module:
-    torch.manual_seed(settings.seed)
-    return backbones.build(name, classes, width=settings.width).eval()
-
-
-def _folded(model: nn.Module, size: int) -> nn.Module:
-    """A plain network with its batch norms folded into the convolutions: the fairest dense baseline."""
-    return compact(model, input_size=(3, size, size), fold_bn=True)
-
-
-def torch_pruned(model: nn.Module, size: int, allowed: float, multiple: int) -> nn.Module:
-    """The network that torch-pruning makes with coupled widths, all cut alike, with at most the allowed MACs.
-
-    The share is bisected; filters go by their L1 norm. Source: Fang et al., DepGraph, CVPR 2023. [code]
-    """
-    import torch_pruning
-
-    image = torch.zeros(1, 3, size, size)
-    low, high, best = 0.0, 0.98, None
-    for _ in range(10):
-        ratio = (low + high) / 2
-        pruned = copy.deepcopy(model)
-        pruner = torch_pruning.pruner.BasePruner(
-            pruned, image, importance=torch_pruning.importance.MagnitudeImportance(p=1), pruning_ratio=ratio,
-            ignored_layers=[pruned.get_submodule(backbones.classifier_name(pruned))], round_to=multiple,
-        )  # fmt: skip
-        pruner.step()
-        if macs.count(pruned, (3, size, size)).total <= allowed:
-            high, best = ratio, pruned
-        else:
-            low = ratio
-    if best is None:
-        raise AFDSError(f"torch-pruning does not reach {allowed:.3g} MACs; keep more channels")
-    return best.eval()
 
 
 def _in_runtime(model: nn.Module, example: Tensor, runtime: str, threads: int, folder: str) -> Callable[[Tensor], Any]:
@@ -500,12 +284,29 @@ def _images(settings: Settings, batch: int) -> Tensor:
     return photographs(max(8, batch + settings.repeats), settings.size, settings.seed + 1)
 
 
-def _dense(settings: Settings, name: str) -> tuple[nn.Module, nn.Module]:
+def _in_all_runtimes(
+    settings: Settings, row: Row, models: Mapping[str, nn.Module], extra: Mapping[str, Mapping[str, Any]]
+) -> Iterator[Row]:
+    for batch in settings.batches:
+        images = _images(settings, batch)
+        for runtime in settings.runtimes:
+            yield from compare(models, settings, replace(row, batch=batch, runtime=runtime), extra, images)
+
+
+def _gated(settings: Settings, name: str) -> tuple[nn.Module, nn.Module]:
     """(plain, converted with random gates); the time of the plain network does not depend on its statistics."""
-    plain = _plain(settings, name)
+    plain = plain_network(name, width=settings.width, seed=settings.seed)
     gated = afs.convert(plain)
     afs.set_density(gated, settings.density)
     random_gates(gated, photographs(16, settings.size, settings.seed + 2), seed=settings.seed)
+    return plain, gated
+
+
+def _cut(settings: Settings, name: str) -> tuple[nn.Module, nn.Module]:
+    """(plain, converted with random masks and constant gates)."""
+    plain = plain_network(name, width=settings.width, seed=settings.seed)
+    gated = afs.convert(plain).eval()
+    cut(gated, keep=settings.keep, stream=settings.stream, multiple=settings.multiple, seed=settings.seed)
     return plain, gated
 
 
@@ -515,22 +316,18 @@ def _dense(settings: Settings, name: str) -> tuple[nn.Module, nn.Module]:
 def _masked(settings: Settings) -> Iterator[tuple[str, nn.Module, nn.Module, str]]:
     """Networks to make compact: name, the plain network, the one with masks, and whose masks they are."""
     if settings.weights is not None:
-        gated = afs.load(settings.weights)
-        file = Path(settings.weights)
-        yield file.stem, _rebuilt(gated.architecture), gated, f"masks of {file.name}"  # type: ignore[arg-type]
+        gated, file = afs.load(settings.weights), Path(settings.weights)
+        yield file.stem, rebuilt(gated.architecture), gated, f"masks of {file.name}"  # type: ignore[arg-type]
     for file in map(Path, settings.masks):
-        found = read_masks(file)
-        plain = _rebuilt(found["architecture"])
-        gated = afs.convert(plain, gates=found["architecture"].get("gates", "all"))
-        set_masks(gated, found["masks"])
+        record = read_masks(file)
+        plain = rebuilt(record["architecture"])
+        gated = afs.convert(plain, gates=record["architecture"].get("gates", "all"))
+        set_masks(gated, record["masks"])
         yield file.stem, plain, gated, f"masks of {file.name}"
     if settings.weights is None and not settings.masks:
+        kept = f"{settings.keep:g} inner, {settings.stream:g} stream, multiples of {settings.multiple}"
         for name in settings.networks:
-            plain = _plain(settings, name)
-            gated = afs.convert(plain)
-            cut(gated, keep=settings.keep, stream=settings.stream, multiple=settings.multiple, seed=settings.seed)
-            kept = f"{settings.keep:g} inner, {settings.stream:g} stream, multiples of {settings.multiple}"
-            yield name, plain, gated, f"random masks: {kept}"
+            yield name, *_cut(settings, name), f"random masks: {kept}"
 
 
 def _networks(settings: Settings) -> Iterator[Row]:
@@ -538,11 +335,12 @@ def _networks(settings: Settings) -> Iterator[Row]:
     size = (3, settings.size, settings.size)
     for name, plain, gated, note in _masked(settings):
         width = float(gated.architecture["width"])  # type: ignore[index]
+        row = Row("networks", name, "", 0, "", "dense", settings.size, width)
         small = compact(gated.eval(), input_size=size, fold_bn=True)
         dense, reached = macs.count(plain, size).total, macs.count(small, size).total
         if afs.layers(small):  # their channels are all computed, and their predictors besides
             reached += macs.expected(small, [(_images(settings, 1)[:4], torch.zeros(4))]).predictors
-        models = {"dense": _folded(plain, settings.size), "compact": small}
+        models = {"dense": folded(plain, settings.size), "compact": small}
         extra: dict[str, dict[str, Any]] = {
             "dense": {"macs": dense, "reduction": 1.0, "note": "batch norm folded"},
             "compact": {"macs": reached, "reduction": dense / reached, "note": note},
@@ -550,82 +348,61 @@ def _networks(settings: Settings) -> Iterator[Row]:
         try:
             peer = torch_pruned(plain, settings.size, reached, settings.multiple)
         except AFDSError as error:
-            yield Row("networks", name, "", 0, "torch-pruning", "dense", settings.size, width, note=str(error))
+            yield replace(row, variant="torch-pruning", note=str(error))
         else:
-            value = macs.count(peer, size).total
+            count = macs.count(peer, size).total
             text = f"L1, coupled widths, multiples of {settings.multiple}"
-            models["torch-pruning"] = _folded(peer, settings.size)
-            extra["torch-pruning"] = {"macs": value, "reduction": dense / value, "note": text}
-        for batch in settings.batches:
-            images = _images(settings, batch)
-            for runtime in settings.runtimes:
-                row = Row("networks", name, runtime, batch, "", "dense", settings.size, width)
-                yield from compare(models, settings, row, extra, images)
-
-
-def _rebuilt(architecture: Mapping[str, Any]) -> nn.Module:
-    """The plain network of a saved one's architecture, with random weights."""
-    known = ("name", "num_classes", "stem", "width")
-    return backbones.build(**{key: value for key, value in architecture.items() if key in known}).eval()
+            models["torch-pruning"] = folded(peer, settings.size)
+            extra["torch-pruning"] = {"macs": count, "reduction": dense / count, "note": text}
+        yield from _in_all_runtimes(settings, row, models, extra)
 
 
 def _dynamic(settings: Settings) -> Iterator[Row]:
-    """Dynamic execution with random gates at density d, selection included, against the dense network."""
+    """Dynamic execution with random gates at density d, selection included, against the dense network.
+
+    It needs our kernel, which other runtimes than eager do not run: there the masked network is measured alone.
+    """
     for name in settings.networks:
-        plain, gated = _dense(settings, name)
+        plain, gated = _gated(settings, name)
+        dense = macs.count(gated, (3, settings.size, settings.size)).total
         for batch in settings.batches:
             images = _images(settings, batch)
             overlap = jaccard(gated, images[: min(8, len(images))])
             # Where rounding decides on a channel, either choice is right, and everything behind it differs.
-            closest = torch.tensor(margins(gated, images))
+            closest = torch.tensor(dynamic.margins(gated, images))
             images = images[closest.argsort(descending=True, stable=True)]
-            clear = images[: max(1, int((closest > _ROUNDING).sum()) // batch) * batch]
+            clear = images[: max(1, int((closest > dynamic.ROUNDING).sum()) // batch) * batch]
             count = macs.expected(gated, [(images[:4], torch.zeros(4))])
-            dense = macs.count(gated, (3, settings.size, settings.size)).total
+            network = dynamic.dynamic(gated, images[:batch], repeats=min(settings.repeats, 5))
+            with torch.no_grad():
+                expected = torch.cat([gated(part) for part in clear.split(batch)])
+            outputs = torch.cat([network(part) for part in clear.split(batch)])
+            difference = float((expected - outputs).abs().max() / expected.abs().max())
+            note = (
+                f"random gates, d {settings.density:g}, Jaccard {overlap:.2f}, runs {network.taken[batch]!r}, "
+                f"max difference to masked {difference:.1e} on {len(clear)} images"
+            )
+            extra: dict[str, dict[str, Any]] = {
+                "dense": {"macs": dense, "reduction": 1.0, "note": "batch norm folded"},
+                "masked": {"macs": dense, "reduction": 1.0},
+                "dynamic": {"macs": count.total, "reduction": dense / count.total, "note": note},
+            }
             for runtime in settings.runtimes:
-                # onnxruntime runs a fixed graph; there is nothing to measure layer by layer.
-                chosen = dynamic.dynamic(
-                    gated, images[:batch], repeats=min(settings.repeats, 5), static_shapes=runtime != "eager",
-                    ways="gather" if runtime == "onnxruntime" else None,
-                )  # fmt: skip
-                with torch.no_grad():
-                    wanted = torch.cat([gated(part) for part in clear.split(batch)])
-                    got = torch.cat([chosen(part) for part in clear.split(batch)])
-                difference = float((wanted - got).abs().max() / wanted.abs().max())
-                note = (
-                    f"random gates, d {settings.density:g}, Jaccard {overlap:.2f}, runs {chosen.taken[batch]!r}, "
-                    f"max difference to masked {difference:.1e} on {len(clear)} images"
-                )
-                models = {
-                    "dense": _folded(plain, settings.size),
-                    "masked": gated,
-                    "dynamic": chosen.plans[str(batch)],
-                }
-                extra: dict[str, dict[str, Any]] = {
-                    "dense": {"macs": dense, "reduction": 1.0, "note": "batch norm folded"},
-                    "masked": {"macs": dense, "reduction": 1.0},
-                    "dynamic": {"macs": count.total, "reduction": dense / count.total, "note": note},
-                }
+                models = {"dense": folded(plain, settings.size), "masked": gated}
                 row = Row("dynamic", name, runtime, batch, "", "dense", settings.size, settings.width)
+                models |= {"dynamic": network} if runtime == "eager" else {}
                 yield from compare(models, settings, row, extra, images)
 
 
 def _gates(settings: Settings) -> Iterator[Row]:
     """What gates cost at density 1, where they save nothing: AFS over the plain network."""
     for name in settings.networks:
-        plain, gated = _dense(settings, name)
+        plain, gated = _gated(settings, name)
         afs.set_density(gated, 1.0)
-        for batch in settings.batches:
-            images = _images(settings, batch)
-            prepared = dynamic.dynamic(gated, images[:batch], ways="mask").plans[str(batch)]
-            models = {"plain": _folded(plain, settings.size), "AFS": gated, "AFS prepared": prepared}
-            extra = {
-                "plain": {"note": "batch norm folded"},
-                "AFS prepared": {"note": "statistics folded, pooled inputs shared, by dynamic(ways='mask')"},
-            }
-            for runtime in settings.runtimes:
-                row = Row("gates", name, runtime, batch, "", "plain", settings.size, settings.width)
-                yield from compare(models, settings, row, extra, images)
+        models = {"plain": folded(plain, settings.size), "AFS": gated, "AFS prepared": inference(gated)}
+        extra = {"plain": {"note": "batch norm folded"}, "AFS prepared": {"note": "statistics folded, masks constant"}}
+        row = Row("gates", name, "", 0, "", "plain", settings.size, settings.width)
+        yield from _in_all_runtimes(settings, row, models, extra)
 
 
 def _step(model: nn.Module, source: nn.Module | None, size: int) -> Callable[[Tensor, Tensor], None]:
@@ -653,7 +430,7 @@ def _training(settings: Settings) -> Iterator[Row]:
     keep_freed_memory()  # as every training here does, the plain one included
     size, batch = settings.train_size, settings.train_batch
     for name in settings.networks:
-        plain = _plain(settings, name, 10)
+        plain = plain_network(name, 10, width=settings.width, seed=settings.seed)
         gated = afs.convert(plain)
         steps = {
             "plain": _step(copy.deepcopy(plain), None, size),
@@ -792,7 +569,7 @@ def _loading(settings: Settings) -> Iterator[Row]:
         decoded = FileImages(Files(Path(folder), files), rows, labels, classes, size=size, augment=True)
         pixels = random.randint(0, 255, (batch, size, size, 3)).astype(np.uint8)
         held = ArrayImages(pixels, rows, labels, classes, augment=True)
-        step = _step(_plain(settings, name, 10), None, size)
+        step = _step(plain_network(name, 10, width=settings.width, seed=settings.seed), None, size)
         images = held.__getitems__(list(rows))
         calls: dict[str, Callable[[int], object]] = {
             "training step": lambda _: step(*images),
@@ -819,10 +596,8 @@ def _loaded(path: str, size: int, batch: int) -> Callable[[], object]:
 def _memory(settings: Settings) -> Iterator[Row]:
     """Peak memory of loading a network and one forward pass, in a process of its own, and the size of its file."""
     for name in settings.networks:
-        plain = _plain(settings, name)
-        gated = afs.convert(plain)
-        cut(gated, keep=settings.keep, stream=settings.stream, multiple=settings.multiple, seed=settings.seed)
-        models = {"dense": plain, "masked": gated, "compact": compact(gated.eval(), fold_bn=True)}
+        plain, gated = _cut(settings, name)
+        models = {"dense": plain, "masked": gated, "compact": compact(gated, fold_bn=True)}
         with tempfile.TemporaryDirectory() as folder:
             for batch in settings.batches:
                 for variant, model in models.items():
@@ -849,13 +624,13 @@ CASES: dict[str, Callable[[Settings], Iterator[Row]]] = {
 # -------------------------------------------------------------------------------------------------------------- output
 
 
-def run(cases: Sequence[str], settings: Settings, *, told: Callable[[Row], object] = lambda row: None) -> list[Row]:
+def run(cases: Sequence[str], settings: Settings, show: Callable[[Row], object] = lambda row: None) -> list[Row]:
     """Measures cases one after the other.
 
     Args:
         cases: names, of `CASES`.
         settings: what and how.
-        told: called with each row as soon as it is there.
+        show: called with each row as soon as it is there.
 
     Raises:
         AFDSError: for an unknown case.
@@ -863,13 +638,13 @@ def run(cases: Sequence[str], settings: Settings, *, told: Callable[[Row], objec
     for name in cases:
         if name not in CASES:
             raise AFDSError(f"unknown case {name!r}; known are {', '.join(CASES)}")
-    found = []
+    rows = []
     with on_threads(settings.threads):
         for name in cases:
             for row in CASES[name](settings):
-                found.append(row)
-                told(row)
-    return found
+                rows.append(row)
+                show(row)
+    return rows
 
 
 def environment(settings: Settings) -> dict[str, str]:

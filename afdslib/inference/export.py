@@ -1,7 +1,6 @@
 """Networks in files that need nothing else: ONNX or safetensors, with class names and preprocessing.
 
-The gates of an exported network decide as they do in eval mode; channels are scaled, not skipped. Networks of
-`dynamic.dynamic`, which skip, are exported for one batch size.
+The gates of an exported network decide as they do in eval mode; channels are scaled, not skipped.
 """
 
 from __future__ import annotations
@@ -22,15 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from afdslib import afs, runs
-from afdslib.afs.compact import compact, fold_norm
-from afdslib.afs.layer import AFSConvBN
+from afdslib.afs.compact import compact
 from afdslib.backbones.inputs import IMAGENET, input_of
 from afdslib.base.atomic import atomic_path, output_path
 from afdslib.base.errors import AFDSError
 from afdslib.data import ImageDataset
 from afdslib.data.images import MEAN, STD
+from afdslib.inference.dynamic import KernelConvBN
+from afdslib.inference.gates import inference
 
-__all__ = ["KEY", "OPSET", "TOLERANCE", "Card", "GatedInference", "export_run", "inference", "save_onnx", "session"]
+__all__ = ["KEY", "OPSET", "TOLERANCE", "Card", "export_run", "save_onnx", "session"]
 
 OPSET = 18
 """The version of ONNX's operators that files are written for: onnxruntime 1.14 (2023) and later read it."""
@@ -85,80 +85,6 @@ class Card:
         return card
 
 
-# ----------------------------------------------------------------------------------------------- gates for inference
-
-
-class GatedInference(nn.Module):
-    """An AFS layer in eval mode by plain operations: the batch norm is folded, the masks and k are constants.
-
-    Shape:
-        (B, C_in, H, W) -> (B, C, H', W').
-    """
-
-    conv: nn.Module
-    order: Tensor
-    weight: Tensor
-    bias: Tensor
-    gamma: Tensor
-    active: Tensor
-    shift: Tensor
-
-    def __init__(self, layer: AFSConvBN):
-        super().__init__()
-        self.conv = copy.deepcopy(layer.conv)
-        fold_norm(self.conv, layer.norm)
-        living, dynamic = layer.m > 0, layer.m * layer.s > 0
-        chosen = dynamic.nonzero()[:, 0]
-        constant = living & ~dynamic
-        weight, bias = layer.predictor_weights()
-        self.places = min(max(layer.k - int(constant.sum()), 0), len(chosen))
-        self.dynamic = len(chosen)
-        self.mixed = self.dynamic < layer.m.numel()
-        order = torch.zeros_like(chosen.new_empty(layer.m.numel()))
-        order[chosen] = torch.arange(len(chosen), device=chosen.device)
-        rest = (~dynamic).nonzero()[:, 0]
-        order[rest] = len(chosen) + torch.arange(len(rest), device=chosen.device)
-        self.register_buffer("order", order)
-        self.register_buffer("weight", weight.detach()[chosen].clone())
-        self.register_buffer("bias", bias.detach()[chosen].clone())
-        self.register_buffer("gamma", torch.where(constant, layer.gamma, 0)[None].clone())
-        self.register_buffer("active", constant.to(weight.dtype)[None])
-        self.register_buffer("shift", layer.beta.detach().clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.dynamic:
-            scale, active = self.gamma, self.active
-        else:
-            scale, active = self._gates(x)
-        return self.conv(x) * scale[:, :, None, None] + (active * self.shift)[:, :, None, None]
-
-    def _gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        h = nn.functional.linear(x.mean((2, 3)), self.weight, self.bias).relu()
-        if 0 < self.places < self.dynamic:
-            # The lowest index must win a tie: ONNX's TopK promises that, torch's does not.
-            if torch.compiler.is_exporting():
-                largest, index = h.topk(self.places, dim=1)
-            else:
-                ordered = torch.sort(h, dim=1, descending=True, stable=True)
-                largest, index = (t[:, : self.places] for t in ordered)
-            h = torch.zeros_like(h).scatter(1, index, largest)
-        elif self.places == 0:
-            h = torch.zeros_like(h)
-        if self.mixed:
-            h = nn.functional.pad(h, (0, self.order.numel() - self.dynamic)).index_select(1, self.order)
-            return h + self.gamma, (h > 0).to(h.dtype) + self.active
-        return h, (h > 0).to(h.dtype)
-
-
-@torch.no_grad()
-def inference(model: nn.Module) -> nn.Module:
-    """A copy of a network in eval mode whose AFS layers are `GatedInference`, for exports and compilers."""
-    made = copy.deepcopy(model).eval().requires_grad_(False)
-    for name, layer in [(n, m) for n, m in made.named_modules() if isinstance(m, AFSConvBN)]:
-        made.set_submodule(name, GatedInference(layer))
-    return made.eval()
-
-
 # --------------------------------------------------------------------------------------------------------------- ONNX
 
 
@@ -190,17 +116,6 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _stable_sort() -> Any:
-    """torch's stable sort in ONNX, for which the exporter has no translation: TopK gives ties in their order, too."""
-    op = importlib.import_module("onnxscript").opset18
-
-    def sort_stable(self: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
-        length = op.Gather(op.Shape(self), op.Constant(value_ints=[dim]), axis=0)
-        return op.TopK(self, length, axis=dim, largest=descending, sorted=True)
-
-    return sort_stable
-
-
 def save_onnx(
     model: nn.Module,
     path: str | Path,
@@ -216,11 +131,11 @@ def save_onnx(
     The input is "image", (B, 3, H, W), the output "logits", (B, classes).
 
     Args:
-        model: plain, gated, compact or dynamic, in eval mode; it is left as it is.
+        model: plain, gated or compact, in eval mode; it is left as it is.
         path: the file.
         input_size: (3, H, W).
         card: what the file says about itself.
-        batch: a fixed batch size; None for any. Networks of `dynamic.dynamic` need the one they were prepared for.
+        batch: a fixed batch size; None for any.
         opset: version of ONNX's operators.
         images: at least three, or `batch`, images (B, 3, H, W) to check it with; default: random ones, on which the
             gates of a deep network may overflow that never saw such images.
@@ -230,19 +145,18 @@ def save_onnx(
 
     Raises:
         AFDSError: in train mode, without the ONNX packages, for an opset or a network that cannot be exported, such as
-            a dynamic one with our own kernel, for outputs that are not finite, or if onnxruntime's differ by more than
+            one of `dynamic.dynamic`, for outputs that are not finite, or if onnxruntime's differ by more than
             `TOLERANCE`; no file is left then.
     """
-    need("onnx"), need("onnxscript"), need("onnxruntime")
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        need(package)
     if model.training:
         raise AFDSError("the network is in train mode, where its batch norms change; call model.eval() before it")
-    if any(getattr(module, "kernel", "") == "own" for module in model.modules()):
+    if any(isinstance(module, KernelConvBN) for module in model.modules()):
         raise AFDSError(
-            "the dynamic network runs on our own kernel, which no file can hold; prepare it with "
-            "dynamic(..., static_shapes=True)"
+            "the dynamic network runs on our own kernel, which no file can hold; export the network it was made from"
         )
     reference = copy.deepcopy(model).float().cpu()
-    frozen = inference(reference)
     generator = torch.Generator().manual_seed(0)
 
     def some(count: int) -> Tensor:
@@ -251,43 +165,48 @@ def save_onnx(
         noise = torch.randn(count, *input_size, generator=generator)
         return noise + torch.randn(count, input_size[0], 1, 1, generator=generator)
 
-    example = some(2 if batch is None else batch)
-    with _quiet(), torch.no_grad():
-        try:
-            program = torch.onnx.export(
-                frozen, (example,), dynamo=True, opset_version=opset, input_names=["image"], output_names=["logits"],
-                dynamic_shapes=({0: torch.export.Dim("batch")},) if batch is None else None, verbose=False,
-                custom_translation_table={torch.ops.aten.sort.stable: _stable_sort()},
-            )  # fmt: skip
-        except Exception as error:  # the exporter raises many types; all mean the same to the caller
-            reason = str(error).split("## Exception summary")[-1].strip().splitlines()
-            raise AFDSError(
-                f"torch.onnx cannot export {type(model).__name__} ({reason[0] if reason else type(error).__name__})"
-            ) from error
-    assert program is not None
-    written = int(program.model.opset_imports[""])
-    if written != opset:
-        raise AFDSError(f"torch.onnx cannot write opset {opset!r} here and would take {written}; ask for one it knows")
+    program = _program(reference, some(2 if batch is None else batch), opset, any_batch=batch is None)
     if card is not None:
-        program.model.metadata_props[KEY] = Card(**{**asdict(card), "opset": opset}).to_json()
+        program.model.metadata_props[KEY] = replace(card, opset=opset).to_json()
     with atomic_path(path) as part:
         program.save(str(part), external_data=False)
-        differences = []
         runtime = session(part)
-        with torch.no_grad():
-            for count in (1, 3) if batch is None else (batch,):
-                x = some(count)
-                wanted, found = model_output(reference, x), torch.from_numpy(runtime.run(None, {"image": x.numpy()})[0])
-                if not bool(wanted.isfinite().all()):
-                    raise AFDSError("the network's outputs are not finite, so it is not exported; train it again")
-                differences.append(float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)))
-        worst = math.inf if any(map(math.isnan, differences)) else max(differences)
+        worst = max(_difference(reference, runtime, some(count)) for count in ((1, 3) if batch is None else (batch,)))
         if not worst <= TOLERANCE:
             raise AFDSError(
                 f"onnxruntime's outputs differ by {worst:.1e} of the largest from torch's, more than {TOLERANCE:g}: "
                 "the file would be wrong and is not written"
             )
     return worst
+
+
+def _program(model: nn.Module, example: Tensor, opset: int, *, any_batch: bool) -> Any:
+    with _quiet(), torch.no_grad():
+        try:
+            program: Any = torch.onnx.export(
+                inference(model), (example,), dynamo=True, opset_version=opset, input_names=["image"],
+                output_names=["logits"], verbose=False,
+                dynamic_shapes=({0: torch.export.Dim("batch")},) if any_batch else None,
+            )  # fmt: skip
+        except Exception as error:  # the exporter raises many types; all mean the same to the caller
+            reason = str(error).split("## Exception summary")[-1].strip().splitlines()
+            raise AFDSError(
+                f"torch.onnx cannot export {type(model).__name__} ({reason[0] if reason else type(error).__name__})"
+            ) from error
+    written = int(program.model.opset_imports[""])
+    if written != opset:
+        raise AFDSError(f"torch.onnx cannot write opset {opset!r} here and would take {written}; ask for one it knows")
+    return program
+
+
+def _difference(model: nn.Module, runtime: Any, images: Tensor) -> float:
+    """max|a-b| / max|b| between onnxruntime and torch; infinite where onnxruntime gives no number."""
+    expected = model_output(model, images)
+    if not bool(expected.isfinite().all()):
+        raise AFDSError("the network's outputs are not finite, so it is not exported; train it again")
+    outputs = torch.from_numpy(runtime.run(None, {"image": images.numpy()})[0])
+    difference = float((outputs - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    return math.inf if math.isnan(difference) else difference
 
 
 def model_output(model: nn.Module, images: Tensor) -> Tensor:
@@ -362,7 +281,8 @@ def export_run(
     if "diverged" in result.metrics:
         raise AFDSError(f"run {result.id} diverged, so it has no network to export; take another run")
     data = getattr(config, "data", None)
-    if not callable(getattr(data, "load", None)):
+    # Photographs with an augmentation of their own are resized by another rule than the one a card states.
+    if not hasattr(data, "load") or hasattr(data, "augmentation"):
         raise AFDSError(
             f"run {result.id} is a {type(config).__name__}, which names no data set whose classes could go into the "
             "file; export one that was trained on a data set"

@@ -17,14 +17,14 @@ import torch
 from afdslib import afs, runs
 from afdslib.afs import macs
 from afdslib.afs.compact import compact
+from afdslib.afs.io import read_masks
 from afdslib.base import paths
 from afdslib.base.atomic import atomic_path
 from afdslib.experiments.afs import MODEL
 from afdslib.inference import bench
-from afdslib.inference.export import inference
+from afdslib.inference.gates import inference
 from afdslib.report import numbers
 from afdslib.report.tables import Table, Text, bullets, plural
-from afdslib.studies.speed import read_masks
 
 if TYPE_CHECKING:
     from afdslib.studies.sweep import Study

@@ -22,7 +22,7 @@ from afdslib.experiments.afs import MODEL, AFSSourceRun, DataSource, Network, So
 from afdslib.training import Optimisation
 from afdslib.training.objective import Regulariser
 
-__all__ = ["Speed", "train", "read_masks"]
+__all__ = ["Speed", "train"]
 
 
 @dataclass(frozen=True)
@@ -133,20 +133,3 @@ def train(settings: Speed, data_dir: str | None = None, *, folder: Path | None =
         write_json(file, written)
         files.append(file)
     return files
-
-
-def read_masks(path: str | Path) -> Mapping[str, Any]:
-    """What `train` wrote.
-
-    Raises:
-        AFDSError: a missing or foreign file.
-    """
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not (isinstance(found["architecture"]["name"], str) and isinstance(found["masks"], dict) and found["masks"]):
-            raise KeyError("masks")
-    except FileNotFoundError:
-        raise AFDSError(f"no file {str(path)!r}; give one that afds speed wrote") from None
-    except (ValueError, KeyError, TypeError, IsADirectoryError):
-        raise AFDSError(f"{str(path)!r} holds no masks; give a file that afds speed wrote") from None
-    return found

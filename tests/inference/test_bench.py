@@ -12,7 +12,7 @@ import torch
 from afdslib import afs, cli
 from afdslib.afs import compact, macs
 from afdslib.base.errors import AFDSError
-from afdslib.inference import bench
+from afdslib.inference import bench, networks
 from afdslib.studies import speed
 
 QUICK = bench.Settings(
@@ -106,9 +106,9 @@ def test_every_batch_size_is_compiled_for_itself(monkeypatch) -> None:
 def test_random_gates_depend_on_the_image_and_stay_finite() -> None:
     model = afs.convert(tiny.network(stem="cifar"))
     afs.set_density(model, 0.3)
-    bench.random_gates(model, bench.photographs(12, 32, 0))
-    images = bench.photographs(6, 32, 1)
-    assert bench.jaccard(model, images) <= 0.6
+    networks.random_gates(model, networks.photographs(12, 32, 0))
+    images = networks.photographs(6, 32, 1)
+    assert networks.jaccard(model, images) <= 0.6
     with torch.no_grad():
         assert bool(model(images).isfinite().all())
 
@@ -116,10 +116,10 @@ def test_random_gates_depend_on_the_image_and_stay_finite() -> None:
 def test_random_gates_do_not_tie_in_the_first_layer() -> None:
     """It has three inputs, which are almost dependent."""
     model = afs.convert(tiny.network(stem="cifar"))
-    bench.random_gates(model, bench.photographs(16, 32, 2))
+    networks.random_gates(model, networks.photographs(16, 32, 2))
     first = next(iter(afs.layers(model).values()))
     with torch.no_grad():
-        importances = first.predictor(bench.photographs(4, 32, 1).mean((2, 3)))
+        importances = first.predictor(networks.photographs(4, 32, 1).mean((2, 3)))
     for each in importances:
         assert len(each.mul(1e4).round().unique()) == len(each)
 
@@ -127,12 +127,12 @@ def test_random_gates_do_not_tie_in_the_first_layer() -> None:
 def test_constant_gates_keep_the_same_channels_for_every_image() -> None:
     model = afs.convert(tiny.network()).eval()
     afs.set_density(model, 0.3)
-    assert bench.jaccard(model, bench.photographs(3, 32, 0)) == 1
+    assert networks.jaccard(model, networks.photographs(3, 32, 0)) == 1
 
 
 def test_cut_keeps_the_shares_and_couples_the_streams() -> None:
-    model = afs.convert(bench._plain(bench.Settings(width=0.25), "resnet14"))
-    bench.cut(model, keep=0.5, stream=0.75, multiple=4)
+    model = afs.convert(networks.plain_network("resnet14", width=0.25))
+    networks.cut(model, keep=0.5, stream=0.75, multiple=4)
     layers = afs.layers(model)
     assert int(layers["layer2.0.conv2"].m.sum()) == 16
     assert int(layers["layer2.0.conv3"].m.sum()) == 96
@@ -141,9 +141,9 @@ def test_cut_keeps_the_shares_and_couples_the_streams() -> None:
 
 
 def test_torch_pruning_meets_the_budget_in_multiples() -> None:
-    plain = bench._plain(bench.Settings(width=0.25), "resnet14")
+    plain = networks.plain_network("resnet14", width=0.25)
     dense = macs.count(plain, (3, 32, 32)).total
-    pruned = bench.torch_pruned(plain, 32, dense / 3, 4)
+    pruned = networks.torch_pruned(plain, 32, dense / 3, 4)
     assert macs.count(pruned, (3, 32, 32)).total <= dense / 3
     widths = [m.out_channels for m in pruned.modules() if isinstance(m, torch.nn.Conv2d)]
     assert all(width % 4 == 0 for width in widths)
@@ -206,12 +206,12 @@ def test_the_command_writes_rows_with_device_threads_and_versions(tmp_path: Path
 
 
 def test_committed_masks_rebuild_the_network_that_is_timed(tmp_path: Path) -> None:
-    model = afs.convert(bench._plain(bench.Settings(width=0.25), "resnet14"))
-    bench.cut(model, keep=0.5, stream=0.5, multiple=4)
+    model = afs.convert(networks.plain_network("resnet14", width=0.25))
+    networks.cut(model, keep=0.5, stream=0.5, multiple=4)
     files = [str(tmp_path / f"{name}.json") for name in "ab"]
     speed.write_json(files[0], {"architecture": model.architecture, "masks": compact.masks(model)})
     wanted = {"a": macs.count(compact.compact(model.eval()), (3, 32, 32)).total}
-    bench.cut(model, keep=0.25, stream=0.5, multiple=4)
+    networks.cut(model, keep=0.25, stream=0.5, multiple=4)
     speed.write_json(files[1], {"architecture": model.architecture, "masks": compact.masks(model)})
     wanted["b"] = macs.count(compact.compact(model.eval()), (3, 32, 32)).total
     found = bench.run(["networks"], bench.replace(QUICK, masks=tuple(files), multiple=4))
@@ -253,8 +253,8 @@ def test_refusals(tmp_path: Path, capsys) -> None:
 def test_onnxruntime_runs_networks_whose_gates_select() -> None:
     model = afs.convert(tiny.network(stem="cifar"))
     afs.set_density(model, 0.5)
-    images = bench.photographs(16, 32, 0)
-    bench.random_gates(model, images)
+    images = networks.photographs(16, 32, 0)
+    networks.random_gates(model, images)
     row = bench.Row("gates", "tiny", "onnxruntime", 2, "", "gated")
     (found,) = bench.compare({"gated": model.eval()}, QUICK, row, {}, images)
     assert found.note == "" and found.median_ms is not None

@@ -8,14 +8,14 @@ from torch import nn
 from afdslib import afs, backbones
 from afdslib.afs import compact
 from afdslib.base.errors import AFDSError
-from afdslib.inference import dynamic
+from afdslib.inference import dynamic, kernels
 
 
-def images(count: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+def images(count: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.cat([batch for batch, _ in tiny.batches()])[:count].to(dtype)
 
 
-def network(density: float = 0.4, *, masked: bool = False, dtype: torch.dtype = torch.float64) -> nn.Module:
+def network(density: float = 0.4, *, masked: bool = False, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Gated; with masks some channels are gone, some static, and every third layer is static altogether."""
     model = tiny.gated().to(dtype).eval()
     generator = torch.Generator().manual_seed(0)
@@ -34,160 +34,127 @@ def distance(model: nn.Module, other: nn.Module, x: torch.Tensor) -> float:
     return float((other(x) - wanted).abs().max() / wanted.abs().max())
 
 
-@pytest.mark.parametrize("way", ["mask", "gather", "group"])
+@pytest.mark.parametrize("way", dynamic.WAYS)
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("masked", [False, True])
-def test_every_way_equals_the_masked_network(way: str, batch: int, masked: bool) -> None:
+def test_both_ways_equal_the_masked_network(way: str, batch: int, masked: bool) -> None:
     for density in (1.0, 0.4):
         model, x = network(density, masked=masked), images(batch)
-        assert distance(model, dynamic.dynamic(model, x, ways=way), x) <= 1e-12
+        assert distance(model, dynamic.dynamic(model, x, way=way), x) <= 1e-5
+        exact, x = network(density, masked=masked, dtype=torch.float64), x.double()
+        assert distance(exact, dynamic.dynamic(exact, x, way=way), x) <= 1e-12
 
 
-def test_measured_ways_equal_the_masked_network_in_float32_and_on_other_images() -> None:
-    model = network(dtype=torch.float32)
-    net = dynamic.dynamic(model, images(1, torch.float32), images(3, torch.float32), repeats=1)
-    assert distance(model, net, images(6, torch.float32)[3:4]) <= 1e-4
-    assert distance(model, net, images(6, torch.float32)[3:]) <= 1e-4
-    assert set(net.choices) == {1, 3} and [c.layer for c in net.choices[1]] == list(afs.layers(model))
+def test_the_faster_way_is_run_for_each_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(calls, repeats):
+        return {way: [2.0 if (way == "kernel") == (len(seen) == 3) else 1.0] * repeats for way in calls}
+
+    model, seen = network(), []
+    real = dynamic.interleave
+    monkeypatch.setattr(dynamic, "interleave", lambda calls, n: real(calls, n) and measured(calls, seen.append(n) or n))
+    net = dynamic.dynamic(model, *(images(count) for count in (1, 3, 6)), repeats=1)
+    assert net.taken == {1: "kernel", 3: "kernel", 6: "mask"}
+    assert set(net.seconds[1]) == set(dynamic.WAYS) and list(net.ways) == list(afs.layers(model))
+    monkeypatch.setattr(net, "run", lambda x, way: way)
+    assert [net(images(count)) for count in (2, 9)] == ["kernel", "mask"]
+    assert distance(model, dynamic.dynamic(model, images(1), repeats=1), images(5)) <= 1e-5
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-def test_compact_networks_with_gates_run_dynamically(batch: int) -> None:
-    model, x = network(masked=True), images(batch)
-    small = compact.compact(model)
-    for way in ("mask", "gather"):
-        assert distance(model, dynamic.dynamic(small, x, ways=way), x) <= 1e-12
+@pytest.mark.parametrize("way", dynamic.WAYS)
+@pytest.mark.parametrize("density", [0.4, 1.0])
+def test_compact_networks_with_gates_run_dynamically(way: str, density: float) -> None:
+    model, x = network(density, masked=True), images(2)
+    assert distance(model, dynamic.dynamic(compact.compact(model), x, way=way), x) <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
-def test_basic_blocks_and_grouped_convolutions(name: str) -> None:
+@pytest.mark.parametrize(("name", "gates"), [("resnet18", "all"), ("resnet14", "blocks"), ("mobilenet_v2", "all")])
+def test_other_blocks_and_grouped_convolutions(name: str, gates: str) -> None:
     torch.manual_seed(0)
-    model = afs.convert(backbones.build(name, 3, width=0.125)).double().eval()
+    model = afs.convert(backbones.build(name, 3, width=0.125), gates=gates).eval()
     afs.set_density(model, 0.5)
     for layer in afs.layers(model).values():
         nn.init.normal_(layer.predictor.weight, std=0.1)
-    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    assert distance(model, dynamic.dynamic(model, x, ways="gather"), x) <= 1e-12
+    x = torch.randn(2, 3, 32, 32)
+    net = dynamic.dynamic(model, x, way="kernel")
+    assert distance(model, net, x) <= 1e-5
+    if kernels.available():
+        assert ("mask" in net.ways.values()) == (name == "mobilenet_v2")
 
 
-def test_only_kept_channels_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(not kernels.available(), reason="no C++ compiler here")
+def test_only_kept_channels_are_computed() -> None:
     model, x = network(0.4), images(1)
-    net = dynamic.dynamic(model, x, ways="gather")
-    seen: dict[str, tuple[int, ...]] = {}
-    for name, module in net.named_modules():
-        if isinstance(module, dynamic.DynamicConvBN):
-
-            def convolve(x, weight, bias, name=name, original=module._convolve):
-                seen[name.removeprefix("plans.1.")] = weight.shape[:2]
-                return original(x, weight, bias)
-
-            monkeypatch.setattr(module, "_convolve", convolve)
+    net, seen = dynamic.dynamic(model, x, way="kernel"), {}
+    for name, module in net.kernel.named_children():
+        if isinstance(module, dynamic.KernelConvBN):
+            module.register_forward_hook(lambda _, args, out, name=name: seen.update({name: (args[0], out[0])}))
     net(x)
     layers = afs.layers(model)
-    assert set(seen) == set(layers)
-    assert all(seen[name][0] == layer.k for name, layer in layers.items())
+    shapes = {name: seen[f"kernel_{name.replace('.', '_')}"] for name in layers}
+    assert all(shapes[name][1].shape[1] == layer.k for name, layer in layers.items())
     # Inside a block the inputs are the channels that the layer before kept.
-    assert seen["layer2.0.conv2"][1] == layers["layer2.0.conv1"].k
-    assert seen["layer2.0.conv3"][1] == layers["layer2.0.conv2"].k
+    assert shapes["layer2.0.conv2"][0].shape[1] == layers["layer2.0.conv1"].k
+    assert shapes["layer2.0.conv3"][0].shape[1] == layers["layer2.0.conv2"].k
 
 
-def test_inputs_of_a_stream_that_are_zero_can_be_left_out() -> None:
-    model, x = network(0.2), images(1)
-    layer = "layer2.0.conv1"
-    for static_shapes in (False, True):
-        net = dynamic.dynamic(
-            model, x, ways=dict.fromkeys(afs.layers(model), "mask") | _streams(layer), static_shapes=static_shapes
-        )
-        assert distance(model, net, x) <= 1e-12
-        assert next(c.way for c in net.choices[1] if c.layer == layer).startswith("nonzero:")
-
-
-def test_a_network_prepared_for_one_image_takes_several() -> None:
-    model, x = network(0.6), images(1)  # so dense that the channels that are not zero are counted for each image
-    ways = dict.fromkeys(afs.layers(model), "mask") | _streams("layer2.0.conv1")
-    assert distance(model, dynamic.dynamic(model, x, ways=ways), images(3)) <= 1e-12
-
-
-@pytest.mark.parametrize("way", ["mask", "gather"])
+@pytest.mark.parametrize("way", dynamic.WAYS)
 @pytest.mark.parametrize("weights", [False, True])
 def test_channels_last_maps_are_as_good_as_others(way: str, weights: bool) -> None:
-    model, x = network(), images(2).to(memory_format=torch.channels_last)
-    if weights:
-        model.to(memory_format=torch.channels_last)
-    net = dynamic.dynamic(model, x, ways=way)
-    assert distance(model, net, x) <= 1e-12
-    basic = afs.convert(backbones.build("resnet18", 3, stem="cifar", width=0.25)).double().eval()
+    basic = afs.convert(backbones.build("resnet18", 3, stem="cifar", width=0.25)).eval()
     afs.set_density(basic, 0.6)
-    if weights:
-        basic.to(memory_format=torch.channels_last)
-    ways = {name: "gather/conv/rows" if name.endswith("conv2") else "mask" for name in afs.layers(basic)}
-    assert distance(basic, dynamic.dynamic(basic, x, ways=ways), x) <= 1e-12
+    for model in (network(), basic):
+        if weights:
+            model.to(memory_format=torch.channels_last)
+        x = images(2).to(memory_format=torch.channels_last)
+        assert distance(model, dynamic.dynamic(model, x, way=way), x) <= 1e-5
 
 
-def _streams(layer: str) -> dict[str, str]:
-    """The addends of the stream that a layer reads must be gathered for its zero channels to be known."""
-    block = layer.split(".")[0]
-    before = f"layer{int(block[5:]) - 1}.0"
-    gathered = {f"{before}.{name}": "gather/matmul/rows" for name in ("conv3", "downsample.0")}
-    return gathered | {layer: "nonzero:gather/matmul/rows"}
-
-
-def test_a_selected_channel_of_importance_zero_is_exactly_zero() -> None:
+@pytest.mark.parametrize("way", dynamic.WAYS)
+def test_importance_zero_is_exactly_zero_and_ties_go_to_the_lowest_index(way: str) -> None:
     model, x = network(1.0), images(2)
     for layer in afs.layers(model).values():
         layer.predictor.bias.data[1::2] = -100.0
         layer.beta.data.fill_(3.0)
-    for way in ("mask", "gather"):
-        assert distance(model, dynamic.dynamic(model, x, ways=way), x) <= 1e-12
-
-
-def test_ties_go_to_the_lowest_index_as_in_the_masked_network() -> None:
-    model = afs.convert(tiny.network()).double().eval()
+    assert distance(model, dynamic.dynamic(model, x, way=way), x) <= 1e-5
+    model = afs.convert(tiny.network()).eval()
     for layer in afs.layers(model).values():
         layer.predictor.bias.data.fill_(1.0)
     afs.set_density(model, 0.3)
-    for batch in (1, 2):
-        assert distance(model, dynamic.dynamic(model, images(batch), ways="gather"), images(batch)) <= 1e-12
+    assert distance(model, dynamic.dynamic(model, x, way=way), x) <= 1e-5
 
 
-def test_samples_of_one_pattern_share_one_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = network(0.4), images(1).expand(3, -1, -1, -1).contiguous()
-    net = dynamic.dynamic(model, x, ways="group")
-    module = net.get_submodule("plans.3").get_submodule("layer2.0.conv2")
-    batches = []
-    original = module._convolve
-    monkeypatch.setattr(module, "_convolve", lambda x, *rest: batches.append(len(x)) or original(x, *rest))
-    net(x)
-    assert batches == [3]
-
-
-def test_what_is_run_is_the_fastest_whole_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = network(), images(1)
-
-    def measured(runs, repeats, *, before=None):
-        return {name: 1.0 if name in ("model", "mask") else 2.0 for name in runs}
-
-    monkeypatch.setattr(dynamic, "measure", measured)
-    net = dynamic.dynamic(model, x)
-    assert net.taken[1] == "mask" and set(net.seconds[1]) == {"dynamic", "mask", "model"}
-    # Masking wins every layer, too, where a gather is measured to be slower.
-    assert {choice.way for choice in net.choices[1]} == {"mask"}
-
-
-def test_the_input_and_the_model_are_left_alone() -> None:
+@pytest.mark.parametrize("way", dynamic.WAYS)
+def test_the_input_and_the_model_are_left_alone(way: str) -> None:
     model, x = network(), images(2)
     state, before = {k: v.clone() for k, v in model.state_dict().items()}, x.clone()
-    net = dynamic.dynamic(model, x, ways="gather")
+    net = dynamic.dynamic(model, x, way=way)
     first = net(x)
     assert torch.equal(net(x), first) and torch.equal(x, before)
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
 
-def test_static_shapes_compile_into_one_graph() -> None:
-    model, x = network(dtype=torch.float32), images(1, torch.float32)
-    net = dynamic.dynamic(model, x, ways="gather", static_shapes=True)
-    explained = torch._dynamo.explain(net.plans["1"])(x)
-    assert explained.graph_break_count == 0
+@pytest.mark.parametrize("broken", ["GatedInference", "KernelConvBN"])
+def test_a_network_that_would_compute_something_else_is_refused(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if broken == "KernelConvBN" and not kernels.available():
+        pytest.skip("no C++ compiler here")
+    model = network()
+
+    def faulty(model, real=dynamic.inference):
+        plain = real(model)
+        plain.fc.weight.data[0] += 0.1
+        return plain
+
+    if broken == "GatedInference":
+        monkeypatch.setattr(dynamic, "inference", faulty)
+    else:
+        real = kernels.gated_conv
+        monkeypatch.setattr(
+            kernels, "gated_conv", lambda values, index, pooled, *, stride, **more: real(
+                values, index, pooled, stride=stride, **more | {"gamma": more["gamma"] + 1, "phi": more["phi"] + 1}
+            )
+        )  # fmt: skip
+    with pytest.raises(AFDSError, match="differs by .* of the largest output"):
+        dynamic.dynamic(model, images(1))
 
 
 def test_refusals_name_what_is_wrong() -> None:
@@ -198,12 +165,10 @@ def test_refusals_name_what_is_wrong() -> None:
         dynamic.dynamic(tiny.gated(), x)
     with pytest.raises(AFDSError, match="batch of images"):
         dynamic.dynamic(model)
-    with pytest.raises(AFDSError, match="no AFS layer"):
-        dynamic.dynamic(model, x, ways={"layer9": "mask"})
-    with pytest.raises(AFDSError, match="cannot be computed by 'fast'"):
-        dynamic.dynamic(model, x, ways={"conv1": "fast"})
-    with pytest.raises(AFDSError, match="mask, gather, group"):
-        dynamic.dynamic(model, x, ways="fast")
+    with pytest.raises(AFDSError, match="shape"):
+        dynamic.dynamic(model, x[0])
+    with pytest.raises(AFDSError, match="kernel, mask, got 'gather'"):
+        dynamic.dynamic(model, x, way="gather")
     afs.layers(model)["layer1.0.conv2"].m.zero_()
     with pytest.raises(AFDSError, match="'layer1.0.conv2'"):
         dynamic.dynamic(model, x)

@@ -38,15 +38,14 @@ def layer(inputs: int, outputs: int, side: int, stride: int, density: float, *, 
 @torch.no_grad()
 def computed(made: AFSConvBN, x: torch.Tensor, index: torch.Tensor | None, *, relu: bool) -> torch.Tensor:
     """What the kernel gives, as a whole map; its means are checked on the way."""
-    own = dynamic.DynamicConvBN(made, "gather/own/pairs", compact_input=index is not None)
-    own.relu = relu
+    own = dynamic.KernelConvBN(made)
     values = x if index is None else x[:, index]
     before = values.clone()
-    maps, kept, means = own(values, None if index is None else index[None], values.mean((2, 3)))
-    assert torch.equal(values, before) and maps.shape[1] == kept.shape[1] == own.outputs
+    maps, kept, means = own(values, index, values.mean((2, 3)), relu)
+    assert torch.equal(values, before) and maps.shape[1] == len(kept) == own.static + own.places
     torch.testing.assert_close(means, maps.mean((2, 3)), rtol=1e-4, atol=1e-5)
     whole = torch.zeros_like(made(x))
-    whole[:, kept[0]] = maps
+    whole[:, kept] = maps
     return whole
 
 
@@ -122,9 +121,8 @@ def test_ties_go_to_the_lowest_channel_and_importance_zero_is_exactly_zero() -> 
         made.predictor.weight.zero_()
         # Three are positive, and the first 0 is the fourth.
         made.predictor.bias.copy_(torch.tensor([0.0, 1, -1, 1, 0, 1, 0, 0]))
-    own = dynamic.DynamicConvBN(made, "gather/own/pairs", compact_input=False)
-    maps, kept, _ = own(x, None, x.mean((2, 3)))
-    assert kept.tolist() == [[0, 1, 3, 5]]
+    maps, kept, _ = dynamic.KernelConvBN(made)(x, None, x.mean((2, 3)))
+    assert kept.tolist() == [0, 1, 3, 5]
     assert not maps[0, 0].any() and all(bool(maps[0, i].any()) for i in (1, 2, 3))
 
 
@@ -133,11 +131,11 @@ def test_ties_go_to_the_lowest_channel_and_importance_zero_is_exactly_zero() -> 
 def test_a_stream_is_added_to_in_place_with_its_means(size) -> None:
     torch.manual_seed(size)
     stream, more = torch.randn(1, 10, size, size), torch.randn(2, 1, 3, size, size)
-    indices = torch.tensor([[[7, 0, 4]], [[1, 4, 9]]])
+    indices = torch.tensor([[7, 0, 4], [1, 4, 9]])
     wanted, means = stream.clone(), None
     memory = stream.data_ptr()
     for values, index in zip(more, indices, strict=True):
-        wanted = wanted.index_add(1, index[0], values).relu()
+        wanted = wanted.index_add(1, index, values).relu()
         stream, means = kernels.add_relu(stream, values, index, means)
         assert stream.data_ptr() == memory
         torch.testing.assert_close(stream, wanted, rtol=0, atol=0)
@@ -150,28 +148,29 @@ def test_a_network_of_kernels_equals_the_masked_one_and_runs_no_relu_of_torch() 
     model = tiny.gated().eval()
     afs.set_density(model, 0.4)
     x = torch.cat([batch for batch, _ in tiny.batches()])
-    net = dynamic.dynamic(model, x[:1], ways="gather")
-    assert {choice.way for choice in net.choices[1]} == {"gather/own/pairs"}
-    called = [str(node.target) for node in net.plans["1"].graph.nodes]
+    network = dynamic.dynamic(model, x[:1], way="kernel")
+    assert network.ways == dict.fromkeys(afs.layers(model), "kernel")
+    called = [str(node.target) for node in network.kernel.graph.nodes]
     assert "relu" not in called and any("add_relu" in name for name in called)
-    with pytest.raises(AFDSError, match="static_shapes=True"):
-        export.save_onnx(net, "unused.onnx", (3, *x.shape[2:]), batch=1)
+    with pytest.raises(AFDSError, match="no file can hold"):
+        export.save_onnx(network, "unused.onnx", (3, *x.shape[2:]), batch=1)
     for image in x[:4].split(1):
         wanted = model(image)
-        assert float((net(image) - wanted).abs().max() / wanted.abs().max()) <= 1e-5
+        assert float((network(image) - wanted).abs().max() / wanted.abs().max()) <= 1e-5
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "echo 'a b'"])
-def test_without_a_working_compiler_torch_does_it(compiler, monkeypatch) -> None:
+def test_without_a_working_compiler_layers_are_masked(compiler, monkeypatch) -> None:
     monkeypatch.setenv("CXX", compiler)
     kernels._library.cache_clear()
     try:
         assert not kernels.available()
         model = tiny.gated().eval()
         x = torch.cat([batch for batch, _ in tiny.batches()])[:1]
-        net = dynamic.dynamic(model, x, ways="gather")
-        assert all("own" not in choice.way for choice in net.choices[1])
-        stream, values, index = torch.zeros(1, 2, 1, 1), torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, dtype=torch.int64)
+        network = dynamic.dynamic(model, x, way="kernel")
+        assert set(network.ways.values()) == {"mask"}
+        torch.testing.assert_close(network(x), model(x), rtol=1e-4, atol=1e-5)
+        stream, values, index = torch.zeros(1, 2, 1, 1), torch.zeros(1, 1, 1, 1), torch.zeros(1, dtype=torch.int64)
         with pytest.raises(RuntimeError, match="could not be compiled"):
             kernels.add_relu(stream, values, index, None)
     finally:

@@ -2,7 +2,7 @@
 
 They are compiled for this machine when they are first asked for, which takes some seconds, by the C++ compiler that is
 found ($CXX, else c++); nothing is kept afterwards. Without a compiler, or with one that fails, there are no kernels,
-and dynamic execution does with torch's operations. [ours]
+and dynamic execution masks. [ours]
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ def gated_conv(
         relu: whether negative results become 0.
 
     Returns:
-        The maps of the kept channels, (1, statics + places, H', W'), their channel numbers, by ascending row,
-        (1, statics + places), and the maps' means over positions, (1, statics + places).
+        The maps of the kept channels, (1, statics + places, H', W'), their channel numbers by ascending row,
+        (statics + places,), and the maps' means over positions, (1, statics + places).
 
     Raises:
         RuntimeError: if `available` says no.
@@ -123,7 +123,7 @@ def gated_conv(
     _, inputs, height, width = values.shape
     outputs = statics + places
     made = values.new_empty(1, outputs, (height - 1) // stride + 1, (width - 1) // stride + 1)
-    kept = torch.empty(1, outputs, dtype=torch.int64)
+    kept = torch.empty(outputs, dtype=torch.int64)
     means = values.new_empty(1, outputs)
     layer = _Layer(
         phi.data_ptr(), phi_bias.data_ptr(), weight.data_ptr(), terms.data_ptr(), gamma.data_ptr(), numbers.data_ptr(),
@@ -141,9 +141,9 @@ def add_relu(stream: Tensor, values: Tensor, index: Tensor, means: Tensor | None
     """relu(stream + values) of one image, in place, where the values are of some channels only.
 
     Args:
-        stream: the maps of all channels, (1, C, H, W), contiguous.
+        stream: the maps of all channels, (1, C, H, W); if they are not contiguous, a copy is changed.
         values: maps to add, (1, n, H, W).
-        index: their channel numbers, (1, n), each once.
+        index: their channel numbers, (n,), each once.
         means: of the stream over positions, (1, C), changed in place; None if they are not known. With means, the
             stream's ReLU has been taken before, so only the channels in `index` are touched.
 
@@ -153,11 +153,11 @@ def add_relu(stream: Tensor, values: Tensor, index: Tensor, means: Tensor | None
     Raises:
         RuntimeError: if `available` says no.
     """
-    values, index, known = values.contiguous(), index.contiguous(), means is not None
+    stream, values, index, known = stream.contiguous(), values.contiguous(), index.contiguous(), means is not None
     if means is None:
         means = stream.new_empty(stream.shape[:2])
     _loaded().afds_add_relu(
         stream.data_ptr(), stream.shape[1], stream.shape[2] * stream.shape[3], values.data_ptr(), index.data_ptr(),
-        index.shape[1], known, torch.get_num_threads(), means.data_ptr(),
+        len(index), known, torch.get_num_threads(), means.data_ptr(),
     )  # fmt: skip
     return stream, means
