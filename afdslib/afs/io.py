@@ -16,7 +16,7 @@ from afdslib.afs.convert import convert_in_place
 from afdslib.backbones.inputs import input_of
 from afdslib.base.errors import AFDSError
 
-__all__ = ["load", "load_network", "save", "weight_file"]
+__all__ = ["load", "load_network", "read_masks", "save", "weight_file"]
 
 
 def save(model: nn.Module, path: str | Path, *, metadata: dict[str, str] | None = None) -> None:
@@ -145,7 +145,8 @@ def read_masks(path: str | Path) -> dict[str, Any]:
     """
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not (isinstance(record["architecture"]["name"], str) and isinstance(record["masks"], dict) and record["masks"]):
+        named = isinstance(record["architecture"]["name"], str)
+        if not (named and isinstance(record["masks"], dict) and record["masks"]):
             raise KeyError("masks")
     except FileNotFoundError:
         raise AFDSError(f"no file {str(path)!r}; give one that afds speed wrote") from None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import importlib.metadata
 import io
 import logging
 import multiprocessing
@@ -18,13 +19,15 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from afdslib import afs, runs
@@ -34,13 +37,24 @@ from afdslib.afs.io import read_masks
 from afdslib.base.atomic import write_text
 from afdslib.base.cpu import keep_freed_memory
 from afdslib.base.errors import AFDSError
+from afdslib.data.datasets import ArrayImages, FileImages, Files
 from afdslib.inference import dynamic
 from afdslib.inference.export import need, save_onnx, session
 from afdslib.inference.gates import inference
 from afdslib.inference.networks import (
-    cut, folded, jaccard, photographs, plain_network, random_gates, rebuilt, torch_pruned,
+    cut,
+    folded,
+    jaccard,
+    photographs,
+    plain_network,
+    random_gates,
+    rebuilt,
+    torch_pruned,
 )  # fmt: skip
 from afdslib.inference.timing import interleave, on_threads
+from afdslib.losses import at_loss, nst_loss
+from afdslib.losses.afd import AFDLoss
+from afdslib.training.objective import Objective, Regulariser
 
 __all__ = [
     "CASES", "RUNTIMES", "Row", "Settings", "compare", "describe", "environment", "interleave", "nst_peak",
@@ -163,9 +177,7 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return median, first, third
 
 
-def _rows(
-    seconds: Mapping[str, Sequence[float]], row: Row, *, extra: Mapping[str, Mapping[str, Any]] | None = None
-) -> list[Row]:
+def _rows(seconds: Mapping[str, Sequence[float]], row: Row, extra: Mapping[str, Mapping[str, Any]]) -> list[Row]:
     """Rows of one comparison; `row` names what they share, its baseline included."""
     rows = []
     for variant, values in seconds.items():
@@ -174,7 +186,7 @@ def _rows(
         rows.append(
             replace(
                 row, variant=variant, median_ms=median, q1_ms=first, q3_ms=third, speedup=ratio, speedup_q1=low,
-                speedup_q3=high, **(extra or {}).get(variant, {}),
+                speedup_q3=high, **extra.get(variant, {}),
             )
         )  # fmt: skip
     return rows
@@ -277,7 +289,7 @@ def compare(
         if row.baseline not in calls:
             return refused
         seconds = interleave(calls, settings.repeats, settings.warmup, before=settings.steady)
-        return _rows(seconds, row, extra=extra) + refused
+        return _rows(seconds, row, extra) + refused
 
 
 def _images(settings: Settings, batch: int) -> Tensor:
@@ -407,8 +419,6 @@ def _gates(settings: Settings) -> Iterator[Row]:
 
 def _step(model: nn.Module, source: nn.Module | None, size: int) -> Callable[[Tensor, Tensor], None]:
     """One training step with SGD; with a source network it is AFDS's."""
-    from afdslib.training.objective import Objective, Regulariser
-
     regulariser = None if source is None else Regulariser("afd", 0.01)
     objective = Objective(model, regulariser, source, (3, size, size))
     objective.place(torch.device("cpu"))
@@ -448,7 +458,7 @@ def _training(settings: Settings) -> Iterator[Row]:
         calls = {variant: partial(timed, step=step) for variant, step in steps.items()}
         row = Row("training", name, "eager", batch, "", "plain", size, settings.width)
         note = {"note": "float32, SGD; the source's forward pass included"}
-        yield from _rows(interleave(calls, settings.repeats, settings.warmup), row, extra={"AFDS": note})
+        yield from _rows(interleave(calls, settings.repeats, settings.warmup), row, {"AFDS": note})
 
 
 # Naive forms: as the formulas are written, without a word about memory.
@@ -486,21 +496,17 @@ def naive_afd(student: Tensor, source: Tensor, attention: nn.Module) -> Tensor:
 
 def _loss(name: str, naive: bool, shape: tuple[int, ...]) -> Callable[[], object]:
     """Forward and backward pass of a loss on random maps."""
-    from afdslib.losses import at_loss, nst_loss
-    from afdslib.losses.afd import AFDLoss
-
     torch.manual_seed(0)
     student, source = torch.rand(shape, requires_grad=True), torch.rand(shape)
-    loss: Callable[[Tensor, Tensor], Tensor]
-    if name == "AT":
-        loss = naive_at if naive else at_loss
-    elif name == "NST":
-        loss = naive_nst if naive else nst_loss
-    else:
-        afd = AFDLoss({"map": (shape[1], shape[2], shape[3])})
-        attention = afd.attentions["map"]
-        ours = lambda s, t: afd({"map": s}, {"map": t})["afd"]  # noqa: E731
-        loss = partial(naive_afd, attention=attention) if naive else ours
+    afd = AFDLoss({"map": (shape[1], shape[2], shape[3])})
+    loss: Callable[[Tensor, Tensor], Tensor] = {
+        ("AT", False): at_loss,
+        ("AT", True): naive_at,
+        ("NST", False): nst_loss,
+        ("NST", True): naive_nst,
+        ("AFD", False): lambda s, t: afd({"map": s}, {"map": t})["afd"],
+        ("AFD", True): partial(naive_afd, attention=afd.attentions["map"]),
+    }[name, naive]
 
     def call() -> None:
         student.grad = None
@@ -513,8 +519,6 @@ def _loss(name: str, naive: bool, shape: tuple[int, ...]) -> Callable[[], object
 
 def _nst(kernel: str, shape: tuple[int, ...]) -> Callable[[], object]:
     """Forward and backward pass of NST with one kernel on random maps."""
-    from afdslib.losses import nst_loss
-
     torch.manual_seed(0)
     student, teacher = torch.rand(shape, requires_grad=True), torch.rand(shape)
     nst_loss(student[:1, :8], teacher[:1, :8], kernel=kernel).backward()  # what the first call of all allocates
@@ -533,8 +537,8 @@ def nst_peak(kernel: str, shape: tuple[int, ...]) -> float | None:
     return None if mebibytes is None else mebibytes * 2**20 / 1e9
 
 
-def _ignoring(call: Callable[[], object], repeat: int) -> object:
-    return call()
+def _each_round(call: Callable[[], object]) -> Callable[[int], object]:
+    return lambda _: call()
 
 
 def _losses(settings: Settings) -> Iterator[Row]:
@@ -542,20 +546,15 @@ def _losses(settings: Settings) -> Iterator[Row]:
     channels = max(8, round(256 * settings.width))
     shape = (min(8, settings.train_batch), channels, 14, 14)
     for name in ("AFD", "AT", "NST"):
-        ours, naive = _loss(name, False, shape), _loss(name, True, shape)
-        seconds = interleave({"naive": partial(_ignoring, naive), name: partial(_ignoring, ours)}, settings.repeats)
-        extra = {variant: {"peak_mib": _peak(_loss, name, variant == "naive", shape)} for variant in ("naive", name)}
-        shown = f"{name} on {'x'.join(map(str, shape))}"
-        yield from _rows(seconds, Row("losses", shown, "eager", shape[0], "", "naive"), extra=extra)
+        variants = {variant: (name, variant == "naive", shape) for variant in ("naive", name)}
+        calls = {variant: _each_round(_loss(*arguments)) for variant, arguments in variants.items()}
+        extra = {variant: {"peak_mib": _peak(_loss, *arguments)} for variant, arguments in variants.items()}
+        row = Row("losses", f"{name} on {'x'.join(map(str, shape))}", "eager", shape[0], "", "naive")
+        yield from _rows(interleave(calls, settings.repeats), row, extra)
 
 
 def _loading(settings: Settings) -> Iterator[Row]:
     """Reading, decoding and augmenting a batch, against a training step on it."""
-    import numpy as np
-    from PIL import Image
-
-    from afdslib.data.datasets import ArrayImages, FileImages, Files
-
     batch, size, name = settings.train_batch, settings.train_size, settings.networks[0]
     random = np.random.RandomState(settings.seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -649,8 +648,6 @@ def run(cases: Sequence[str], settings: Settings, show: Callable[[Row], object] 
 
 def environment(settings: Settings) -> dict[str, str]:
     """Device, threads and versions, for the file and the reader."""
-    import importlib.metadata
-
     facts = runs.environment()
     versions = {"torch": facts["versions"]["torch"], "afdslib": facts["versions"]["afdslib"]}
     for package in ("onnxruntime", "torch-pruning"):
@@ -693,25 +690,21 @@ def ratio(row: Any) -> str:
     return f"{1 / row.speedup:.2f}x [{1 / row.speedup_q3:.2f}, {1 / row.speedup_q1:.2f}] the time of {row.baseline}"
 
 
-def table(found: Sequence[Row], settings: Settings) -> list[dict[str, Any]]:
+def table(rows: Sequence[Row], settings: Settings) -> list[dict[str, Any]]:
     """Rows as dictionaries, rounded, each with device, threads and versions."""
-    where = environment(settings)
-    digits = {"macs": 0, "median_ms": 4, "q1_ms": 4, "q3_ms": 4}
-    made = []
-    for row in found:
-        values = {
-            key: round(value, digits.get(key, 3)) if isinstance(value, float) else value
-            for key, value in asdict(row).items()
-        }
-        made.append(values | where)
-    return made
+    digits, shared = {"macs": 0, "median_ms": 4, "q1_ms": 4, "q3_ms": 4}, environment(settings)
+
+    def rounded(name: str, value: Any) -> Any:
+        return round(value, digits.get(name, 3)) if isinstance(value, float) else value
+
+    return [{name: rounded(name, value) for name, value in vars(row).items()} | shared for row in rows]
 
 
-def to_csv(found: Sequence[Row], settings: Settings, path: str | Path) -> Path:
+def to_csv(rows: Sequence[Row], settings: Settings, path: str | Path) -> Path:
     """Writes a tidy CSV, atomically; missing values stay empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, [f.name for f in fields(Row)] + list(environment(settings)), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(table(found, settings))
+    writer.writerows(table(rows, settings))
     write_text(Path(path), text.getvalue())
     return Path(path)

@@ -28,7 +28,7 @@ from afdslib.inference import kernels
 from afdslib.inference.gates import inference
 from afdslib.inference.timing import interleave
 
-__all__ = ["ROUNDING", "TOLERANCE", "WAYS", "DynamicNetwork", "KernelConvBN", "dynamic", "margins"]
+__all__ = ["ROUNDING", "TOLERANCE", "WAYS", "DynamicNetwork", "dynamic", "margins"]
 
 WAYS = ("kernel", "mask")
 TOLERANCE = 1e-4
@@ -38,16 +38,6 @@ ROUNDING = 2e-6
 
 # In eval mode these return their input.
 _NOTHING = (nn.Identity, nn.Dropout, nn.Dropout2d)
-
-
-def _suits_kernel(conv: nn.Module) -> bool:
-    """Whether the kernel computes such a convolution: in float32 on the CPU, a square filter centred on a position."""
-    if not isinstance(conv, nn.Conv2d) or conv.groups != 1 or conv.padding_mode != "zeros":
-        return False
-    high, wide = conv.kernel_size
-    centred = high == wide and high % 2 == 1 and conv.padding in ((high // 2, wide // 2), "same")
-    known = centred and conv.stride[0] == conv.stride[1] and conv.dilation == (1, 1)
-    return known and conv.weight.device.type == "cpu" and conv.weight.dtype == torch.float32 and kernels.available()
 
 
 @torch.no_grad()
@@ -62,61 +52,6 @@ def _static_layer(conv: nn.Conv2d) -> AFSConvBN:
     if conv.bias is not None:
         layer.beta.copy_(conv.bias)
     return layer.eval()
-
-
-class KernelConvBN(nn.Module):
-    """A selected convolution of one image by our kernel; its weights are prepared once and it is not trained.
-
-    The batch norm's fixed statistics are folded into weights and bias: W' = W / std, b' = (b - mean) / std. Only rows
-    of living channels are kept, static ones first.
-
-    Args:
-        layer: the layer in eval mode; it is left as it is.
-
-    Shape:
-        - values: (1, n_in, H, W); index: their channel numbers (n_in,), or None for all channels
-        - pooled: means of the values over positions, (1, n_in); None without dynamic channels
-        - result: (1, n, H', W'), the numbers of these channels (n,), and their means over positions (1, n)
-    """
-
-    phi: Tensor
-    phi_bias: Tensor
-    weight: Tensor
-    terms: Tensor
-    gamma: Tensor
-    numbers: Tensor
-
-    @torch.no_grad()
-    def __init__(self, layer: AFSConvBN):
-        super().__init__()
-        conv, norm = layer.conv, layer.norm
-        dynamic = layer.m * layer.s > 0
-        static_rows, dynamic_rows = ((layer.m > 0) & ~dynamic).nonzero()[:, 0], dynamic.nonzero()[:, 0]
-        self.static = len(static_rows)
-        self.places = min(max(0, layer.k - self.static), len(dynamic_rows))
-        self.side, self.stride = conv.kernel_size[0], conv.stride[0]
-        numbers = torch.cat([static_rows, dynamic_rows])
-        scale = (norm.running_var + norm.eps).rsqrt()  # type: ignore[operator]
-        bias = ((0 if conv.bias is None else conv.bias) - norm.running_mean) * scale  # type: ignore[operator]
-        phi, phi_bias = layer.predictor_weights()
-        self.register_buffer("phi", phi[dynamic_rows].T.contiguous())
-        self.register_buffer("phi_bias", phi_bias[dynamic_rows].clone())
-        self.register_buffer("weight", (conv.weight * scale[:, None, None, None])[numbers].flatten(2).contiguous())
-        self.register_buffer("terms", torch.stack([bias, layer.beta])[:, numbers].contiguous())
-        self.register_buffer("gamma", layer.gamma[numbers].clone())
-        self.register_buffer("numbers", numbers)
-
-    def forward(
-        self, values: Tensor, index: Tensor | None, pooled: Tensor | None, relu: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return kernels.gated_conv(
-            values, index, pooled, phi=self.phi, phi_bias=self.phi_bias, weight=self.weight, terms=self.terms,
-            gamma=self.gamma, numbers=self.numbers, statics=self.static, places=self.places, side=self.side,
-            stride=self.stride, relu=relu,
-        )  # fmt: skip
-
-    def extra_repr(self) -> str:
-        return f"{self.static + self.places} of {len(self.numbers)} living"
 
 
 # ------------------------------------------------------------------------------------------------ the graph of kernels
@@ -180,14 +115,14 @@ class _Builder:
 
     def build(self) -> fx.GraphModule:
         for node in self.source.nodes:
-            self.maps[node] = self._output(node) if node.op == "output" else self._node(node)
+            if node.op == "output":
+                self.graph.output(fx.map_arg(node.args[0], self._whole))
+            else:
+                self.maps[node] = self._node(node)
         module = fx.GraphModule(self.root, self.graph, "DynamicPlan")
         module.graph.eliminate_dead_code()
         module.recompile()
         return module.eval().requires_grad_(False)
-
-    def _output(self, node: fx.Node) -> _Maps:
-        return _Maps(self.graph.output(fx.map_arg(node.args[0], self._whole)))
 
     def _node(self, node: fx.Node) -> _Maps:
         module = self.modules[str(node.target)] if node.op == "call_module" else None
@@ -201,7 +136,7 @@ class _Builder:
             return self._moved(inputs[0], module.index, module.width, node)
         if is_add(node) and len(inputs) == len(node.args) == 2 and not node.kwargs and self._are_maps(*inputs):
             return self._added(node, *(self._addend(n, node) for n in inputs))
-        if _suits_kernel(module) and self.maps[inputs[0]].index is not None:
+        if kernels.suits(module) and self.maps[inputs[0]].index is not None:
             # Without gates, but behind a layer with gates: only the channels that are there are read.
             return self._kernel(node, _static_layer(module))  # type: ignore[arg-type]
         shape = self.shapes[node.name]
@@ -249,7 +184,9 @@ class _Builder:
         name = f"places_{len(self.graph.nodes)}"
         self.root.register_buffer(name, places.clone())
         index = self.graph.get_attr(name)
-        return _Maps(maps.values, index if maps.index is None else self._call(operator.getitem, index, maps.index), width)
+        if maps.index is not None:
+            index = self._call(operator.getitem, index, maps.index)
+        return _Maps(maps.values, index, width)
 
     def _added(self, node: fx.Node, first: _Maps, second: _Maps) -> _Maps:
         if first.index is not None:
@@ -276,7 +213,7 @@ class _Builder:
         name = str(node.target)
         if not bool((layer.m > 0).any()):
             raise AFDSError(f"all channels of {name!r} are removed, so the network computes nothing there")
-        self.ways[name] = "kernel" if _suits_kernel(layer.conv) else "mask"
+        self.ways[name] = "kernel" if kernels.suits(layer.conv) else "mask"
         if self.ways[name] == "kernel":
             return self._kernel(node, layer)
         return _Maps(self.graph.node_copy(node, self._whole), channels=layer.m.numel(), owner=True)
@@ -289,7 +226,7 @@ class _Builder:
                 self.pooled[maps.values] = self._call(_pool, maps.values)
             pooled = self.pooled[maps.values]
         name = f"kernel_{node.name}"
-        self.root.add_module(name, KernelConvBN(layer))
+        self.root.add_module(name, kernels.KernelConvBN(layer))
         results = self.graph.call_module(name, (maps.values, maps.index, pooled, relu))
         values, index = (self._call(operator.getitem, results, i) for i in range(2))
         if relu:  # otherwise something else is done to the maps before they are pooled

@@ -27,8 +27,8 @@ from afdslib.base.atomic import atomic_path, output_path
 from afdslib.base.errors import AFDSError
 from afdslib.data import ImageDataset
 from afdslib.data.images import MEAN, STD
-from afdslib.inference.dynamic import KernelConvBN
 from afdslib.inference.gates import inference
+from afdslib.inference.kernels import KernelConvBN
 
 __all__ = ["KEY", "OPSET", "TOLERANCE", "Card", "export_run", "save_onnx", "session"]
 
@@ -103,17 +103,14 @@ def need(name: str) -> Any:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """The exporter's notes on its own operators are nothing a user can act on."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(disabled)
 
 
 def save_onnx(

@@ -6,9 +6,7 @@ time the same network with `afds bench --case networks --masks FILE`. The weight
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -88,6 +88,7 @@ def test_what_a_runtime_refuses_is_a_row_with_the_reason() -> None:
     assert found[2].note == "not in this runtime: AssertionError"
 
 
+@pytest.mark.slow
 def test_every_batch_size_is_compiled_for_itself(monkeypatch) -> None:
     compiled = []
     real = torch.compile
@@ -171,6 +172,7 @@ def test_naive_losses_are_the_same_losses(name: str) -> None:
     torch.testing.assert_close(ours, naive, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_of_the_call() -> None:
     peak = bench._peak(_allocate, 64)
     assert peak is None or 60 <= peak <= 90
@@ -250,6 +252,7 @@ def test_refusals(tmp_path: Path, capsys) -> None:
         assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_onnxruntime_runs_networks_whose_gates_select() -> None:
     model = afs.convert(tiny.network(stem="cifar"))
     afs.set_density(model, 0.5)

@@ -86,7 +86,7 @@ def test_only_kept_channels_are_computed() -> None:
     model, x = network(0.4), images(1)
     net, seen = dynamic.dynamic(model, x, way="kernel"), {}
     for name, module in net.kernel.named_children():
-        if isinstance(module, dynamic.KernelConvBN):
+        if isinstance(module, kernels.KernelConvBN):
             module.register_forward_hook(lambda _, args, out, name=name: seen.update({name: (args[0], out[0])}))
     net(x)
     layers = afs.layers(model)
@@ -147,12 +147,13 @@ def test_a_network_that_would_compute_something_else_is_refused(broken: str, mon
     if broken == "GatedInference":
         monkeypatch.setattr(dynamic, "inference", faulty)
     else:
-        real = kernels.gated_conv
-        monkeypatch.setattr(
-            kernels, "gated_conv", lambda values, index, pooled, *, stride, **more: real(
-                values, index, pooled, stride=stride, **more | {"gamma": more["gamma"] + 1, "phi": more["phi"] + 1}
-            )
-        )  # fmt: skip
+        real_forward = kernels.KernelConvBN.forward
+
+        def shifted(self, *arguments):
+            maps, *others = real_forward(self, *arguments)
+            return maps + 0.1, *others
+
+        monkeypatch.setattr(kernels.KernelConvBN, "forward", shifted)
     with pytest.raises(AFDSError, match="differs by .* of the largest output"):
         dynamic.dynamic(model, images(1))
 

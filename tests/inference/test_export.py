@@ -20,8 +20,7 @@ from afdslib.afs.compact import compact
 from afdslib.backbones.inputs import RAW, set_input
 from afdslib.base.errors import AFDSError
 from afdslib.data.images import MEAN, STD
-from afdslib.experiments.afs import MODEL
-from afdslib.inference import export, predict
+from afdslib.inference import export, gates, predict
 
 
 class Block(nn.Module):
@@ -58,13 +57,14 @@ def outputs(file: Path, images: torch.Tensor) -> torch.Tensor:
 
 def test_plain_operations_compute_what_the_gates_do(gated):
     for model in (gated.double(), compact(gated.double(), input_size=(3, 12, 12))):
-        frozen = export.inference(model)
+        frozen = gates.inference(model)
         assert random.difference(frozen, model, random.images(12)) <= 1e-12
-        assert any(isinstance(m, export.GatedInference) for m in frozen.modules())
+        assert any(isinstance(m, gates.GatedInference) for m in frozen.modules())
         assert not any(isinstance(m, afs.AFSConvBN) for m in frozen.modules())
     gated.float()
 
 
+@pytest.mark.slow
 def test_an_export_is_checked_on_the_images_that_are_given(tmp_path):
     class Narrow(torch.nn.Module):
         def forward(self, images):
@@ -77,6 +77,7 @@ def test_an_export_is_checked_on_the_images_that_are_given(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["gated", "compact"])
+@pytest.mark.slow
 def test_onnx_files_agree_with_torch_for_any_batch(gated, kind, tmp_path):
     model = gated if kind == "gated" else compact(gated, input_size=(3, 12, 12), fold_bn=True)
     card = export.Card(tuple("abcde"), 12, 14, network="block")
@@ -95,30 +96,7 @@ def test_onnx_files_agree_with_torch_for_any_batch(gated, kind, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]  # weights inside, no rest of writing
 
 
-def test_a_dynamic_network_is_exported_for_its_batch_size(gated, tmp_path):
-    from afdslib.inference.dynamic import dynamic
-
-    images = random.images(12, 1).float()
-    network = dynamic(compact(gated, input_size=(3, 12, 12)), images, ways="gather", static_shapes=True)
-    export.save_onnx(network, tmp_path / "net.onnx", (3, 12, 12), batch=1)
-    found, wanted = outputs(tmp_path / "net.onnx", images), gated(images).detach()
-    assert float((found - wanted).abs().max() / wanted.abs().max()) <= 1e-4
-
-
-def test_predictors_that_read_some_channels_only_are_right_in_onnxruntime(tmp_path):
-    """Its 1.31 multiplies a transposed matrix with a vector wrongly, where the matrix comes out of a Gather."""
-    from afdslib.inference import bench
-    from afdslib.inference.dynamic import dynamic
-
-    model = afs.convert(backbones.build("resnet14", 3, width=0.5))
-    afs.set_density(model, 0.3)
-    bench.random_gates(model, bench.photographs(12, 32, 0))
-    images = bench.photographs(1, 32, 1)
-    network = dynamic(model, images, ways="gather", static_shapes=True)
-    worst = export.save_onnx(network, tmp_path / "net.onnx", (3, 32, 32), batch=1, images=images)
-    assert 0 < worst <= export.TOLERANCE
-
-
+@pytest.mark.slow
 def test_ties_go_to_the_lowest_index_in_onnxruntime_too(tmp_path):
     torch.manual_seed(0)
     model = afs.convert(random.randomised(Block(), zeros=False)).float().eval()
@@ -133,9 +111,10 @@ def test_ties_go_to_the_lowest_index_in_onnxruntime_too(tmp_path):
         nn.init.zeros_(layer.predictor.weight), nn.init.ones_(layer.predictor.bias)
     afs.set_density(wide, 0.3)
     x = random.images(32).float()
-    assert random.difference(export.inference(wide), wide, x) <= 1e-5
+    assert random.difference(gates.inference(wide), wide, x) <= 1e-5
 
 
+@pytest.mark.slow
 def test_a_file_that_would_be_wrong_is_not_written(gated, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "TOLERANCE", 0.0)
     with pytest.raises(AFDSError, match="differ by"):
@@ -145,6 +124,7 @@ def test_a_file_that_would_be_wrong_is_not_written(gated, tmp_path, monkeypatch)
         export.save_onnx(tiny.network(), tmp_path / "net.onnx", (3, 16, 16))
 
 
+@pytest.mark.slow
 def test_outputs_that_are_not_finite_and_opsets_that_are_not_written_are_refused(gated, tmp_path, monkeypatch):
     with pytest.raises(AFDSError, match="cannot write opset 11 here"):
         export.save_onnx(gated, tmp_path / "net.onnx", (3, 12, 12), opset=11)
@@ -212,7 +192,7 @@ def trained(home) -> str:
     """The id of a finished run whose network lost a few channels."""
     tiny.store(home)
     id = runs.run_id(tiny.AFS_SOURCE)
-    file = home / "runs" / id / MODEL
+    file = home / "runs" / id / runs.MODEL
     model = afs.load(file)
     for layer in afs.layers(model).values():
         layer.m[1:2], layer.s[2:3] = 0, 0
@@ -241,11 +221,12 @@ def probabilities(output: str) -> dict[str, list[float]]:
     return found
 
 
+@pytest.mark.slow
 def test_a_run_is_exported_in_both_formats_and_both_predict_alike(trained, exported, home, afds):
     with tiny.served():
         code, output, _ = afds("export", "--run", trained, "--format", "onnx")
     assert code == 0 and f"{trained}.onnx" in output and "3 classes, 16 px" in output
-    small, model = afs.load(exported), afs.load(home / "runs" / trained / MODEL)
+    small, model = afs.load(exported), afs.load(home / "runs" / trained / runs.MODEL)
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
     with safe_open(str(exported), framework="pt") as file:
         card = export.Card.from_json(file.metadata()[export.KEY])
@@ -266,7 +247,7 @@ def test_a_run_is_exported_in_both_formats_and_both_predict_alike(trained, expor
 
 
 def test_a_network_that_was_trained_on_raw_pixels_is_exported_so(trained, home):
-    file = home / "runs" / trained / MODEL
+    file = home / "runs" / trained / runs.MODEL
     model = afs.load(file)
     set_input(model, RAW)
     afs.save(model, file)
@@ -315,6 +296,7 @@ def test_files_that_are_no_images(exported, home, refused):
     assert "there is no image" in refused("predict", str(home), *model)
 
 
+@pytest.mark.slow
 def test_model_files_that_are_damaged_or_foreign(exported, gated, home, refused):
     image = picture(home / "red.png")
     whole = exported.read_bytes()
@@ -361,8 +343,8 @@ def test_runs_that_cannot_be_exported(trained, home, refused):
         (home / "file").touch()
         out = os.path.join("file", "net.safetensors")
         assert "the folder file of" in refused("export", "--run", trained, "--format", "torch", "--out", out)
-        os.remove(home / "runs" / trained / MODEL)
-        assert f"run {trained} has no {MODEL}" in refused("export", "--run", trained)
+        os.remove(home / "runs" / trained / runs.MODEL)
+        assert f"run {trained} has no {runs.MODEL}" in refused("export", "--run", trained)
     result = home / "runs" / trained / "result.json"
     record = json.loads(result.read_text())
     result.write_text(json.dumps({**record, "metrics": {"diverged": "at step 3", "steps": 0}}))

@@ -38,7 +38,7 @@ def layer(inputs: int, outputs: int, side: int, stride: int, density: float, *, 
 @torch.no_grad()
 def computed(made: AFSConvBN, x: torch.Tensor, index: torch.Tensor | None, *, relu: bool) -> torch.Tensor:
     """What the kernel gives, as a whole map; its means are checked on the way."""
-    own = dynamic.KernelConvBN(made)
+    own = kernels.KernelConvBN(made)
     values = x if index is None else x[:, index]
     before = values.clone()
     maps, kept, means = own(values, index, values.mean((2, 3)), relu)
@@ -105,6 +105,7 @@ print("read nothing behind")
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_nothing_behind_the_maps_is_read() -> None:
     root = Path(__file__).parents[2]
     folders = [str(root / "tests" / name) for name in ("inference", "support")]
@@ -121,7 +122,7 @@ def test_ties_go_to_the_lowest_channel_and_importance_zero_is_exactly_zero() -> 
         made.predictor.weight.zero_()
         # Three are positive, and the first 0 is the fourth.
         made.predictor.bias.copy_(torch.tensor([0.0, 1, -1, 1, 0, 1, 0, 0]))
-    maps, kept, _ = dynamic.KernelConvBN(made)(x, None, x.mean((2, 3)))
+    maps, kept, _ = kernels.KernelConvBN(made)(x, None, x.mean((2, 3)))
     assert kept.tolist() == [0, 1, 3, 5]
     assert not maps[0, 0].any() and all(bool(maps[0, i].any()) for i in (1, 2, 3))
 
@@ -160,6 +161,7 @@ def test_a_network_of_kernels_equals_the_masked_one_and_runs_no_relu_of_torch() 
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "echo 'a b'"])
+@pytest.mark.slow
 def test_without_a_working_compiler_layers_are_masked(compiler, monkeypatch) -> None:
     monkeypatch.setenv("CXX", compiler)
     kernels._library.cache_clear()

@@ -18,9 +18,11 @@ import tempfile
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["add_relu", "available", "gated_conv"]
+from afdslib.afs.layer import AFSConvBN
+
+__all__ = ["KernelConvBN", "add_relu", "available", "suits"]
 
 _SOURCE = Path(__file__).with_name("gated_conv.cpp")
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
@@ -40,27 +42,21 @@ def _library() -> ctypes.CDLL | None:
     if shutil.which(command[0]) is None:
         return None
     with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / "kernels.so"
+        file = Path(folder) / "kernels.so"
         try:
-            subprocess.run(
-                [*command, *_FLAGS, str(_SOURCE), "-o", str(made)], check=True, capture_output=True, timeout=_SECONDS
-            )
-            # torch has loaded its OpenMP before, so both use the same threads.
-            library = ctypes.CDLL(str(made))
+            command += [*_FLAGS, str(_SOURCE), "-o", str(file)]
+            subprocess.run(command, check=True, capture_output=True, timeout=_SECONDS)
+            library = ctypes.CDLL(str(file))  # torch has loaded its OpenMP before, so both use the same threads
         except (OSError, subprocess.SubprocessError) as error:
-            said = getattr(error, "stderr", None) or str(error).encode()
-            logging.getLogger(__name__).debug("no kernels: %s", said.decode(errors="replace"))
+            reason = getattr(error, "stderr", None) or str(error).encode()
+            logging.getLogger(__name__).debug("no kernels: %s", reason.decode(errors="replace"))
             return None
-    library.afds_gated_conv.restype = None
+    pointer, integer, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    library.afds_gated_conv.restype = library.afds_add_relu.restype = None
     library.afds_gated_conv.argtypes = [
-        ctypes.POINTER(_Layer), *[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 3, *[ctypes.c_int] * 2,
-        *[ctypes.c_void_p] * 3,
+        ctypes.POINTER(_Layer), *[pointer] * 3, *[integer] * 3, *[number] * 2, *[pointer] * 3,
     ]  # fmt: skip
-    library.afds_add_relu.restype = None
-    library.afds_add_relu.argtypes = [
-        ctypes.c_void_p, *[ctypes.c_int64] * 2, *[ctypes.c_void_p] * 2, ctypes.c_int64, *[ctypes.c_int] * 2,
-        ctypes.c_void_p,
-    ]  # fmt: skip
+    library.afds_add_relu.argtypes = [pointer, *[integer] * 2, *[pointer] * 2, integer, *[number] * 2, pointer]
     return library
 
 
@@ -76,65 +72,86 @@ def available() -> bool:
     return _library() is not None
 
 
-def gated_conv(
-    values: Tensor,
-    index: Tensor | None,
-    pooled: Tensor | None,
-    *,
-    phi: Tensor,
-    phi_bias: Tensor,
-    weight: Tensor,
-    terms: Tensor,
-    gamma: Tensor,
-    numbers: Tensor,
-    statics: int,
-    places: int,
-    side: int,
-    stride: int,
-    relu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gates, selection and convolution of one image in one pass, in float32 on the CPU.
+def suits(conv: nn.Module | None) -> bool:
+    """Whether the kernel computes such a convolution: in float32 on the CPU, a square filter centred on a position."""
+    if not isinstance(conv, nn.Conv2d) or conv.groups != 1 or conv.padding_mode != "zeros":
+        return False
+    high, wide = conv.kernel_size
+    centred = high == wide and high % 2 == 1 and conv.padding in ((high // 2, wide // 2), "same")
+    known = centred and conv.stride[0] == conv.stride[1] and conv.dilation == (1, 1)
+    return known and conv.weight.device.type == "cpu" and conv.weight.dtype == torch.float32 and available()
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+class KernelConvBN(nn.Module):
+    """Gates, selection and convolution of one image in one pass; weights are prepared once and not trained.
+
+    The batch norm's fixed statistics are folded into weights and bias: W' = W / std, b' = (b - mean) / std. Only rows
+    of living channels are kept, static ones first.
 
     Args:
-        values: the input's maps, (1, n, H, W).
-        index: their channel numbers, (n,), or None for all channels in order.
-        pooled: their means over positions, (1, n); None without dynamic channels.
-        phi: the predictor by input, (in_channels, dynamic).
-        phi_bias: (dynamic,).
-        weight: of the living channels, static ones first, (rows, in_channels, side * side).
-        terms: their biases and betas, (2, rows).
-        gamma: their constant scales, (rows,).
-        numbers: their channel numbers, (rows,).
-        statics: how many are static.
-        places: how many of the dynamic ones are selected.
-        side: height and width of the filters, odd; side // 2 zeros surround the maps.
-        stride: in both directions.
-        relu: whether negative results become 0.
+        layer: one whose convolution `suits`, in eval mode; it is left as it is.
 
-    Returns:
-        The maps of the kept channels, (1, statics + places, H', W'), their channel numbers by ascending row,
-        (statics + places,), and the maps' means over positions, (1, statics + places).
+    Shape:
+        - values: (1, n_in, H, W); index: their channel numbers (n_in,), or None for all channels in order
+        - pooled: means of the values over positions, (1, n_in); None without dynamic channels
+        - result: the kept channels (1, n, H', W'), their numbers by ascending row (n,), and their means over positions
+          (1, n); with `relu` negative values become 0
 
     Raises:
-        RuntimeError: if `available` says no.
+        RuntimeError: when it is called and `available` says no.
     """
-    values, index = values.contiguous(), None if index is None else index.contiguous()
-    pooled = None if pooled is None else pooled.contiguous()
-    _, inputs, height, width = values.shape
-    outputs = statics + places
-    made = values.new_empty(1, outputs, (height - 1) // stride + 1, (width - 1) // stride + 1)
-    kept = torch.empty(outputs, dtype=torch.int64)
-    means = values.new_empty(1, outputs)
-    layer = _Layer(
-        phi.data_ptr(), phi_bias.data_ptr(), weight.data_ptr(), terms.data_ptr(), gamma.data_ptr(), numbers.data_ptr(),
-        weight.shape[1], weight.shape[0], statics, phi_bias.shape[0], places, side, stride,
-    )  # fmt: skip
-    _loaded().afds_gated_conv(
-        layer, values.data_ptr(), None if index is None else index.data_ptr(),
-        None if pooled is None else pooled.data_ptr(), inputs, height, width, relu, torch.get_num_threads(),
-        made.data_ptr(), kept.data_ptr(), means.data_ptr(),
-    )  # fmt: skip
-    return made, kept, means
+
+    phi: Tensor
+    phi_bias: Tensor
+    weight: Tensor
+    terms: Tensor
+    gamma: Tensor
+    numbers: Tensor
+
+    @torch.no_grad()
+    def __init__(self, layer: AFSConvBN):
+        super().__init__()
+        conv, norm = layer.conv, layer.norm
+        dynamic = layer.m * layer.s > 0
+        static_rows, dynamic_rows = ((layer.m > 0) & ~dynamic).nonzero()[:, 0], dynamic.nonzero()[:, 0]
+        self.static = len(static_rows)
+        self.places = min(max(0, layer.k - self.static), len(dynamic_rows))
+        self.side, self.stride = conv.kernel_size[0], conv.stride[0]
+        numbers = torch.cat([static_rows, dynamic_rows])
+        scale = (norm.running_var + norm.eps).rsqrt()  # type: ignore[operator]
+        bias = ((0 if conv.bias is None else conv.bias) - norm.running_mean) * scale  # type: ignore[operator]
+        phi, phi_bias = layer.predictor_weights()
+        self.register_buffer("phi", phi[dynamic_rows].T.contiguous())  # (C_in, dynamic)
+        self.register_buffer("phi_bias", phi_bias[dynamic_rows].clone())
+        self.register_buffer("weight", (conv.weight * scale[:, None, None, None])[numbers].flatten(2).contiguous())
+        self.register_buffer("terms", torch.stack([bias, layer.beta])[:, numbers].contiguous())
+        self.register_buffer("gamma", layer.gamma[numbers].clone())
+        self.register_buffer("numbers", numbers)
+
+    def forward(
+        self, values: Tensor, index: Tensor | None, pooled: Tensor | None, relu: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        values, index, pooled = (None if t is None else t.contiguous() for t in (values, index, pooled))  # type: ignore
+        _, inputs, height, width = values.shape
+        outputs, rows, in_channels = self.static + self.places, len(self.numbers), self.weight.shape[1]
+        maps = values.new_empty(1, outputs, (height - 1) // self.stride + 1, (width - 1) // self.stride + 1)
+        kept, means = torch.empty(outputs, dtype=torch.int64), values.new_empty(1, outputs)
+        layer = _Layer(
+            *map(_address, (self.phi, self.phi_bias, self.weight, self.terms, self.gamma, self.numbers)),
+            in_channels, rows, self.static, len(self.phi_bias), self.places, self.side, self.stride,
+        )  # fmt: skip
+        _loaded().afds_gated_conv(
+            layer, *map(_address, (values, index, pooled)), inputs, height, width, relu, torch.get_num_threads(),
+            *map(_address, (maps, kept, means)),
+        )  # fmt: skip
+        return maps, kept, means
+
+    def extra_repr(self) -> str:
+        return f"{self.static + self.places} of {len(self.numbers)} living"
 
 
 def add_relu(stream: Tensor, values: Tensor, index: Tensor, means: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,9 @@
 // The selected convolution of one image: gates, selection, gathering of weights, convolution, scale, shift and ReLU.
 //
 // Maps are (channels, height * width) in float32. A filter is as wide as high, and as many zeros surround the map as it
-// has positions on either side of its centre. Weights are gathered for the kept outputs and the present inputs only, scaled by the gates on the
-// way, into panels of PANEL rows; tiles of PANEL rows times BLOCK positions are then summed up in registers.
+// has positions on either side of its centre. Weights are gathered for the kept outputs and the present inputs only,
+// scaled by the gates on the way, into panels of PANEL rows; tiles of PANEL rows times BLOCK positions are then summed
+// up in registers.
 
 #include <algorithm>
 #include <cstdint>
@@ -41,27 +42,12 @@ void tile(const float* w, const float* b, const int64_t* offsets, int64_t steps,
 
 using Tile = void (*)(const float*, const float*, const int64_t*, int64_t, const float*, float*);
 
-template <int M>
-Tile tile_of(int vectors) {
-    static_assert(VECTORS == 3, "one case per number of vectors");
-    return vectors == 1 ? tile<M, 1> : vectors == 2 ? tile<M, 2> : tile<M, 3>;
-}
-
+template <int M = PANEL>
 Tile tile_of(int rows, int vectors) {
-    switch (rows) {
-        case 1: return tile_of<1>(vectors);
-        case 2: return tile_of<2>(vectors);
-        case 3: return tile_of<3>(vectors);
-#ifdef __AVX512F__
-        case 4: return tile_of<4>(vectors);
-        case 5: return tile_of<5>(vectors);
-        case 6: return tile_of<6>(vectors);
-        case 7: return tile_of<7>(vectors);
-        default: return tile_of<8>(vectors);
-#else
-        default: return tile_of<4>(vectors);
-#endif
-    }
+    static_assert(VECTORS == 3, "one case per number of vectors");
+    if constexpr (M > 1)
+        if (rows < M) return tile_of<M - 1>(rows, vectors);
+    return vectors == 1 ? tile<M, 1> : vectors == 2 ? tile<M, 2> : tile<M, 3>;
 }
 
 // Asks for memory that is read soon: the processor cannot foresee which row comes next.
@@ -286,9 +272,9 @@ void afds_gated_conv(const Layer* layer, const float* x, const int64_t* index, c
             // Each thread packs a panel and uses it while it is in its own cache; the next one is fetched meanwhile.
 #pragma omp for schedule(static) nowait
             for (int64_t panel = 0; panel < panels; ++panel) {
-                float* mine = packed + me * steps * PANEL;
-                pack(panel, mine);
-                for (int64_t block = 0; block < blocks; ++block) compute(panel, block, mine);
+                float* weights = packed + me * steps * PANEL;
+                pack(panel, weights);
+                for (int64_t block = 0; block < blocks; ++block) compute(panel, block, weights);
             }
         } else {
 #pragma omp for schedule(static)
