@@ -59,6 +59,9 @@ def text(folder: Path) -> Path:
     return devkit(folder) / "data" / imagenet.GROUND_TRUTH
 
 
+SORTED = {image(n): WNIDS[i] for n, i in enumerate(IDS, 1)}
+
+
 @pytest.fixture
 def tree(make, home) -> Path:
     folder = make.tree("imagenet", {"train": {w: 2 + (w == WNIDS[1]) for w in WNIDS.values()}})
@@ -73,7 +76,7 @@ def placed(tree: Path) -> dict[str, str]:
 def test_each_kind_of_list_sorts_the_flat_folder(tree, tmp_path, labels):
     folder, moved, counts = arrange(tree, labels(tmp_path), expected=EXPECTED)
     assert folder == tree and moved == 6 and counts == EXPECTED
-    assert placed(tree) == {image(n): WNIDS[i] for n, i in enumerate(IDS, 1)}
+    assert placed(tree) == SORTED
     assert arrange(tree, expected=EXPECTED)[1] == 0  # sorted already: no list is needed
     splits = data.load("imagenet", tree, holdout=False)
     assert len(splits.train) == 7 and len(splits.test) == 6 and splits.validation is None
@@ -95,7 +98,7 @@ def test_the_list_is_found_beside_the_tree_and_an_interrupted_sort_goes_on(tree,
         arrange(tree, expected=EXPECTED)
     assert sum(folder != "val" for folder in placed(tree).values()) == 2
     assert arrange(tree.parent, expected=EXPECTED)[1] == 4
-    assert placed(tree) == {image(n): WNIDS[i] for n, i in enumerate(IDS, 1)}
+    assert placed(tree) == SORTED
 
 
 def test_a_flat_folder_is_not_loaded(tree):
@@ -106,28 +109,20 @@ def test_a_flat_folder_is_not_loaded(tree):
 @pytest.mark.parametrize(
     "spoil, words",
     [
-        (lambda tree, file: file.unlink(), "there is no file .*own.csv: give ILSVRC2012_devkit_t12.tar.gz"),
-        (lambda tree, file: file.write_text(file.read_text().split("\n")[0]), "5 images of .*val have no class"),
-        (lambda tree, file: file.write_text(file.read_text().replace(",n01440764", ",")), r"line 3 of .*own.csv"),
-        (
-            lambda tree, file: file.write_text(file.read_text().replace("n01440764", "n99999999")),
-            "'n99999999' of the list has no folder in .*train",
-        ),
-        (
-            lambda tree, file: (tree / "train" / WNIDS[2] / "000.jpg").unlink(),
-            "3 classes, 6 training and 6 validation images, where ImageNet has 3 classes, 7 training",
-        ),
+        (lambda file, text: file.unlink(), "there is no file .*own.csv: give ILSVRC2012_devkit_t12.tar.gz"),
+        (lambda file, text: file.write_text(text.split("\n")[0]), "5 images of .*val have no class"),
+        (lambda file, text: file.write_text(text.replace(",n01440764", ",")), r"line 3 of .*own.csv"),
+        (lambda file, text: file.write_text(text.replace("n01440764", "n99999999")), "'n99999999' .* has no folder in"),
+        (lambda file, text: file.write_bytes(text.encode("utf-16")), "own.csv cannot be read"),
     ],
-    ids=["missing", "short", "empty-class", "foreign", "count"],
+    ids=["missing", "short", "empty-class", "foreign", "utf-16"],
 )
 def test_what_does_not_fit_is_one_sentence_and_nothing_is_moved(tree, tmp_path, spoil, words):
     file = plain(tmp_path)
-    spoil(tree, file)
+    spoil(file, file.read_text())
     with pytest.raises(AFDSError, match=words) as caught:
         arrange(tree, file, expected=EXPECTED)
-    assert "\n" not in str(caught.value)
-    if "where ImageNet has" not in words:
-        assert set(placed(tree).values()) == {"val"}
+    assert "\n" not in str(caught.value) and set(placed(tree).values()) == {"val"}
 
 
 def test_an_image_in_the_folder_of_another_class_is_named(tree, tmp_path):
@@ -139,26 +134,24 @@ def test_an_image_in_the_folder_of_another_class_is_named(tree, tmp_path):
 
 
 def test_damaged_devkits_are_one_sentence(tmp_path):
+    def refused(path, words):
+        with pytest.raises(AFDSError, match=words):
+            read_labels(path)
+
     folder = devkit(tmp_path)
     (folder / "data" / imagenet.META).write_bytes(b"no mat file at all")
-    with pytest.raises(AFDSError, match="the devkit .* cannot be read"):
-        read_labels(folder)
+    refused(folder, "the devkit .* cannot be read")
     (folder / "data" / imagenet.META).unlink()
-    with pytest.raises(AFDSError, match="is no ImageNet devkit: it lacks meta.mat"):
-        read_labels(folder)
+    refused(folder, "is no ImageNet devkit: it lacks meta.mat")
     named = tmp_path / imagenet.DEVKIT
     with tarfile.open(named, "w:gz") as archive:
         archive.addfile(tarfile.TarInfo("empty"), io.BytesIO())
-    with pytest.raises(AFDSError, match="has another md5"):
-        read_labels(named)
+    refused(named, "has another md5")
     other = named.rename(tmp_path / "other.tar.gz")
-    with pytest.raises(AFDSError, match="is no ImageNet devkit: it lacks"):
-        read_labels(other)
+    refused(other, "is no ImageNet devkit: it lacks")
     other.write_bytes(b"cut")
-    with pytest.raises(AFDSError, match="is damaged"):
-        read_labels(other)
-    with pytest.raises(AFDSError, match="says no classes"):
-        read_labels(Path(__file__))
+    refused(other, "is damaged")
+    refused(Path(__file__), "says no classes")
 
 
 def test_the_command_sorts_and_counts(tree, tmp_path, capsys):
