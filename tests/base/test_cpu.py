@@ -39,30 +39,23 @@ def _network():
     return nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.Flatten(), nn.Linear(4 * 16, 5))
 
 
-def _pass(context, x):
-    model = _network()
-    with context:
-        y = model(x)
-    y.float().square().sum().backward()
-    return y, [p.grad for p in model.parameters()]
-
-
-def _near(got, expected):
-    # Another order of sums may round to the neighbouring bf16 value (2 ** -8), which the gradients then sum up.
-    torch.testing.assert_close(got, expected, rtol=2**-6, atol=2**-7 * float(expected.detach().abs().max()))
-
-
 def test_values_and_gradients_are_those_of_torchs_own_bf16_kernels(no_instructions):
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+    def values(context):
+        model = _network()
+        with context:
+            y = model(x)
+        y.float().square().sum().backward()
+        assert y.dtype is torch.bfloat16
+        return [y.float(), *(p.grad for p in model.parameters())]
+
     with Convolutions() as seen:
-        y, grads = _pass(training.autocast(CPU, "bf16"), x)
+        got = values(training.autocast(CPU, "bf16"))
     assert seen.types == {torch.float32}  # no bf16 kernel ran, forwards or backwards
-    expected, expected_grads = _pass(torch.autocast("cpu", torch.bfloat16), x)
-    assert y.dtype is expected.dtype is torch.bfloat16
-    _near(y.float(), expected.float())
-    for got, want in zip(grads, expected_grads, strict=True):
-        assert got.dtype is want.dtype is torch.float32
-        _near(got, want)
+    for one, expected in zip(got, values(torch.autocast("cpu", torch.bfloat16)), strict=True):
+        # Another order of sums may round to the neighbouring bf16 value (2 ** -8), which the gradients then sum up.
+        torch.testing.assert_close(one, expected, rtol=2**-6, atol=2**-7 * float(expected.detach().abs().max()))
 
 
 def test_operands_and_result_are_rounded_to_bf16_inside_autocast_only(no_instructions):
