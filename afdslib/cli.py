@@ -251,8 +251,8 @@ def report(profile: ProfileName) -> None:
 @app.command()
 def resume(id: Annotated[str, typer.Argument(help="The run, or the beginning of its id.")]) -> None:
     """Continue an interrupted training run from its last checkpoint."""
+    import afdslib.experiments  # noqa: F401  (every kind of run)
     from afdslib import runs
-    from afdslib.studies import comparison, recipes  # noqa: F401  (they register the kinds of runs)
 
     result = runs.resume(id)
     typer.echo(json.dumps(result.metrics, indent=2))
@@ -627,7 +627,7 @@ def export(
     out: Annotated[str | None, typer.Option(help="The file; default: the run's id in the working folder.")] = None,
 ) -> None:
     """Write a run's network without its removed channels, with class names and preprocessing, to one file."""
-    from afdslib.experiments import student as distillation  # noqa: F401  (they register the kinds of runs)
+    import afdslib.experiments  # noqa: F401  (every kind of run)
     from afdslib.inference import export as exports
 
     path, card = exports.export_run(run, format, out)

@@ -13,7 +13,7 @@ from PIL import Image
 from afdslib import afs, backbones, cli, runs
 from afdslib.base import paths
 from afdslib.base.errors import AFDSError
-from afdslib.experiments.afs import DataSource, Network
+from afdslib.experiments import DataSource, Network
 from afdslib.studies import profiles
 from afdslib.studies.profiles import Candidates, Profile
 from afdslib.studies.sweep import Study

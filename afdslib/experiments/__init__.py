@@ -3,6 +3,35 @@
 Importing the package imports every kind of run, so that a stored configuration can be rebuilt by the name of its class.
 """
 
-from afdslib.experiments import afs, competitors, delta, extended, student
+from afdslib.experiments.afs import TransferRun
+from afdslib.experiments.competitors import DenseRun, FBSGatesRun, FBSRun, NarrowRun, PrunedRun, Selection
+from afdslib.experiments.config import DataSource, Network, check_budgets
+from afdslib.experiments.delta import ChannelWeightsRun, weights_run
+from afdslib.experiments.photo import Photographs, PhotoRun, Published
+from afdslib.experiments.source import AFSSourceRun, ExtendedSourceRun, SourceRun
+from afdslib.experiments.stage import OBJECTIVE
+from afdslib.experiments.student import Distillation, StudentRun
 
-__all__ = ["afs", "competitors", "delta", "extended", "student"]
+__all__ = [
+    "OBJECTIVE",
+    "AFSSourceRun",
+    "ChannelWeightsRun",
+    "DataSource",
+    "DenseRun",
+    "Distillation",
+    "ExtendedSourceRun",
+    "FBSGatesRun",
+    "FBSRun",
+    "NarrowRun",
+    "Network",
+    "PhotoRun",
+    "Photographs",
+    "PrunedRun",
+    "Published",
+    "Selection",
+    "SourceRun",
+    "StudentRun",
+    "TransferRun",
+    "check_budgets",
+    "weights_run",
+]

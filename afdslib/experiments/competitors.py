@@ -12,126 +12,54 @@ mends it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
-from afdslib import afs, backbones, data, runs, training
+from afdslib import afs, data, runs, training
 from afdslib.afs import macs
 from afdslib.afs.shrink import groups, shrink
 from afdslib.base.atomic import write_json
 from afdslib.base.errors import AFDSError
 from afdslib.data import Splits
-from afdslib.experiments.afs import (
-    MODEL,
-    OBJECTIVE,
-    DataSource,
-    Network,
-    _gate_metrics,
-    _input_size,
-    _measure,
-    _save,
-    _training_macs,
-    diverges,
-)
-from afdslib.experiments.delta import weights_for
-from afdslib.experiments.extended import ExtendedSourceRun
+from afdslib.experiments.config import DataSource, Network, check, check_budgets, check_count
+from afdslib.experiments.measure import input_size
+from afdslib.experiments.source import ExtendedSourceRun, network_of
+from afdslib.experiments.stage import OBJECTIVE, Event, Point, Stage, with_classifier
 from afdslib.losses.kd import Distil
 from afdslib.losses.sparsity import GateL1, ScaleL1
-from afdslib.losses.term import TAUGHT, TERMS, Term
+from afdslib.losses.term import TERMS, Term
 from afdslib.pruning import boosted, choose, lower_density, scores
 from afdslib.pruning.budget import ROOM
 from afdslib.pruning.criteria import CRITERIA, NORMALISATIONS
 from afdslib.pruning.fbs import gates_alone
 from afdslib.pruning.narrow import network_macs
+from afdslib.runs import MODEL
 from afdslib.training import Optimisation
 from afdslib.training.features import Teacher, feature_names
-from afdslib.training.kept_channels import Channels, matching
-from afdslib.training.objective import Objective, Regulariser
+from afdslib.training.kept_channels import matching
+from afdslib.training.objective import Regulariser
 
 __all__ = ["DenseRun", "FBSGatesRun", "FBSRun", "NarrowRun", "PrunedRun", "Selection"]
 
 KEPT = "kept.json"
 
 
-def _share(value: object, *, above: bool = True) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and (0 < value if above else 0 <= value) and value < float("inf")  # type: ignore[operator]
+def _from(field: str, name: str) -> Any:
+    """A property that a point takes from the first one of its chain."""
+    return property(lambda self: getattr(getattr(self, field), name))
 
 
-def _check_tail(budgets: tuple[float, ...]) -> None:
-    """Refuses budgets after the unpruned one that do not decrease within (0, 1)."""
-    fine = bool(budgets) and all(_share(b) and b < 1 for b in budgets)
-    if not fine or any(x <= y for x, y in zip(budgets, budgets[1:], strict=False)):
-        raise AFDSError(f"budgets must decrease and lie between 0 and 1, got {budgets!r}")
-
-
-class _Point:
-    """What the points of all competitors share: loading, the objective, and one way to measure."""
-
-    source: ExtendedSourceRun
-    data: DataSource
-    regulariser: Regulariser
-    seed: int
-    use_test: bool
-
-    def splits(self) -> Splits:
-        """The data; a trial's hold no test image."""
-        return self.data.load() if self.use_test else data.sealed(self.data.load())
-
-    def objective(
-        self,
-        run: runs.Run,
-        model: nn.Module,
-        source: nn.Module,
-        settings: Optimisation,
-        size: tuple[int, int, int],
-        *,
-        channels: Channels | None = None,
-        penalties: Sequence[Term] = (),
-    ) -> Objective:
-        return Objective(
-            model, self.regulariser, source, size, label_smoothing=settings.label_smoothing, channels=channels,
-            weights=weights_for(self.regulariser, self.source, self.data, run), terms=penalties,
-        )  # fmt: skip
-
-    def prepare(self, run: runs.Run, objective: Objective, splits: Splits, settings: Optimisation) -> int:
-        """Trains a detached attention before the first step of the first stage; returns its steps."""
-        if self.regulariser.name != "afd" or self.regulariser.attention != "detached":
-            return 0
-        if run.load_checkpoint() is None:
-            batches = training.first_batches(splits.train, settings.batch_size, self.seed, settings.steps)
-            objective.prepare(batches, len(splits.classes))
-        return settings.steps
-
-
-def _plain(config: ExtendedSourceRun, run: runs.Run) -> nn.Module:
-    return afs.load(runs.get_or_run(config, store=run.store, needs=(MODEL,)).artifact(MODEL))
-
-
-def _architecture(model: nn.Module) -> dict[str, Any]:
-    return getattr(model, "architecture")  # noqa: B009 (torch's annotation of attributes is tensor or module)
-
-
-def _forwards(regulariser: Regulariser) -> float:
-    return 1.0 if TERMS[regulariser.name].needs & TAUGHT else 0.0
-
-
-def _with_classifier(model: nn.Module, splits: Splits, seed: int) -> nn.Module:
-    backbones.reset_classifier(model, len(splits.classes), generator=torch.Generator().manual_seed(seed))
-    return model
-
-
-# ------------------------------------------------------------------------------------------------------ dense networks
+# dense networks
 
 
 @runs.register
 @dataclass(frozen=True)
-class DenseRun(_Point):
+class DenseRun(Point):
     """The unpruned point of every static method: one run, shared by the criteria that need nothing else.
 
     Attributes:
@@ -154,48 +82,25 @@ class DenseRun(_Point):
     seed: int = 0
     use_test: bool = True
 
-    def __post_init__(self) -> None:
-        if not _share(self.scale_l1, above=False):
-            raise AFDSError(f"scale_l1 must be a number of at least 0, got {self.scale_l1!r}")
-
-    parent = None
-    times = "1x"
     budgets = (1.0,)
+
+    def __post_init__(self) -> None:
+        check(self, "a number of at least 0", lambda value: value >= 0, "scale_l1")
 
     @property
     def penalties(self) -> tuple[Term, ...]:
         """Slimming's term, where it is asked for."""
         return (ScaleL1(self.scale_l1),) if self.scale_l1 else ()
 
-    @diverges
-    def execute(self, run: runs.Run) -> dict[str, Any]:
-        splits, settings = self.splits(), self.optimisation
-        size, source = _input_size(splits), _plain(self.source, run)
-        model = _with_classifier(_plain(self.source, run), splits, self.seed)
+    def start(self, run: runs.Run, splits: Splits) -> Stage:
+        source = network_of(self.source, run)
+        model = with_classifier(network_of(self.source, run), splits, self.seed)
         torch.manual_seed(self.seed)  # of the attention's weights
-        objective = self.objective(run, model, source, settings, size, penalties=self.penalties)
-        model.to(training.device())
-        objective.place(training.device())
-        attention_steps = self.prepare(run, objective, splits, settings)
-        dense = macs.count(model, size).total
-        training.fit(
-            model, splits.train, objective, settings, run, seed=self.seed,
-            label=f"{self.regulariser.name} seed {self.seed} dense",
-        )  # fmt: skip
-        metrics = _measure(model, splits, settings, dense, 1.0, images=self.macs_images, use_test=self.use_test)
-        _save(run, model, objective)
-        channels = sum(group.width for group in groups(model, size))
-        return metrics | {
-            "density": 1.0,
-            "removed": 0,
-            "static": channels,
-            "dynamic": 0,
-            "steps": settings.steps + attention_steps,
-            "training_macs": _training_macs(model, size, settings, _forwards(self.regulariser)),
-        }
+        label = f"{self.regulariser.name} seed {self.seed} dense"
+        return Stage(model, source, self.optimisation, label, terms=self.penalties)
 
 
-# ------------------------------------------------------------------------------------------------------ static pruning
+# static pruning
 
 
 @dataclass(frozen=True)
@@ -220,13 +125,12 @@ class Selection:
             raise AFDSError(f"unknown selection {self.name!r}; static ones are {', '.join(CRITERIA)}")
         if self.normalise not in NORMALISATIONS:
             raise AFDSError(f"normalise must be one of {', '.join(NORMALISATIONS)}, got {self.normalise!r}")
-        if not (isinstance(self.images, int) and self.images >= 1):
-            raise AFDSError(f"images must be a whole number of at least 1, got {self.images!r}")
+        check_count(self, "images")
 
 
 @runs.register
 @dataclass(frozen=True)
-class PrunedRun(_Point):
+class PrunedRun(Point):
     """One point of static pruning: channels removed from the point before, for good and physically, then tuned.
 
     Attributes:
@@ -241,88 +145,49 @@ class PrunedRun(_Point):
     tuning: Optimisation
     budgets: tuple[float, ...]
 
+    source, data, regulariser, seed, use_test, macs_images = (
+        _from("dense", name) for name in ("source", "data", "regulariser", "seed", "use_test", "macs_images")
+    )
+
     def __post_init__(self) -> None:
-        _check_tail(self.budgets)
-
-    @property
-    def source(self) -> ExtendedSourceRun:  # type: ignore[override]
-        return self.dense.source
-
-    @property
-    def data(self) -> DataSource:  # type: ignore[override]
-        return self.dense.data
-
-    @property
-    def regulariser(self) -> Regulariser:  # type: ignore[override]
-        return self.dense.regulariser
-
-    @property
-    def seed(self) -> int:  # type: ignore[override]
-        return self.dense.seed
-
-    @property
-    def use_test(self) -> bool:  # type: ignore[override]
-        return self.dense.use_test
+        check_budgets(self.budgets, pruned=True)
 
     @property
     def parent(self) -> PrunedRun | DenseRun:
         """The point before, whose network this one starts from."""
         return replace(self, budgets=self.budgets[:-1]) if len(self.budgets) > 1 else self.dense
 
-    @property
-    def times(self) -> str:
-        return f"{1 / self.budgets[-1]:g}x"
-
-    @diverges
-    def execute(self, run: runs.Run) -> dict[str, Any]:
-        splits, settings, budget = self.splits(), self.tuning, self.budgets[-1]
-        size, source = _input_size(splits), _plain(self.source, run)
-        before = runs.get_or_run(self.parent, store=run.store, needs=(MODEL, OBJECTIVE))
-        dense = float(before.metrics["dense_macs"])
+    def start(self, run: runs.Run, splits: Splits) -> Stage:
+        size, source, before = input_size(splits), network_of(self.source, run), self.point_before(run)
+        budget, dense = self.budgets[-1], float(before.metrics["dense_macs"])
         larger = afs.load(before.artifact(MODEL))
-        model = shrink(larger, self._chosen(run, larger, splits, budget, dense, size), size)
+        model = shrink(larger, self._chosen(run, larger, splits, dense), size)
         measured = macs.count(model, size).total / dense
         if measured > budget * (1 + 1e-6):
             raise RuntimeError(f"the pruned network costs {measured}, more than its budget {budget}")
         torch.manual_seed(self.seed)
         compares = "layers" in TERMS[self.regulariser.name].needs
         names = feature_names(source, self.regulariser.features) if compares else []
-        kept = {name: tuple(positions) for name, positions in _architecture(model)["kept"].items()}
-        objective = self.objective(
-            run, model, source, settings, size,
-            channels=matching(source, kept, names, size), penalties=self.dense.penalties,
+        label = f"{self.regulariser.name} {self.selection.name} seed {self.seed} at {self.times}"
+        return Stage(
+            model, source, self.tuning, label, before.artifact(OBJECTIVE), dense=dense,
+            channels=matching(source, _kept(model), names, size), terms=self.dense.penalties,
+            forwards=self.taught / measured,
         )  # fmt: skip
-        objective.inherit(load_file(before.artifact(OBJECTIVE)))
-        model.to(training.device())
-        objective.place(training.device())
-        training.fit(
-            model, splits.train, objective, settings, run, seed=self.seed,
-            label=f"{self.regulariser.name} {self.selection.name} seed {self.seed} at {self.times}",
-        )  # fmt: skip
-        metrics = _measure(
-            model, splits, settings, dense, budget, images=self.dense.macs_images, use_test=self.use_test
-        )
-        _save(run, model, objective)
-        here = sum(len(positions) for positions in kept.values())
-        widths = {group.name: group.width for group in groups(source, size)}
-        return metrics | {
-            "density": 1.0,
-            "removed": sum(widths.values()) - here,
-            "static": here,
-            "dynamic": 0,
-            "layers": {
-                name: {"channels": widths[name], "removed": widths[name] - len(p), "static": len(p), "dynamic": 0}
-                for name, p in kept.items()
-            },
-            "steps": settings.steps,
-            "training_macs": _training_macs(model, size, settings, _forwards(self.regulariser) / measured),
-        }
 
-    def _chosen(
-        self, run: runs.Run, model: nn.Module, splits: Splits, budget: float, dense: float, size: tuple[int, int, int]
-    ) -> Mapping[str, tuple[int, ...]]:
+    def channel_counts(self, stage: Stage) -> dict[str, Any]:
+        widths = {group.name: group.width for group in groups(stage.reference, input_size(stage.splits))}
+        layers = {
+            name: {"channels": widths[name], "removed": widths[name] - len(p), "static": len(p), "dynamic": 0}
+            for name, p in _kept(stage.model).items()
+        }
+        static = sum(layer["static"] for layer in layers.values())
+        removed = sum(widths.values()) - static
+        return {"density": 1.0, "removed": removed, "static": static, "dynamic": 0, "layers": layers}
+
+    def _chosen(self, run: runs.Run, model: nn.Module, splits: Splits, dense: float) -> Mapping[str, tuple[int, ...]]:
         """The channels to keep, chosen once per run: a resumed run must not choose others on another machine."""
-        file = run.path / KEPT
+        file, size = run.path / KEPT, input_size(splits)
         if file.exists():
             return {name: tuple(positions) for name, positions in json.loads(file.read_text(encoding="utf-8")).items()}
         model = model.to(training.device())
@@ -332,18 +197,24 @@ class PrunedRun(_Point):
         ranked = scores(
             self.selection.name, model, found, batches=batches, seed=self.seed, normalise=self.selection.normalise
         )
-        kept = choose(model, found, ranked, budget, size, dense=dense)
+        kept = choose(model, found, ranked, self.budgets[-1], size, dense=dense)
         model.to("cpu")
         write_json(file, {name: list(positions) for name, positions in kept.items()})
         return kept
 
 
-# --------------------------------------------------------------------------------------------------------- dynamic: FBS
+def _kept(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Positions among the source's channels, by group, that a pruned network has."""
+    architecture: Any = model.architecture
+    return {name: tuple(positions) for name, positions in architecture["kept"].items()}
+
+
+# dynamic selection: FBS
 
 
 @runs.register
 @dataclass(frozen=True)
-class FBSGatesRun(_Point):
+class FBSGatesRun(Point):
     """FBS's first stage: the gates alone, with the new classifier, at density 1.
 
     Attributes:
@@ -351,7 +222,7 @@ class FBSGatesRun(_Point):
         data: the target data set; its seed draws the fitting images.
         regulariser: and its strength.
         optimisation: of the stage; its steps are taken from those of the unpruned stage.
-        gate_bias: what every gate starts at; None for the trained scales; see `selection.boosted`.
+        gate_bias: what every gate starts at; None for the trained scales; see `pruning.boosted`.
         gate_l1: strength of the optional L1 term on the gates.
         seed: of the classifier's initialisation, data order and augmentation.
         use_test: whether the chain reads the test set.
@@ -366,48 +237,36 @@ class FBSGatesRun(_Point):
     seed: int = 0
     use_test: bool = True
 
-    parent = None
-    times = "1x"
+    budgets = (1.0,)
+    gated = True
+    measured = False
 
     def __post_init__(self) -> None:
-        if self.gate_bias is not None and not _share(self.gate_bias):
-            raise AFDSError(f"gate_bias must be a number above 0 or None, got {self.gate_bias!r}")
-        if not _share(self.gate_l1, above=False):
-            raise AFDSError(f"gate_l1 must be a number of at least 0, got {self.gate_l1!r}")
+        if self.gate_bias is not None:
+            check(self, "a number above 0 or None", lambda value: value > 0, "gate_bias")
+        check(self, "a number of at least 0", lambda value: value >= 0, "gate_l1")
 
     @property
     def penalties(self) -> tuple[Term, ...]:
+        """The term on the gates, where it is asked for."""
         return (GateL1(self.gate_l1),) if self.gate_l1 else ()
 
-    @diverges
-    def execute(self, run: runs.Run) -> dict[str, Any]:
-        splits, settings = data.sealed(self.splits()), self.optimisation
-        size, source = _input_size(splits), _plain(self.source, run)
-        model = _with_classifier(boosted(source, bias=self.gate_bias), splits, self.seed)
+    def start(self, run: runs.Run, splits: Splits) -> Stage:
+        source = network_of(self.source, run)
+        model = with_classifier(boosted(source, bias=self.gate_bias), splits, self.seed)
         torch.manual_seed(self.seed)
-        objective = self.objective(run, model, self._reference(source), settings, size, penalties=self.penalties)
-        model.to(training.device())
-        objective.place(training.device())
-        attention_steps = self.prepare(run, objective, splits, settings)
-        gates_alone(model, objective.classifier(model), True)
-        training.fit(
-            model, splits.train, objective, settings, run, seed=self.seed, monitor=splits.statistics,
-            label=f"{self.regulariser.name} fbs seed {self.seed} gates",
-        )  # fmt: skip
-        _save(run, model, objective)
-        return {
-            "steps": settings.steps + attention_steps,
-            "training_macs": _training_macs(model, size, settings, _forwards(self.regulariser)),
-        }
+        label = f"{self.regulariser.name} fbs seed {self.seed} gates"
+        # The reference has the same gates at their trained scales: the same function, and parameters by name.
+        return Stage(model, boosted(source, bias=None), self.optimisation, label, terms=self.penalties)
 
-    def _reference(self, source: nn.Module) -> nn.Module:
-        """The source with the same gates, at their trained scales: the same function, and parameters by name."""
-        return boosted(source, bias=None)
+    def select(self, stage: Stage) -> Mapping[int, Event]:
+        gates_alone(stage.model, stage.objective.classifier(stage.model), True)
+        return {}
 
 
 @runs.register
 @dataclass(frozen=True)
-class FBSRun(_Point):
+class FBSRun(Point):
     """One point of FBS: everything is tuned, and below 1 the density is lowered gradually to the budget.
 
     Attributes:
@@ -428,97 +287,60 @@ class FBSRun(_Point):
     trim: float = 0.8
     macs_images: int = 256
 
+    gated = True
+    source, data, regulariser, seed, use_test = (
+        _from("gates", name) for name in ("source", "data", "regulariser", "seed", "use_test")
+    )
+
     def __post_init__(self) -> None:
-        if self.budgets[:1] != (1.0,):
-            raise AFDSError(f"budgets must decrease from 1 and stay above 0, got {self.budgets!r}")
-        if self.budgets[1:]:
-            _check_tail(self.budgets[1:])
-        if not (isinstance(self.lowerings, int) and self.lowerings >= 1):
-            raise AFDSError(f"lowerings must be a whole number of at least 1, got {self.lowerings!r}")
-
-    @property
-    def source(self) -> ExtendedSourceRun:  # type: ignore[override]
-        return self.gates.source
-
-    @property
-    def data(self) -> DataSource:  # type: ignore[override]
-        return self.gates.data
-
-    @property
-    def regulariser(self) -> Regulariser:  # type: ignore[override]
-        return self.gates.regulariser
-
-    @property
-    def seed(self) -> int:  # type: ignore[override]
-        return self.gates.seed
-
-    @property
-    def use_test(self) -> bool:  # type: ignore[override]
-        return self.gates.use_test
+        check_budgets(self.budgets)
+        check_count(self, "lowerings")
 
     @property
     def parent(self) -> FBSRun | FBSGatesRun:
         """The point before, whose network this one starts from."""
         return replace(self, budgets=self.budgets[:-1]) if len(self.budgets) > 1 else self.gates
 
-    @property
-    def times(self) -> str:
-        return f"{1 / self.budgets[-1]:g}x"
-
-    @diverges
-    def execute(self, run: runs.Run) -> dict[str, Any]:
-        splits, budget = self.splits(), self.budgets[-1]
-        settings = self.optimisation if budget == 1 else self.tuning
-        size, source = _input_size(splits), _plain(self.source, run)
-        before = runs.get_or_run(self.parent, store=run.store, needs=(MODEL, OBJECTIVE))
+    def start(self, run: runs.Run, splits: Splits) -> Stage:
+        source, before = network_of(self.source, run), self.point_before(run)
         model = afs.load(before.artifact(MODEL))
         torch.manual_seed(self.seed)
-        reference = self.gates._reference(source)
-        objective = self.objective(run, model, reference, settings, size, penalties=self.gates.penalties)
-        objective.load_state_dict(load_file(before.artifact(OBJECTIVE)))
-        model.to(training.device())
-        objective.place(training.device())
-        gates_alone(model, objective.classifier(model), False)
-        dense = macs.count(model, size).total
-        subset = training.first(splits.statistics, self.macs_images)
+        settings = self.optimisation if len(self.budgets) == 1 else self.tuning
+        label = f"{self.regulariser.name} fbs seed {self.seed} at {self.times}"
+        return Stage(
+            model, boosted(source, bias=None), settings, label, before.artifact(OBJECTIVE), terms=self.gates.penalties
+        )
 
-        def lower(share: float) -> Callable[[], dict[str, float]]:
-            def event() -> dict[str, float]:
-                with training.autocast(next(model.parameters()).device, settings.precision):
-                    reached = lower_density(model, share, data.loader(subset, 128), dense)
-                return {"mask_macs": reached, "density": next(iter(afs.layers(model).values())).density}
+    def select(self, stage: Stage) -> Mapping[int, Event]:
+        gates_alone(stage.model, stage.objective.classifier(stage.model), False)
+        if len(self.budgets) == 1:
+            return {}
+        (start, budget), steps = self.budgets[-2:], stage.settings.steps
+        events: dict[int, Event] = {}
+        for index in range(self.lowerings):
+            share = start * (budget / start) ** ((index + 1) / self.lowerings)
+            events[index * steps // (2 * self.lowerings)] = partial(self._lower, stage, share)
+        events[int(steps * self.trim)] = partial(self._lower, stage, budget)
+        return events
 
-            return event
+    def settle_budget(self, stage: Stage) -> None:
+        if len(self.budgets) > 1:
+            self._lower(stage, ROOM * self.budgets[-1])
 
-        events = {}
-        if budget < 1:
-            start = self.budgets[-2]
-            for index in range(self.lowerings):
-                share = start * (budget / start) ** ((index + 1) / self.lowerings)
-                events[index * settings.steps // (2 * self.lowerings)] = lower(share)
-            events[int(settings.steps * self.trim)] = lower(budget)
-        training.fit(
-            model, splits.train, objective, settings, run, seed=self.seed, monitor=splits.statistics, events=events,
-            label=f"{self.regulariser.name} fbs seed {self.seed} at {self.times}",
-        )  # fmt: skip
-        if budget < 1:
-            lower(ROOM * budget)()
-        metrics = _measure(model, splits, settings, dense, budget, images=self.macs_images, use_test=self.use_test)
-        metrics |= _gate_metrics(model, splits, settings)
-        _save(run, model, objective)
-        return metrics | {
-            "density": next(iter(afs.layers(model).values())).density,
-            "steps": settings.steps,
-            "training_macs": _training_macs(model, size, settings, _forwards(self.regulariser)),
-        }
+    def _lower(self, stage: Stage, share: float) -> dict[str, float]:
+        """Lowers the density until the network costs a share of the dense one's MACs."""
+        subset = data.loader(training.first(stage.splits.statistics, self.macs_images), 128)
+        with training.autocast(next(stage.model.parameters()).device, stage.settings.precision):
+            reached = lower_density(stage.model, share, subset, stage.dense)
+        return {"mask_macs": reached, "density": next(iter(afs.layers(stage.model).values())).density}
 
 
-# ---------------------------------------------------------------------------------------------------- narrower networks
+# narrower networks
 
 
 @runs.register
 @dataclass(frozen=True)
-class NarrowRun(_Point):
+class NarrowRun(Point):
     """A narrower network, trained on the source at its width and then on the target, with or without distillation.
 
     It takes as many target steps as a chain down to its budget takes in all.
@@ -552,12 +374,9 @@ class NarrowRun(_Point):
     use_test: bool = True
 
     def __post_init__(self) -> None:
-        if not (_share(self.budget) and self.budget <= 1):
-            raise AFDSError(f"budget must be a share in (0, 1], got {self.budget!r}")
-        if not _share(self.temperature):
-            raise AFDSError(f"temperature must be a number above 0, got {self.temperature!r}")
-        if not (_share(self.alpha, above=False) and self.alpha <= 1):
-            raise AFDSError(f"alpha must be a share in [0, 1], got {self.alpha!r}")
+        check(self, "a share in (0, 1]", lambda value: 0 < value <= 1, "budget")
+        check(self, "a number above 0", lambda value: value > 0, "temperature")
+        check(self, "a share in [0, 1]", lambda value: 0 <= value <= 1, "alpha")
 
     @property
     def parent(self) -> DenseRun | None:
@@ -565,42 +384,18 @@ class NarrowRun(_Point):
         return self.teacher
 
     @property
-    def budgets(self) -> tuple[float, ...]:
+    def budgets(self) -> tuple[float, ...]:  # type: ignore[override]
         return (self.budget,)
 
-    @property
-    def times(self) -> str:
-        return f"{1 / self.budget:g}x"
-
-    @diverges
-    def execute(self, run: runs.Run) -> dict[str, Any]:
-        splits, settings = self.splits(), self.optimisation
-        size, source = _input_size(splits), _plain(self.source, run)
-        model = _with_classifier(_plain(self.source, run), splits, self.seed)
-        dense = network_macs(self.full.name, self.full.stem, self.full.width, len(splits.classes), size)
-        penalties: list[Term] = []
+    def start(self, run: runs.Run, splits: Splits) -> Stage:
+        size, source, network = input_size(splits), network_of(self.source, run), self.full
+        model = with_classifier(network_of(self.source, run), splits, self.seed)
+        dense = network_macs(network.name, network.stem, network.width, len(splits.classes), size)
+        terms: tuple[Term, ...] = ()
+        forwards = self.taught
         if self.teacher is not None:
-            tuned = afs.load(runs.get_or_run(self.teacher, store=run.store, needs=(MODEL,)).artifact(MODEL))
-            penalties.append(Distil(self.temperature, self.alpha, Teacher(tuned)))
+            terms = (Distil(self.temperature, self.alpha, Teacher(network_of(self.teacher, run))),)
+            forwards += dense / macs.count(model, size).total
         torch.manual_seed(self.seed)
-        objective = self.objective(run, model, source, settings, size, penalties=penalties)
-        model.to(training.device())
-        objective.place(training.device())
-        attention_steps = self.prepare(run, objective, splits, settings)
-        training.fit(
-            model, splits.train, objective, settings, run, seed=self.seed,
-            label=f"{self.regulariser.name} narrow seed {self.seed} at {self.times}",
-        )  # fmt: skip
-        metrics = _measure(model, splits, settings, dense, self.budget, images=self.macs_images, use_test=self.use_test)
-        _save(run, model, objective)
-        channels = sum(group.width for group in groups(model, size))
-        own = macs.count(model, size).total
-        forwards = _forwards(self.regulariser) + (dense / own if self.teacher is not None else 0)
-        return metrics | {
-            "density": 1.0,
-            "removed": 0,
-            "static": channels,
-            "dynamic": 0,
-            "steps": settings.steps + attention_steps,
-            "training_macs": _training_macs(model, size, settings, forwards),
-        }
+        label = f"{self.regulariser.name} narrow seed {self.seed} at {self.times}"
+        return Stage(model, source, self.optimisation, label, dense=dense, forwards=forwards, terms=terms)

@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from afdslib import afs, backbones, data, runs, training
+from afdslib import backbones, data, runs, training
 from afdslib.afs import macs
-from afdslib.base.errors import AFDSError
-from afdslib.experiments.afs import MODEL, AFSSourceRun, DataSource
-from afdslib.experiments.extended import ExtendedSourceRun
+from afdslib.experiments.config import DataSource, check_count
+from afdslib.experiments.measure import input_size
+from afdslib.experiments.source import AFSSourceRun, ExtendedSourceRun, network_of
 from afdslib.losses.delta import channel_weights, fit_classifier
 from afdslib.losses.term import TERMS
 from afdslib.training.features import feature_names
@@ -51,14 +51,12 @@ class ChannelWeightsRun:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.images, int) and self.images >= 1):
-            raise AFDSError(f"images must be a whole number of at least 1, got {self.images!r}")
+        check_count(self, "images")
 
     def execute(self, run: runs.Run) -> dict[str, Any]:
-        source = runs.get_or_run(self.source, store=run.store, needs=(MODEL,))
+        model = network_of(self.source, run)
         splits = data.sealed(self.data.load())
-        size = (3, splits.test.size, splits.test.size)
-        model = afs.load(source.artifact(MODEL))
+        size = input_size(splits)
         backbones.reset_classifier(model, len(splits.classes), generator=torch.Generator().manual_seed(self.seed))
         model.to(training.device())
         names = feature_names(model, self.features)

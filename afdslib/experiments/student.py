@@ -9,31 +9,30 @@ AT and KD follow Zagoruyko, Komodakis, arXiv 1612.03928; NST follows Huang, Wang
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from afdslib import afs, backbones, runs, training
+from afdslib import backbones, runs, training
 from afdslib.afs import macs
 from afdslib.base.errors import AFDSError, DivergedError
 from afdslib.data import Splits, sealed
-from afdslib.experiments.afs import MODEL, DataSource, Network
+from afdslib.experiments.config import DataSource, Network, check, check_count
+from afdslib.experiments.measure import input_size
+from afdslib.experiments.source import keep, network_of
 from afdslib.losses import BetaSchedule
 from afdslib.losses.kd import SoftLabels
 from afdslib.losses.term import TRANSFERS, Pair, Term, TermContext
-from afdslib.training import Optimisation, distributed
+from afdslib.training import Optimisation
 from afdslib.training.features import pair_layers
 from afdslib.training.objective import Objective
 
 __all__ = ["TAPS", "Distillation", "StudentRun", "paired", "student_objective", "tapped"]
 
 TAPS = ("groups", "last", "before-relu", "after-relu")
-
-
-def _number(value: object, least: float) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value < float("inf")
 
 
 @dataclass(frozen=True)
@@ -79,16 +78,9 @@ class Distillation:
                 raise AFDSError(f"{name} {getattr(self, name)!r} is unknown; use one of {', '.join(choices)}")
         if not isinstance(self.weight, BetaSchedule):
             raise AFDSError(f"weight must be a BetaSchedule, such as BetaSchedule(beta=1000.0), got {self.weight!r}")
-        for name in ("hard", "soft"):
-            if not _number(getattr(self, name), 0):
-                raise AFDSError(f"{name} must be a number of at least 0, got {getattr(self, name)!r}")
-        for name in ("temperature", "exponent"):
-            if not (_number(getattr(self, name), 0) and getattr(self, name) > 0):
-                raise AFDSError(f"{name} must be a number above 0, got {getattr(self, name)!r}")
-        if not (isinstance(self.degree, int) and not isinstance(self.degree, bool) and self.degree >= 1):
-            raise AFDSError(f"degree must be a whole number of at least 1, got {self.degree!r}")
-        if not _number(self.offset, 0):
-            raise AFDSError(f"offset must be a number of at least 0, got {self.offset!r}")
+        check(self, "a number of at least 0", lambda value: value >= 0, "hard", "soft", "offset")
+        check(self, "a number above 0", lambda value: value > 0, "temperature", "exponent")
+        check_count(self, "degree")
         if not (self.hard or self.soft):
             raise AFDSError("hard and soft are both 0, so no label and no teacher says which class is right; set one")
         decays = self.weight.kind in ("linear", "cosine")
@@ -185,6 +177,64 @@ def student_objective(
     )  # fmt: skip
 
 
+def check_teacher(method: Distillation, teacher: Any, steps: int) -> None:
+    """Refuses a missing or a needless teacher, and a schedule of the weight that is longer than the run."""
+    if method.needs_teacher and teacher is None:
+        raise AFDSError(f"the method {method.transfer!r} needs a teacher; give the run of one")
+    if teacher is not None and not method.needs_teacher:
+        raise AFDSError(
+            "a teacher is given but the method compares nothing with it; set its soft weight or its transfer"
+        )
+    method.weight.check(steps)
+
+
+def train_student(
+    config: Any, run: runs.Run, model: nn.Module, splits: Splits, teacher: nn.Module | None,
+    size: tuple[int, int, int], evaluate: Callable[[], dict[str, float]], *, follow: bool = True,
+) -> dict[str, Any]:  # fmt: skip
+    """Trains a network, alone or beside its teacher, and keeps it: the body of `StudentRun` and `PhotoRun`.
+
+    Args:
+        config: either run.
+        run: of which the network is kept.
+        model: on the CPU.
+        splits: the data.
+        teacher: the trained teacher, if there is one.
+        size: (3, H, W).
+        evaluate: scores of the network, for the learning curve and the metrics.
+        follow: whether the learning curve has them.
+    """
+    settings, method = config.optimisation, config.method
+    # What is minimised. Adapters between layers of two widths start at random, by the run's seed.
+    torch.manual_seed(config.seed)
+    objective = student_objective(
+        model, method, teacher, size, steps=settings.steps, weight_decay=config.weight_decay,
+        label_smoothing=settings.label_smoothing,
+    )  # fmt: skip
+    # The steps.
+    model.to(training.device())
+    what = "alone" if teacher is None else f"{method.transfer}{'+kd' if method.soft else ''}"
+    training.fit(
+        model, splits.train, objective, settings, run, seed=config.seed, evaluation=evaluate if follow else None,
+        label=f"{config.network.name} {what} {method.weight.beta:g} seed {config.seed}",
+    )  # fmt: skip
+    # What it has become, and what it cost: per image three passes of the student and one of the teacher.
+    reached = evaluate()
+    model.float()
+    keep(run, model)
+    own = macs.count(model, size).total
+    cost = 3 * own + (0.0 if teacher is None else macs.count(teacher, size).total)
+    return {
+        "steps": settings.steps,
+        "images": len(splits.train),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "macs": own,
+        "training_macs": cost * settings.steps * settings.batch_size,
+        "compared": [list(pair.size) for pair in objective.pairs],
+        **reached,
+    }
+
+
 @runs.register
 @dataclass(frozen=True)
 class StudentRun:
@@ -211,15 +261,8 @@ class StudentRun:
     use_test: bool = True
 
     def __post_init__(self) -> None:
-        if self.method.needs_teacher != (self.teacher is not None):
-            raise AFDSError(
-                f"the method {self.method.transfer!r} needs a teacher; give the run of one"
-                if self.method.needs_teacher
-                else "a teacher is given but the method compares nothing with it; set its soft weight or its transfer"
-            )
-        if not _number(self.weight_decay, 0):
-            raise AFDSError(f"weight_decay must be a number of at least 0, got {self.weight_decay!r}")
-        self.method.weight.check(self.optimisation.steps)
+        check_teacher(self.method, self.teacher, self.optimisation.steps)
+        check(self, "a number of at least 0", lambda value: value >= 0, "weight_decay")
 
     def execute(self, run: runs.Run) -> dict[str, Any]:
         """Trains and measures; a run that diverges is a result with "diverged": why."""
@@ -231,50 +274,22 @@ class StudentRun:
     def _train(self, run: runs.Run) -> dict[str, Any]:
         settings = self.optimisation
         splits = self.data.load() if self.use_test else sealed(self.data.load())
-        teacher = None
-        if self.teacher is not None:
-            found = distributed.get_or_run(self.teacher, store=run.store, needs=(MODEL,))
-            teacher = afs.load(found.artifact(MODEL))
-        size = (3, splits.test.size, splits.test.size)
+        teacher = None if self.teacher is None else network_of(self.teacher, run)
         model = self.network.build(len(splits.classes), self.seed)
-        torch.manual_seed(self.seed)  # of the adapters
-        objective = student_objective(
-            model, self.method, teacher, size, steps=settings.steps, weight_decay=self.weight_decay,
-            label_smoothing=settings.label_smoothing,
-        )  # fmt: skip
-        model.to(training.device())
 
         def validate() -> dict[str, float]:
-            return _validation_scores(model, splits, settings.precision)
+            if splits.validation is None:
+                return {}
+            return _scores("validation", training.evaluate(model, splits.validation, precision=settings.precision))
 
-        training.fit(
-            model, splits.train, objective, settings, run, seed=self.seed,
-            evaluation=validate if splits.validation is not None else None, label=self._label(),
-        )  # fmt: skip
-        run.write_artifact(MODEL, lambda path: afs.save(model, path))
-        mine = macs.count(model, size).total
-        theirs = 0.0 if teacher is None else macs.count(teacher, size).total
-        metrics: dict[str, Any] = {
-            "steps": settings.steps,
-            "images": len(splits.train),
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "macs": mine,
-            "training_macs": (3 * mine + theirs) * settings.steps * settings.batch_size,
-            "compared": [list(pair.size) for pair in objective.pairs],
-            **validate(),
-        }
+        metrics = train_student(
+            self, run, model, splits, teacher, input_size(splits), validate, follow=splits.validation is not None
+        )
         if self.use_test:
             test = training.evaluate(model, splits.test, precision=settings.precision)
-            metrics |= {"test_accuracy": test.accuracy, "test_loss": test.loss, "confusion": test.confusion}
+            metrics |= _scores("test", test) | {"confusion": test.confusion}
         return metrics
 
-    def _label(self) -> str:
-        what = "alone" if self.teacher is None else f"{self.method.transfer}{'+kd' if self.method.soft else ''}"
-        return f"{self.network.name} {what} {self.method.weight.beta:g} seed {self.seed}"
 
-
-def _validation_scores(model: nn.Module, splits: Splits, precision: str) -> dict[str, float]:
-    if splits.validation is None:
-        return {}
-    found = training.evaluate(model, splits.validation, precision=precision)
-    return {"validation_accuracy": found.accuracy, "validation_loss": found.loss}
+def _scores(prefix: str, found: training.Evaluation) -> dict[str, float]:
+    return {f"{prefix}_accuracy": found.accuracy, f"{prefix}_loss": found.loss}

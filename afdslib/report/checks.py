@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from afdslib import afs
 from afdslib.afs import macs
 from afdslib.afs.layer import AFSConvBN
-from afdslib.experiments.afs import MODEL
 from afdslib.report import views
 from afdslib.report.sweep import run_text
+from afdslib.runs import MODEL
 
 if TYPE_CHECKING:
     import pandas

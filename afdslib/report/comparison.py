@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from afdslib import runs, training
 from afdslib.base.text import times
-from afdslib.experiments.afs import TransferRun
+from afdslib.experiments import TransferRun
 from afdslib.pruning import CRITERIA
 from afdslib.report import plots
 from afdslib.report.tables import Table, Text, at, bullets, mean_sd, plural

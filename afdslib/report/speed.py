@@ -20,11 +20,11 @@ from afdslib.afs.compact import compact
 from afdslib.afs.io import read_masks
 from afdslib.base import paths
 from afdslib.base.atomic import atomic_path
-from afdslib.experiments.afs import MODEL
 from afdslib.inference import bench
 from afdslib.inference.gates import inference
 from afdslib.report import numbers
 from afdslib.report.tables import Table, Text, bullets, plural
+from afdslib.runs import MODEL
 
 if TYPE_CHECKING:
     from afdslib.studies.sweep import Study

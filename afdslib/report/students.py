@@ -15,8 +15,8 @@ import torch
 from afdslib import afs, runs, training
 from afdslib.base.atomic import write_text
 from afdslib.base.errors import AFDSError
-from afdslib.experiments.afs import MODEL, Network
-from afdslib.experiments.student import StudentRun, tapped
+from afdslib.experiments import Network, StudentRun
+from afdslib.experiments.student import tapped
 from afdslib.inference import maps
 from afdslib.losses import attention_map
 from afdslib.report import plots, views
@@ -26,6 +26,7 @@ from afdslib.report.quoted import QUOTED, REPORTED, Quotation
 from afdslib.report.sweep import stage_text
 from afdslib.report.tables import Table, Text, bullets
 from afdslib.report.views import NOT_STORED
+from afdslib.runs import MODEL
 from afdslib.studies import statistics
 from afdslib.training.features import Teacher, taps
 

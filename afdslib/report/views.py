@@ -15,10 +15,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from afdslib import afs, runs
-from afdslib.experiments.afs import MODEL, OBJECTIVE, PUBLISHED_CLASSES, DataSource
+from afdslib.experiments import OBJECTIVE, DataSource
+from afdslib.experiments.source import PUBLISHED_CLASSES
 from afdslib.losses.afd import AFDLoss
 from afdslib.report.sweep import smallest
 from afdslib.report.tables import Text
+from afdslib.runs import MODEL
 from afdslib.training.features import Teacher, compared_shapes
 from afdslib.training.objective import Objective
 

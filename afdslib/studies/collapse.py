@@ -20,7 +20,7 @@ from afdslib.studies.statistics import by_seed, paired, paired_seeds, points
 from afdslib.training.features import compared_shapes
 
 if TYPE_CHECKING:
-    from afdslib.experiments.afs import Network
+    from afdslib.experiments import Network
     from afdslib.studies.comparison import Comparison
 
 __all__ = ["COLUMNS", "VARIANTS", "chains", "confirmation_text", "text", "uniform_width", "widths"]

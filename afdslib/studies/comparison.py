@@ -23,12 +23,23 @@ from afdslib import runs
 from afdslib.base import paths
 from afdslib.base.atomic import write_json
 from afdslib.base.errors import AFDSError, UnreachableError
-from afdslib.experiments.afs import MODEL, AFSSourceRun, DataSource, SourceRun, TransferRun
-from afdslib.experiments.competitors import DenseRun, FBSGatesRun, FBSRun, NarrowRun, PrunedRun, Selection
-from afdslib.experiments.delta import weights_run
-from afdslib.experiments.extended import ExtendedSourceRun
+from afdslib.experiments import (
+    AFSSourceRun,
+    DataSource,
+    DenseRun,
+    ExtendedSourceRun,
+    FBSGatesRun,
+    FBSRun,
+    NarrowRun,
+    PrunedRun,
+    Selection,
+    SourceRun,
+    TransferRun,
+    weights_run,
+)
 from afdslib.losses.term import Value
 from afdslib.pruning import CRITERIA, fitting_width
+from afdslib.runs import MODEL
 from afdslib.runs.networks import keep_networks
 from afdslib.studies import collapse, profiles, settling, statistics
 from afdslib.studies.keeper import Keeper

@@ -22,7 +22,8 @@ from afdslib.base import paths
 from afdslib.base.atomic import write_json
 from afdslib.base.errors import AFDSError
 from afdslib.data import fetch, trees
-from afdslib.experiments.afs import PUBLISHED_CLASSES, DataSource, Network
+from afdslib.experiments import DataSource, Network
+from afdslib.experiments.source import PUBLISHED_CLASSES
 from afdslib.studies.profiles import Candidates, Profile
 from afdslib.training import Optimisation
 from afdslib.training.objective import Regulariser

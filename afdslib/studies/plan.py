@@ -16,7 +16,7 @@ from afdslib import afs, backbones, data, runs, training
 from afdslib.afs import macs
 from afdslib.backbones.loading import imagenet_file
 from afdslib.base.errors import AFDSError
-from afdslib.experiments.afs import DataSource
+from afdslib.experiments import DataSource
 from afdslib.training import Optimisation
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from afdslib import runs
 from afdslib.base.errors import AFDSError
-from afdslib.experiments.afs import DataSource, Network
+from afdslib.experiments import DataSource, Network
 from afdslib.training import Optimisation
 from afdslib.training.objective import Regulariser
 

@@ -15,198 +15,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-import torch
 from torch import nn
 
-from afdslib import afs, backbones, data, runs, training
+from afdslib import backbones, data, training
 from afdslib.afs import macs
-from afdslib.afs.io import weight_file
-from afdslib.backbones.inputs import IMAGENET, InputStatistics, expect, input_of, input_statistics, set_input
+from afdslib.backbones.inputs import input_of, input_statistics
 from afdslib.backbones.loading import imagenet_file
-from afdslib.base.errors import AFDSError, DivergedError
-from afdslib.data import Splits
-from afdslib.data.fetch import digest
+from afdslib.base.errors import AFDSError
 from afdslib.data.imagenet import IMAGENET as IMAGENET_COUNTS
-from afdslib.data.images import SMALL
-from afdslib.data.photographs import AUGMENTATIONS, photographs
-from afdslib.experiments.afs import MODEL, DataSource, Network
-from afdslib.experiments.student import Distillation, Pair, StudentRun, paired, student_objective
+from afdslib.data.photographs import AUGMENTATIONS
+from afdslib.experiments import DataSource, Distillation, Network, Photographs, PhotoRun, Published, StudentRun
+from afdslib.experiments.photo import classes_of
+from afdslib.experiments.student import paired
 from afdslib.losses import BetaSchedule
-from afdslib.training import Optimisation, distributed
+from afdslib.losses.term import Pair
+from afdslib.training import Optimisation
 
-__all__ = [
-    "RECIPES",
-    "PhotoRun",
-    "Photographs",
-    "Published",
-    "Recipe",
-    "evaluate",
-    "plan",
-    "prepare",
-]
+__all__ = ["RECIPES", "Recipe", "evaluate", "plan", "prepare"]
 
-
-@dataclass(frozen=True)
-class Photographs:
-    """A data set of photographs and how its images are varied. All its training images are fitted.
-
-    Attributes:
-        name: a data set by name, or the path of an ImageFolder tree.
-        size: side of the crops, pixels.
-        augmentation: "inception", "resnext" or "gentle"; see `data.photographs`.
-        root: the folder it lies in.
-        skip_corrupt: see `data.load`.
-    """
-
-    name: str = "imagenet"
-    size: int = 224
-    augmentation: str = "inception"
-    root: str = runs.unhashed("")
-    skip_corrupt: bool = runs.unhashed(False)
-
-    def load(self, statistics: InputStatistics = IMAGENET, *, seed: int = 0, download: bool = True) -> Splits:
-        """The splits, their images normalised by `statistics`."""
-        # Above SMALL the images stay files; the crops may be smaller.
-        splits = data.load(
-            self.name, self.root or None, size=max(self.size, SMALL + 1), holdout=False, download=download,
-            skip_corrupt=self.skip_corrupt,
-        )  # fmt: skip
-        return photographs(splits, self.size, self.augmentation, statistics, seed=seed)
-
-
-@dataclass(frozen=True)
-class Published:
-    """A trained network that is not trained here.
-
-    Attributes:
-        network: name of the backbone, for torchvision's ImageNet weights; empty for a file.
-        sha256: of the file, which is its identity.
-        file: a file as `afs.load_network` reads it.
-    """
-
-    network: str = ""
-    sha256: str = ""
-    file: str = runs.unhashed("")
-
-    @staticmethod
-    def of(what: str) -> Published:
-        """From a file's path, or the name of a backbone that torchvision has ImageNet weights of."""
-        if what in backbones.known_names():
-            return Published(what)
-        file = weight_file(what)
-        return Published(sha256=digest(file), file=str(file))
-
-    def build(self) -> nn.Module:
-        """The network, with `architecture`."""
-        return afs.load_network(self.file or self.network)
-
-
-@runs.register
-@dataclass(frozen=True)
-class PhotoRun:
-    """Trains a network on photographs, alone or as the student of a trained one, by one process or several.
-
-    Attributes:
-        data: the data set; its test part (ImageNet's validation images) is measured along the way, and nothing is
-            chosen by it: the last network is the result.
-        network: the backbone, with or without ImageNet weights.
-        optimisation: of the training.
-        method: what is minimised.
-        teacher: the run whose network teaches, or published weights; None for a network trained alone.
-        weight_decay: of every parameter.
-        seed: of initialisation, data order and augmentation.
-    """
-
-    data: Photographs
-    network: Network
-    optimisation: Optimisation
-    method: Distillation = field(default_factory=Distillation)
-    teacher: PhotoRun | Published | None = None
-    weight_decay: float = 1e-4
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.method.needs_teacher != (self.teacher is not None):
-            raise AFDSError(
-                f"the method {self.method.transfer!r} needs a teacher; give one"
-                if self.method.needs_teacher
-                else "a teacher is given but the method compares nothing with it; leave it out"
-            )
-        self.method.weight.check(self.optimisation.steps)
-
-    def execute(self, run: runs.Run) -> dict[str, Any]:
-        """Trains and measures; a run that diverges is a result with "diverged": why."""
-        splits = self.data.load(input_statistics(self.network.name), seed=self.seed)
-        teacher = self._teacher(run)
-        try:
-            return self._train(run, splits, teacher)
-        except DivergedError as error:
-            return {"diverged": str(error), "steps": 0}
-
-    def _teacher(self, run: runs.Run) -> nn.Module | None:
-        """The teacher, set to take the student's images."""
-        if self.teacher is None:
-            return None
-        if isinstance(self.teacher, Published):
-            model = self.teacher.build()
-        else:
-            found = distributed.get_or_run(self.teacher, store=run.store, needs=(MODEL,))
-            model = afs.load(found.artifact(MODEL))
-        return expect(model.eval(), input_statistics(self.network.name), input_of(model))
-
-    def _train(self, run: runs.Run, splits: Splits, teacher: nn.Module | None) -> dict[str, Any]:
-        settings, size = self.optimisation, (3, self.data.size, self.data.size)
-        classes = len(splits.classes)
-        taught = classes if teacher is None else _classes(teacher)
-        if self.method.soft and taught != classes:
-            raise AFDSError(f"the teacher knows {taught} classes and {splits.name} has {classes}; give another teacher")
-        model = self.network.build(classes, self.seed)
-        set_input(model, input_statistics(self.network.name))
-        torch.manual_seed(self.seed)  # of adapters
-        objective = student_objective(
-            model, self.method, teacher, size, steps=settings.steps, weight_decay=self.weight_decay,
-            label_smoothing=settings.label_smoothing,
-        )  # fmt: skip
-        model.to(training.device())
-
-        def validate() -> dict[str, float]:
-            return _scores(training.evaluate(model, splits.test, precision=settings.precision))
-
-        training.fit(
-            model, splits.train, objective, settings, run, seed=self.seed, evaluation=validate, label=self._label()
-        )
-        scores = validate()
-        model.float()
-        run.write_artifact(MODEL, lambda path: afs.save(model, path))
-        mine = macs.count(model, size).total
-        theirs = 0.0 if teacher is None else macs.count(teacher, size).total
-        return {
-            "steps": settings.steps,
-            "processes": distributed.world(),
-            "images": len(splits.train),
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "macs": mine,
-            "training_macs": (3 * mine + theirs) * settings.steps * settings.batch_size,
-            "compared": [list(pair.size) for pair in objective.pairs],
-            **scores,
-        }
-
-    def _label(self) -> str:
-        method = self.method.transfer if self.method.transfer != "none" else "alone"
-        return f"{self.network.name} {method}{'+kd' if self.method.soft else ''} seed {self.seed}"
-
-
-def _classes(model: nn.Module) -> int:
-    return int(model.get_submodule(backbones.classifier_name(model)).out_features)  # type: ignore[arg-type]
-
-
-def _scores(found: training.Evaluation) -> dict[str, float]:
-    return {"test_accuracy": found.accuracy, "test_top5_accuracy": found.top5_accuracy, "test_loss": found.loss}
-
-
-# ------------------------------------------------------------------------------------------------------------- recipes
 
 _AT = Distillation("at", BetaSchedule(beta=1000.0))
 _NST = Distillation("nst", BetaSchedule(beta=50.0), taps="before-relu")
@@ -640,6 +467,6 @@ def evaluate(
         imagenet_file(published.network)  # refuses a backbone without ImageNet weights
     model = published.build().to(training.device()).eval()
     splits = Photographs(data_set, size, root=data_dir or "", skip_corrupt=skip_corrupt).load(input_of(model))
-    if _classes(model) != len(splits.classes):
-        raise AFDSError(f"{weights} knows {_classes(model)} classes and {splits.name} has {len(splits.classes)}")
+    if classes_of(model) != len(splits.classes):
+        raise AFDSError(f"{weights} knows {classes_of(model)} classes and {splits.name} has {len(splits.classes)}")
     return training.evaluate(model, splits.test, precision=precision)

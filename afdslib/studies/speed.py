@@ -16,7 +16,8 @@ from afdslib.afs.compact import masks
 from afdslib.base import paths
 from afdslib.base.atomic import write_json
 from afdslib.base.errors import AFDSError
-from afdslib.experiments.afs import MODEL, AFSSourceRun, DataSource, Network, SourceRun, TransferRun
+from afdslib.experiments import AFSSourceRun, DataSource, Network, SourceRun, TransferRun
+from afdslib.runs import MODEL
 from afdslib.training import Optimisation
 from afdslib.training.objective import Regulariser
 

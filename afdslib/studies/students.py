@@ -17,8 +17,7 @@ import pandas as pd
 
 from afdslib import runs, training
 from afdslib.base.errors import AFDSError
-from afdslib.experiments.afs import DataSource, Network
-from afdslib.experiments.student import Distillation, StudentRun
+from afdslib.experiments import DataSource, Distillation, Network, StudentRun
 from afdslib.losses import BetaSchedule
 from afdslib.runs.networks import keep_networks
 from afdslib.studies.keeper import Keeper

@@ -17,7 +17,7 @@ import torch
 from afdslib import runs, training
 from afdslib.base.errors import AFDSError
 from afdslib.data import Splits
-from afdslib.experiments.afs import AFSSourceRun, DataSource, SourceRun, TransferRun, check_budgets
+from afdslib.experiments import AFSSourceRun, DataSource, SourceRun, TransferRun, check_budgets
 from afdslib.runs.networks import keep_networks
 from afdslib.studies.keeper import Keeper
 from afdslib.studies.profiles import Profile

@@ -6,7 +6,6 @@ A killed worker's lock is released by the system, so the next one that comes by 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from multiprocessing import get_context
 from typing import Any
@@ -15,7 +14,6 @@ import torch
 
 from afdslib import runs
 from afdslib.base.errors import BusyError
-from afdslib.experiments.delta import weights_run
 
 __all__ = ["alongside", "compute"]
 
@@ -33,7 +31,7 @@ def compute(configs: Sequence[Any], publish: Callable[[runs.Result], Any] | None
     while todo:
         idle = True
         for config in todo:
-            if runs.lookup(config) is not None or any(runs.lookup(need) is None for need in _needs(config)):
+            if runs.lookup(config) is not None or any(runs.lookup(need) is None for need in runs.needs(config)):
                 continue
             try:
                 result = runs.get_or_run(config, wait=False)
@@ -53,26 +51,13 @@ def compute(configs: Sequence[Any], publish: Callable[[runs.Result], Any] | None
     return results
 
 
-def _needs(config: Any) -> list[Any]:
-    """The runs that a run starts from: those among its fields, the point before, and DELTA's channel weights."""
-    found = [getattr(config, field.name) for field in dataclasses.fields(config)]
-    found.append(getattr(config, "parent", None))
-    if hasattr(config, "regulariser") and config.regulariser is not None:
-        found.append(weights_run(config.regulariser, config.source, config.data))
-    return [c for c in found if dataclasses.is_dataclass(c) and _executes(c)]
-
-
-def _executes(config: Any) -> bool:
-    return callable(getattr(config, "execute", None))
-
-
 def _with_needs(configs: Iterable[Any]) -> list[Any]:
     """All runs of some chains, each after those it needs."""
     ordered: dict[Any, None] = {}
 
     def add(config: Any) -> None:
         if config not in ordered:
-            for need in _needs(config):
+            for need in runs.needs(config):
                 add(need)
             ordered[config] = None
 

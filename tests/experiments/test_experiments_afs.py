@@ -16,7 +16,8 @@ from PIL import Image
 
 from afdslib import afs, cli, runs, training
 from afdslib.base.errors import AFDSError, DivergedError
-from afdslib.experiments.afs import MODEL, OBJECTIVE, DataSource, Network, TransferRun
+from afdslib.experiments import OBJECTIVE, DataSource, Network, TransferRun
+from afdslib.runs import MODEL
 from afdslib.training import loop
 
 
@@ -71,7 +72,7 @@ import torch
 torch.set_num_threads(1)
 import lightning.fabric
 from afdslib import afs, runs
-from afdslib.experiments import afs as kinds  # registers the runs
+import afdslib.experiments  # registers the runs
 from afdslib.training import loop
 
 config, id, kills = runs.from_json(json.loads(sys.argv[1])), sys.argv[2], json.loads(sys.argv[3])

@@ -14,14 +14,25 @@ from afdslib import afs, data, runs
 from afdslib.afs import macs
 from afdslib.afs.shrink import groups, shrink
 from afdslib.base.errors import AFDSError
-from afdslib.experiments.afs import MODEL, OBJECTIVE, DataSource
-from afdslib.experiments.competitors import KEPT, DenseRun, FBSGatesRun, FBSRun, NarrowRun, PrunedRun, Selection
-from afdslib.experiments.delta import WEIGHTS, ChannelWeightsRun
-from afdslib.experiments.extended import ExtendedSourceRun
+from afdslib.experiments import (
+    OBJECTIVE,
+    ChannelWeightsRun,
+    DataSource,
+    DenseRun,
+    ExtendedSourceRun,
+    FBSGatesRun,
+    FBSRun,
+    NarrowRun,
+    PrunedRun,
+    Selection,
+)
+from afdslib.experiments.competitors import KEPT
+from afdslib.experiments.delta import WEIGHTS
 from afdslib.losses import TERMS, Batch, DELTALoss, at_loss, kd_loss, lwf_loss
 from afdslib.losses.kd import Distil
 from afdslib.losses.sparsity import GateL1, ScaleL1
 from afdslib.pruning import boosted, settle
+from afdslib.runs import MODEL
 from afdslib.training import loop
 from afdslib.training.features import Teacher, feature_names, taps
 from afdslib.training.kept_channels import matching

@@ -11,8 +11,8 @@ from torch import nn
 
 from afdslib import backbones, data, runs, training
 from afdslib.base.errors import AFDSError, DivergedError
-from afdslib.experiments.afs import DataSource, Network
-from afdslib.experiments.student import Distillation, StudentRun, student_objective, tapped
+from afdslib.experiments import DataSource, Distillation, Network, StudentRun
+from afdslib.experiments.student import student_objective, tapped
 from afdslib.losses import BetaSchedule, _checks, at_loss, kd_loss
 from afdslib.training import loop
 from afdslib.training.features import Teacher

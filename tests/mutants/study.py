@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from afdslib import afs, data, training
+from afdslib import experiments as stages
 from afdslib.afs import macs
-from afdslib.experiments import afs as stages
 from afdslib.losses import afd
 from afdslib.losses.afd import AFDLoss
 from afdslib.training import features, loop

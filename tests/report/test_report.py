@@ -19,7 +19,7 @@ import torch
 
 from afdslib import runs
 from afdslib.base import paths
-from afdslib.experiments.afs import DataSource, Network
+from afdslib.experiments import DataSource, Network
 from afdslib.report import pipeline
 from afdslib.studies import profiles
 from afdslib.studies.profiles import Candidates

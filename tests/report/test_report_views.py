@@ -9,7 +9,7 @@ from PIL import Image
 
 from afdslib import afs, runs
 from afdslib.base import paths
-from afdslib.experiments.afs import DataSource, Network
+from afdslib.experiments import DataSource, Network
 from afdslib.report import checks, plots
 from afdslib.report import views as inspection
 from afdslib.studies import profiles

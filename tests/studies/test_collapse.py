@@ -5,7 +5,7 @@ import math
 import pandas as pd
 import pytest
 
-from afdslib.experiments.afs import Network
+from afdslib.experiments import Network
 from afdslib.report import plots
 from afdslib.studies import collapse
 

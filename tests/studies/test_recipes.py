@@ -11,13 +11,12 @@ from afdslib import afs, backbones, cli, data, runs, training
 from afdslib.backbones import registry
 from afdslib.backbones.inputs import RAW, input_of
 from afdslib.base.errors import AFDSError
-from afdslib.experiments.afs import Network
-from afdslib.experiments.student import Distillation
+from afdslib.experiments import Distillation, Network, Photographs, PhotoRun, Published
 from afdslib.inference import maps
 from afdslib.losses import BetaSchedule
 from afdslib.studies import recipes
 from afdslib.studies import students as distillation_study
-from afdslib.studies.recipes import RECIPES, Photographs, PhotoRun, Published
+from afdslib.studies.recipes import RECIPES
 from afdslib.studies.students import DistillationStudy
 from afdslib.training import Optimisation, distributed
 

@@ -18,9 +18,9 @@ import torch
 from afdslib import afs, cli, data, runs, training
 from afdslib.base import paths
 from afdslib.base.errors import AFDSError, BusyError
-from afdslib.experiments.afs import MODEL, DataSource, Network, TransferRun
-from afdslib.experiments.competitors import DenseRun, FBSRun, NarrowRun, PrunedRun
+from afdslib.experiments import DataSource, DenseRun, FBSRun, NarrowRun, Network, PrunedRun, TransferRun
 from afdslib.report import comparison as competitors
+from afdslib.runs import MODEL
 from afdslib.studies import comparison, profiles, statistics, tuning
 from afdslib.studies import protocol as protocol_module
 from afdslib.studies.comparison import Comparison, Tuned

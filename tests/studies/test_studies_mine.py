@@ -14,9 +14,9 @@ from PIL import Image
 from test_report import execute
 
 from afdslib import cli, runs
+from afdslib import experiments as stages
 from afdslib.base import paths
 from afdslib.base.errors import AFDSError
-from afdslib.experiments import afs as stages
 from afdslib.inference.predict import predict
 from afdslib.report import pipeline
 from afdslib.studies import mine as own_data

@@ -13,8 +13,7 @@ import tiny
 
 from afdslib import cli, runs
 from afdslib.base.errors import AFDSError
-from afdslib.experiments.afs import DataSource, Network
-from afdslib.experiments.student import Distillation
+from afdslib.experiments import DataSource, Distillation, Network
 from afdslib.inference import bench
 from afdslib.losses import BetaSchedule
 from afdslib.report import claims, students

@@ -12,7 +12,7 @@ from PIL import Image
 from afdslib import afs, runs
 from afdslib.base import paths
 from afdslib.base.errors import AFDSError
-from afdslib.experiments.afs import DataSource, Network
+from afdslib.experiments import DataSource, Network
 from afdslib.report import sweep as results
 from afdslib.studies import plan as planning
 from afdslib.studies import profiles

@@ -12,7 +12,7 @@ import tiny
 from mutants import selection, study
 
 from afdslib import training
-from afdslib.experiments.afs import DataSource
+from afdslib.experiments import DataSource
 from afdslib.studies import profiles
 from afdslib.studies.profiles import Candidates, Profile
 from afdslib.training.objective import Regulariser

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 
 from afdslib import afs, backbones, data, runs, training
-from afdslib.experiments.afs import AFSSourceRun, DataSource, Network, SourceRun, TransferRun
+from afdslib.experiments import AFSSourceRun, DataSource, Network, SourceRun, TransferRun
 from afdslib.training import Optimisation
 from afdslib.training.objective import Objective, Regulariser
 

@@ -17,10 +17,8 @@ from unittest import mock
 import torch
 
 from afdslib.base.errors import AFDSError
-from afdslib.experiments.afs import Network
-from afdslib.experiments.student import Distillation
+from afdslib.experiments import Distillation, Network, Photographs, PhotoRun, Published
 from afdslib.losses import BetaSchedule
-from afdslib.studies.recipes import Photographs, PhotoRun, Published
 from afdslib.training import Optimisation, distributed, loop
 
 STEPS = 9

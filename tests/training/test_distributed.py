@@ -17,7 +17,7 @@ from torch import nn
 
 from afdslib import afs, backbones, runs
 from afdslib.base.errors import AFDSError
-from afdslib.studies.recipes import PhotoRun
+from afdslib.experiments import PhotoRun
 from afdslib.training import distributed, loop
 
 TESTS = Path(__file__).parents[1] / "support"

@@ -8,9 +8,7 @@ from torch import nn
 
 from afdslib import backbones, runs
 from afdslib.base.errors import AFDSError
-from afdslib.experiments.afs import OBJECTIVE, DataSource
-from afdslib.experiments.competitors import DenseRun, PrunedRun, Selection
-from afdslib.experiments.extended import ExtendedSourceRun
+from afdslib.experiments import OBJECTIVE, DataSource, DenseRun, ExtendedSourceRun, PrunedRun, Selection
 from afdslib.losses import TERMS, Axis, Batch, Term, kd_loss
 from afdslib.losses.kd import Distil, SoftLabels
 from afdslib.studies.protocol import Method, label_of, regulariser_space

@@ -1,0 +1,195 @@
+"""The common body of all stages on target data: `train_stage`. A run says how it starts and what happens to channels.
+
+Each run is one point of a chain: the network of the point before, or of a source, is tuned at the last of its budgets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from afdslib import backbones, data, runs, training
+from afdslib.afs import macs
+from afdslib.afs.shrink import groups
+from afdslib.base.errors import DivergedError, UnreachableError
+from afdslib.data import Splits
+from afdslib.experiments.config import DataSource
+from afdslib.experiments.delta import weights_for, weights_run
+from afdslib.experiments.measure import gate_metrics, input_size, measure, training_macs
+from afdslib.experiments.source import AFSSourceRun, ExtendedSourceRun, keep
+from afdslib.losses.term import TAUGHT, TERMS, Term
+from afdslib.runs import MODEL
+from afdslib.training import Optimisation
+from afdslib.training.kept_channels import Channels
+from afdslib.training.objective import Objective, Regulariser
+
+__all__ = ["OBJECTIVE", "Event", "Point", "Stage", "train_stage", "with_classifier"]
+
+OBJECTIVE = "objective.safetensors"  # what an objective has learnt
+
+Event = Callable[[], dict[str, float]]
+
+
+@dataclass
+class Stage:
+    """How a stage starts.
+
+    Attributes:
+        model: the network to train, on the CPU.
+        reference: the source network that the regulariser compares it with.
+        settings: of the training.
+        label: for progress.
+        before: the objective's state after the stage before; None for the first stage.
+        dense: MACs of the dense network; 0 where that is `model`.
+        forwards: passes of `model` that the teachers cost per image; None for those of the regulariser.
+        channels: which of the reference's channels a pruned network still has.
+        terms: of the loss, beside the regulariser.
+        smoothing: of the labels; None as `settings` say.
+        objective, splits: what is minimised and the data, once they are there.
+    """
+
+    model: nn.Module
+    reference: nn.Module
+    settings: Optimisation
+    label: str
+    before: Path | None = None
+    dense: float = 0.0
+    forwards: float | None = None
+    channels: Channels | None = None
+    terms: tuple[Term, ...] = ()
+    smoothing: float | None = None
+    objective: Objective = field(init=False)
+    splits: Splits = field(init=False)
+
+
+class Point:
+    """A point of a chain. A point that diverges or cannot be reached, or follows such a one, says so as its result.
+
+    Attributes:
+        source, data, regulariser, seed, use_test, macs_images: see the runs.
+        budgets: shares of the dense network's MACs down to this point's.
+        parent: the point before, if there is one.
+        gated: whether the network has gates.
+        measured: whether the point is one of the study's, and not only the start of others.
+    """
+
+    source: AFSSourceRun | ExtendedSourceRun
+    data: DataSource
+    regulariser: Regulariser
+    seed: int
+    use_test: bool
+    macs_images: int
+    budgets: tuple[float, ...]
+    parent: Any = None
+    gated = False
+    measured = True
+
+    @property
+    def times(self) -> str:
+        """The last budget for readers: "10x"."""
+        return f"{1 / self.budgets[-1]:g}x"
+
+    @property
+    def taught(self) -> float:
+        """Passes of the source per image."""
+        return 1.0 if TERMS[self.regulariser.name].needs & TAUGHT else 0.0
+
+    def needs(self) -> Iterable[Any]:
+        """The source, the point before, and DELTA's channel weights."""
+        return self.source, self.parent, weights_run(self.regulariser, self.source, self.data)
+
+    def execute(self, run: runs.Run) -> dict[str, Any]:
+        for before in (self.parent, self.source):
+            if before is not None and (reason := runs.get_or_run(before, store=run.store).metrics.get("diverged")):
+                return {"diverged": reason, "steps": 0}
+        try:
+            return train_stage(self, run)
+        except (DivergedError, UnreachableError) as error:
+            return {"diverged": f"at {self.times}, {error}", "steps": 0}
+
+    def point_before(self, run: runs.Run) -> runs.Result:
+        """The result of `parent`, with its network and its objective's state."""
+        return runs.get_or_run(self.parent, store=run.store, needs=(MODEL, OBJECTIVE))
+
+    # What a run states.
+
+    def start(self, run: runs.Run, splits: Splits) -> Stage:
+        """The network and what it is compared with; the global random numbers are seeded for the objective."""
+        raise NotImplementedError
+
+    def select(self, stage: Stage) -> Mapping[int, Event]:
+        """What happens to channels before the first step, done here, and after other steps, by their numbers."""
+        return {}
+
+    def settle_budget(self, stage: Stage) -> None:
+        """What happens to channels after the last step."""
+
+    def channel_counts(self, stage: Stage) -> dict[str, Any]:
+        """How many channels there are, and of which kind."""
+        if self.gated:
+            return gate_metrics(stage.model, stage.splits, stage.settings)
+        channels = sum(group.width for group in groups(stage.model, input_size(stage.splits)))
+        return {"density": 1.0, "removed": 0, "static": channels, "dynamic": 0}
+
+
+def with_classifier(model: nn.Module, splits: Splits, seed: int) -> nn.Module:
+    """The network with a new classifier for the data set's classes."""
+    backbones.reset_classifier(model, len(splits.classes), generator=torch.Generator().manual_seed(seed))
+    return model
+
+
+def train_stage(point: Point, run: runs.Run) -> dict[str, Any]:
+    """One stage on target data, from loading what it starts from to its metrics."""
+    # The images. Those of a trial, or of a point that nothing is read off, hold no test image.
+    splits = point.data.load()
+    if not (point.use_test and point.measured):
+        splits = data.sealed(splits)
+    size = input_size(splits)
+    # The network: of a source, or of the point before.
+    stage = point.start(run, splits)
+    model, settings = stage.model, stage.settings
+    # What is minimised; what the objective has learnt in the stage before goes on.
+    objective = stage.objective = Objective(
+        model, point.regulariser, stage.reference, size,
+        label_smoothing=settings.label_smoothing if stage.smoothing is None else stage.smoothing,
+        channels=stage.channels, weights=weights_for(point.regulariser, point.source, point.data, run),
+        terms=stage.terms,
+    )  # fmt: skip
+    if stage.before is not None:
+        (objective.load_state_dict if stage.channels is None else objective.inherit)(load_file(stage.before))
+    model.to(training.device())
+    objective.place(training.device())
+    # A detached attention is trained before the first step of the first stage. A resumed run has done so.
+    steps = settings.steps
+    if stage.before is None and (point.regulariser.name, point.regulariser.attention) == ("afd", "detached"):
+        steps += settings.steps
+        if run.load_checkpoint() is None:
+            batches = training.first_batches(splits.train, settings.batch_size, point.seed, settings.steps)
+            objective.prepare(batches, len(splits.classes))
+    # The steps, and what happens to channels before, between and after them.
+    stage.splits, stage.dense = splits, stage.dense or macs.count(model, size).total
+    events = point.select(stage)
+    training.fit(
+        model, splits.train, objective, settings, run, seed=point.seed, events=events, label=stage.label,
+        monitor=splits.statistics if point.gated else None,
+    )  # fmt: skip
+    point.settle_budget(stage)
+    # What it has become. Nothing is measured of a stage that is no point of the study.
+    metrics: dict[str, Any] = {}
+    if point.measured:
+        metrics = measure(
+            model, splits, settings, stage.dense, point.budgets[-1], images=point.macs_images, use_test=point.use_test
+        )
+        metrics |= point.channel_counts(stage)
+    # The network and what its objective has learnt, for the next point and for readers.
+    state = {name: tensor.cpu().contiguous() for name, tensor in objective.state_dict().items()}
+    run.write_artifact(OBJECTIVE, lambda path: save_file(state, path))
+    keep(run, model)
+    forwards = point.taught if stage.forwards is None else stage.forwards
+    return metrics | {"steps": steps, "training_macs": training_macs(model, size, settings, forwards)}
