@@ -12,8 +12,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from afdslib import afs, data, runs, training
+from afdslib.base.checks import choice, number, whole
 from afdslib.data import Splits
-from afdslib.experiments.config import DataSource, check, check_budgets, check_choice, check_count
+from afdslib.experiments.config import DataSource, check_budgets
 from afdslib.experiments.measure import cost
 from afdslib.experiments.source import AFSSourceRun, network_of
 from afdslib.experiments.stage import OBJECTIVE, Event, Point, Stage, with_classifier
@@ -81,11 +82,15 @@ class TransferRun(Point):
 
     def __post_init__(self) -> None:
         check_budgets(self.budgets)
-        check_count(self, "multiple", "macs_images")
-        check_choice(self, stream=("free", "coupled"), settle_by=("q", "taylor"))
-        check(self, "in (0, 1]", lambda value: 0 < value <= 1, "density_floor")
-        check(self, "a number of at least 0", lambda value: value >= 0, "density_exponent", "delta_s")
-        check(self, "a share in [0, 1)", lambda value: 0 <= value < 1, "first", "trim")
+        whole("multiple", self.multiple, 1)
+        whole("macs_images", self.macs_images, 1)
+        choice("stream", self.stream, ("free", "coupled"))
+        choice("settle_by", self.settle_by, ("q", "taylor"))
+        number("density_floor", self.density_floor, above=0, most=1)
+        number("density_exponent", self.density_exponent, least=0)
+        number("delta_s", self.delta_s, least=0)
+        number("first", self.first, least=0, below=1)
+        number("trim", self.trim, least=0, below=1)
 
     @property
     def parent(self) -> TransferRun | None:

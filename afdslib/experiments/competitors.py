@@ -24,9 +24,10 @@ from afdslib import afs, data, runs, training
 from afdslib.afs import macs
 from afdslib.afs.shrink import groups, shrink
 from afdslib.base.atomic import write_json
+from afdslib.base.checks import choice, number, whole
 from afdslib.base.errors import AFDSError
 from afdslib.data import Splits
-from afdslib.experiments.config import DataSource, Network, check, check_budgets, check_count
+from afdslib.experiments.config import DataSource, Network, check_budgets
 from afdslib.experiments.measure import input_size
 from afdslib.experiments.source import ExtendedSourceRun, network_of
 from afdslib.experiments.stage import OBJECTIVE, Event, Point, Stage, with_classifier
@@ -85,7 +86,7 @@ class DenseRun(Point):
     budgets = (1.0,)
 
     def __post_init__(self) -> None:
-        check(self, "a number of at least 0", lambda value: value >= 0, "scale_l1")
+        number("scale_l1", self.scale_l1, least=0)
 
     @property
     def penalties(self) -> tuple[Term, ...]:
@@ -123,9 +124,8 @@ class Selection:
     def __post_init__(self) -> None:
         if self.name not in CRITERIA:
             raise AFDSError(f"unknown selection {self.name!r}; static ones are {', '.join(CRITERIA)}")
-        if self.normalise not in NORMALISATIONS:
-            raise AFDSError(f"normalise must be one of {', '.join(NORMALISATIONS)}, got {self.normalise!r}")
-        check_count(self, "images")
+        choice("normalise", self.normalise, NORMALISATIONS)
+        whole("images", self.images, 1)
 
 
 @runs.register
@@ -243,8 +243,8 @@ class FBSGatesRun(Point):
 
     def __post_init__(self) -> None:
         if self.gate_bias is not None:
-            check(self, "a number above 0 or None", lambda value: value > 0, "gate_bias")
-        check(self, "a number of at least 0", lambda value: value >= 0, "gate_l1")
+            number("gate_bias", self.gate_bias, above=0)
+        number("gate_l1", self.gate_l1, least=0)
 
     @property
     def penalties(self) -> tuple[Term, ...]:
@@ -294,7 +294,7 @@ class FBSRun(Point):
 
     def __post_init__(self) -> None:
         check_budgets(self.budgets)
-        check_count(self, "lowerings")
+        whole("lowerings", self.lowerings, 1)
 
     @property
     def parent(self) -> FBSRun | FBSGatesRun:
@@ -374,9 +374,9 @@ class NarrowRun(Point):
     use_test: bool = True
 
     def __post_init__(self) -> None:
-        check(self, "a share in (0, 1]", lambda value: 0 < value <= 1, "budget")
-        check(self, "a number above 0", lambda value: value > 0, "temperature")
-        check(self, "a share in [0, 1]", lambda value: 0 <= value <= 1, "alpha")
+        number("budget", self.budget, above=0, most=1)
+        number("temperature", self.temperature, above=0)
+        number("alpha", self.alpha, least=0, most=1)
 
     @property
     def parent(self) -> DenseRun | None:

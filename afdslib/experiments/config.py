@@ -1,11 +1,10 @@
-"""Parts of the runs' configurations: a data set, a network, and checks of fields."""
+"""Parts of the runs' configurations: a data set, a network, budgets."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +14,7 @@ from afdslib import backbones, data, runs
 from afdslib.base.errors import AFDSError
 from afdslib.data import Splits
 
-__all__ = ["DataSource", "Network", "check", "check_budgets", "check_choice", "check_count"]
+__all__ = ["DataSource", "Network", "check_budgets"]
 
 
 @dataclass(frozen=True)
@@ -76,33 +75,9 @@ class Network:
         return model
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value < float("inf")
-
-
-def check(config: Any, words: str, test: Callable[[float], bool], *names: str) -> None:
-    """Refuses fields that are no finite numbers, or fail a test; `words` say what they must be."""
-    for name in names:
-        value = getattr(config, name)
-        if not (_is_number(value) and test(value)):
-            raise AFDSError(f"{name} must be {words}, got {value!r}")
-
-
-def check_count(config: Any, *names: str) -> None:
-    """Refuses fields that are not whole numbers of at least 1."""
-    check(config, "a whole number of at least 1", lambda value: isinstance(value, int) and value >= 1, *names)
-
-
-def check_choice(config: Any, **choices: tuple[str, str]) -> None:
-    """Refuses fields that are neither of two words."""
-    for name, (one, other) in choices.items():
-        if (value := getattr(config, name)) not in (one, other):
-            raise AFDSError(f"{name} must be {one!r} or {other!r}, got {value!r}")
-
-
 def check_budgets(budgets: tuple[float, ...], *, pruned: bool = False) -> None:
     """Refuses budgets that do not decrease from 1 within (0, 1]; of pruned points alone, within (0, 1)."""
-    numbers = bool(budgets) and all(_is_number(b) and 0 < b <= 1 for b in budgets) and (budgets[0] == 1) != pruned
+    numbers = bool(budgets) and all(isinstance(b, Real) and 0 < b <= 1 for b in budgets) and (budgets[0] == 1) != pruned
     if not numbers or any(x <= y for x, y in zip(budgets, budgets[1:], strict=False)):
         words = "and lie between 0 and 1" if pruned else "from 1 and stay above 0"
         raise AFDSError(f"budgets must decrease {words}, got {budgets!r}")

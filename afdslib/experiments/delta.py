@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from afdslib import backbones, data, runs, training
 from afdslib.afs import macs
-from afdslib.experiments.config import DataSource, check_count
+from afdslib.base.checks import whole
+from afdslib.experiments.config import DataSource
 from afdslib.experiments.measure import input_size
 from afdslib.experiments.source import AFSSourceRun, ExtendedSourceRun, network_of
 from afdslib.losses.delta import channel_weights, fit_classifier
@@ -51,7 +52,7 @@ class ChannelWeightsRun:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_count(self, "images")
+        whole("images", self.images, 1)
 
     def execute(self, run: runs.Run) -> dict[str, Any]:
         model = network_of(self.source, run)

@@ -14,9 +14,10 @@ from torch import nn
 
 from afdslib import afs, runs, training
 from afdslib.afs import macs
+from afdslib.base.checks import choice
 from afdslib.base.errors import DivergedError
 from afdslib.data import ImageDataset, Splits
-from afdslib.experiments.config import DataSource, Network, check_choice
+from afdslib.experiments.config import DataSource, Network
 from afdslib.experiments.measure import cost, gate_summary, input_size, scores, training_macs, validation
 from afdslib.runs import MODEL
 from afdslib.training import Optimisation, distributed
@@ -131,7 +132,7 @@ class AFSSourceRun:
     predictors: str = runs.added("exact")
 
     def __post_init__(self) -> None:
-        check_choice(self, predictors=("exact", "random"))
+        choice("predictors", self.predictors, ("exact", "random"))
 
     def execute(self, run: runs.Run) -> dict[str, Any]:
         try:

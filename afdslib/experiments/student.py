@@ -18,9 +18,10 @@ from torch import nn
 
 from afdslib import backbones, runs, training
 from afdslib.afs import macs
+from afdslib.base.checks import number, whole
 from afdslib.base.errors import AFDSError, DivergedError
 from afdslib.data import Splits, sealed
-from afdslib.experiments.config import DataSource, Network, check, check_count
+from afdslib.experiments.config import DataSource, Network
 from afdslib.experiments.measure import input_size
 from afdslib.experiments.source import keep, network_of
 from afdslib.losses import BetaSchedule
@@ -78,9 +79,11 @@ class Distillation:
                 raise AFDSError(f"{name} {getattr(self, name)!r} is unknown; use one of {', '.join(choices)}")
         if not isinstance(self.weight, BetaSchedule):
             raise AFDSError(f"weight must be a BetaSchedule, such as BetaSchedule(beta=1000.0), got {self.weight!r}")
-        check(self, "a number of at least 0", lambda value: value >= 0, "hard", "soft", "offset")
-        check(self, "a number above 0", lambda value: value > 0, "temperature", "exponent")
-        check_count(self, "degree")
+        for name in ("hard", "soft", "offset"):
+            number(name, getattr(self, name), least=0)
+        for name in ("temperature", "exponent"):
+            number(name, getattr(self, name), above=0)
+        whole("degree", self.degree, 1)
         if not (self.hard or self.soft):
             raise AFDSError("hard and soft are both 0, so no label and no teacher says which class is right; set one")
         decays = self.weight.kind in ("linear", "cosine")
@@ -262,7 +265,7 @@ class StudentRun:
 
     def __post_init__(self) -> None:
         check_teacher(self.method, self.teacher, self.optimisation.steps)
-        check(self, "a number of at least 0", lambda value: value >= 0, "weight_decay")
+        number("weight_decay", self.weight_decay, least=0)
 
     def execute(self, run: runs.Run) -> dict[str, Any]:
         """Trains and measures; a run that diverges is a result with "diverged": why."""

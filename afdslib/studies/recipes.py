@@ -13,8 +13,10 @@ normalise by each GPU's own images: `local_norm` does so too. None of the recipe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import nn
 
@@ -22,6 +24,7 @@ from afdslib import backbones, data, training
 from afdslib.afs import macs
 from afdslib.backbones.inputs import input_of, input_statistics
 from afdslib.backbones.loading import imagenet_file
+from afdslib.base.checks import whole
 from afdslib.base.errors import AFDSError
 from afdslib.data.imagenet import IMAGENET as IMAGENET_COUNTS
 from afdslib.data.photographs import AUGMENTATIONS
@@ -31,12 +34,9 @@ from afdslib.experiments.student import paired
 from afdslib.losses import BetaSchedule
 from afdslib.losses.term import Pair
 from afdslib.training import Optimisation
+from afdslib.training.features import feature_shapes
 
 __all__ = ["RECIPES", "Recipe", "evaluate", "plan", "prepare"]
-
-
-_AT = Distillation("at", BetaSchedule(beta=1000.0))
-_NST = Distillation("nst", BetaSchedule(beta=50.0), taps="before-relu")
 
 
 @dataclass(frozen=True)
@@ -78,64 +78,58 @@ class Recipe:
     source: str = ""
 
 
-_AT_CODE = "the attention-transfer code; its teacher is resnet-34-export.pth (--teacher), here torchvision's [ours]"
-_NST_CODE = "the neuron-selectivity code; its teacher is an MXNet ResNet-101, here torchvision's [ours]"
-_TUNED = "code never released; the schedule is ours, untuned"
+# What the authors report: accuracies, or top-1/top-5 errors.
+_REPORTED = {
+    "wrn-16-1": "accuracy 91.23 %",
+    "wrn-16-2": "accuracy 93.69 %",
+    "wrn-16-1-at": "accuracy 92.07 %",
+    "resnet18": "top-1/top-5 error 30.4/10.8 %",
+    "resnet18-at": "top-1/top-5 error 29.3/10.0 %",
+    "inception-bn": "top-1/top-5 error 25.74/8.07 %",
+    "inception-bn-nst": "top-1/top-5 error 24.81/7.55 %",
+    "inception-bn-nst-kd": "top-1/top-5 error 24.34/7.11 %",
+    "resnet50-senet-nst-kd": "top-1/top-5 error 21.05/5.56 %",
+}
 
 
-def _nst_family(name: str, student: str, reported: dict[str, str]) -> Iterator[tuple[str, Recipe]]:
-    alone = Recipe(student, augmentation="resnext", batch_size=512, nesterov=True, source=_NST_CODE)
-    methods = {"": Distillation(), "-kd": Distillation(soft=1.0), "-nst": _NST, "-nst-kd": replace(_NST, soft=1.0)}
-    for suffix, method in methods.items():
-        teacher = "resnet101" if suffix else None
-        yield name + suffix, replace(alone, method=method, teacher=teacher, reported=reported.get(suffix, ""))
-
-
-def _fine_tuned(name: str, data_set: str) -> Iterator[tuple[str, Recipe]]:
-    alone = Recipe(
-        "resnet18", data=data_set, pretrained=True, augmentation="gentle", epochs=60, batch_size=64, lr=0.01,
-        milestones=(0.5, 0.8), source=_TUNED,
-    )  # fmt: skip
-    yield name, alone
-    yield f"{name}-at", replace(alone, teacher="resnet34", method=_AT)
-
-
-def _cifar() -> Iterator[tuple[str, Recipe]]:
-    """The commands of the attention-transfer README, and AT + KD, which it announces."""
-    alone = Recipe(
-        "wrn-16-1", data="cifar10", augmentation="", epochs=200, batch_size=128, milestones=(0.3, 0.6, 0.8), drop=0.2,
+def _table() -> Iterator[tuple[str, Recipe]]:
+    at = Distillation("at", BetaSchedule(beta=1000.0))
+    # The commands of the attention-transfer README on CIFAR-10, and AT + KD, which it announces.
+    cifar = Recipe(
+        "", data="cifar10", augmentation="", epochs=200, batch_size=128, milestones=(0.3, 0.6, 0.8), drop=0.2,
         weight_decay=5e-4, source="the attention-transfer code",
     )  # fmt: skip
     kd = Distillation(hard=0.1, soft=0.9)
-    methods = {"at": _AT, "kd": kd, "at-kd": replace(kd, transfer="at", weight=BetaSchedule("cosine", beta=1000.0))}
-    reported = {"wrn-16-1": "accuracy 91.23 %", "wrn-16-2": "accuracy 93.69 %", "wrn-16-1-at": "accuracy 92.07 %"}
+    both = replace(kd, transfer="at", weight=BetaSchedule("cosine", beta=1000.0))
     for name in ("wrn-40-1", "wrn-16-2", "wrn-40-2", "wrn-16-1"):
-        yield name, replace(alone, student=name, reported=reported.get(name, ""))
+        yield name, replace(cifar, student=name)
     for student, teacher in (("wrn-16-1", "wrn-16-2"), ("wrn-16-2", "wrn-40-2")):
-        for suffix, method in methods.items():
-            said = reported.get(f"{student}-{suffix}", "")
-            yield f"{student}-{suffix}", replace(alone, student=student, teacher=teacher, method=method, reported=said)
+        for suffix, method in (("at", at), ("kd", kd), ("at-kd", both)):
+            yield f"{student}-{suffix}", replace(cifar, student=student, teacher=teacher, method=method)
+    # Its commands on ImageNet.
+    code = "the attention-transfer code; its teacher is resnet-34-export.pth (--teacher), here torchvision's [ours]"
+    yield "resnet18", Recipe("resnet18", source=code)
+    yield "resnet18-at", Recipe("resnet18", "resnet34", at, source=code)
+    # Neuron selectivity transfer on ImageNet.
+    code = "the neuron-selectivity code; its teacher is an MXNet ResNet-101, here torchvision's [ours]"
+    nst = Distillation("nst", BetaSchedule(beta=50.0), taps="before-relu")
+    for student in ("inception_bn", "resnet50_senet"):
+        name = student.replace("_", "-")
+        alone = Recipe(student, augmentation="resnext", batch_size=512, nesterov=True, source=code)
+        yield name, alone
+        for suffix, method in (("kd", Distillation(soft=1.0)), ("nst", nst), ("nst-kd", replace(nst, soft=1.0))):
+            yield f"{name}-{suffix}", replace(alone, teacher="resnet101", method=method)
+    # Fine-tuning with attention transfer, on scenes and birds.
+    for name, data_set in (("scenes", "mit-indoors"), ("cub", "cub-200-2011")):
+        alone = Recipe(
+            "resnet18", data=data_set, pretrained=True, augmentation="gentle", epochs=60, batch_size=64, lr=0.01,
+            milestones=(0.5, 0.8), source="code never released; the schedule is ours, untuned",
+        )  # fmt: skip
+        yield name, alone
+        yield f"{name}-at", replace(alone, teacher="resnet34", method=at)
 
 
-RECIPES: dict[str, Recipe] = {
-    **dict(_cifar()),
-    "resnet18": Recipe("resnet18", reported="top-1/top-5 error 30.4/10.8 %", source=_AT_CODE),
-    "resnet18-at": Recipe("resnet18", "resnet34", _AT, reported="top-1/top-5 error 29.3/10.0 %", source=_AT_CODE),
-    **dict(
-        _nst_family(
-            "inception-bn",
-            "inception_bn",
-            {
-                "": "top-1/top-5 error 25.74/8.07 %",
-                "-nst": "top-1/top-5 error 24.81/7.55 %",
-                "-nst-kd": "top-1/top-5 error 24.34/7.11 %",
-            },
-        )
-    ),
-    **dict(_nst_family("resnet50-senet", "resnet50_senet", {"-nst-kd": "top-1/top-5 error 21.05/5.56 %"})),
-    **dict(_fine_tuned("scenes", "mit-indoors")),
-    **dict(_fine_tuned("cub", "cub-200-2011")),
-}
+RECIPES = {name: replace(recipe, reported=_REPORTED.get(name, "")) for name, recipe in _table()}
 """The recipes by name; `inception-bn`, `resnet18`, `wrn-16-1`, ... without a suffix train the network alone."""
 
 
@@ -201,35 +195,58 @@ def prepare(
     """
     if name not in RECIPES:
         raise AFDSError(f"there is no recipe {name!r}; take one of {', '.join(RECIPES)}")
-    recipe = RECIPES[name]
-    for what, value in (("epochs", epochs), ("batch_size", batch_size)):
-        if value is not None and value < 1:
-            raise AFDSError(f"{what} must be a whole number of at least 1, got {value!r}")
     changes = {"data": data_set, "epochs": epochs, "batch_size": batch_size, "lr": lr}
-    recipe = replace(recipe, **{key: value for key, value in changes.items() if value is not None})  # type: ignore[arg-type]
-    if teacher is not None and recipe.teacher is None:
-        raise AFDSError(f"the recipe {name!r} has no teacher; leave out --teacher, or take one of {_with_teacher()}")
+    for what in ("epochs", "batch_size"):
+        if changes[what] is not None:
+            whole(what, changes[what], 1)
+    changed = {what: value for what, value in changes.items() if value is not None}
+    recipe = replace(RECIPES[name], **changed)  # type: ignore[arg-type]
+    cifar = recipe.student.startswith("wrn-")
+    _refuse(name, recipe, teacher, weight, size)
     method = recipe.method
     if weight is not None:
-        if method.transfer == "none":
-            raise AFDSError(f"the recipe {name!r} has no transfer loss to weigh; leave out --weight")
         method = replace(method, weight=replace(method.weight, beta=weight))
-    cifar = recipe.student.startswith("wrn-")
+    # A plan extracts and downloads nothing, so it takes official counts.
+    photographs = Photographs(recipe.data, size or 224, recipe.augmentation, data_dir or "", skip_corrupt)
+    known = not cifar and (must_exist or recipe.data not in _SIZES)
+    if known:
+        splits = photographs.load(download=must_exist)
+        images, classes = len(splits.train), len(splits.classes)
+    else:
+        images, classes = _SIZES[recipe.data]
+    settings = Optimisation(
+        steps=recipe.epochs * max(1, images // recipe.batch_size), batch_size=recipe.batch_size, lr=recipe.lr,
+        nesterov=recipe.nesterov, schedule="milestones", drop=recipe.drop, milestones=recipe.milestones,
+        precision=precision, log_rows=40 if cifar else recipe.epochs, sync_norm=not local_norm,
+    )  # fmt: skip
+    weights, decay = "imagenet" if recipe.pretrained else None, recipe.weight_decay
+    network, taught_by = Network(recipe.student, width=width, weights=weights), teacher or recipe.teacher
+    source: Any = None
+    run: PhotoRun | StudentRun
     if cifar:
-        _refuse_for_cifar(name, recipe, teacher, size)
-    source = Photographs(recipe.data, size or 224, recipe.augmentation, data_dir or "", skip_corrupt)
-    images, classes, known = (*_SIZES["cifar10"], False) if cifar else _counted(source, must_exist)
-    settings = _optimisation(recipe, images, precision, local_norm)
-    run = (
-        _cifar_run(recipe, method, settings, teacher, data_dir, width, seed)
-        if cifar
-        else _photo_run(recipe, method, settings, teacher, source, width, seed)
-    )
+        # The run that notebook 06 makes in its profile `paper`, so that neither trains what the other has trained.
+        images_of = DataSource("cifar10", per_class=5000, root=data_dir or "", padding="reflect")
+        if taught_by is not None:
+            source = StudentRun(images_of, Network(taught_by), settings, weight_decay=decay)
+        run = StudentRun(replace(images_of, seed=seed), network, settings, method, source, decay, seed)
+    else:
+        if recipe.pretrained and teacher is None and taught_by is not None:
+            source = PhotoRun(photographs, Network(taught_by, weights=weights), settings, weight_decay=decay, seed=seed)
+        elif taught_by is not None:
+            source = Published.of(taught_by)
+        run = PhotoRun(photographs, network, settings, method, source, decay, seed)
     return _Chosen(recipe, run, images, classes, known)
 
 
-def _refuse_for_cifar(name: str, recipe: Recipe, teacher: str | None, size: int | None) -> None:
-    """What the other recipes take and those of wide ResNets do not."""
+def _refuse(name: str, recipe: Recipe, teacher: str | None, weight: float | None, size: int | None) -> None:
+    """What a user may not change of a recipe."""
+    if teacher is not None and recipe.teacher is None:
+        others = ", ".join(name for name, recipe in RECIPES.items() if recipe.teacher)
+        raise AFDSError(f"the recipe {name!r} has no teacher; leave out --teacher, or take one of {others}")
+    if weight is not None and recipe.method.transfer == "none":
+        raise AFDSError(f"the recipe {name!r} has no transfer loss to weigh; leave out --weight")
+    if not recipe.student.startswith("wrn-"):
+        return
     if recipe.data != "cifar10":
         raise AFDSError(
             f"the recipe {name!r} is for cifar10, not {recipe.data!r}; leave out --data, or take another recipe"
@@ -243,70 +260,6 @@ def _refuse_for_cifar(name: str, recipe: Recipe, teacher: str | None, size: int 
         )
 
 
-def _photo_run(
-    recipe: Recipe, method: Distillation, settings: Optimisation, teacher: str | None, source: Photographs,
-    width: float, seed: int,
-) -> PhotoRun:  # fmt: skip
-    weights = "imagenet" if recipe.pretrained else None
-    teaching: PhotoRun | Published | None = None
-    if recipe.teacher is not None:
-        if teacher is not None:
-            teaching = Published.of(teacher)
-        elif recipe.pretrained:
-            network = Network(recipe.teacher, weights=weights)
-            teaching = PhotoRun(source, network, settings, weight_decay=recipe.weight_decay, seed=seed)
-        else:
-            teaching = Published(recipe.teacher)
-    return PhotoRun(
-        source, Network(recipe.student, width=width, weights=weights), settings, method, teaching,
-        weight_decay=recipe.weight_decay, seed=seed,
-    )  # fmt: skip
-
-
-def _cifar_run(
-    recipe: Recipe, method: Distillation, settings: Optimisation, teacher: str | None, data_dir: str | None,
-    width: float, seed: int,
-) -> StudentRun:  # fmt: skip
-    """The run that notebook 06 makes in its profile `paper`, so that neither trains what the other has trained."""
-    settings = replace(settings, log_rows=40)
-    source = DataSource("cifar10", per_class=5000, root=data_dir or "", padding="reflect")
-    teaching = None
-    if recipe.teacher is not None:
-        network = Network(teacher or recipe.teacher)
-        teaching = StudentRun(source, network, settings, weight_decay=recipe.weight_decay)
-    return StudentRun(
-        replace(source, seed=seed), Network(recipe.student, width=width), settings, method, teaching,
-        weight_decay=recipe.weight_decay, seed=seed,
-    )  # fmt: skip
-
-
-def _with_teacher() -> str:
-    return ", ".join(name for name, recipe in RECIPES.items() if recipe.teacher)
-
-
-def _counted(source: Photographs, must_exist: bool) -> tuple[int, int, bool]:
-    """Training images and classes, and whether they were counted. A plan extracts and downloads nothing."""
-    if not must_exist and source.name in _SIZES:
-        return *_SIZES[source.name], False
-    splits = source.load(download=must_exist)
-    return len(splits.train), len(splits.classes), True
-
-
-def _optimisation(recipe: Recipe, images: int, precision: str, local_norm: bool) -> Optimisation:
-    return Optimisation(
-        steps=recipe.epochs * max(1, images // recipe.batch_size),
-        batch_size=recipe.batch_size,
-        lr=recipe.lr,
-        nesterov=recipe.nesterov,
-        schedule="milestones",
-        drop=recipe.drop,
-        milestones=recipe.milestones,
-        precision=precision,
-        log_rows=recipe.epochs,
-        sync_norm=not local_norm,
-    )
-
-
 def plan(chosen: _Chosen, processes: int = 1) -> str:
     """What `prepare` chose, as text: networks, schedule, cost, memory, and what is missing. Trains nothing.
 
@@ -314,34 +267,30 @@ def plan(chosen: _Chosen, processes: int = 1) -> str:
         chosen: the recipe's run.
         processes: among which a batch is divided.
     """
-    recipe, run = chosen.recipe, chosen.run
+    recipe, run, method, settings = chosen.recipe, chosen.run, chosen.run.method, chosen.run.optimisation
     side = run.data.size or 32
-    settings, size = run.optimisation, (3, side, side)
+    size = (3, side, side)
     student = replace(run.network, weights=None).build(chosen.classes, run.seed)
     cost, parameters = macs.count(student, size).total, sum(p.numel() for p in student.parameters())
-    teacher = None if recipe.teacher is None else _untrained(run.teacher, recipe.teacher)
-    theirs = 0.0 if teacher is None else macs.count(teacher, size).total
-    trained = isinstance(run.teacher, (PhotoRun, StudentRun))
-    passes = 3 * cost + (4 if trained else 1) * theirs
-    method, (share, rest) = run.method, divmod(settings.batch_size, processes)
+    share, rest = divmod(settings.batch_size, processes)
     memory = _activation_bytes(student, size, settings.precision) * share + parameters * 4 * 3
-    if teacher is not None:
+    passes, text, pairs, trained = 3 * cost, "none", (), isinstance(run.teacher, (PhotoRun, StudentRun))
+    if run.teacher is not None:
+        teacher, text = _teacher(run.teacher)
+        teacher_cost = macs.count(teacher, size).total
+        text += f", {teacher_cost / 1e9:.3g} G MACs"
+        passes += (4 if trained else 1) * teacher_cost
         memory += sum(p.numel() for p in teacher.parameters()) * 4
+        pairs = paired(student, teacher, method, size)
     statistics = input_statistics(run.network.name)
-    loss = f"{method.hard:g} CE"
-    if method.soft:
-        loss += f" + {method.soft:g} T^2 KL, T = {method.temperature:g}"
-    if method.transfer != "none":
-        loss += f" + {method.weight.beta:g} {method.transfer} ({_schedule_text(method.weight)})"
-    pairs = () if teacher is None else paired(student, teacher, method, size)
     momentum = f"momentum {settings.momentum:g}{' (Nesterov)' if settings.nesterov else ''}"
     drops = f"lr {settings.lr:g} times {settings.drop:g} after {', '.join(f'{m:.0%}' for m in settings.milestones)}"
     lines = [
         f"student: {run.network.name} at {side} px, {cost / 1e9:.3g} G MACs, {parameters / 1e6:.2f} M "
         "parameters" + (", from torchvision's ImageNet weights" if run.network.weights else ""),
         f"input: mean {statistics.mean}, deviation {statistics.deviation} of RGB values from 0 to 255",
-        "teacher: none" if teacher is None else f"teacher: {_teacher_text(run, recipe)}, {theirs / 1e9:.3g} G MACs",
-        f"loss: {loss}",
+        f"teacher: {text}",
+        f"loss: {_loss_text(method)}",
         f"compared: {_pairs_text(pairs)}",
         f"augmentation: {_augmentation_text(run.data)}",
         f"data: {run.data.name}, {chosen.images:,} training images, {chosen.classes:,} classes"
@@ -363,12 +312,20 @@ def plan(chosen: _Chosen, processes: int = 1) -> str:
     return "\n".join([*lines, *(f"  - {item}" for item in missing)])
 
 
-def _schedule_text(weight: BetaSchedule) -> str:
+def _loss_text(method: Distillation) -> str:
+    weight, text = method.weight, f"{method.hard:g} CE"
+    if method.soft:
+        text += f" + {method.soft:g} T^2 KL, T = {method.temperature:g}"
+    if method.transfer == "none":
+        return text
     if weight.kind == "constant":
-        return "constant"
-    if weight.kind == "step":
-        return f"step, times {weight.factor:g} at {', '.join(map(str, weight.milestones))}"
-    return f"{weight.kind}, to {weight.end:g} at the end" + (f" of {weight.length:,} steps" if weight.length else "")
+        schedule = "constant"
+    elif weight.kind == "step":
+        schedule = f"step, times {weight.factor:g} at {', '.join(map(str, weight.milestones))}"
+    else:
+        length = f" of {weight.length:,} steps" if weight.length else ""
+        schedule = f"{weight.kind}, to {weight.end:g} at the end{length}"
+    return f"{text} + {weight.beta:g} {method.transfer} ({schedule})"
 
 
 def _pairs_text(pairs: tuple[Pair, ...]) -> str:
@@ -382,18 +339,9 @@ def _pairs_text(pairs: tuple[Pair, ...]) -> str:
 
 def _activation_bytes(model: nn.Module, size: tuple[int, int, int], precision: str) -> int:
     """Bytes per image of what the backward pass needs: each convolution's output, kept three times. [ours]"""
-    values: list[int] = []
-    handles = [
-        layer.register_forward_hook(lambda _layer, _inputs, output: values.append(output.numel()))
-        for layer in model.modules()
-        if isinstance(layer, nn.Conv2d)
-    ]
-    try:
-        macs.count(model, size)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return 3 * sum(values) * (2 if precision in ("bf16", "fp16") else 4)
+    names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)]
+    values = sum(math.prod(shape) for shape in feature_shapes(model, names, size).values())
+    return 3 * values * (2 if precision in ("bf16", "fp16") else 4)
 
 
 def _augmentation_text(source: Photographs | DataSource) -> str:
@@ -406,21 +354,15 @@ def _augmentation_text(source: Photographs | DataSource) -> str:
     )
 
 
-def _untrained(teacher: PhotoRun | StudentRun | Published | None, name: str) -> nn.Module:
-    """A network of the teacher's form: a file is read, but nothing is downloaded."""
-    if isinstance(teacher, Published) and teacher.file:
-        return teacher.build()
-    if isinstance(teacher, StudentRun):
-        return replace(teacher.network, weights=None).build(10, 0)
-    return backbones.build(teacher.network if isinstance(teacher, Published) else name, 1000)
-
-
-def _teacher_text(run: PhotoRun | StudentRun, recipe: Recipe) -> str:
-    if isinstance(run.teacher, StudentRun):
-        return f"{run.teacher.network.name}, trained first by the same schedule"
-    if isinstance(run.teacher, Published):
-        return f"the file {run.teacher.file}" if run.teacher.file else f"{run.teacher.network}, torchvision's weights"
-    return f"{recipe.teacher}, fine-tuned first by the same schedule"
+def _teacher(teacher: PhotoRun | StudentRun | Published) -> tuple[nn.Module, str]:
+    """A network of the teacher's form, and what it is; a file is read, but nothing is downloaded."""
+    if isinstance(teacher, Published):
+        if teacher.file:
+            return teacher.build(), f"the file {teacher.file}"
+        return backbones.build(teacher.network, 1000), f"{teacher.network}, torchvision's weights"
+    how = "trained" if isinstance(teacher, StudentRun) else "fine-tuned"
+    model = replace(teacher.network, weights=None).build(10 if isinstance(teacher, StudentRun) else 1000, 0)
+    return model, f"{teacher.network.name}, {how} first by the same schedule"
 
 
 def _missing(chosen: _Chosen, processes: int, rest: int) -> Iterator[str]:
@@ -434,11 +376,11 @@ def _missing(chosen: _Chosen, processes: int, rest: int) -> Iterator[str]:
             data.look(run.data.name, run.data.root or None)
         except AFDSError as error:
             yield str(error)
-    names = [run.network.name] if run.network.weights else []
-    if isinstance(run.teacher, Published):
-        names += [run.teacher.network] if run.teacher.network else []
-    elif run.teacher is not None and run.teacher.network.weights:
-        names.append(run.teacher.network.name)
+    # Networks that start from torchvision's weights.
+    networks = [run.network, *([run.teacher.network] if isinstance(run.teacher, (PhotoRun, StudentRun)) else [])]
+    names = [network.name for network in networks if network.weights]
+    if isinstance(run.teacher, Published) and run.teacher.network:
+        names.append(run.teacher.network)
     for name in names:
         file, url = imagenet_file(name)
         if not file.exists():
@@ -446,7 +388,12 @@ def _missing(chosen: _Chosen, processes: int, rest: int) -> Iterator[str]:
 
 
 def evaluate(
-    weights: str, *, data_set: str = "imagenet", data_dir: str | None = None, size: int = 224, precision: str = "fp32",
+    weights: str,
+    *,
+    data_set: str = "imagenet",
+    data_dir: str | None = None,
+    size: int = 224,
+    precision: str = "fp32",
     skip_corrupt: bool = False,
 ) -> training.Evaluation:
     """Top-1 and top-5 of a trained network on a data set's test part (ImageNet: its validation images).

@@ -187,7 +187,7 @@ def test_channels_may_go_early_and_gates_freeze_later(home):
     assert rows.removed[2] > 0 and rows.static[2] == 0 and rows.static[8] > 0 and rows.dynamic[8] == 0
     both = runs.get_or_run(replace(early, freeze_first=True)).history().dropna(subset=["removed"]).set_index("step")
     assert both.static[2] > 0
-    with pytest.raises(AFDSError, match="first must be a share"):
+    with pytest.raises(AFDSError, match="first must be a number in"):
         replace(early, first=1.0)
 
 

@@ -102,7 +102,7 @@ def test_networks_that_settle_in_different_ways_share_the_unpruned_one():
     other = replace(whole, settle_by="taylor")
     assert other.parent.settle_by == "taylor" and other.parent != whole.parent
     assert other.parent.parent == whole.parent.parent and runs.run_id(other) != runs.run_id(whole)
-    with pytest.raises(AFDSError, match="settle_by must be"):
+    with pytest.raises(AFDSError, match="settle_by must be one of"):
         replace(whole, settle_by="gates")
 
 
