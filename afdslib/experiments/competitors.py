@@ -218,13 +218,10 @@ class FBSGatesRun(Point):
     """FBS's first stage: the gates alone, with the new classifier, at density 1.
 
     Attributes:
-        source: the plain network to start from; FBS has no source stage of its own.
-        data: the target data set; its seed draws the fitting images.
-        regulariser: and its strength.
-        optimisation: of the stage; its steps are taken from those of the unpruned stage.
+        source, data, regulariser, optimisation, seed: see `DenseRun`; FBS has no source stage of its own, and the steps
+            are taken from those of the unpruned stage.
         gate_bias: what every gate starts at; None for the trained scales; see `pruning.boosted`.
         gate_l1: strength of the optional L1 term on the gates.
-        seed: of the classifier's initialisation, data order and augmentation.
         use_test: whether the chain reads the test set.
     """
 
@@ -347,17 +344,12 @@ class NarrowRun(Point):
 
     Attributes:
         source: the narrow network trained on the source data; also the reference of the regulariser.
-        data: the target data set; its seed draws the fitting images.
-        regulariser: and its strength.
-        optimisation: of the only stage.
+        data, regulariser, optimisation, macs_images, seed, use_test: see `DenseRun`; there is one stage.
         full: the dense network, of whose MACs the budget is a share.
         budget: for the record; the width decides the MACs.
         teacher: the tuned dense target network to distil; None for plain training.
         temperature: T of the distillation.
         alpha: share of its soft term.
-        macs_images: training images whose accuracy and MACs are reported, as in `TransferRun`.
-        seed: of the classifier's initialisation, data order and augmentation.
-        use_test: whether the test set is read at the end; trials that choose something must not.
     """
 
     source: ExtendedSourceRun

@@ -44,21 +44,14 @@ class Recipe:
     """A student, its teacher and their schedule.
 
     Attributes:
-        student: backbone.
-        teacher: backbone of the teacher, with torchvision's ImageNet weights unless the user gives others.
+        student, teacher: backbones; the teacher has torchvision's ImageNet weights unless the user gives others.
         method: what is minimised.
-        data: data set.
+        data, augmentation: the data set, and how its training images are varied.
         pretrained: whether student and teacher start from ImageNet weights and are fine-tuned; the teacher first.
-        augmentation: of the training images.
-        epochs: of the student, and of a teacher that is fine-tuned.
-        batch_size: images per step, of all processes together.
-        lr: at the start; times `drop` at each milestone.
-        milestones: shares of the epochs.
-        drop: see `lr`.
-        nesterov: Nesterov momentum.
-        weight_decay: of every parameter.
-        reported: what its authors report, if they do.
-        source: where the numbers above come from.
+        epochs, batch_size: of the student, and of a teacher that is fine-tuned; images of all processes together.
+        lr, drop, milestones: the rate at the start, times `drop` at each milestone, a share of the epochs.
+        nesterov, weight_decay: of the optimiser.
+        reported, source: what its authors report, if they do, and where these numbers come from.
     """
 
     student: str
@@ -152,40 +145,25 @@ class _Chosen:
 
 
 def prepare(
-    name: str,
-    *,
-    data_set: str | None = None,
-    data_dir: str | None = None,
-    teacher: str | None = None,
-    epochs: int | None = None,
-    batch_size: int | None = None,
-    lr: float | None = None,
-    weight: float | None = None,
-    size: int | None = None,
-    width: float = 1.0,
-    precision: str = "fp32",
-    local_norm: bool = False,
-    seed: int = 0,
-    skip_corrupt: bool = False,
-    must_exist: bool = True,
-) -> _Chosen:
+    name: str, *, data_set: str | None = None, data_dir: str | None = None, teacher: str | None = None,
+    epochs: int | None = None, batch_size: int | None = None, lr: float | None = None, weight: float | None = None,
+    size: int | None = None, width: float = 1.0, precision: str = "fp32", local_norm: bool = False, seed: int = 0,
+    skip_corrupt: bool = False, must_exist: bool = True,
+) -> _Chosen:  # fmt: skip
     """The run of a recipe, with what the user changes.
 
     Args:
         name: one of `RECIPES`.
-        data_set: another data set or ImageFolder tree.
-        data_dir: the folder it lies in.
+        data_set, data_dir: another data set or ImageFolder tree, and the folder it lies in.
         teacher: a weight file or a backbone's name, in place of the recipe's teacher; on CIFAR-10 a wide ResNet, which
             is trained first.
-        epochs: another length; the milestones keep their shares.
-        batch_size: images per step of all processes together.
-        lr: at the start.
+        epochs, batch_size, lr: another length, whose milestones keep their shares; images per step of all processes
+            together; the rate at the start.
         weight: of the transfer loss (AT's beta in the code's scale, NST's lambda) at the start; a recipe whose weight
             decays keeps its schedule.
         size: side of the crops, pixels; 224 unless given. CIFAR-10 has its own.
         width: factor on the student's channels, for trying things out.
-        precision: "fp32", "bf16" or "fp16".
-        local_norm: batch norm by each process's own images, as the old multi-GPU codes do.
+        precision, local_norm: "fp32", "bf16" or "fp16"; batch norm by each process's own images, as in the old codes.
         seed: of everything random.
         skip_corrupt: see `data.load`.
         must_exist: False for a plan, which takes a data set's official counts and opens no archive.
@@ -274,7 +252,8 @@ def plan(chosen: _Chosen, processes: int = 1) -> str:
     cost, parameters = macs.count(student, size).total, sum(p.numel() for p in student.parameters())
     share, rest = divmod(settings.batch_size, processes)
     memory = _activation_bytes(student, size, settings.precision) * share + parameters * 4 * 3
-    passes, text, pairs, trained = 3 * cost, "none", (), isinstance(run.teacher, (PhotoRun, StudentRun))
+    passes, text, trained = 3 * cost, "none", isinstance(run.teacher, (PhotoRun, StudentRun))
+    pairs: tuple[Pair, ...] = ()
     if run.teacher is not None:
         teacher, text = _teacher(run.teacher)
         teacher_cost = macs.count(teacher, size).total
@@ -318,13 +297,7 @@ def _loss_text(method: Distillation) -> str:
         text += f" + {method.soft:g} T^2 KL, T = {method.temperature:g}"
     if method.transfer == "none":
         return text
-    if weight.kind == "constant":
-        schedule = "constant"
-    elif weight.kind == "step":
-        schedule = f"step, times {weight.factor:g} at {', '.join(map(str, weight.milestones))}"
-    else:
-        length = f" of {weight.length:,} steps" if weight.length else ""
-        schedule = f"{weight.kind}, to {weight.end:g} at the end{length}"
+    schedule = weight.kind if weight.kind == "constant" else f"{weight.kind}, to {weight.end:g} at the end"
     return f"{text} + {weight.beta:g} {method.transfer} ({schedule})"
 
 
@@ -400,11 +373,9 @@ def evaluate(
 
     Args:
         weights: a file or a backbone's name; see `Published.of`.
-        data_set: by name, or the path of an ImageFolder tree.
-        data_dir: the folder it lies in.
+        data_set, data_dir, skip_corrupt: see `prepare`.
         size: side of the centre crop, pixels.
         precision: "fp32", "bf16" or "fp16".
-        skip_corrupt: see `data.load`.
 
     Raises:
         AFDSError: weights or data that are missing, or that do not fit each other.
