@@ -88,7 +88,8 @@ class TransferRun(Point):
         choice("settle_by", self.settle_by, ("q", "taylor"))
         number("density_floor", self.density_floor, above=0, most=1)
         number("density_exponent", self.density_exponent, least=0)
-        number("delta_s", self.delta_s, least=0)
+        if self.delta_s != math.inf:  # every gate becomes constant
+            number("delta_s", self.delta_s, least=0)
         number("first", self.first, least=0, below=1)
         number("trim", self.trim, least=0, below=1)
 

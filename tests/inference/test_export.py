@@ -21,7 +21,6 @@ from afdslib.backbones.inputs import RAW, set_input
 from afdslib.base.errors import AFDSError
 from afdslib.data.images import MEAN, STD
 from afdslib.inference import export, gates, predict
-from afdslib.runs import MODEL
 
 
 class Block(nn.Module):
