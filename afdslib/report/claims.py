@@ -14,7 +14,9 @@ Where a study is committed with two budgets, the larger one that has the rows co
 
 from __future__ import annotations
 
+import functools
 import math
+import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +28,6 @@ import pandas as pd
 from afdslib.report import numbers, speed
 from afdslib.report.numbers import Number
 from afdslib.report.plots import look
-from afdslib.report.quoted import REPORTED
 from afdslib.report.students import steps_saved
 from afdslib.report.tables import Table, Text, at, bullets
 from afdslib.studies import profiles, statistics
@@ -52,15 +53,7 @@ REPEATS = 5
 TOLERANCE = 0.02
 """By which measured MACs may exceed a budget, which is met on training images. [ours]"""
 
-AFDS_MARGIN, EARLIER_MARGIN = 11.07, 12.51
-"""Points over the best competitor at 10x on Stanford Dogs, in the published and an earlier abstract. [paper]"""
-AT_IMAGENET = (30.4, 29.3)
-"""Top-1 error of ResNet-18 alone and with AT from ResNet-34, percent. [paper of AT]"""
-NST_IMAGENET = (25.74, 24.81, 24.34)
-"""Top-1 error of Inception-BN alone, with NST and with NST + KD, percent. [paper of NST]"""
-AT_CIFAR = tuple(REPORTED["cifar10", teacher, "wrn-16-1", m] for teacher, m in (("", "alone"), ("wrn-16-2", "at")))
-
-AFDS, DOGS, CIFAR, DISJOINT = "afd+afs", "stanford-dogs", "cifar10-60", "tiny-imagenet-32-target40-60"
+AFDS = "afd+afs"
 BUDGETS = ("standard", "quick")
 
 
@@ -270,18 +263,18 @@ def saves_more(profile: str, target: str) -> Found:
         one, other = (_shares(table, method, rival, "test_accuracy") for method in (frugal, AFDS))
         if not set(one) & set(other):
             continue
-        found = _saved(one, other, "% of the dense MACs", file)
+        found = _saved(one, other, "% of the dense MACs")
         why = f"MACs that {_label(frugal)} needs minus those that AFDS needs: {_with_seeds(found)}."
         if frugal != rival and (theirs := _shares(table, rival, rival, "test_accuracy")):
-            why += f" {_label(rival)}, the rival at 10x, minus AFDS: {_saved(theirs, other, '%', file)}."
+            why += f" {_label(rival)}, the rival at 10x, minus AFDS: {_saved(theirs, other, '%')}."
         why += _lost(file, [AFDS, frugal])
         return Found(of_interval(found, seeds=_planned(file, [AFDS, frugal])), why, (file,))
     return _no_comparison(profile, target, "from 1x to 10x")
 
 
-def _saved(one: Mapping[int, float], other: Mapping[int, float], unit: str, file: str) -> Number:
+def _saved(one: Mapping[int, float], other: Mapping[int, float], unit: str) -> Number:
     difference = statistics.paired(one, other).difference
-    return numbers.of_interval(difference, unit, scale=100, file=file, signed=True)
+    return numbers.of_interval(difference, unit, scale=100, signed=True)
 
 
 def _shares(table: pd.DataFrame, method: str, rival: str, value: str) -> dict[int, float]:
@@ -435,158 +428,49 @@ def weights_matter(files: Sequence[str], pair: Pair, *, method: str = "at") -> F
 
 # ---------------------------------------------------------------------------------------------------------- the claims
 
-RULES = """
-- **The sign of** a difference: [Re] if its 95 % interval lies above 0; [¬Re] if it lies below; [inconclusive] if it
-  holds 0, or with fewer seeds than the rule names.
-- **The size of** a difference: [Re] if its 95 % interval lies above 0 and reaches the claimed size; [¬Re] if it ends
-  below that size; [inconclusive] if it holds both 0 and the size, or with fewer seeds.
-- **Every rule**: [?] if no committed result file has the network and the data that the claim names. Differences are
-  paired by seed. The *rival* is the competitor that is best at 10x on validation images; pairs that hold a part of AFDS
-  are no competitors. Of a study's committed sizes (quick, standard) the larger one that has the rows counts.
-"""
-
 ALL = f"all seeds of the protocol that the two have not lost, at least {SEEDS}"
 """Of a comparison, which is judged when it is finished."""
 
-ATTENTION, SELECTIVITY = (
-    [f"{profile}/{budget}/{study}.csv" for profile in ("paper", "imagenet32") for budget in BUDGETS]
-    for study in ("attention", "selectivity")
-)
-WRN, RESNET, INCEPTION = ("wrn-16-2", "wrn-16-1"), ("resnet34", "resnet18"), ("resnet101", "inception_bn")
+RULES: dict[str, tuple[Callable[..., Found], str]] = {
+    "reaches_budget": (reaches_budget, ALL),
+    "beats_rival": (beats_rival, ALL),
+    "saves_more": (saves_more, ALL),
+    "same_selection": (same_selection, f"at least {SEEDS} seeds"),
+    "faster": (faster, f"at least {REPEATS} repeats"),
+    "student_gains": (student_gains, f"at least {STUDENT_SEEDS} seeds"),
+    "converges_faster": (converges_faster, f"at least {STUDENT_SEEDS} seeds"),
+    "weights_matter": (weights_matter, f"at least {STUDENT_SEEDS} seeds"),
+}
+"""Function by name, and what it needs before it concludes anything."""
 
 
-def _sign(what: str, seeds: int | str) -> str:
-    return f"The sign of {what}; {_least(seeds)}."
+@functools.cache
+def _written() -> dict[str, Any]:
+    return tomllib.loads(Path(__file__).with_name("claims.toml").read_text("utf-8"))
 
 
-def _size(what: str, margin: float, seeds: int | str) -> str:
-    return f"The size of {what}, {margin:g} points; {_least(seeds)}."
-
-
-def _least(seeds: int | str) -> str:
-    return seeds if isinstance(seeds, str) else f"at least {seeds} seeds"
-
-
-def _of_afds() -> Iterator[tuple[str, str, str, str, Callable[[], Found]]]:
-    """(title, text, source, rule, judge) of the paper's claims, and of ours at 32 px."""
-    rival, resnet, here = (
-        "AFDS minus its rival at 10x",
-        "ResNet-101, ImageNet to Stanford Dogs",
-        "Tiny ImageNet to CIFAR-10",
-    )
-    saved = (
-        "the MACs that AFDS needs less than the most frugal competitor, on validation images, for the accuracy of its "
-        "unpruned rival less one point"
-    )
-    stricter = (
-        "(At first the rule asked the rival at 10x alone, which AFDS undercuts; its numbers were known when it was "
-        "made stricter.)"
-    )
-    known = "(The two seeds of the quick study were known when the rule was written; they are too few for it.)"
-    yield (
-        "10x fewer MACs", f"{resnet}: a network with a tenth of the MACs.", "[paper]",
-        f"[Re] if the 95 % interval of its MACs, measured on test images with the predictors, ends below a tenth "
-        f"plus {TOLERANCE:.0%} of it; [¬Re] if it starts above; else, or with fewer than {ALL}, [inconclusive].",
-        partial(reaches_budget, "paper", DOGS),
-    )  # fmt: skip
-    yield (
-        f"+{AFDS_MARGIN} points",
-        f"{resnet}: at 10x it is {AFDS_MARGIN} points more accurate than its best competitor "
-        f"({EARLIER_MARGIN} in an earlier version of the abstract).", "[paper]",
-        _size(rival, AFDS_MARGIN, ALL), partial(beats_rival, "paper", DOGS, margin=AFDS_MARGIN),
-    )  # fmt: skip
-    yield (
-        "computation at the same accuracy", f"{resnet}: state-of-the-art computation reduction at the same "
-        "accuracy budget.", "[paper]", _sign(saved, ALL), partial(saves_more, "paper", DOGS),
-    )  # fmt: skip
-    yield (
-        "faster CNNs", "The transferred network is faster. Here: ResNet-101, trained with AFDS on photographs of "
-        "64 px, cut 10x by its own masks, timed at 224 px.", "[paper] (the title); measurement [ours]",
-        "[Re] if at every measured batch size and device the upper quartile of its time lies below the dense "
-        "network's lower quartile, each in its best runtime; [¬Re] if at any of them its lower quartile lies above "
-        f"the dense upper one; else, or with fewer than {REPEATS} repeats, [inconclusive].", faster,
-    )  # fmt: skip
-    yield (
-        "sign at 10x, 32 px", f"{here}, 60 images per class: at 10x AFDS is more accurate than "
-        "the best of our competitors.", "[ours]", _sign(rival, ALL), partial(beats_rival, "imagenet32", CIFAR),
-    )  # fmt: skip
-    yield (
-        "sign at 10x, disjoint classes", "The same where source and target share no class (160 and 40 of Tiny "
-        "ImageNet's).", "[ours]", _sign(rival, ALL), partial(beats_rival, "imagenet32-disjoint", DISJOINT),
-    )  # fmt: skip
-    yield (
-        "MACs at the same accuracy, 32 px", f"{here}, 60 images per class: AFDS needs fewer MACs for the same "
-        f"accuracy than any of our competitors. {stricter}", "[ours]", _sign(saved, ALL),
-        partial(saves_more, "imagenet32", CIFAR),
-    )  # fmt: skip
-    yield (
-        "AFD over L2, 32 px", f"With the same AFS, AFD is more accurate at 10x than plain fine-tuning. {known}",
-        "[ours]", _sign("AFD minus L2 at 10x", SEEDS), partial(same_selection, "imagenet32", CIFAR, "l2"),
-    )  # fmt: skip
-    yield (
-        "attention, 32 px", "With the same AFS, AFD is more accurate at 10x than a pull on all channels alike: the "
-        f"attention helps. {known}", "[ours]", _sign("AFD minus feature map at 10x", SEEDS),
-        partial(same_selection, "imagenet32", CIFAR, "feature-map"),
-    )  # fmt: skip
-
-
-def _of_students() -> Iterator[tuple[str, str, str, str, Callable[[], Found]]]:
-    """The claims of AT and of NST, as `_of_afds`."""
-    at_margin, at_large = round(AT_CIFAR[1] - AT_CIFAR[0], 2), round(AT_IMAGENET[0] - AT_IMAGENET[1], 2)
-    nst_margin, kd_margin = (round(NST_IMAGENET[i] - NST_IMAGENET[i + 1], 2) for i in (0, 1))
-    at_alone, nst_alone, nst_kd = ("at", "alone"), ("nst-poly", "alone"), ("nst-poly+kd", "nst-poly")
-    yield (
-        "AT on CIFAR-10", f"WRN-16-2 teaches WRN-16-1, 200 epochs: accuracy {AT_CIFAR[1]:.2f} % instead of "
-        f"{AT_CIFAR[0]:.2f} %.", "[AT's paper]", _size("AT minus alone", at_margin, STUDENT_SEEDS),
-        partial(student_gains, ATTENTION[:1], WRN, at_alone, margin=at_margin),
-    )  # fmt: skip
-    yield (
-        "AT, few epochs", "The sign of the same in a training of a few epochs.", "[ours]",
-        _sign("AT minus alone", STUDENT_SEEDS), partial(student_gains, ATTENTION[2:], WRN, at_alone),
-    )  # fmt: skip
-    yield (
-        "AT on ImageNet", f"ResNet-34 teaches ResNet-18: top-1 error {AT_IMAGENET[1]} % instead of "
-        f"{AT_IMAGENET[0]} %.", "[AT's paper]", _size("AT minus alone", at_large, STUDENT_SEEDS),
-        partial(student_gains, ATTENTION, RESNET, at_alone, margin=at_large),
-    )  # fmt: skip
-    yield (
-        "AT converges faster", "A student with AT converges faster.", "[AT's paper]; measure [ours]",
-        _sign("alone minus AT, steps until 90 % of the plain student's final accuracy on training images",
-              STUDENT_SEEDS) + " Steps are linear between logged rows; who never gets there counts the last one.",
-        partial(converges_faster, ATTENTION, WRN),
-    )  # fmt: skip
-    yield (
-        "AT's weight matters",
-        "Small changes of a hyper-parameter matter. Tested here: a factor of ten in the weight.",
-        "[AT's paper]; measure [ours]",
-        "[Re] if the worse neighbour of the best weight costs more validation accuracy than the seeds differ at "
-        "one weight; [¬Re] if all weights tried lie within that; else, or with fewer than "
-        f"{STUDENT_SEEDS} seeds, [inconclusive].", partial(weights_matter, ATTENTION, WRN),
-    )  # fmt: skip
-    yield (
-        "NST on ImageNet", f"ResNet-101 teaches Inception-BN: top-1 error {NST_IMAGENET[1]} % instead of "
-        f"{NST_IMAGENET[0]} %.", "[NST's paper]", _size("NST minus alone", nst_margin, STUDENT_SEEDS),
-        partial(student_gains, SELECTIVITY, INCEPTION, nst_alone, margin=nst_margin),
-    )  # fmt: skip
-    yield (
-        "NST + KD on ImageNet", f"The same with KD as well: {NST_IMAGENET[2]} % instead of {NST_IMAGENET[1]} %.",
-        "[NST's paper]", _size("NST + KD minus NST", kd_margin, STUDENT_SEEDS),
-        partial(student_gains, SELECTIVITY, INCEPTION, nst_kd, margin=kd_margin),
-    )  # fmt: skip
-    yield (
-        "NST, CIFAR-10", "The sign of NST's gain on CIFAR-10, WRN-16-2 to WRN-16-1.", "[ours]",
-        _sign("NST minus alone", STUDENT_SEEDS), partial(student_gains, ATTENTION, WRN, ("nst", "alone")),
-    )  # fmt: skip
-    yield (
-        "NST + KD, CIFAR-10", "The sign of what KD adds to NST on CIFAR-10, WRN-16-2 to a narrow Inception-BN.",
-        "[ours]", _sign("NST + KD minus NST", STUDENT_SEEDS),
-        partial(student_gains, SELECTIVITY, ("wrn-16-2", "inception_bn"), nst_kd),
-    )  # fmt: skip
+def _claim(number: int, row: Mapping[str, Any]) -> Claim:
+    """A claim as it is written: its rule in words, and the function with its arguments."""
+    arguments = dict(row["judge"])
+    function, least = RULES[arguments.pop("by")]
+    if "files" in row:
+        arguments["files"] = row["files"]
+    if quoted := row.get("quoted"):
+        arguments["margin"] = round(abs(float(quoted[0]) - float(quoted[1])), 2)
+    if "sign" in row:
+        rule = f"The sign of {row['sign']}; {least}. {row.get('more', '')}".strip()
+    elif "size" in row:
+        rule = f"The size of {row['size']}, {arguments['margin']:g} points; {least}."
+    else:
+        facts = {"all": ALL, "tolerance": f"{TOLERANCE:.0%}", "repeats": REPEATS, "seeds": STUDENT_SEEDS}
+        rule = row["rule"].format(**facts)
+    text = row["text"].format(*(quoted or ()))
+    return Claim(number, row["title"], text, row["source"], rule, partial(function, **arguments))
 
 
 def claims() -> list[Claim]:
     """All claims, in the report's order: the paper's, ours at 32 px, then those of AT and of NST."""
-    return [Claim(number, *rest) for number, rest in enumerate([*_of_afds(), *_of_students()], 1)]
+    return [_claim(number, row) for number, row in enumerate(_written()["afds"] + _written()["students"], 1)]
 
 
 def judge(made: Sequence[Claim] | None = None) -> dict[int, Found]:
@@ -604,7 +488,7 @@ def judge(made: Sequence[Claim] | None = None) -> dict[int, Found]:
 def rules_text() -> Text:
     """The rules, then the claims with who makes them and the rule of each: to be shown before any number."""
     lines = [f"{c.number}. **{c.title}** {c.source}: {c.text} *Rule:* {c.rule}" for c in claims()]
-    return Text(f"{RULES.strip()}\n\n" + "\n".join(lines))
+    return Text(f"{_written()['general'].strip()}\n\n" + "\n".join(lines))
 
 
 def verdict_table() -> Table:
@@ -618,53 +502,18 @@ def verdict_table() -> Table:
     return Table(["no.", "claim", "verdict", "what was found", "file below data/results"], rows, numbers=False)
 
 
-CONCLUSIONS = {
-    "+11.07 points": {
-        UNTESTED: "The paper's own number needs ResNet-101 on Stanford Dogs and is not tested here; nothing below "
-        "refutes or supports it.",
-        REPLICATED: "The paper's margin on Stanford Dogs was reached.",
-        NOT_REPLICATED: "The paper's margin on Stanford Dogs was not reached.",
-    },
-    "sign at 10x, 32 px": {
-        REPLICATED: "On small photographs AFDS is the most accurate of our methods at a tenth of the MACs.",
-        NOT_REPLICATED: "On small photographs AFDS is not the most accurate of our methods at a tenth of the MACs: a "
-        "rival is better that had no more tuning.",
-    },
-    "sign at 10x, disjoint classes": {
-        REPLICATED: "Where source and target share no class AFDS is the better one.",
-        NOT_REPLICATED: "Where source and target share no class a rival is better.",
-        INCONCLUSIVE: "Where source and target share no class the seeds do not tell AFDS from its rival.",
-    },
-    "MACs at the same accuracy, 32 px": {
-        REPLICATED: "With mild pruning AFDS needs fewer MACs for the same accuracy than any of them.",
-        NOT_REPLICATED: "With mild pruning, too, a competitor needs fewer MACs for the same accuracy.",
-        INCONCLUSIVE: "With mild pruning the seeds do not tell it from the competitor that needs the fewest MACs for "
-        "the same accuracy.",
-    },
-    "faster CNNs": {
-        REPLICATED: "A ResNet-101 that it has cut is faster by the clock, without its removed channels; accuracy has "
-        "no part in that verdict.",
-        NOT_REPLICATED: "A ResNet-101 that it has cut is not faster by the clock.",
-    },
-}
-"""Per claim what a reader should take away from its verdict; nothing is said of a verdict without a sentence."""
-
-
 def conclusion_text() -> Text:
-    """What to think: a sentence for each of the leading claims, by its verdict."""
-    found, number = judge(), {claim.title: claim.number for claim in claims()}
-    return Text(
-        bullets(
-            f"{sentence.removesuffix('.')} (no. {number[title]})."
-            for title, by_verdict in CONCLUSIONS.items()
-            if (sentence := by_verdict.get(found[number[title]].verdict))
-        )
-    )
+    """What to think: a sentence for each of the leading claims, by its verdict, where the claim has one for it."""
+    lines = []
+    for claim, row in zip(claims(), _written()["afds"], strict=False):
+        if sentence := row.get("conclusion", {}).get(claim.judge().verdict):
+            lines.append(f"{sentence.removesuffix('.')} (no. {claim.number}).")
+    return Text(bullets(lines))
 
 
 def verdicts_text() -> Text:
     """Which claims got which verdict: the paper's, our own about AFDS, those about the systems around it."""
-    found, of_afds, every = judge(), len(list(_of_afds())), claims()
+    found, of_afds, every = judge(), len(_written()["afds"]), claims()
     groups = {
         "claims of the paper": [c for c in every if c.source.startswith("[paper]")],
         "questions of our own about AFDS, where [Re] says that it is so here": [

@@ -59,9 +59,9 @@ def test_the_recipes_quote_the_list():
 
 
 def test_the_claims_quote_the_list():
-    tops = [[float(text.partition("/")[0]) for text in numbers.values()] for numbers in ERROR.values()]
-    assert [*claims.AT_IMAGENET] == tops[0] and [*claims.NST_IMAGENET] == tops[1]
-    assert [f"{n:.2f}" for n in claims.AT_CIFAR] == ["91.23", "92.07"]
+    tops = [[text.partition("/")[0] for text in numbers.values()] for numbers in ERROR.values()]
+    quoted = [row["quoted"] for row in claims._written()["students"] if "quoted" in row]
+    assert quoted == [["91.23", "92.07"], tops[0], tops[1][:2], tops[1][1:]]
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
