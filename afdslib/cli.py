@@ -229,6 +229,7 @@ def publish(
 ) -> None:
     """Write what is committed of a finished study: a results page, and networks with a model card in data/weights/."""
     chosen = _profile(profile, budget, data_dir)
+    from afdslib.report import speed
     from afdslib.report import sweep as results
     from afdslib.studies import sweep as study
 
@@ -238,6 +239,8 @@ def publish(
         return
     typer.echo(f"networks and model card written to {done.publish_networks()}")
     typer.echo(f"results page written to {results.write_page(done)}")
+    if file := speed.write_times(done):
+        typer.echo(f"measured times written to {file}")
 
 
 @app.command()

@@ -1,18 +1,21 @@
-"""Numbers of others, quoted and not reproduced; every one has its source."""
+"""Numbers of others, quoted from `quoted.toml` and not reproduced; every one has its source."""
 
 from __future__ import annotations
 
+import functools
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-__all__ = ["QUOTED", "REPORTED", "Quotation"]
+from afdslib.report.plots import look
+from afdslib.report.tables import Table, Text
 
-# (data set, teacher, student, method): accuracy in percent. Zagoruyko, Komodakis, ICLR 2017, 200 epochs. [paper]
-REPORTED = {
-    ("cifar10", "", "wrn-16-2", "teacher"): 93.69,
-    ("cifar10", "", "wrn-16-1", "alone"): 91.23,
-    ("cifar10", "wrn-16-2", "wrn-16-1", "at"): 92.07,
-}
+if TYPE_CHECKING:
+    from afdslib.studies.students import DistillationStudy
+
+__all__ = ["Quotation", "gains_text", "quotations", "reported", "table"]
 
 
 @dataclass(frozen=True)
@@ -23,52 +26,74 @@ class Quotation:
         data: the data set.
         networks: teacher and student.
         measure: "accuracy" or "error"; in percent.
-        numbers: by method, as in `plots.STUDENTS`; of an error top-1 and top-5.
+        numbers: by method, as they are printed; of an error top-1/top-5.
         source: who reports them.
-        digits: after the point, as they are reported.
     """
 
     data: str
     networks: str
     measure: str
-    numbers: Mapping[str, tuple[float, ...]]
+    numbers: Mapping[str, str]
     source: str
-    digits: int = 2
 
     @property
     def gains(self) -> dict[str, float]:
         """What each method gains over the student alone, percentage points of (top-1) accuracy."""
         sign = 1 if self.measure == "accuracy" else -1
-        others = {m: n[0] for m, n in self.numbers.items() if m not in ("teacher", "alone")}
-        alone = self.numbers.get("alone")
-        return {} if alone is None else {m: round(sign * (n - alone[0]), 2) for m, n in others.items()}
+        first = {method: float(text.partition("/")[0]) for method, text in self.numbers.items()}
+        alone = first.pop("alone", None)
+        first.pop("teacher", None)
+        return {} if alone is None else {method: round(sign * (value - alone), 2) for method, value in first.items()}
 
 
-_ZOO = (
-    'README of AberHu/Knowledge-Distillation-Zoo, which warns: "hyper-parameters not chosen carefully ... do not '
-    'reflect which method is better"'
-)
-QUOTED = (
-    Quotation(
-        "CIFAR-10", "WRN-16-2 to WRN-16-1", "accuracy", {"teacher": (93.69,), "alone": (91.23,), "at": (92.07,)},
-        "AT's paper, 200 epochs",
-    ),
-    Quotation(
-        "CIFAR-100", "WRN-40-2 to WRN-16-2", "accuracy",
-        {"alone": (73.26,), "kd": (74.92,), "at": (74.08,), "nst": (73.68,)}, "README of HobbitLong/RepDistiller",
-    ),
-    Quotation(
-        "CIFAR-10", "ResNet-110 to ResNet-20", "accuracy",
-        {"alone": (92.37,), "kd": (92.82,), "at": (93.21,), "nst": (92.83,)}, _ZOO,
-    ),
-    Quotation(
-        "ImageNet", "ResNet-34 to ResNet-18", "error", {"alone": (30.4, 10.8), "at": (29.3, 10.0)}, "AT's paper", 1,
-    ),
-    Quotation(
-        "ImageNet", "ResNet-101 to Inception-BN", "error",
-        {"alone": (25.74, 8.07), "nst": (24.81, 7.55), "nst-poly+kd": (24.34, 7.11)}, "NST's paper",
-    ),
-    Quotation(
-        "ImageNet", "ResNet-101 to the modified ResNet-50", "error", {"nst-poly+kd": (21.05, 5.56)}, "NST's paper",
-    ),
-)  # fmt: skip
+@functools.cache
+def quotations() -> tuple[Quotation, ...]:
+    """All of them."""
+    text = Path(__file__).with_name("quoted.toml").read_text("utf-8")
+    return tuple(Quotation(**row) for row in tomllib.loads(text)["quotation"])
+
+
+def reported(data: str, teacher: str, student: str, method: str) -> str:
+    """The accuracy in percent that the method's paper reports for a network of a study, or nothing."""
+    for q in quotations():
+        one, other = q.networks.lower().split(" to ")
+        same = student == one if method == "teacher" else student == other and teacher in ("", one)
+        if q.measure == "accuracy" and q.data.replace("-", "").lower() == data and same:
+            return q.numbers.get(method, "")
+    return ""
+
+
+def _of(study: DistillationStudy) -> list[Quotation]:
+    """Those that belong to a study's notebook."""
+    wanted = {"at"} if study.profile.study == "attention" else {"nst", "nst-poly+kd"}
+    return [q for q in quotations() if wanted & set(q.numbers)]
+
+
+def table(study: DistillationStudy) -> Table:
+    """What others report, one row per teacher and student, with the source."""
+    measures = {"accuracy": "accuracy (%)", "error": "top-1/top-5 error (%)"}
+    rows = [
+        [f"{q.data}, {q.networks}", measures[q.measure],
+         ", ".join(f"{look(method).label} {text}" for method, text in q.numbers.items()), q.source]
+        for q in _of(study)
+    ]  # fmt: skip
+    return Table(["data, teacher to student", "measure", "numbers", "source"], rows, numbers=False)
+
+
+def gains_text(study: DistillationStudy) -> Text:
+    """From where to where the quoted gains run, and how many exceed the spread between the seeds of this study."""
+    gains = {
+        f"{gain:+.2f} points ({look(m).label}, {q.data}, {q.networks})": gain
+        for q in _of(study)
+        for m, gain in q.gains.items()
+    }
+    least, most = (pick(gains, key=lambda text: gains[text]) for pick in (min, max))
+    text = f"The {len(gains)} gains over the student alone quoted above run from {least} to {most}."
+    students = study.table()
+    seeds = students[students.method != "teacher"].groupby(["teacher", "student", "method"]).test_accuracy
+    spreads = (100 * (seeds.max() - seeds.min()))[seeds.size() > 1]
+    if spreads.empty:
+        return Text(f"{text} No student of this study has two seeds, so they cannot be held against a spread.")
+    clear = sum(gain > spreads.max() for gain in gains.values())
+    text += f" In this study seeds of one method differ by up to {spreads.max():.1f} points (median over methods: "
+    return Text(f"{text}{spreads.median():.1f}); {clear} of the quoted gains are larger than that.")

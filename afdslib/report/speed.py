@@ -27,11 +27,13 @@ from afdslib.report.tables import Table, Text, bullets, plural
 from afdslib.runs import MODEL
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from afdslib.studies.sweep import Study
 
 __all__ = [
     "COLUMNS", "benchmarks", "best", "measure", "networks_text", "others_text", "sentence", "stored", "times",
-    "trained_accuracies",
+    "trained_accuracies", "write_times",
 ]  # fmt: skip
 
 COLUMNS = [
@@ -68,17 +70,33 @@ def times(study: Study, sweep: pd.DataFrame, *, method: str = "afd") -> pd.DataF
     found = measure(study, sweep, method=method)
     if study.profile.committed and set(found.run) <= set(kept.run):  # the other networks are not at hand
         return kept
-    with atomic_path(study.folder() / "times.csv") as part:
+    with atomic_path(_measured_here(study)) as part:
         found.to_csv(part, index=False, float_format="%.6g", lineterminator="\n")
     return found
 
 
+def _measured_here(study: Study) -> Path:
+    """The times that this machine has measured, in the run store: only publishing writes committed files."""
+    return paths.runs() / "times" / f"{study.profile.name}-{study.profile.budget}.csv"
+
+
+def write_times(study: Study) -> Path | None:
+    """Writes the times measured here, if there are any, beside the study's table, to be committed."""
+    file, measured = study.folder() / "times.csv", _measured_here(study)
+    if not measured.is_file():
+        return None
+    with atomic_path(file) as part:
+        part.write_bytes(measured.read_bytes())
+    return file
+
+
 def stored(study: Study, sweep: pd.DataFrame) -> pd.DataFrame:
-    """The times kept with a study; empty if there are none, or if they are of other networks than the sweep's."""
-    file = study.folder() / "times.csv"
-    kept = pd.read_csv(file) if file.exists() else pd.DataFrame(columns=COLUMNS)
-    same = list(kept) == COLUMNS and set(kept.run) <= set(sweep.run)
-    return kept if same else pd.DataFrame(columns=COLUMNS)
+    """The times measured here, else those kept with a study, of the sweep's networks alone; empty if there are none."""
+    for file in (_measured_here(study), study.folder() / "times.csv"):
+        kept = pd.read_csv(file) if file.is_file() else pd.DataFrame(columns=COLUMNS)
+        if len(kept) and list(kept) == COLUMNS and set(kept.run) <= set(sweep.run):
+            return kept
+    return pd.DataFrame(columns=COLUMNS)
 
 
 def measure(

@@ -22,7 +22,7 @@ from afdslib.losses import attention_map
 from afdslib.report import plots, views
 from afdslib.report.numbers import Number, of_interval
 from afdslib.report.plots import Picture, look, save
-from afdslib.report.quoted import QUOTED, REPORTED, Quotation
+from afdslib.report.quoted import reported
 from afdslib.report.sweep import stage_text
 from afdslib.report.tables import Table, Text, bullets
 from afdslib.report.views import NOT_STORED
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 __all__ = [
     "NOT_STORED", "Gain", "beta_in_paper_scale", "beta_table", "better_than_guessing", "command", "compared_sizes",
     "decays", "draw", "falls", "finished_gains", "first_pair", "gain", "gains_text", "networks", "no_test_in_trials",
-    "nst_memory", "pull_text", "quoted_gains_text", "quoted_table", "reach_text", "saved_text", "scope", "seen_text",
+    "nst_memory", "pull_text", "reach_text", "saved_text", "scope", "seen_text",
     "settings", "steps_saved", "steps_until", "stored_like_table", "student_table", "taps_of", "terms_add_up", "view",
     "weights_text", "write_page",
 ]  # fmt: skip
@@ -123,13 +123,9 @@ def student_table(study: DistillationStudy) -> Table:
     number that the original paper reports."""
     table, name = study.table(), study.profile.data.name
 
-    def reported(*key: str) -> str:
-        value = REPORTED.get((name, *key))  # type: ignore[call-overload]
-        return "" if value is None else f"{value:.2f}"
-
     rows = [
         [f"teacher {row.student}", "", f"{100 * row.test_accuracy:.1f}", "–", "1", "",
-         reported("", row.student, "teacher")]
+         reported(name, "", row.student, "teacher")]
         for row in table[table.method == "teacher"].itertuples()
     ]  # fmt: skip
     plain = set()
@@ -142,7 +138,13 @@ def student_table(study: DistillationStudy) -> Table:
         label = f"{student}, {look(method).label}{f' ({source})' if source else ''}"
         weight = "" if not found.weight.iloc[0] else f"{found.weight.iloc[0]:g}"
         spread = "–" if len(values) < 2 else f"{100 * (values.max() - values.min()):.1f}"
-        cells = [f"{100 * values.median():.1f}", spread, str(len(values)), better, reported(source, student, method)]
+        cells = [
+            f"{100 * values.median():.1f}",
+            spread,
+            str(len(values)),
+            better,
+            reported(name, source, student, method),
+        ]
         rows.append([label, weight, *cells])
     header = ["network, method (teacher)", "weight", "median (%)", "spread", "seeds", "gain over alone"]
     if not any(row[-1] for row in rows):
@@ -489,45 +491,6 @@ def nst_memory(shape: Sequence[int] = (64, 1024, 14, 14), kernels: Iterable[str]
     avoided = batch * channels * channels * height * width * 4 / 1e9
     rows.append(["one (B, C, C, HW) tensor, never built", f"{avoided:.1f}"])
     return Table([f"B x C x H x W = {' x '.join(map(str, shape))}, float32", "GB beyond the maps"], rows)
-
-
-# ---------------------------------------------------------------------------------------------------------- quotations
-
-
-def _quotations(study: DistillationStudy) -> list[Quotation]:
-    """Those that belong to a study's notebook."""
-    wanted = {"at"} if study.profile.study == "attention" else {"nst", "nst-poly+kd"}
-    return [q for q in QUOTED if wanted & set(q.numbers)]
-
-
-def quoted_table(study: DistillationStudy) -> Table:
-    """What others report, one row per teacher and student, with the source."""
-    rows = []
-    for q in _quotations(study):
-        numbers = [f"{look(m).label} {'/'.join(f'{n:.{q.digits}f}' for n in found)}" for m, found in q.numbers.items()]
-        measure = "accuracy (%)" if q.measure == "accuracy" else "top-1/top-5 error (%)"
-        rows.append([f"{q.data}, {q.networks}", measure, ", ".join(numbers), q.source])
-    return Table(["data, teacher to student", "measure", "numbers", "source"], rows, numbers=False)
-
-
-def quoted_gains_text(study: DistillationStudy) -> Text:
-    """From where to where the quoted gains run, and how many exceed the spread between the seeds of this study."""
-    gains = {
-        f"{gain:+.2f} points ({look(m).label}, {q.data}, {q.networks})": gain
-        for q in _quotations(study)
-        for m, gain in q.gains.items()
-    }
-    least, most = (pick(gains, key=lambda text: gains[text]) for pick in (min, max))
-    text = f"The {len(gains)} gains over the student alone quoted above run from {least} to {most}."
-    students = study.table()
-    students = students[students.method != "teacher"]
-    seeds = students.groupby(["teacher", "student", "method"]).test_accuracy
-    spreads = (100 * (seeds.max() - seeds.min()))[seeds.size() > 1]
-    if spreads.empty:
-        return Text(f"{text} No student of this study has two seeds, so they cannot be held against a spread.")
-    clear = sum(gain > spreads.max() for gain in gains.values())
-    text += f" In this study seeds of one method differ by up to {spreads.max():.1f} points (median over methods: "
-    return Text(f"{text}{spreads.median():.1f}); {clear} of the quoted gains are larger than that.")
 
 
 # ------------------------------------------------------------------------------------------------- networks and figures

@@ -3,7 +3,7 @@
 The options of that command become a profile of its own, named after the folder of images and a hash of all options, the
 images (names, sizes, times) and the weights (content). So another budget, another image or another weight file is
 another profile, nothing is overwritten, and the same command goes on where it stopped. The options lie in
-`settings.json` beside the report, from which `profiles.get` makes the profile again.
+`mine/<name>/settings.json` in the run store, from which `profiles.get` makes the profile again.
 """
 
 from __future__ import annotations
@@ -40,7 +40,11 @@ COMMAND = f"afds run --profile {BASE} --source-weights imagenet --data-dir path/
 STEPS = {"quick": (600, 200, 150), "standard": (3000, 1000, 600)}
 """Optimiser steps of the unpruned stage, of each later budget, and of a trial, by how much of the study is wanted."""
 BATCH = 32
-_SETTINGS = "settings.json"
+
+
+def _settings(name: str) -> Path:
+    """Where a profile's options are kept: with its runs, so that its figures can be deleted."""
+    return paths.runs() / "mine" / name / "settings.json"
 
 
 @dataclass(frozen=True)
@@ -214,7 +218,7 @@ def notebooks() -> Path:
 
 def keep(o: Options) -> Path:
     """Writes the options to where `get` reads them."""
-    file = paths.figures(o.name) / _SETTINGS
+    file = _settings(o.name)
     write_json(file, asdict(o))
     return file
 
@@ -227,7 +231,7 @@ def get(name: str) -> Profile:
     """
     if name == BASE:
         raise AFDSError(f"the profile {BASE} is made from options, by: {COMMAND}; afterwards give the name it prints")
-    file = paths.figures(name) / _SETTINGS
+    file = _settings(name)
     try:
         o = Options(**json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError:

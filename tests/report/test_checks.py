@@ -140,6 +140,7 @@ def cell(number: str, word: str):
     return found
 
 
+@pytest.mark.slow
 def test_each_fault_fails_the_comparison_of_its_own_cell_and_of_no_other(tmp_path):
     """Cells of the stored notebooks 3 and 4 under nbval; an added first cell puts a small study and the fault in."""
     shutil.copy(Path(__file__).parents[2] / "notebooks" / "conftest.py", tmp_path)

@@ -168,6 +168,7 @@ def test_stage_key_follows_cells_parameters_library_and_the_stages_before(monkey
 # execution
 
 
+@pytest.mark.slow
 def test_stages_run_in_order_with_typed_parameters_and_end_in_one_html_file(capsys, monkeypatch):
     """Also: this very interpreter, although another `python3` kernelspec is found first, and no trace of folders."""
     impostor = paths.root() / "jupyter" / "kernels" / "python3"
@@ -205,6 +206,7 @@ def test_stages_run_in_order_with_typed_parameters_and_end_in_one_html_file(caps
     assert lines[-1] == "report: figures/tiny/report.html"
 
 
+@pytest.mark.slow
 def test_failed_stage_names_notebook_cell_and_log_and_the_next_call_resumes_there():
     write("01_a.ipynb", "open('first.txt', 'a').write('x')")
     bad = "import os\nif not os.path.exists('mended'):\n    raise ValueError('no\\nluck')"
@@ -230,6 +232,7 @@ def no_echo(_line: str) -> None:
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["import os; os.kill(os.getpid(), 9)", "import sys; sys.exit(0)"])
 def test_notebook_that_ends_early_is_not_finished(end):
     write("01_a.ipynb", "print('alive')", end, "print('never')")
@@ -240,6 +243,7 @@ def test_notebook_that_ends_early_is_not_finished(end):
     assert not pipeline.plan("tiny")[0].finished
 
 
+@pytest.mark.slow
 def test_second_call_executes_nothing_and_fresh_executes_all(monkeypatch):
     write("01_a.ipynb", "open('count.txt', 'a').write('x')")
     write("02_b.ipynb", "open('count.txt', 'a').write('y')")
@@ -271,6 +275,7 @@ def test_output_folder_that_cannot_be_written_is_one_sentence(monkeypatch):
     assert "cannot write" in sentence(info) and "taken" in sentence(info)
 
 
+@pytest.mark.slow
 def test_full_disk_is_one_sentence(monkeypatch):
     def full(_descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -10,6 +10,8 @@ from bs4 import BeautifulSoup
 from afdslib.base import paths
 from afdslib.report import pipeline
 
+pytestmark = pytest.mark.slow
+
 PROFILE = "imagenet32"
 COMMITTED = paths.root() / "figures" / PROFILE / "report.html"
 

@@ -25,25 +25,19 @@ from afdslib.studies import profiles
 from afdslib.studies.profiles import Candidates
 from afdslib.training.objective import Regulariser
 
+pytestmark = pytest.mark.slow
+
 NUMBERS = ("01", "02", "03", "04", "05", "08")
 FILES = [file for file in pipeline.notebooks(Path(__file__).parents[2] / "notebooks") if file.name[:2] in NUMBERS]
 PER_TARGET = (
-    "latency",
-    "samples_target", "augmentation", "trials", "transfer_curves", "attention", "attention_entropy",
+    "latency", "samples_target", "augmentation", "trials", "transfer_curves", "attention", "attention_entropy",
     "density_and_masks", "channel_states", "active_heatmap", "parameters", "confusion",
 )  # fmt: skip
 FIRST_ONLY = ("competitors", "paired", "competitor_trials", "attention_width")  # of the first target
 WHOLE = (
-    "samples_source",
-    "speed",
-    "source_curves",
-    "diagram",
-    "afs_curves",
-    "gates_histogram",
-    "gates_heatmap",
-    "accuracy_macs",
-    "elsewhere",  # the sentence that there is no variant of this profile
-)
+    "samples_source", "speed", "source_curves", "diagram", "afs_curves", "gates_histogram", "gates_heatmap",
+    "accuracy_macs", "elsewhere",  # the sentence that there is no variant of this profile
+)  # fmt: skip
 
 
 def said(value: object) -> str:

@@ -2,12 +2,8 @@
 
 import re
 
-import nbformat
-import pytest
-from test_report_numbers import results
-
 from afdslib.base import paths
-from afdslib.report import claims, pipeline, students
+from afdslib.report import claims, pipeline, quoted
 from afdslib.studies import recipes
 
 # (data, student): method -> top-1 (and top-5), as their sources print them. Nothing else may be quoted.
@@ -26,30 +22,23 @@ RECIPES = {
     "resnet18-at": "29.3/10.0", "inception-bn": "25.74/8.07", "inception-bn-nst": "24.81/7.55",
     "inception-bn-nst-kd": "24.34/7.11", "resnet50-senet-nst-kd": "21.05/5.56",
 }  # fmt: skip
-ALLOWED = {
-    "0.0025": "an example of the two scales, computed in the same sentence",
-    "6.25": "an example of the two scales, computed in the same sentence",
-    "90 %": "the share of the plain student's accuracy, a setting",
-    "16 x": "the weight of NST's soft term [code], a setting",
-}
 NOTEBOOKS = [file for file in pipeline.notebooks(paths.root() / "notebooks") if file.name[:2] in ("06", "07")]
 
 
 def test_the_quotations_are_those_of_the_list_and_no_others():
-    found = {}
-    for q in students.QUOTED:
-        numbers = {m: "/".join(f"{n:.{q.digits}f}" for n in values) for m, values in q.numbers.items()}
-        found[q.measure, q.data, re.sub("^the ", "", q.networks.partition(" to ")[2])] = numbers
-        assert q.source
+    found = {
+        (q.measure, q.data, re.sub("^the ", "", q.networks.partition(" to ")[2])): q.numbers
+        for q in quoted.quotations()
+        if q.source
+    }
     assert found == {("accuracy", *k): v for k, v in ACCURACY.items()} | {("error", *k): v for k, v in ERROR.items()}
 
 
 def test_the_students_table_quotes_the_list():
-    listed = ACCURACY["CIFAR-10", "WRN-16-1"]
-    assert {method: f"{n:.2f}" for (*_, method), n in students.REPORTED.items()} == listed
-    assert {(data, student) for data, _, student, _ in students.REPORTED} == {
-        ("cifar10", "wrn-16-2"), ("cifar10", "wrn-16-1"),
-    }  # fmt: skip
+    rows = {"teacher": ("", "wrn-16-2"), "alone": ("", "wrn-16-1"), "at": ("wrn-16-2", "wrn-16-1")}
+    numbers = {method: quoted.reported("cifar10", *pair, method) for method, pair in rows.items()}
+    assert numbers == ACCURACY["CIFAR-10", "WRN-16-1"]
+    assert quoted.reported("cifar10", "wrn-40-2", "wrn-16-1", "at") == quoted.reported("digits", "", "a", "alone") == ""
 
 
 def test_the_recipes_quote_the_list():
@@ -64,14 +53,7 @@ def test_the_claims_quote_the_list():
     assert quoted == [["91.23", "92.07"], tops[0], tops[1][:2], tops[1][1:]]
 
 
-@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
-def test_the_notebooks_text_types_no_number_of_a_result(file):
-    cells = [c.source for c in nbformat.read(file, as_version=4).cells if c.cell_type == "markdown"]
-    typed = [(found, text[:60]) for text in cells for found in results(text) if found not in ALLOWED]
-    assert not typed, "take it from students.QUOTED or from a result"
-
-
 def test_both_notebooks_show_the_quotations():
     assert len(NOTEBOOKS) == 2
     for file in NOTEBOOKS:
-        assert "students.quoted_table(study)" in file.read_text(encoding="utf-8")
+        assert "quoted.table(study)" in file.read_text(encoding="utf-8")

@@ -45,35 +45,26 @@ def test_each_network_is_timed_beside_the_dense_one(study):
     assert [line.get_label() for line in axes[1].lines if line.get_label() == "ideal"] == ["ideal"]
 
 
-def test_kept_times_are_read_and_those_of_other_networks_are_not(study, monkeypatch):
+def test_kept_times_are_read_unless_they_are_of_other_networks_and_only_publishing_commits_them(study, monkeypatch):
     sweep = study.sweep()
     monkeypatch.setattr(speed, "SETTINGS", SETTINGS)
     monkeypatch.setattr(speed.importlib.util, "find_spec", lambda name: None)
-    assert speed.stored(study, sweep).empty
+    assert speed.stored(study, sweep).empty and speed.write_times(study) is None
     first = speed.times(study, sweep, method="l2")
     assert len(speed.stored(study, sweep)) == len(first) == 4
     pd.testing.assert_frame_equal(speed.times(study, sweep, method="l2"), first, check_exact=False, rtol=1e-5)
-    file = study.folder() / "times.csv"
-    pd.read_csv(file).assign(run="000000000000", median_ms=1e9).to_csv(file, index=False)
-    assert (speed.times(study, sweep, method="l2").median_ms < 1e9).all()
-
-
-def test_kept_times_of_another_method_or_of_some_networks_are_measured_again(study, monkeypatch):
-    sweep = study.sweep()
-    monkeypatch.setattr(speed, "SETTINGS", SETTINGS)
-    monkeypatch.setattr(speed.importlib.util, "find_spec", lambda name: None)
-    file = study.folder() / "times.csv"
-    speed.times(study, sweep, method="l2")
-    kept = pd.read_csv(file)
-    kept.assign(method="afd").to_csv(file, index=False)
-    assert set(speed.times(study, sweep, method="l2").method) == {"l2"}
-    kept[kept.budget == 1].to_csv(file, index=False)
-    assert set(speed.times(study, sweep, method="l2").budget) == {1.0, 0.2}
-    with monkeypatch.context() as patch:  # what is kept stays where the networks are not at hand
-        kept[kept.budget == 1].to_csv(file, index=False)
-        patch.setattr(runs, "lookup", lambda config, **kwargs: None)
-        assert set(speed.times(study, sweep, method="l2").budget) == {1.0}
-    assert set(pd.read_csv(file).budget) == {1.0}
+    committed, here = study.folder() / "times.csv", speed._measured_here(study)
+    assert not committed.exists() and speed.write_times(study) == committed
+    kept = pd.read_csv(committed)
+    for changed in (kept.assign(run="000000000000", median_ms=1e9), kept.assign(method="afd"), kept[kept.budget == 1]):
+        for file in (here, committed):
+            changed.to_csv(file, index=False)
+        again = speed.times(study, sweep, method="l2")
+        assert (again.median_ms < 1e9).all() and set(again.method) == {"l2"} and set(again.budget) == {1.0, 0.2}
+    assert set(pd.read_csv(committed).budget) == {1.0}
+    here.unlink()
+    monkeypatch.setattr(runs, "lookup", lambda config, **kwargs: None)  # what is kept stays where networks are not
+    assert set(speed.times(study, sweep, method="l2").budget) == {1.0} and not here.exists()
 
 
 def test_without_weights_nothing_is_measured_and_it_says_so(study, monkeypatch):

@@ -16,7 +16,7 @@ from afdslib.base.errors import AFDSError
 from afdslib.experiments import DataSource, Distillation, Network
 from afdslib.inference import bench
 from afdslib.losses import BetaSchedule
-from afdslib.report import claims, students
+from afdslib.report import claims, quoted, students
 from afdslib.report import plots as figures
 from afdslib.studies import students as distillation_study
 from afdslib.studies.students import DistillationProfile, DistillationStudy, Method, Pair, steps_to_reach
@@ -169,7 +169,7 @@ def test_the_tables_say_median_spread_gain_and_only_quoted_numbers(study, monkey
     table.loc[table.method == "at", "test_accuracy"] -= 0.2
     assert "-17.0 points, a loss larger than the spread between seeds (1.0)" in students.gains_text(study)
     monkeypatch.setattr(study, "profile", replace(study.profile, study="selectivity"))
-    words = students.quoted_gains_text(study)
+    words = quoted.gains_text(study)
     assert "from +0.42 points (NST, CIFAR-100, WRN-40-2 to WRN-16-2) to +1.66 points (KD, CIFAR-100" in words
     assert "differ by up to 1.0 points (median over methods: 1.0); 2 of the quoted gains are larger" in words
 
