@@ -5,17 +5,19 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from conftest import picture
 from PIL import Image
 from scipy.io import savemat
 
-from afdslib import cli, data
+from afdslib import backbones, cli, data
 from afdslib.base.errors import AFDSError
 from afdslib.data import cache, trees
 from afdslib.data.images import CorruptImageError
 from afdslib.inference.export import Card
 from afdslib.inference.maps import read_image
 from afdslib.inference.predict import prepare
+from afdslib.studies import mine, profiles
 
 
 def _count(splits):
@@ -72,6 +74,17 @@ def test_the_commands_that_load_a_tree_have_the_option(broken, capsys, tmp_path,
         command = ["distill", "--recipe", "scenes", "--data", str(broken), "--epochs", "1", "--batch-size", "4"]
         assert cli.main([*command, "--dry-run", "--skip-corrupt"]) == 0
     assert "10 training images" in capsys.readouterr().out
+
+
+def test_a_profile_of_own_images_remembers_that_corrupt_ones_are_left_out(broken, tmp_path):
+    torch.save(backbones.build("resnet14", 5, stem="cifar", width=1 / 16).state_dict(), tmp_path / "w.pth")
+    known = {"network": "resnet14", "size": 72}
+    with pytest.raises(CorruptImageError, match="cannot decode 2 files"):
+        mine.options(broken, str(tmp_path / "w.pth"), 0.5, **known)
+    with pytest.warns(UserWarning, match="not decodable"):
+        options = mine.options(broken, str(tmp_path / "w.pth"), 0.5, skip_corrupt=True, **known)
+        mine.keep(options)
+        assert _count(profiles.get(options.name).targets[0].load()) == 14
 
 
 def test_images_in_sub_folders_and_of_any_suffix_are_read(flat):
