@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from afdslib.afs.channels import CutConvBN, GroupedConv2d, Join, Pick, Spread
 from afdslib.afs.graph import is_add, keeps_channels, propagate, shapes, trace
 from afdslib.afs.layer import AFSConvBN
+from afdslib.afs.verify import require_own_weights, require_same
 from afdslib.base.errors import AFDSError
 
 __all__ = ["CompactNetwork", "compact", "fold_norm", "masks", "set_masks"]
@@ -53,11 +54,14 @@ def set_masks(model: nn.Module, texts: dict[str, str]) -> None:
     """Sets what `masks` gave.
 
     Raises:
-        AFDSError: the layers or their widths are others.
+        AFDSError: the layers or their widths are others, or a letter is.
     """
     found = {name: layer for name, layer in model.named_modules() if isinstance(layer, AFSConvBN)}
     if set(found) != set(texts) or any(len(texts[n]) != layer.m.numel() for n, layer in found.items()):
         raise AFDSError(f"the masks belong to another network than this {type(model).__name__}")
+    for name, text in texts.items():
+        if unknown := sorted(set(text) - set("0sd")):
+            raise AFDSError(f"the masks of layer {name!r} have the letter {unknown[0]!r}; they consist of 0, s and d")
     for name, layer in found.items():
         layer.m.copy_(torch.tensor([letter != "0" for letter in texts[name]]))
         layer.s.copy_(torch.tensor([letter == "d" for letter in texts[name]]))
@@ -84,9 +88,13 @@ def compact(
         The compact network, in eval mode, on the same device, in the same precision.
 
     Raises:
-        AFDSError: in train mode, if every channel of a layer is removed, or if torch.fx cannot follow the network.
+        AFDSError: in train mode, if every channel of a layer is removed, if torch.fx cannot follow the network, for
+            weights that a layer does not own, or if the result is another function.
     """
-    return compact_in_place(copy.deepcopy(model), input_size=input_size, fold_bn=fold_bn)
+    require_own_weights(model, "compact")
+    network = compact_in_place(copy.deepcopy(model), input_size=input_size, fold_bn=fold_bn)
+    require_same(model, network, "compact", input_size=input_size or _input_size(getattr(model, "architecture", None)))
+    return network
 
 
 def compact_in_place(model: nn.Module, *, input_size: tuple[int, int, int] | None, fold_bn: bool) -> CompactNetwork:
@@ -101,7 +109,11 @@ def compact_in_place(model: nn.Module, *, input_size: tuple[int, int, int] | Non
         input_size = _input_size(architecture)
     steps = {"masks": masks(model), "input_size": list(input_size), "fold_bn": fold_bn}
     with torch.no_grad():
-        network = _Surgeon(model.eval(), input_size).operate()
+        try:
+            network = _Surgeon(model.eval(), input_size).operate()
+        except (RuntimeError, LookupError, TypeError, AssertionError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise AFDSError(f"compact cannot cut {type(model).__name__} at {input_size} ({reason})") from error
         if fold_bn:
             _fold(network)
     if isinstance(architecture, dict):
@@ -169,8 +181,6 @@ class _Surgeon:
             places = _within(wanted, enters)
             whole = len(places) == (self.shapes[source.name][1] if enters is None else len(enters))
             self._swap(node, nn.Identity() if whole else Pick(places))
-        elif self.calls[node.target] > 1 and not keeps_channels(module) and not isinstance(module, nn.Flatten):
-            self._rigid(node)  # one layer for several inputs, which may be cut differently
         elif isinstance(module, AFSConvBN):
             self._cut_gated(node, module, enters, leaves)
         elif isinstance(module, (nn.Conv2d, GroupedConv2d)):
@@ -183,7 +193,7 @@ class _Surgeon:
             narrow = nn.PReLU(len(enters))
             narrow.weight = _part(module.weight, module.weight[enters])
             self._swap(node, narrow)
-        elif not keeps_channels(module) and not isinstance(module, nn.Flatten):
+        elif not (keeps_channels(module) or isinstance(module, nn.Flatten)) or (enters is not None and leaves is None):
             self._rigid(node)
 
     def _cut_function(self, node: fx.Node) -> None:
@@ -249,7 +259,10 @@ class _Surgeon:
 
     def _swap(self, node: fx.Node, module: nn.Module) -> None:
         assert isinstance(node.target, str)
-        self.model.set_submodule(node.target, module.eval())
+        if self.calls[node.target] > 1:  # one layer for several inputs, which may be cut differently
+            node.target = self._add(module)
+        else:
+            self.model.set_submodule(node.target, module.eval())
 
     def _replace(self, node: fx.Node, by: fx.Node) -> None:
         node.replace_all_uses_with(by)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import re
+from collections import Counter
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx, nn
 
-from afdslib.afs.graph import trace
+from afdslib.afs.graph import output_makers, trace
 from afdslib.afs.layer import AFSConvBN
+from afdslib.afs.verify import require_own_weights, require_same
 from afdslib.base.errors import AFDSError
 
 __all__ = ["convert", "layers", "set_density"]
@@ -52,21 +54,19 @@ def set_density(model: nn.Module, d: float) -> None:
     """
     if isinstance(d, bool) or not (isinstance(d, (int, float)) and 0 < d <= 1):
         raise AFDSError(f"density must be in (0, 1], got {d!r}")
-    found = [module for module in model.modules() if isinstance(module, AFSConvBN)]
-    if not found:
-        raise AFDSError(f"{type(model).__name__} has no AFS layer; convert it with afs.convert first")
-    for layer in found:
+    for layer in gated(model).values():
         layer.density = float(d)
 
 
 def _pairs(model: nn.Module, graph: fx.Graph) -> list[tuple[str, str]]:
-    """Names of the (convolution, batch norm) pairs in forward order; refuses batch norms that have no convolution."""
+    """Names of the (convolution, batch norm) pairs in forward order; refuses batch norms that have no convolution.
+
+    Pairs that make the network's outputs are left out: a class is no channel that may be removed.
+    """
     modules = dict(model.named_modules())
     pairs: list[tuple[str, str]] = []
-    calls: dict[str, int] = {}
-    for node in graph.nodes:
-        if node.op == "call_module":
-            calls[node.target] = calls.get(node.target, 0) + 1
+    outputs = output_makers(graph, modules)
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     for node in graph.nodes:
         if node.op != "call_module" or not isinstance(modules[node.target], nn.BatchNorm2d):
             continue
@@ -85,7 +85,8 @@ def _pairs(model: nn.Module, graph: fx.Graph) -> list[tuple[str, str]]:
             )
         if not modules[node.target].track_running_stats:
             raise AFDSError(f"batch norm {node.target!r} keeps no running statistics; AFS needs them")
-        pairs.append((source.target, node.target))
+        if source.target not in outputs:
+            pairs.append((source.target, node.target))
     return pairs
 
 
@@ -135,25 +136,31 @@ def convert(model: nn.Module, *, gates: str = "all") -> nn.Module:
 
     Args:
         model: any network whose Conv2d-BatchNorm2d pairs torch.fx finds; it is left as it is.
-        gates: "all", every pair (104 in ResNet-101); "blocks", only the convolutions inside a ResNet's residual
-            blocks (99), as in the seed's code.
+        gates: "all", every pair (104 in ResNet-101) but those that make the network's outputs; "blocks", only the
+            convolutions inside a ResNet's residual blocks (99), as in the seed's code.
 
     Returns:
         The converted copy, in the same mode, with k = C everywhere (density 1).
 
     Raises:
         AFDSError: for pre-activation networks, networks that torch.fx cannot follow, a layer whose scales are all
-            zero, a network that has been converted already, or an unknown value of gates.
+            zero, weights that a layer does not own (shared, pruned, parametrised), a network that has been converted
+            already, an unknown value of gates, or a result that is another function.
     """
-    return convert_in_place(copy.deepcopy(model), gates=gates)
+    if any(isinstance(module, AFSConvBN) for module in model.modules()):
+        raise AFDSError("the network has AFS layers already; convert the plain network")
+    require_own_weights(model, "afs.convert")
+    twins = dict(_pairs(model, trace(model)))
+    converted = convert_in_place(copy.deepcopy(model), gates=gates)
+    twins = {conv: norm for conv, norm in twins.items() if isinstance(converted.get_submodule(conv), AFSConvBN)}
+    require_same(model, converted, "afs.convert", twins=twins)
+    return converted
 
 
 def convert_in_place(model: nn.Module, *, gates: str) -> nn.Module:
     """What `convert` does, to the network itself, which is spoilt where it is refused; for those with the only copy."""
     if gates not in ("all", "blocks"):
         raise AFDSError(f"gates must be 'all' or 'blocks', got {gates!r}")
-    if any(isinstance(module, AFSConvBN) for module in model.modules()):
-        raise AFDSError("the network has AFS layers already; convert the plain network")
     pairs = _pairs(model, trace(model))
     if gates == "blocks":
         pairs = [(conv, norm) for conv, norm in pairs if _BLOCK_CONV.fullmatch(conv)]

@@ -6,6 +6,7 @@ active; ReLU and pooling keep the set; the classifier uses it too. [method: MACs
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,14 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from afdslib.afs.channels import ChannelOp, Join
+from afdslib.afs.channels import ChannelOp, GroupedConv2d, Join
 from afdslib.afs.layer import AFSConvBN
 from afdslib.base.errors import AFDSError
 
 __all__ = [
-    "eval_mode", "is_add", "keeps_channels", "keeps_channels_call", "living_channels", "propagate", "shapes", "streams",
-    "trace",
+    "Recorder", "eval_mode", "is_add", "keeps_channels", "keeps_channels_call", "living_channels", "output_makers",
+    "propagate", "shapes", "streams", "trace",
 ]  # fmt: skip
 
 # Modules and functions that map a zero channel to a zero channel and leave the channels in their order.
@@ -32,6 +34,8 @@ _KEEP_FUNCTIONS = {
     "relu", "relu_", "relu6", "leaky_relu", "gelu", "silu", "hardswish", "tanh", "dropout", "max_pool2d", "avg_pool2d",
     "adaptive_avg_pool2d", "adaptive_max_pool2d", "interpolate", "contiguous", "clone", "float",
 }  # fmt: skip
+# Shapes are those of a batch of two, so that the batch differs from dimensions of size one.
+_BATCH = 2
 
 
 def keeps_channels(module: nn.Module) -> bool:
@@ -50,18 +54,40 @@ class _Tracer(fx.Tracer):
 
 
 def trace(model: nn.Module) -> fx.Graph:
-    """The graph of a network, with selected convolutions as single nodes.
+    """The graph of a network in eval mode, with selected convolutions as single nodes.
 
     Raises:
-        AFDSError: if torch.fx cannot follow the network.
+        AFDSError: if torch.fx cannot follow the network, or a tensor is changed in place and read again afterwards.
     """
     try:
-        return _Tracer().trace(model)
+        with eval_mode(model):
+            graph = _Tracer().trace(model)
     except Exception as error:  # fx raises many types; all mean the same to the caller
         raise AFDSError(
             f"torch.fx cannot follow {type(model).__name__} ({str(error).splitlines()[0]}); "
             "give its forward method no control flow that depends on the data"
         ) from error
+    modules = dict(model.named_modules())
+    order = {node: place for place, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        changed = node.args[0] if node.args and _writes(node, modules) else None
+        if isinstance(changed, fx.Node) and any(order[user] > order[node] for user in changed.users):
+            raise AFDSError(
+                f"{type(model).__name__} changes the tensor {changed.name!r} in place ({_name(node)}) and reads it "
+                "again afterwards; use the result of that operation instead"
+            )
+    return graph
+
+
+def _writes(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether a node changes its first argument in place, and not so that channels that are zero stay zero."""
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        return getattr(module, "inplace", False) is True and not keeps_channels(module)
+    name = _name(node)
+    marked = name.endswith("_") and not name.endswith("__") or node.kwargs.get("inplace") is True
+    in_place = marked or node.target in (operator.iadd, operator.imul, operator.isub, operator.itruediv)
+    return node.op in ("call_function", "call_method") and in_place and name not in _KEEP_FUNCTIONS
 
 
 def _name(node: fx.Node) -> str:
@@ -73,6 +99,21 @@ def is_add(node: fx.Node) -> bool:
     if node.op not in ("call_function", "call_method"):
         return False
     return node.target in (operator.add, operator.iadd, torch.add) or _name(node) in ("add", "add_")
+
+
+def output_makers(graph: fx.Graph, modules: dict[str, nn.Module]) -> set[str]:
+    """The layers whose output channels are the network's outputs, with nothing behind them that mixes channels."""
+    makers, seen = set(), set()
+    waiting = [node for node in graph.nodes if node.op == "output"]
+    while waiting:
+        node = waiting.pop()
+        module = modules.get(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear, AFSConvBN, GroupedConv2d)):
+            makers.add(str(node.target))
+        elif _name(node) not in ("size", "dim", "getattr"):  # what is read of a shape is no channel
+            waiting += [source for source in node.all_input_nodes if source not in seen]
+            seen.update(node.all_input_nodes)
+    return makers
 
 
 def _union(left: Tensor | None, right: Tensor | None) -> Tensor | None:
@@ -89,6 +130,8 @@ def propagate(
 ) -> Iterator[tuple[fx.Node, Tensor | None, Tensor | None]]:
     """Walks the graph in order and says which channels enter and leave each node.
 
+    What a node does to channels follows from its name and from its shapes; where they do not fit, all are active.
+
     Args:
         graph: from `trace`.
         modules: the network's modules by name.
@@ -100,33 +143,32 @@ def propagate(
     """
     sets: dict[fx.Node, Tensor | None] = {}
     for node in graph.nodes:
-        inputs = [sets[n] for n in node.all_input_nodes]
-        first = inputs[0] if inputs else None
+        source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+        before = () if source is None else shapes[source.name]
+        first = None if source is None else sets[source]
+        after, name = shapes[node.name], _name(node)
         result: Tensor | None = None
+        module = modules[node.target] if node.op == "call_module" else None
+        called = node.op in ("call_function", "call_method")
         if node.op == "output":
             result = first
-        elif node.op == "call_module":
-            module = modules[node.target]
-            if isinstance(module, AFSConvBN):
-                result = active[node.target]
-            elif isinstance(module, ChannelOp):
-                result = module.channels([sets[n] for n in node.args])
-            elif isinstance(module, _KEEP_MODULES):
-                result = first
-            elif isinstance(module, nn.Flatten):
-                result = _flatten(first, shapes[node.name])
-        elif node.op in ("call_function", "call_method"):
-            name = _name(node)
-            if is_add(node):
-                tensors = [a for a in node.args[:2] if isinstance(a, fx.Node)]
-                # A constant addend makes zero channels non-zero.
-                result = _union(sets[tensors[0]], sets[tensors[1]]) if len(tensors) == 2 else None
-            elif node.target is torch.cat or name in ("cat", "concat"):
-                result = _concatenate(node, sets, shapes)
-            elif name in ("flatten", "view", "reshape"):
-                result = _flatten(first, shapes[node.name])
-            elif name in _KEEP_FUNCTIONS or (name == "mean" and _spatial(node)):
-                result = first
+        elif isinstance(module, AFSConvBN):
+            result = active[node.target]
+        elif isinstance(module, ChannelOp):
+            result = module.channels([sets[n] for n in node.args])
+        elif isinstance(module, nn.Flatten) or (called and name in ("flatten", "view", "reshape")):
+            result = _flatten(first, before, after)
+        elif isinstance(module, _KEEP_MODULES) or keeps_channels_call(node):
+            result = first if before[:2] == after[:2] and len(before) == len(after) else None
+        elif called and is_add(node):
+            addends = [a for a in node.args[:2] if isinstance(a, fx.Node)]
+            # A constant addend makes zero channels non-zero; so may one whose dimensions are others.
+            same = len({(len(shapes[a.name]), *shapes[a.name][:2]) for a in addends} | {(len(after), *after[:2])}) == 1
+            result = _union(sets[addends[0]], sets[addends[1]]) if len(addends) == 2 and same else None
+        elif called and (node.target is torch.cat or name in ("cat", "concat")):
+            result = _concatenate(node, sets, shapes)
+        elif called and name == "mean" and len(before) == 4 and _spatial(node):
+            result = first
         sets[node] = result
         yield node, first, result
 
@@ -136,19 +178,19 @@ def _spatial(node: fx.Node) -> bool:
     return isinstance(dims, (list, tuple)) and sorted(d % 4 for d in dims) == [2, 3]
 
 
-def _flatten(channels: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
-    """Each channel becomes H*W neighbouring features."""
-    if channels is None or len(shape) != 2 or shape[1] % channels.shape[1]:
+def _flatten(channels: Tensor | None, before: tuple[int, ...], after: tuple[int, ...]) -> Tensor | None:
+    """Each channel becomes H*W neighbouring features, if a row is an image."""
+    if channels is None or after != (before[0], math.prod(before[1:])):
         return None
-    return channels.repeat_interleave(shape[1] // channels.shape[1], dim=1)
+    return channels.repeat_interleave(after[1] // channels.shape[1], dim=1)
 
 
 def _concatenate(
     node: fx.Node, sets: dict[fx.Node, Tensor | None], shapes: dict[str, tuple[int, ...]]
 ) -> Tensor | None:
+    parts: Any = node.args[0] if node.args else node.kwargs.get("tensors")
     dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
-    parts: Any = node.args[0]
-    known = [found for p in parts if (found := sets[p]) is not None]
+    known = [found for p in parts if (found := sets[p]) is not None] if isinstance(parts, (list, tuple)) else []
     if dim != 1 or not known:
         return None
     batch = max(len(each) for each in known)  # what holds for every image has a batch of one
@@ -171,35 +213,42 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-@torch.no_grad()
-def shapes(model: nn.Module, graph: fx.Graph, input_size: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
-    """The shape of every node's output for a batch of one image; () where a node gives no tensor."""
-    parameter = next(model.parameters())
-    image = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
-    runner = _ShapeRecorder(model, graph=graph)
-    with eval_mode(model):
-        runner.run(image)
-    return runner.shapes
+class Recorder(fx.Interpreter):
+    """Runs a network on two images and keeps of each node's output, by the node's name, what is asked of it.
 
+    Attributes:
+        shapes: the output's shape; () where a node gives no tensor.
+        macs: multiply-accumulates per image of everything that the node does, by torch's own counter.
+    """
 
-class _ShapeRecorder(fx.Interpreter):
-    """Runs a network and keeps the shape of each node's output, not the output."""
-
-    def __init__(self, model: nn.Module, graph: fx.Graph):
+    def __init__(self, model: nn.Module, graph: fx.Graph, input_size: tuple[int, int, int]):
         super().__init__(model, graph=graph)
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.macs: dict[str, float] = {}
+        parameter = next(model.parameters())
+        images = torch.zeros(_BATCH, *input_size, device=parameter.device, dtype=parameter.dtype)
+        with eval_mode(model), torch.no_grad(), FlopCounterMode(display=False) as self._counter:
+            self.run(images)
 
     def run_node(self, n: fx.Node) -> Any:
+        before = self._counter.get_total_flops()
         value = super().run_node(n)
+        self.macs[n.name] = (self._counter.get_total_flops() - before) / (2 * _BATCH)
         self.shapes[n.name] = tuple(value.shape) if isinstance(value, Tensor) else ()
         return value
+
+
+def shapes(model: nn.Module, graph: fx.Graph, input_size: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
+    """The shape of every node's output for a batch of two images; () where a node gives no tensor."""
+    return Recorder(model, graph, input_size).shapes
 
 
 def streams(model: nn.Module) -> list[tuple[str, ...]]:
     """The residual streams: for each the AFS layers that are added up in it, in forward order.
 
     A channel of such a stream is zero where it is removed in every one of its layers. Streams with an addend that has
-    no gates are left out, for none of their channels ever is, and so are those that a compact network has cut. [ours]
+    no gates, or another number of channels, are left out, for none of their channels ever is, and so are those that a
+    compact network has cut. [ours]
     """
     graph, modules = trace(model), dict(model.named_modules())
     # Each stream is a set of layer names; None among them is an addend that cannot be cut.
@@ -217,12 +266,13 @@ def streams(model: nn.Module) -> list[tuple[str, ...]]:
             joined = [s for s in found if s & stream - {None}]
             found = [s for s in found if s not in joined] + [stream.union(*joined)]
             carried[node] = found[-1]
-        elif isinstance(module, _KEEP_MODULES) or keeps_channels_call(node):
+        elif inputs and (isinstance(module, _KEEP_MODULES) or keeps_channels_call(node)):
             carried[node] = inputs[0]
         else:
             carried[node] = frozenset([None])
     order = {str(node.target): place for place, node in enumerate(graph.nodes)}
     complete = [sorted((str(n) for n in s), key=order.__getitem__) for s in found if None not in s and len(s) > 1]
+    complete = [names for names in complete if len({modules[name].m.numel() for name in names}) == 1]
     return sorted((tuple(names) for names in complete), key=lambda names: order[names[0]])
 
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from afdslib.afs.convert import gated
 from afdslib.afs.graph import eval_mode
-from afdslib.afs.layer import AFSConvBN
 from afdslib.base.cpu import safe_gradients
 from afdslib.base.errors import AFDSError
+from afdslib.base.hooks import kept
 
 __all__ = ["taylor_importance"]
 
@@ -31,35 +31,26 @@ def taylor_importance(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]])
         By layer name, in forward order, (C,) float64 on the CPU.
 
     Raises:
-        AFDSError: if the network has no AFS layer or the loader is empty.
+        AFDSError: if the network has no AFS layer or cannot be differentiated, or the loader is empty.
     """
     found = gated(model)
     where = next(model.parameters()).device
     totals = {name: torch.zeros(layer.m.numel(), dtype=torch.float64) for name, layer in found.items()}
-    outputs: dict[str, Tensor] = {}
     count = 0
-
-    def keep(name: str):
-        def record(module: AFSConvBN, args: tuple[Tensor, ...], output: Tensor) -> None:
-            outputs[name] = output
-
-        return record
-
-    handles = [layer.register_forward_hook(keep(name)) for name, layer in found.items()]
-    try:
-        with eval_mode(model), torch.enable_grad(), safe_gradients(model, where):
-            for images, labels in loader:
-                # The images ask for gradients, so that layers without trainable parameters have them, too.
-                logits = model(images.to(where).requires_grad_(True)).float()
-                loss = nn.functional.cross_entropy(logits, labels.to(where), reduction="sum")
+    with kept(found, graph=True) as outputs, eval_mode(model), torch.enable_grad(), safe_gradients(model, where):
+        for images, labels in loader:
+            # The images ask for gradients, so that layers without trainable parameters have them, too.
+            logits = model(images.to(where).requires_grad_(True)).float()
+            loss = nn.functional.cross_entropy(logits, labels.to(where), reduction="sum")
+            try:
                 gradients = torch.autograd.grad(loss, list(outputs.values()))
-                for (name, output), gradient in zip(outputs.items(), gradients, strict=True):
-                    change = (output.detach().double() * gradient.double()).sum((2, 3))
-                    totals[name] += change.abs().sum(0).cpu()
-                count += len(labels)
-    finally:
-        for handle in handles:
-            handle.remove()
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                raise AFDSError(f"torch cannot differentiate {type(model).__name__} ({reason})") from error
+            for (name, output), gradient in zip(outputs.items(), gradients, strict=True):
+                change = (output.detach().double() * gradient.double()).sum((2, 3))
+                totals[name] += change.abs().sum(0).cpu()
+            count += len(labels)
     if not count:
         raise AFDSError("no image to estimate the Taylor importance on; the loader is empty")
     return {name: total / count for name, total in totals.items()}

@@ -12,7 +12,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from afdslib import backbones
+from afdslib.afs.compact import compact_in_place, set_masks
 from afdslib.afs.convert import convert_in_place
+from afdslib.afs.shrink import shrink
+from afdslib.afs.verify import confirm, sample
 from afdslib.backbones.inputs import input_of
 from afdslib.base.errors import AFDSError
 
@@ -116,16 +119,17 @@ def _rebuild(architecture: Any) -> nn.Module:
         model.architecture = {**plain, "input": images}  # type: ignore[assignment]
         input_of(model)  # refuses nonsense
     if kept is not None:  # a network that static pruning has made narrower
-        from afdslib.afs.shrink import shrink
-
         model = shrink(model, {name: tuple(positions) for name, positions in kept.items()})
     if gates is not None:
-        model = convert_in_place(_unit_scales(model), gates=gates)
+        before = sample(_unit_scales(model).eval())
+        model = convert_in_place(model, gates=gates)
+        confirm(before, model, "converting the saved network")
     for cut in cuts or ():
-        from afdslib.afs.compact import compact_in_place, set_masks  # which needs this package
-
         set_masks(model, cut["masks"])
-        model = compact_in_place(model.eval(), input_size=tuple(cut["input_size"]), fold_bn=cut["fold_bn"])
+        size = tuple(cut["input_size"])
+        before = sample(model.eval(), size)
+        model = compact_in_place(model, input_size=size, fold_bn=cut["fold_bn"])
+        confirm(before, model, "cutting the saved network")
     return model
 
 

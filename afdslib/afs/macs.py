@@ -1,8 +1,9 @@
 """Multiply-accumulate operations (MACs) of dense and of gated networks, with one rule for all methods.
 
-Convolutions and linear layers count; batch norm, ReLU and pooling do not; 1 MAC is one multiply-accumulate. A gated
-layer costs, per image, H'W' k^2 (active inputs) (active outputs), and the mean over images is that of the product, plus
-the predictors: active inputs times living dynamic outputs. [ours, method: MACs]
+Convolutions and matrix products count, as torch's own counter does; batch norm, ReLU and pooling do not; 1 MAC is one
+multiply-accumulate. A gated layer costs, per image, H'W' k^2 (active inputs) (active outputs), and the mean over images
+is that of the product, plus the predictors: active inputs times living dynamic outputs. [ours, method: MACs] Groups
+count padded to equal sizes, as a compact network runs them.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from afdslib.afs.channels import GroupedConv2d
-from afdslib.afs.graph import eval_mode, propagate, shapes, trace
+from afdslib.afs.graph import Recorder, eval_mode, propagate, shapes, trace
 from afdslib.afs.layer import AFSConvBN
 from afdslib.base.errors import AFDSError
 
@@ -38,49 +40,39 @@ class MACs:
 
 
 def count(model: nn.Module, input_size: tuple[int, int, int]) -> MACs:
-    """MACs of the dense network for one image: gates, masks and predictors of AFS layers are left out.
+    """MACs of the dense network for one image, by torch's own counter: all that it runs but the gates' predictors.
 
     Args:
-        model: any network of Conv2d and Linear layers; an AFS network is counted as its ungated twin.
+        model: any network; an AFS network is counted as its ungated twin.
         input_size: (3, H, W).
 
     The convention is that of torchvision's `weights.meta["_ops"]`, which this equals for its ResNets.
     """
     if len(input_size) != 3 or min(input_size) < 1:
         raise AFDSError(f"input_size must be (channels, height, width), got {tuple(input_size)}")
-    by_layer: dict[str, float] = {}
-    handles = []
-    gate_layers = {f"{n}.predictor" for n, m in model.named_modules() if isinstance(m, AFSConvBN)}
-    # A convolution inside an AFS layer goes by the layer's name: dense and gated counts compare by name.
-    owners: dict[str, str] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, (AFSConvBN, GroupedConv2d)):
-            owners[f"{name}.conv"] = owners.get(name, name)
-
-    def hook(name: str):
-        def record(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
-            by_layer[name] = by_layer.get(name, 0) + _dense_macs(module, output)
-
-        return record
-
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)) and name not in gate_layers:
-            handles.append(module.register_forward_hook(hook(owners.get(name, name))))
     parameter = next(model.parameters())
-    try:
-        with eval_mode(model), torch.no_grad():
-            model(torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with eval_mode(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype))
+    root = type(model).__name__
+    done = {n: sum(ops.values()) // 2 for n, ops in counter.get_flop_counts().items() if n != "Global"}
+    own = dict(done)  # what a module runs itself, outside its children
+    for name, value in done.items():
+        parent = name.rpartition(".")[0]
+        while parent and parent not in done:
+            parent = parent.rpartition(".")[0]
+        if parent:
+            own[parent] -= value
+    modules = dict(model.named_modules())
+    by_layer: dict[str, int] = {}
+    for name, value in own.items():
+        layer = name.removeprefix(root).removeprefix(".")
+        if not value or isinstance(modules[layer], AFSConvBN):
+            continue  # the predictor
+        # A convolution inside an AFS layer goes by the layer's name: dense and gated counts compare by name.
+        while layer.endswith(".conv") and isinstance(modules[layer[:-5]], (AFSConvBN, GroupedConv2d)):
+            layer = layer[:-5]
+        by_layer[layer] = by_layer.get(layer, 0) + value
     return MACs(sum(by_layer.values()), by_layer)
-
-
-def _dense_macs(layer: nn.Conv2d | nn.Linear, output: Tensor) -> int:
-    if isinstance(layer, nn.Conv2d):
-        kernel = layer.kernel_size[0] * layer.kernel_size[1]
-        return output.shape[2] * output.shape[3] * kernel * layer.in_channels // layer.groups * layer.out_channels
-    return output[0].numel() // layer.out_features * layer.in_features * layer.out_features
 
 
 class Meter:
@@ -100,7 +92,7 @@ class Meter:
         self.model = model
         self._graph = trace(model)
         self._modules = dict(model.named_modules())
-        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._seen: Recorder | None = None
         self._input_size: tuple[int, int, int] = (0, 0, 0)
         self._active: dict[str, Tensor] = {}
         self._sums: dict[str, float] = {}
@@ -136,24 +128,27 @@ class Meter:
         channels, height, width = args[0].shape[1:]
         if (channels, height, width) != self._input_size:
             self._input_size = channels, height, width
-            self._shapes = shapes(model, self._graph, self._input_size)
-        batch = args[0].shape[0]
-        for node, entering, leaving in propagate(self._graph, self._modules, active, self._shapes):
+            self._seen = Recorder(model, self._graph, self._input_size)
+        assert self._seen is not None
+        shapes, dense, batch = self._seen.shapes, self._seen.macs, args[0].shape[0]
+        for node, entering, leaving in propagate(self._graph, self._modules, active, shapes):
             module = self._modules[node.target] if node.op == "call_module" else None
             entering = None if entering is None else entering.expand(batch, -1)
             if isinstance(module, AFSConvBN):
                 inputs = batch * module.conv.in_channels if entering is None else float(entering.sum())
                 self._predictors += inputs * float((module.m * module.s).sum())
-                self._add(node, _conv_macs(module.conv, entering, leaving, batch, self._shapes[node.name]))
-            elif isinstance(module, (nn.Conv2d, GroupedConv2d)):
-                self._add(node, _conv_macs(module, entering, None, batch, self._shapes[node.name]))
-            elif isinstance(module, nn.Linear):
-                inputs = batch * module.in_features if entering is None else float(entering.sum())
-                self._add(node, inputs * module.out_features)
+                self._add(node, _conv_macs(module.conv, entering, leaving, batch, shapes[node.name]))
+            elif isinstance(module, (nn.Conv2d, GroupedConv2d)) and entering is not None:
+                self._add(node, _conv_macs(module, entering, None, batch, shapes[node.name]))
+            elif isinstance(module, nn.Linear) and entering is not None:
+                self._add(node, float(entering.sum()) * module.out_features)
+            elif dense[node.name]:
+                self._add(node, batch * dense[node.name])
         self._images += batch
 
     def _add(self, node: fx.Node, value: float) -> None:
-        name = str(node.target)
+        owners = list((node.meta.get("nn_module_stack") or {}).values())
+        name = str(node.target) if node.op == "call_module" else owners[-1][0] if owners else ""
         self._sums[name] = self._sums.get(name, 0.0) + value
 
     def macs(self) -> MACs:
@@ -172,19 +167,24 @@ class Meter:
 
 
 def _conv_macs(conv: Any, entering: Tensor | None, leaving: Tensor | None, batch: int, shape: tuple[int, ...]) -> float:
-    """Sum over the batch of H'W' k^2 * sum over groups of (active inputs * active outputs)."""
+    """Sum over the batch of H'W' k^2 * sum over groups of (active inputs * active outputs), groups of equal size."""
     if isinstance(conv, GroupedConv2d):
         entering, leaving = conv.slots(entering, leaving)
         conv = conv.conv
     per_pair = shape[2] * shape[3] * conv.kernel_size[0] * conv.kernel_size[1]
-    inputs = torch.tensor(conv.in_channels / conv.groups) if entering is None else _per_group(entering, conv.groups)
-    outputs = torch.tensor(conv.out_channels / conv.groups) if leaving is None else _per_group(leaving, conv.groups)
-    pairs = inputs.to(outputs.device) * outputs if outputs.dim() else inputs * outputs.to(inputs.device)
-    return per_pair * float(pairs.expand(batch, conv.groups).sum(dtype=torch.float64))
-
-
-def _per_group(active: Tensor, groups: int) -> Tensor:
-    return active.reshape(active.shape[0], groups, -1).sum(2)
+    inputs, outputs = (
+        torch.full((1, conv.groups), float(width // conv.groups), device=conv.weight.device)
+        if active is None else active.reshape(active.shape[0], conv.groups, -1).sum(2)
+        for active, width in ((entering, conv.in_channels), (leaving, conv.out_channels))
+    )  # fmt: skip
+    inputs, outputs = inputs.double(), outputs.double()
+    if conv.groups == 1:
+        pairs = inputs * outputs
+    else:
+        # Groups without outputs go, and the others are as large as the largest of them; see compact.
+        inputs = torch.where(outputs > 0, inputs, 0.0)
+        pairs = (outputs > 0).sum(1) * inputs.amax(1).clamp_min(1) * outputs.amax(1)
+    return per_pair * float(pairs.expand(batch, *pairs.shape[1:]).sum(dtype=torch.float64))
 
 
 def expected(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], *, meter: Meter | None = None) -> MACs:

@@ -7,11 +7,12 @@ gamma <- q where s becomes 0. [recall; delta_s and the budget are ours]
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from afdslib.afs import macs
 from afdslib.afs.convert import gated, layers
@@ -299,6 +300,27 @@ def _remove(
             found[name].m[torch.tensor(gone, device=found[name].m.device)] = 0
 
 
+class _Repeated:
+    """The same batches again and again: those of the first passes are kept, up to a gigabyte of images."""
+
+    def __init__(self, loader: Iterable[tuple[Tensor, Tensor]], limit: int = 2**30):
+        self._loader, self._limit = loader, limit
+        self._kept: list[tuple[Tensor, Tensor]] | None = []
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self._kept:
+            yield from self._kept
+            return
+        batches, size = [], 0
+        for images, labels in self._loader:
+            size += images.numel() * images.element_size()
+            batches.append((images, labels))
+            if size > self._limit:
+                batches.clear()
+            yield images, labels
+        self._kept = batches if size <= self._limit else None
+
+
 def _least(multiple: int) -> str:
     return "one channel per layer" if multiple == 1 else f"{multiple} channels per layer, or all where there are fewer,"
 
@@ -315,17 +337,23 @@ def _bisect(
     least: int,
 ) -> tuple[int, macs.MACs]:
     """The smallest number of removals (in ranking order, from `least`) that meets the budget, and the expected MACs."""
-    images = next(iter(loader), None)
+    batches = _Repeated(loader)
+    images = next(iter(batches), None)
     if images is None:
         raise AFDSError("no image to measure the expected MACs on; the loader is empty")
     channels, height, width = images[0].shape[1:]
     dense = macs.count(model, (channels, height, width)).total
     allowed = budget * dense
     meter = macs.Meter(model)
+    bar = tqdm(total=1 + len(ranking).bit_length(), desc="mask update", unit="pass", mininterval=1, disable=None)
 
     def measure(removals: int) -> macs.MACs:
         _remove(found, units, living, ranking[:removals], multiple)
-        return macs.expected(model, loader, meter=meter)
+        # Where every gate is constant, all images cost what the first one does.
+        varies = any(bool((layer.m * layer.s).any()) for layer in found.values())
+        measured = macs.expected(model, batches if varies else [(images[0][:1], None)], meter=meter)
+        bar.update()
+        return measured
 
     low, high = least, len(ranking)
     best = measure(high)
@@ -341,6 +369,7 @@ def _bisect(
             high, best = middle, measured
         else:
             low = middle + 1
+    bar.close()
     # The masks must be those of `high`, whichever number was measured last.
     _remove(found, units, living, ranking[:high], multiple)
     return high, best

@@ -9,13 +9,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from afdslib.afs import macs
-from afdslib.afs.graph import eval_mode
+from afdslib.afs.graph import eval_mode, output_makers, trace
 from afdslib.afs.layer import AFSConvBN
+from afdslib.afs.verify import confirm, require_own_weights, sample
 from afdslib.backbones import classifier_name
 from afdslib.base.errors import AFDSError
 
@@ -61,6 +63,7 @@ class Group:
 
 
 def _refuse(model: nn.Module) -> None:
+    require_own_weights(model, "static pruning")
     for name, module in model.named_modules():
         if isinstance(module, AFSConvBN):
             raise AFDSError(f"layer {name!r} is gated; static pruning takes the plain network, before afs.convert")
@@ -108,7 +111,7 @@ def groups(model: nn.Module, size: tuple[int, int, int]) -> list[Group]:
     graph = _graph(model, size)
     names = {module: name for name, module in model.named_modules()}
     order = {name: position for position, name in enumerate(names.values())}
-    head = classifier_name(model)
+    fixed = _fixed(model)
     found = []
     for raw in graph.get_all_groups(root_module_types=[nn.Conv2d, nn.Linear]):
         members = []
@@ -121,13 +124,48 @@ def groups(model: nn.Module, size: tuple[int, int, int]) -> list[Group]:
             members.append(Member(names[module], output, pairs))
         members.sort(key=lambda m: (order[m.layer], m.output))
         makers = [m for m in members if m.output and not isinstance(model.get_submodule(m.layer), nn.BatchNorm2d)]
-        if any(m.layer == head for m in makers) or not makers:
+        if any(m.layer in fixed for m in makers) or not makers:
             continue
+        for m in members:
+            if max(place for _, place in m.positions) >= _width(model.get_submodule(m.layer), m.output):
+                raise AFDSError(
+                    f"torch-pruning cannot follow {type(model).__name__}: it looks for channels in layer {m.layer!r} "
+                    "that it does not have; static pruning does not work on it"
+                )
         found.append(Group(makers[0].layer, len(makers[0].positions), tuple(members)))
     found.sort(key=lambda group: order[group.name])
     if not found:
         raise AFDSError(f"{type(model).__name__} has no channel that can be removed; choose a convolutional network")
     return found
+
+
+def _fixed(model: nn.Module) -> set[str]:
+    """The layers whose outputs are the network's: their channels are classes."""
+    try:
+        return output_makers(trace(model), dict(model.named_modules()))
+    except AFDSError:  # torch.fx cannot follow what torch-pruning perhaps can
+        return {classifier_name(model)}
+
+
+def _width(layer: nn.Module, output: bool) -> int:
+    if isinstance(layer, nn.Conv2d):
+        return layer.out_channels if output else layer.in_channels
+    if isinstance(layer, nn.Linear):
+        return layer.out_features if output else layer.in_features
+    return layer.num_features  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def _silence(model: nn.Module, group: Group, gone: list[int]) -> None:
+    """Sets some channels of a group to zero, in place."""
+    roots = set(gone)
+    for member in group.members:
+        layer: Any = model.get_submodule(member.layer)
+        places = [place for root, place in member.positions if root in roots]
+        if member.output:
+            for values in (layer.weight, layer.bias, getattr(layer, "running_mean", None)):
+                if values is not None:
+                    values[places] = 0
 
 
 def shrink(model: nn.Module, kept: Kept, size: tuple[int, int, int] | None = None) -> nn.Module:
@@ -141,7 +179,8 @@ def shrink(model: nn.Module, kept: Kept, size: tuple[int, int, int] | None = Non
         size: (3, H, W) for tracing; the positions do not depend on it.
 
     Raises:
-        AFDSError: for an unknown group, positions out of range, or a group left without a channel.
+        AFDSError: for an unknown group, positions out of range, a group left without a channel, weights that a layer
+            does not own, or a result that is not the network with those channels at zero.
     """
     size = size or _tracing_size(model)
     pruned = copy.deepcopy(model)
@@ -155,12 +194,16 @@ def shrink(model: nn.Module, kept: Kept, size: tuple[int, int, int] | None = Non
             )
     graph = _graph(pruned, size)
     modes = {n: m.training for n, m in pruned.named_modules()}
-    for name, group in found.items():
-        gone = sorted(set(range(group.width)) - set(kept.get(name, range(group.width))))
+    removed = {name: sorted(set(range(g.width)) - set(kept.get(name, range(g.width)))) for name, g in found.items()}
+    for name, gone in removed.items():
+        _silence(pruned, found[name], gone)
+    silenced = sample(pruned, size)
+    for name, gone in removed.items():
         if gone:
             module = pruned.get_submodule(name)
             handler = graph.get_pruner_of_module(module).prune_out_channels
             graph.get_pruning_group(module, handler, gone).prune(record_history=False)
+    confirm(silenced, pruned, "static pruning")
     for parameter in pruned.parameters():
         parameter.grad = None
     for name, mode in modes.items():
@@ -201,11 +244,11 @@ class Cost:
         by_layer = macs.count(model, size).by_layer
         for name, total in by_layer.items():
             module = model.get_submodule(name)
-            if isinstance(module, nn.Conv2d):
-                inputs, outputs, depthwise = module.in_channels, module.out_channels, module.groups > 1
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                inputs, outputs = _width(module, False), _width(module, True)
             else:
-                assert isinstance(module, nn.Linear)
-                inputs, outputs, depthwise = module.in_features, module.out_features, False
+                inputs = outputs = 1  # what no layer of a group does costs the same for all
+            depthwise = isinstance(module, nn.Conv2d) and module.groups > 1
             per_pair = total / (outputs if depthwise else inputs * outputs)
             self._layers[name] = _Layer(per_pair, inputs, outputs, depthwise)
         # What one channel of a group takes from each layer: (inputs, outputs).
