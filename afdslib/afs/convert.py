@@ -102,7 +102,7 @@ def _convert_pair(conv: nn.Conv2d, norm: nn.BatchNorm2d, conv_name: str, norm_na
         device=conv.weight.device,
         dtype=norm.running_mean.dtype,
     )
-    bare.load_state_dict({k: v for k, v in norm.state_dict().items() if k not in ("weight", "bias")})
+    bare.load_state_dict(norm.state_dict(), strict=False)
     bare.train(norm.training)
     gamma = norm.weight.detach() if norm.affine else torch.ones_like(norm.running_mean)
     beta = norm.bias.detach() if norm.affine else torch.zeros_like(norm.running_mean)

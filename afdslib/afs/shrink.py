@@ -126,13 +126,15 @@ def groups(model: nn.Module, size: tuple[int, int, int]) -> list[Group]:
         makers = [m for m in members if m.output and not isinstance(model.get_submodule(m.layer), nn.BatchNorm2d)]
         if any(m.layer in fixed for m in makers) or not makers:
             continue
+        width = len(makers[0].positions)
         for m in members:
-            if max(place for _, place in m.positions) >= _width(model.get_submodule(m.layer), m.output):
+            limit = _width(model.get_submodule(m.layer), m.output)
+            if any(root >= width or place >= limit for root, place in m.positions):
                 raise AFDSError(
-                    f"torch-pruning cannot follow {type(model).__name__}: it looks for channels in layer {m.layer!r} "
-                    "that it does not have; static pruning does not work on it"
+                    f"torch-pruning cannot follow {type(model).__name__}: it finds channels of layer {m.layer!r} that "
+                    "do not exist; static pruning does not work on it"
                 )
-        found.append(Group(makers[0].layer, len(makers[0].positions), tuple(members)))
+        found.append(Group(makers[0].layer, width, tuple(members)))
     found.sort(key=lambda group: order[group.name])
     if not found:
         raise AFDSError(f"{type(model).__name__} has no channel that can be removed; choose a convolutional network")
