@@ -26,11 +26,13 @@ def taps(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
 
     The hooks are gone when the block ends, whatever happens in it, so no pass outside can leave stale features behind.
 
-    The output of a single layer is cloned: what follows it may work in place (torchvision's ReLU, and its residual add
-    into the last batch norm's output), and the features would be those of another layer. A residual block's output is
-    read by the next block only, so it is kept without a copy. [ours]
+    Outputs are cloned: what follows a layer may work in place (torchvision's ReLU, and its residual add into the last
+    batch norm's output), and the features would be those of another layer. A block's output that is differentiated is
+    kept as it is, for a copy changes the order in which its gradients add up; if it is changed in place, the pass is
+    refused. [ours]
     """
     features: dict[str, Tensor] = {}
+    versions: dict[str, int] = {}
     modules = dict(model.named_modules())
     handles = []
     try:
@@ -42,13 +44,25 @@ def taps(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
 
             def record(module: nn.Module, args: tuple, output: Tensor, name: str = name) -> None:
                 single = isinstance(module, AFSConvBN) or next(module.children(), None) is None
-                features[name] = output.clone() if single else output
+                copied = single or not output.requires_grad
+                features[name] = output.clone() if copied else output
+                if not copied:
+                    versions[name] = output._version
 
             handles.append(modules[name].register_forward_hook(record))
+        handles.append(model.register_forward_hook(lambda *_: _refuse_changed(features, versions)))
         yield features
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _refuse_changed(features: dict[str, Tensor], versions: dict[str, int]) -> None:
+    for name, version in versions.items():
+        if name in features and features[name]._version != version:
+            raise AFDSError(
+                f"the output of block {name!r} is changed in place after it, so it is no feature; compare another layer"
+            )
 
 
 def feature_names(model: nn.Module, features: str) -> list[str]:

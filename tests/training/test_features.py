@@ -21,7 +21,7 @@ def images(count: int = 2) -> torch.Tensor:
 def test_hooks_are_gone_after_the_block_and_after_an_exception():
     model = tiny.gated()
     with features.taps(model, ["layer1.0", "layer4.0"]) as taken:
-        assert checks.hooks(model) == 2
+        assert checks.hooks(model) == 3  # and one that looks for changes in place
         model(images())
     assert set(taken) == {"layer1.0", "layer4.0"} and checks.hooks(model) == 0
     with pytest.raises(ZeroDivisionError), features.taps(model, ["layer1.0"]):
@@ -116,3 +116,13 @@ def test_the_teacher_is_a_frozen_copy_in_eval_mode():
     one, _ = teacher(images(2)[:1])
     torch.testing.assert_close(one, logits[:1], rtol=1e-4, atol=1e-5)  # no batch statistics: a sample is seen alone
     assert not isinstance(teacher, nn.Module)  # `.train()` of an objective cannot reach it
+
+
+def test_a_block_whose_output_is_changed_in_place_is_no_feature():
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), nn.ReLU(inplace=True)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    with pytest.raises(AFDSError, match="'0' is changed in place"), features.taps(model, ["0"]):
+        model(x)
+    with features.taps(model, ["0"]) as taken, torch.no_grad():
+        model(x)
+    assert torch.equal(taken["0"], model[0](x)) and float(taken["0"].min()) < 0
