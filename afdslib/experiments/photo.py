@@ -19,7 +19,7 @@ from afdslib.data.fetch import digest
 from afdslib.data.images import SMALL
 from afdslib.data.photographs import photographs
 from afdslib.experiments.config import Network
-from afdslib.experiments.source import network_of
+from afdslib.experiments.source import keep, network_of
 from afdslib.experiments.student import Distillation, check_teacher, train_student
 from afdslib.training import Optimisation, distributed
 
@@ -145,7 +145,9 @@ class PhotoRun:
             }
 
         size = (3, self.data.size, self.data.size)
-        return train_student(self, run, model, splits, teacher, size, validate) | {"processes": distributed.world()}
+        metrics = train_student(self, run, model, splits, teacher, size, validate)
+        keep(run, model.float())
+        return metrics | {"processes": distributed.world()}
 
 
 def classes_of(model: nn.Module) -> int:

@@ -195,11 +195,11 @@ def train_student(
     config: Any, run: runs.Run, model: nn.Module, splits: Splits, teacher: nn.Module | None,
     size: tuple[int, int, int], evaluate: Callable[[], dict[str, float]], *, follow: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
-    """Trains a network, alone or beside its teacher, and keeps it: the body of `StudentRun` and `PhotoRun`.
+    """Trains a network, alone or beside its teacher: the body of `StudentRun` and `PhotoRun`.
 
     Args:
         config: either run.
-        run: of which the network is kept.
+        run: with the checkpoints.
         model: on the CPU.
         splits: the data.
         teacher: the trained teacher, if there is one.
@@ -223,8 +223,6 @@ def train_student(
     )  # fmt: skip
     # What it has become, and what it cost: per image three passes of the student and one of the teacher.
     reached = evaluate()
-    model.float()
-    keep(run, model)
     own = macs.count(model, size).total
     cost = 3 * own + (0.0 if teacher is None else macs.count(teacher, size).total)
     return {
@@ -288,6 +286,7 @@ class StudentRun:
         metrics = train_student(
             self, run, model, splits, teacher, input_size(splits), validate, follow=splits.validation is not None
         )
+        keep(run, model)
         if self.use_test:
             test = training.evaluate(model, splits.test, precision=settings.precision)
             metrics |= _scores("test", test) | {"confusion": test.confusion}

@@ -28,8 +28,7 @@ from afdslib.experiments import (
 )
 from afdslib.experiments.competitors import KEPT
 from afdslib.experiments.delta import WEIGHTS
-from afdslib.losses import TERMS, Batch, DELTALoss, at_loss, kd_loss, lwf_loss
-from afdslib.losses.kd import Distil
+from afdslib.losses import TERMS, Batch, DELTALoss, at_loss, lwf_loss
 from afdslib.losses.sparsity import GateL1, ScaleL1
 from afdslib.pruning import boosted, settle
 from afdslib.runs import MODEL
@@ -207,6 +206,8 @@ def test_the_selections_share_the_unpruned_point_but_slimming_has_its_own():
     slimming = PrunedRun(dense(scale_l1=1e-4), Selection("slimming"), STAGE, (0.5,))
     assert taylor.parent == random.parent != slimming.parent
     assert PrunedRun(dense(), Selection("l1"), STAGE, (0.5, 0.2)).parent.budgets == (0.5,)
+    weighed = PrunedRun(dense("delta"), Selection("l1"), STAGE, (0.5,))
+    assert runs.needs(weighed) == [START, weighed.dense, ChannelWeightsRun(START, TARGET)]
     for wrong in ((), (1.0, 0.5), (0.5, 0.6), (0.5, 0.0), ("a",)):
         with pytest.raises(AFDSError, match="budgets must decrease"):
             PrunedRun(dense(), Selection("l1"), STAGE, wrong)
@@ -283,9 +284,6 @@ def test_the_penalties_are_their_formulas():
     _, terms = penalty.add(entropy, Batch(gated, images, labels, logits))
     assert float(terms["gate_l1"]) == pytest.approx(0.5 * expected, rel=1e-4)
     assert len(hooks) == sum(len(layer._forward_pre_hooks) for layer in afs.layers(gated).values())  # none is left
-    other = tiny.network(5).eval()
-    loss, _ = Distil(3.0, 0.7, Teacher(other)).add(entropy, Batch(model, images, labels, logits))
-    torch.testing.assert_close(loss, kd_loss(logits, other(images).detach(), labels, T=3.0, alpha=0.7))
 
 
 # budgets and sealed tests

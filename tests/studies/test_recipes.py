@@ -226,7 +226,7 @@ def test_a_teacher_that_is_trained_first_is_a_run_of_its_own(tree):
 def test_a_teacher_of_other_classes_or_a_needless_one_is_refused(tree, tmp_path):
     torch.manual_seed(0)
     export = tmp_path / "five.safetensors"
-    recipes.afs.save(backbones.build("resnet18", 5, width=1 / 16), export)
+    afs.save(backbones.build("resnet18", 5, width=1 / 16), export)
     with pytest.raises(AFDSError, match="the teacher knows 5 classes and .* has 3"):
         runs.get_or_run(small(tree, teacher=Published.of(str(export)), method=Distillation(soft=1.0)))
     with pytest.raises(AFDSError, match="compares nothing with it"):
