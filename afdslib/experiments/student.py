@@ -146,15 +146,9 @@ def paired(
 
 
 def student_objective(
-    model: nn.Module,
-    method: Distillation,
-    teacher: nn.Module | None,
-    input_size: tuple[int, int, int],
-    *,
-    steps: int,
-    weight_decay: float = 0.0,
-    label_smoothing: float = 0.0,
-) -> Objective:
+    model: nn.Module, method: Distillation, teacher: nn.Module | None, input_size: tuple[int, int, int], *,
+    steps: int, weight_decay: float = 0.0, label_smoothing: float = 0.0,
+) -> Objective:  # fmt: skip
     """The loss of a student, with every term under its name, unweighted; the transfer's weight is logged as "beta".
 
     Args:

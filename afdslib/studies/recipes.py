@@ -361,14 +361,9 @@ def _missing(chosen: _Chosen, processes: int, rest: int) -> Iterator[str]:
 
 
 def evaluate(
-    weights: str,
-    *,
-    data_set: str = "imagenet",
-    data_dir: str | None = None,
-    size: int = 224,
-    precision: str = "fp32",
+    weights: str, *, data_set: str = "imagenet", data_dir: str | None = None, size: int = 224, precision: str = "fp32",
     skip_corrupt: bool = False,
-) -> training.Evaluation:
+) -> training.Evaluation:  # fmt: skip
     """Top-1 and top-5 of a trained network on a data set's test part (ImageNet: its validation images).
 
     Args:
