@@ -217,9 +217,13 @@ def _kib(what: str) -> int:
 
 
 def _in_runtime(model: nn.Module, example: Tensor, runtime: str, threads: int, folder: str) -> Callable[[Tensor], Any]:
-    """A network as a function of a batch, in one of the runtimes."""
+    """A network as a function of a batch, in one of the runtimes; onnxruntime's as `afds export` writes it."""
     if runtime == "onnxruntime":
-        return _session(model, example, threads, folder)
+        file = Path(folder) / "network.onnx"  # which the session reads at once
+        batch, channels, height, width = example.shape
+        save_onnx(model, file, (channels, height, width), batch=batch, images=example)
+        runs_onnx = session(file, threads=threads)
+        return lambda images: runs_onnx.run(None, {"image": images.numpy()})
     # By default a second batch size would be compiled for any size, some variants of a comparison and not others.
     call: Callable[[Tensor], Any] = torch.compile(model, dynamic=False) if runtime == "compiled" else model
 
@@ -237,17 +241,8 @@ def _in_runtime(model: nn.Module, example: Tensor, runtime: str, threads: int, f
     return forward
 
 
-def _session(model: nn.Module, example: Tensor, threads: int, folder: str) -> Callable[[Tensor], Any]:
-    """The network as `afds export` writes it, for this batch size."""
-    file = Path(folder) / "network.onnx"  # which the session reads at once
-    batch, *size = example.shape
-    save_onnx(model, file, (size[0], size[1], size[2]), batch=batch, images=example)
-    runtime = session(file, threads=threads)
-    return lambda images: runtime.run(None, {"image": images.numpy()})
-
-
 def compare(
-    models: Mapping[str, nn.Module | Callable[[str], nn.Module]],
+    models: Mapping[str, nn.Module],
     settings: Settings,
     row: Row,
     extra: Mapping[str, Mapping[str, Any]],
@@ -272,7 +267,7 @@ def compare(
     with tempfile.TemporaryDirectory() as folder:
         for name, model in models.items():
             try:
-                call = _in_runtime(model, images[:batch], row.runtime, settings.threads, folder)  # type: ignore[arg-type]
+                call = _in_runtime(model, images[:batch], row.runtime, settings.threads, folder)
                 call(images[:batch])
             except Exception as error:  # what an exporter or a compiler cannot do is a result of the comparison
                 logging.getLogger(__name__).debug("%s in %s", name, row.runtime, exc_info=True)
@@ -447,15 +442,14 @@ def _training(settings: Settings) -> Iterator[Row]:
             "AFS": _step(copy.deepcopy(gated), None, size),
             "AFDS": _step(copy.deepcopy(gated), gated, size),
         }
-        images = photographs(batch + settings.repeats, size, settings.seed + 1).contiguous(
-            memory_format=torch.channels_last
-        )
+        images = photographs(batch + settings.repeats, size, settings.seed + 1)
+        images = images.contiguous(memory_format=torch.channels_last)
 
-        def timed(repeat: int, step: Callable[[Tensor, Tensor], None], images: Tensor = images) -> None:
+        def timed(step: Callable[[Tensor, Tensor], None], images: Tensor, repeat: int) -> None:
             first = max(0, repeat)
             step(images[first : first + batch], torch.arange(batch) % 10)
 
-        calls = {variant: partial(timed, step=step) for variant, step in steps.items()}
+        calls = {variant: partial(timed, step, images) for variant, step in steps.items()}
         row = Row("training", name, "eager", batch, "", "plain", size, settings.width)
         note = {"note": "float32, SGD; the source's forward pass included"}
         yield from _rows(interleave(calls, settings.repeats, settings.warmup), row, {"AFDS": note})
@@ -655,13 +649,8 @@ def environment(settings: Settings) -> dict[str, str]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    return {
-        "device": facts["cpu"],  # where everything here is measured
-        "cores": str(facts["cores"]),
-        "threads": str(settings.threads),
-        "repeats": str(settings.repeats),
-        **versions,
-    }
+    settled = {"threads": str(settings.threads), "repeats": str(settings.repeats)}
+    return {"device": facts["cpu"], "cores": str(facts["cores"]), **settled, **versions}  # all is measured on the CPU
 
 
 def describe(row: Row) -> str:

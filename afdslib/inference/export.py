@@ -25,7 +25,6 @@ from afdslib.afs.compact import compact
 from afdslib.backbones.inputs import IMAGENET, input_of
 from afdslib.base.atomic import atomic_path, output_path
 from afdslib.base.errors import AFDSError
-from afdslib.data import ImageDataset
 from afdslib.data.images import MEAN, STD
 from afdslib.inference.gates import inference
 from afdslib.inference.kernels import KernelConvBN
@@ -235,19 +234,6 @@ def session(path: str | Path, *, threads: int | None = None) -> Any:
 # ----------------------------------------------------------------------------------------------------- a trained run
 
 
-def card_of(data: ImageDataset, classes: tuple[str, ...], **more: Any) -> Card:
-    """The preprocessing of a data set's test images."""
-    return Card(tuple(classes), data.size, getattr(data, "shorter", data.size), **more)
-
-
-def _normalisation(model: nn.Module) -> dict[str, tuple[float, ...]]:
-    """What a card says of a network that was trained on other images than torchvision's."""
-    images = input_of(model)
-    if images == IMAGENET:
-        return {}
-    return {"mean": tuple(m / 255 for m in images.mean), "std": tuple(d / 255 for d in images.deviation)}
-
-
 def export_run(
     id: str, format: str, out: str | Path | None = None, *, store: str | Path | None = None
 ) -> tuple[Path, Card]:
@@ -270,9 +256,9 @@ def export_run(
     suffixes = {"onnx": ".onnx", "torch": ".safetensors"}
     if format not in suffixes:
         raise AFDSError(f"the format {format!r} is unknown; use onnx or torch")
-    if out is not None and Path(out).suffix != suffixes[format]:
-        raise AFDSError(f"a file of the format {format} is named *{suffixes[format]}, got {str(out)!r}; rename it")
     if out is not None:
+        if Path(out).suffix != suffixes[format]:
+            raise AFDSError(f"a file of the format {format} is named *{suffixes[format]}, got {str(out)!r}; rename it")
         output_path(out)
     config, result = runs.finished(id, store=store)
     if "diverged" in result.metrics:
@@ -287,8 +273,13 @@ def export_run(
     model = afs.load(result.artifact(runs.MODEL))
     splits = data.load()
     architecture: Any = model.architecture
-    classes = tuple(splits.captions or splits.classes)
-    card = card_of(splits.test, classes, network=architecture["name"], run=result.id, **_normalisation(model))
+    pixels = input_of(model)  # that of torchvision's networks is stated as usual, for values from 0 to 1
+    scaled = (tuple(value / 255 for value in values) for values in (pixels.mean, pixels.deviation))
+    mean, std = (MEAN, STD) if pixels == IMAGENET else scaled
+    card = Card(
+        tuple(splits.captions or splits.classes), splits.test.size, getattr(splits.test, "shorter", splits.test.size),
+        mean, std, network=architecture["name"], run=result.id,
+    )  # fmt: skip
     if len(card.classes) != architecture["num_classes"]:
         raise AFDSError(
             f"the network of run {result.id} has {architecture['num_classes']} outputs but its data set "

@@ -20,7 +20,7 @@ from afdslib.afs.compact import compact
 from afdslib.backbones.inputs import RAW, set_input
 from afdslib.base.errors import AFDSError
 from afdslib.data.images import MEAN, STD
-from afdslib.inference import export, gates, predict
+from afdslib.inference import export, gates, maps, predict
 
 
 class Block(nn.Module):
@@ -280,6 +280,14 @@ def test_pictures_of_any_kind_are_classified(exported, home, afds):
     card = predict.load(exported)[1]
     assert np.array_equal(predict.prepare("transparent.png", card), predict.prepare(white, card))
     assert np.array_equal(predict.prepare("pixel.png", card), predict.prepare("red.png", card))
+    # A photograph that the camera held sideways is turned, as in training and for maps.
+    upright = np.random.RandomState(0).randint(0, 255, (20, 24, 3)).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(upright).save(home / "upright.png")
+    Image.fromarray(np.rot90(upright)).save(home / "sideways.png", exif=exif)
+    assert np.array_equal(predict.prepare("sideways.png", card), predict.prepare("upright.png", card))
+    assert np.array_equal(maps.read_image("sideways.png", 16), maps.read_image("upright.png", 16))
     level = (round(40000 / 257) / 255 - np.array(MEAN)) / np.array(STD)
     assert np.allclose(predict.prepare("deep.png", card), level[:, None, None], atol=1e-5)
 

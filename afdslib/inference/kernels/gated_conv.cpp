@@ -95,7 +95,7 @@ struct Layer {
 //   x: (inputs, height * width); index: their channel numbers, or null for all; pooled: their means, (inputs).
 //   relu: whether negative results become 0.
 //   out: (statics + places, down * across), where a side of the result is (side of the map - 1) / stride + 1; kept:
-//   their channel numbers, by ascending row; means: of `out` over positions, or null.
+//   their channel numbers, by ascending row; means: of `out` over positions.
 void afds_gated_conv(const Layer* layer, const float* x, const int64_t* index, const float* pooled, int64_t inputs,
                      int64_t height, int64_t width, int relu, int threads, float* out, int64_t* kept, float* means) {
     const Layer& l = *layer;
@@ -107,7 +107,8 @@ void afds_gated_conv(const Layer* layer, const float* x, const int64_t* index, c
     // ends with zeros, the next needs none before it.
     const bool direct = l.side == 1 && stride == 1;
     const int64_t reach = (l.side - 1) / stride;
-    const int64_t line = stride == 1 ? across + edge : across + reach;
+    const int64_t length = direct ? area : across;
+    const int64_t line = direct ? area : stride == 1 ? across + edge : across + reach;
     const int64_t plane = (down + reach) * line + edge, padded = plane * stride * stride;
     const int64_t positions = direct ? area : (down - 1) * line + across;
     // As many panels for each thread, unless there are so many threads that they must share them.
@@ -122,7 +123,7 @@ void afds_gated_conv(const Layer* layer, const float* x, const int64_t* index, c
     // Tiles read past the end of the last channels, which are therefore copied in any case.
     const int64_t tail = std::min(inputs, (LANES + area - 1) / area);
     float* copied = of_size(scratch.inputs, (direct ? tail * area : inputs * padded) + BLOCK);
-    float* sums = means ? of_size(scratch.sums, panels * blocks * PANEL) : nullptr;
+    float* sums = of_size(scratch.sums, panels * blocks * PANEL);
     if (int64_t(scratch.offsets.size()) < steps) scratch.offsets.resize(steps);
     if (int64_t(scratch.keys.size()) < l.dynamic) scratch.keys.resize(l.dynamic);
     if (int64_t(scratch.local.size()) < outputs) scratch.local.resize(outputs);
@@ -166,22 +167,15 @@ void afds_gated_conv(const Layer* layer, const float* x, const int64_t* index, c
                 for (int64_t p = 0; p < count; ++p) values[p] = std::max(values[p], 0.0f);
             float* to = out + (top + r) * area;
             float sum = 0;
-            if (direct) {
-                std::copy_n(values, count, to + first);
-                if (sums)
-                    for (int64_t p = 0; p < count; ++p) sum += values[p];
-            } else {
-                for (int64_t p = 0; p < count;) {
-                    const int64_t y = (first + p) / line, column = (first + p) % line;
-                    const int64_t run = std::min(line - column, count - p);
-                    const int64_t inside = std::max<int64_t>(0, std::min(across - column, run));
-                    std::copy_n(values + p, inside, to + y * across + column);
-                    if (sums)
-                        for (int64_t i = 0; i < inside; ++i) sum += values[p + i];
-                    p += run;
-                }
+            for (int64_t p = 0; p < count;) {  // line by line; a map that is read directly is one line
+                const int64_t y = (first + p) / line, column = (first + p) % line;
+                const int64_t run = std::min(line - column, count - p);
+                const int64_t inside = std::max<int64_t>(0, std::min(length - column, run));
+                std::copy_n(values + p, inside, to + y * across + column);
+                for (int64_t i = 0; i < inside; ++i) sum += values[p + i];
+                p += run;
             }
-            if (sums) sums[(panel * PANEL + r) * blocks + block] = sum;
+            sums[(panel * PANEL + r) * blocks + block] = sum;
         }
     };
 
@@ -284,12 +278,11 @@ void afds_gated_conv(const Layer* layer, const float* x, const int64_t* index, c
                 compute(job % panels, job / panels, packed + job % panels * steps * PANEL);
         }
     }
-    if (means)
-        for (int64_t o = 0; o < outputs; ++o) {
-            float sum = 0;
-            for (int64_t block = 0; block < blocks; ++block) sum += sums[(o / tall * PANEL + o % tall) * blocks + block];
-            means[o] = sum / float(area);
-        }
+    for (int64_t o = 0; o < outputs; ++o) {
+        float sum = 0;
+        for (int64_t block = 0; block < blocks; ++block) sum += sums[(o / tall * PANEL + o % tall) * blocks + block];
+        means[o] = sum / float(area);
+    }
 }
 
 // Adds maps to some channels of a residual stream, takes the ReLU of the sums, and their means over positions.
