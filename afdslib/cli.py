@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -300,7 +301,7 @@ def _export_mine(profile: Any) -> None:
         f"network: {done.path}, by {done.method}: {done.macs:.1%} of the dense MACs, test accuracy {done.accuracy:.1%} "
         f"(unpruned {done.unpruned:.1%})"
     )
-    typer.echo(f"use it: afds predict --model {done.path} IMAGE...")
+    typer.echo(f"use it: afds predict --model {shlex.quote(str(done.path))} IMAGE...")
 
 
 def _stage(stage: str, profile: str, budget: str | None, data_dir: str | None) -> None:
@@ -620,7 +621,8 @@ def speed(
             settings, source_steps=steps, afs_steps=steps, transfer_steps=steps, tuning_steps=steps, batch_size=8
         )
     for file in speeds.train(settings, _folder(data_dir), folder=None if out is None else Path(out)):
-        typer.echo(f"masks written to {file}; time them with: afds bench --case networks --masks {file}")
+        command = f"afds bench --case networks --masks {shlex.quote(str(file))}"
+        typer.echo(f"masks written to {file}; time them with: {command}")
 
 
 @app.command()

@@ -14,11 +14,8 @@ import csv
 import importlib.metadata
 import io
 import logging
-import multiprocessing
-import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -38,22 +34,10 @@ from afdslib.base.atomic import write_text
 from afdslib.base.cpu import keep_freed_memory
 from afdslib.base.errors import AFDSError
 from afdslib.data.datasets import ArrayImages, FileImages, Files
-from afdslib.inference import dynamic
+from afdslib.inference import dynamic, networks
 from afdslib.inference.export import need, save_onnx, session
 from afdslib.inference.gates import inference
-from afdslib.inference.networks import (
-    cut,
-    folded,
-    jaccard,
-    photographs,
-    plain_network,
-    random_gates,
-    rebuilt,
-    torch_pruned,
-)  # fmt: skip
-from afdslib.inference.timing import interleave, on_threads
-from afdslib.losses import at_loss, nst_loss
-from afdslib.losses.afd import AFDLoss
+from afdslib.inference.timing import interleave, on_threads, peak, quartiles
 from afdslib.training.objective import Objective, Regulariser
 
 __all__ = [
@@ -166,23 +150,15 @@ class Row:
     note: str = ""
 
 
-# ------------------------------------------------------------------------------------------- times, memory, runtimes
-
-
-def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """Median, first and third quartile."""
-    if len(values) < 2:
-        return values[0], values[0], values[0]
-    first, median, third = statistics.quantiles(values, n=4, method="inclusive")
-    return median, first, third
+# ------------------------------------------------------------------------------------------------- rows and runtimes
 
 
 def _rows(seconds: Mapping[str, Sequence[float]], row: Row, extra: Mapping[str, Mapping[str, Any]]) -> list[Row]:
     """Rows of one comparison; `row` names what they share, its baseline included."""
     rows = []
     for variant, values in seconds.items():
-        median, first, third = (1000 * v for v in _quartiles(values))
-        ratio, low, high = _quartiles([b / v for b, v in zip(seconds[row.baseline], values, strict=True)])
+        median, first, third = (1000 * v for v in quartiles(values))
+        ratio, low, high = quartiles([b / v for b, v in zip(seconds[row.baseline], values, strict=True)])
         rows.append(
             replace(
                 row, variant=variant, median_ms=median, q1_ms=first, q3_ms=third, speedup=ratio, speedup_q1=low,
@@ -190,30 +166,6 @@ def _rows(seconds: Mapping[str, Sequence[float]], row: Row, extra: Mapping[str, 
             )
         )  # fmt: skip
     return rows
-
-
-def _peak(target: Callable[..., Callable[[], object]], *arguments: object) -> float | None:
-    """MiB that the call which `target(*arguments)` gives adds at its peak in a process of its own; None off Linux."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_measure_peak, target, arguments).result()
-
-
-def _measure_peak(target: Callable[..., Callable[[], object]], arguments: tuple) -> float | None:
-    torch.set_num_threads(1)
-    call = target(*arguments)
-    try:
-        # Imports may have peaked higher than the call will; Linux can forget that.
-        Path("/proc/self/clear_refs").write_text("5")
-        held = _kib("VmRSS")
-        call()
-        return (_kib("VmHWM") - held) / 1024
-    except OSError:
-        return None
-
-
-def _kib(what: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{what}:"))
 
 
 def _in_runtime(model: nn.Module, example: Tensor, runtime: str, threads: int, folder: str) -> Callable[[Tensor], Any]:
@@ -288,7 +240,7 @@ def compare(
 
 
 def _images(settings: Settings, batch: int) -> Tensor:
-    return photographs(max(8, batch + settings.repeats), settings.size, settings.seed + 1)
+    return networks.photographs(max(8, batch + settings.repeats), settings.size, settings.seed + 1)
 
 
 def _in_all_runtimes(
@@ -302,18 +254,18 @@ def _in_all_runtimes(
 
 def _gated(settings: Settings, name: str) -> tuple[nn.Module, nn.Module]:
     """(plain, converted with random gates); the time of the plain network does not depend on its statistics."""
-    plain = plain_network(name, width=settings.width, seed=settings.seed)
+    plain = networks.plain_network(name, width=settings.width, seed=settings.seed)
     gated = afs.convert(plain)
     afs.set_density(gated, settings.density)
-    random_gates(gated, photographs(16, settings.size, settings.seed + 2), seed=settings.seed)
+    networks.random_gates(gated, networks.photographs(16, settings.size, settings.seed + 2), seed=settings.seed)
     return plain, gated
 
 
 def _cut(settings: Settings, name: str) -> tuple[nn.Module, nn.Module]:
     """(plain, converted with random masks and constant gates)."""
-    plain = plain_network(name, width=settings.width, seed=settings.seed)
+    plain = networks.plain_network(name, width=settings.width, seed=settings.seed)
     gated = afs.convert(plain).eval()
-    cut(gated, keep=settings.keep, stream=settings.stream, multiple=settings.multiple, seed=settings.seed)
+    networks.cut(gated, keep=settings.keep, stream=settings.stream, multiple=settings.multiple, seed=settings.seed)
     return plain, gated
 
 
@@ -324,10 +276,10 @@ def _masked(settings: Settings) -> Iterator[tuple[str, nn.Module, nn.Module, str
     """Networks to make compact: name, the plain network, the one with masks, and whose masks they are."""
     if settings.weights is not None:
         gated, file = afs.load(settings.weights), Path(settings.weights)
-        yield file.stem, rebuilt(gated.architecture), gated, f"masks of {file.name}"  # type: ignore[arg-type]
+        yield file.stem, networks.rebuilt(gated.architecture), gated, f"masks of {file.name}"  # type: ignore[arg-type]
     for file in map(Path, settings.masks):
         record = read_masks(file)
-        plain = rebuilt(record["architecture"])
+        plain = networks.rebuilt(record["architecture"])
         gated = afs.convert(plain, gates=record["architecture"].get("gates", "all"))
         set_masks(gated, record["masks"])
         yield file.stem, plain, gated, f"masks of {file.name}"
@@ -347,19 +299,19 @@ def _networks(settings: Settings) -> Iterator[Row]:
         dense, reached = macs.count(plain, size).total, macs.count(small, size).total
         if afs.layers(small):  # their channels are all computed, and their predictors besides
             reached += macs.expected(small, [(_images(settings, 1)[:4], torch.zeros(4))]).predictors
-        models = {"dense": folded(plain, settings.size), "compact": small}
+        models = {"dense": networks.folded(plain, settings.size), "compact": small}
         extra: dict[str, dict[str, Any]] = {
             "dense": {"macs": dense, "reduction": 1.0, "note": "batch norm folded"},
             "compact": {"macs": reached, "reduction": dense / reached, "note": note},
         }
         try:
-            peer = torch_pruned(plain, settings.size, reached, settings.multiple)
+            peer = networks.torch_pruned(plain, settings.size, reached, settings.multiple)
         except AFDSError as error:
             yield replace(row, variant="torch-pruning", note=str(error))
         else:
             count = macs.count(peer, size).total
             text = f"L1, coupled widths, multiples of {settings.multiple}"
-            models["torch-pruning"] = folded(peer, settings.size)
+            models["torch-pruning"] = networks.folded(peer, settings.size)
             extra["torch-pruning"] = {"macs": count, "reduction": dense / count, "note": text}
         yield from _in_all_runtimes(settings, row, models, extra)
 
@@ -374,7 +326,7 @@ def _dynamic(settings: Settings) -> Iterator[Row]:
         dense = macs.count(gated, (3, settings.size, settings.size)).total
         for batch in settings.batches:
             images = _images(settings, batch)
-            overlap = jaccard(gated, images[: min(8, len(images))])
+            overlap = networks.jaccard(gated, images[: min(8, len(images))])
             # Where rounding decides on a channel, either choice is right, and everything behind it differs.
             closest = torch.tensor(dynamic.margins(gated, images))
             images = images[closest.argsort(descending=True, stable=True)]
@@ -395,7 +347,7 @@ def _dynamic(settings: Settings) -> Iterator[Row]:
                 "dynamic": {"macs": count.total, "reduction": dense / count.total, "note": note},
             }
             for runtime in settings.runtimes:
-                models = {"dense": folded(plain, settings.size), "masked": gated}
+                models = {"dense": networks.folded(plain, settings.size), "masked": gated}
                 row = Row("dynamic", name, runtime, batch, "", "dense", settings.size, settings.width)
                 models |= {"dynamic": network} if runtime == "eager" else {}
                 yield from compare(models, settings, row, extra, images)
@@ -406,7 +358,7 @@ def _gates(settings: Settings) -> Iterator[Row]:
     for name in settings.networks:
         plain, gated = _gated(settings, name)
         afs.set_density(gated, 1.0)
-        models = {"plain": folded(plain, settings.size), "AFS": gated, "AFS prepared": inference(gated)}
+        models = {"plain": networks.folded(plain, settings.size), "AFS": gated, "AFS prepared": inference(gated)}
         extra = {"plain": {"note": "batch norm folded"}, "AFS prepared": {"note": "statistics folded, masks constant"}}
         row = Row("gates", name, "", 0, "", "plain", settings.size, settings.width)
         yield from _in_all_runtimes(settings, row, models, extra)
@@ -435,14 +387,14 @@ def _training(settings: Settings) -> Iterator[Row]:
     keep_freed_memory()  # as every training here does, the plain one included
     size, batch = settings.train_size, settings.train_batch
     for name in settings.networks:
-        plain = plain_network(name, 10, width=settings.width, seed=settings.seed)
+        plain = networks.plain_network(name, 10, width=settings.width, seed=settings.seed)
         gated = afs.convert(plain)
         steps = {
             "plain": _step(copy.deepcopy(plain), None, size),
             "AFS": _step(copy.deepcopy(gated), None, size),
             "AFDS": _step(copy.deepcopy(gated), gated, size),
         }
-        images = photographs(batch + settings.repeats, size, settings.seed + 1)
+        images = networks.photographs(batch + settings.repeats, size, settings.seed + 1)
         images = images.contiguous(memory_format=torch.channels_last)
 
         def timed(step: Callable[[Tensor, Tensor], None], images: Tensor, repeat: int) -> None:
@@ -455,71 +407,6 @@ def _training(settings: Settings) -> Iterator[Row]:
         yield from _rows(interleave(calls, settings.repeats, settings.warmup), row, {"AFDS": note})
 
 
-# Naive forms: as the formulas are written, without a word about memory.
-
-
-def naive_at(student: Tensor, teacher: Tensor) -> Tensor:
-    """AT sample by sample."""
-    total = student.new_zeros(())
-    for s, t in zip(student, teacher, strict=True):
-        a, b = (x.pow(2).mean(0).flatten() for x in (s, t))
-        total = total + (a / a.norm() - b / b.norm()).pow(2).mean()
-    return total / len(student)
-
-
-def naive_nst(student: Tensor, teacher: Tensor) -> Tensor:
-    """NST as in the popular implementations: the kernel of all pairs of channels from a (B, C, C, HW) tensor."""
-    s, t = (F.normalize(x.flatten(2), dim=2) for x in (student, teacher))
-
-    def kernel(x: Tensor, y: Tensor) -> Tensor:
-        return (x[:, :, None] * y[:, None]).sum(-1).pow(2).mean()
-
-    return kernel(t, t) + kernel(s, s) - 2 * kernel(s, t)
-
-
-def naive_afd(student: Tensor, source: Tensor, attention: nn.Module) -> Tensor:
-    """AFD channel by channel, as the formula sums it."""
-    rho = attention(source).softmax(1)
-    height, width = student.shape[2:]
-    total = student.new_zeros(())
-    for channel in range(student.shape[1]):
-        distance = (student[:, channel] - source[:, channel]).pow(2).sum((1, 2))
-        total = total + (rho[:, channel] * distance).mean()
-    return student.shape[1] / (2 * height * width) * total
-
-
-def _loss(name: str, naive: bool, shape: tuple[int, ...]) -> Callable[[], object]:
-    """Forward and backward pass of a loss on random maps."""
-    torch.manual_seed(0)
-    student, source = torch.rand(shape, requires_grad=True), torch.rand(shape)
-    afd = AFDLoss({"map": (shape[1], shape[2], shape[3])})
-    loss: Callable[[Tensor, Tensor], Tensor] = {
-        ("AT", False): at_loss,
-        ("AT", True): naive_at,
-        ("NST", False): nst_loss,
-        ("NST", True): naive_nst,
-        ("AFD", False): lambda s, t: afd({"map": s}, {"map": t})["afd"],
-        ("AFD", True): partial(naive_afd, attention=afd.attentions["map"]),
-    }[name, naive]
-
-    def call() -> None:
-        student.grad = None
-        loss(student, source).backward()
-
-    few = torch.rand(2, *shape[1:], requires_grad=True)
-    loss(few, torch.rand(few.shape)).backward()  # what the first call of all allocates is not the loss's own
-    return call
-
-
-def _nst(kernel: str, shape: tuple[int, ...]) -> Callable[[], object]:
-    """Forward and backward pass of NST with one kernel on random maps."""
-    torch.manual_seed(0)
-    student, teacher = torch.rand(shape, requires_grad=True), torch.rand(shape)
-    nst_loss(student[:1, :8], teacher[:1, :8], kernel=kernel).backward()  # what the first call of all allocates
-    student.grad = None
-    return lambda: nst_loss(student, teacher, kernel=kernel).backward()
-
-
 def nst_peak(kernel: str, shape: tuple[int, ...]) -> float | None:
     """GB that NST adds to two maps at its peak, forward and backward, in a process of its own; None off Linux.
 
@@ -527,7 +414,7 @@ def nst_peak(kernel: str, shape: tuple[int, ...]) -> float | None:
         kernel: "poly" (d = 2, c = 0), "linear" or "gaussian".
         shape: (B, C, H, W) of both maps.
     """
-    mebibytes = _peak(_nst, kernel, shape)
+    mebibytes = peak(naive.nst_pass, kernel, shape)
     return None if mebibytes is None else mebibytes * 2**20 / 1e9
 
 
@@ -541,8 +428,8 @@ def _losses(settings: Settings) -> Iterator[Row]:
     shape = (min(8, settings.train_batch), channels, 14, 14)
     for name in ("AFD", "AT", "NST"):
         variants = {variant: (name, variant == "naive", shape) for variant in ("naive", name)}
-        calls = {variant: _each_round(_loss(*arguments)) for variant, arguments in variants.items()}
-        extra = {variant: {"peak_mib": _peak(_loss, *arguments)} for variant, arguments in variants.items()}
+        calls = {variant: _each_round(naive.loss_pass(*arguments)) for variant, arguments in variants.items()}
+        extra = {variant: {"peak_mib": peak(naive.loss_pass, *arguments)} for variant, arguments in variants.items()}
         row = Row("losses", f"{name} on {'x'.join(map(str, shape))}", "eager", shape[0], "", "naive")
         yield from _rows(interleave(calls, settings.repeats), row, extra)
 
@@ -562,7 +449,7 @@ def _loading(settings: Settings) -> Iterator[Row]:
         decoded = FileImages(Files(Path(folder), files), rows, labels, classes, size=size, augment=True)
         pixels = random.randint(0, 255, (batch, size, size, 3)).astype(np.uint8)
         held = ArrayImages(pixels, rows, labels, classes, augment=True)
-        step = _step(plain_network(name, 10, width=settings.width, seed=settings.seed), None, size)
+        step = _step(networks.plain_network(name, 10, width=settings.width, seed=settings.seed), None, size)
         images = held.__getitems__(list(rows))
         calls: dict[str, Callable[[int], object]] = {
             "training step": lambda _: step(*images),
@@ -598,7 +485,7 @@ def _memory(settings: Settings) -> Iterator[Row]:
                     afs.save(model, path)
                     yield Row(
                         "memory", name, "eager", batch, variant, "dense", settings.size, settings.width,
-                        peak_mib=_peak(_loaded, str(path), settings.size, batch),
+                        peak_mib=peak(_loaded, str(path), settings.size, batch),
                         file_mib=path.stat().st_size / 2**20,
                     )  # fmt: skip
 

@@ -1,14 +1,18 @@
-"""Times of calls that take turns, and the threads they run on."""
+"""Times of calls that take turns, the threads they run on, and peak memory."""
 
 from __future__ import annotations
 
+import multiprocessing
+import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
-__all__ = ["interleave", "on_threads"]
+__all__ = ["interleave", "on_threads", "peak", "quartiles"]
 
 
 def interleave(
@@ -52,3 +56,35 @@ def on_threads(number: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Median, first and third quartile."""
+    if len(values) < 2:
+        return values[0], values[0], values[0]
+    first, median, third = statistics.quantiles(values, n=4, method="inclusive")
+    return median, first, third
+
+
+def peak(target: Callable[..., Callable[[], object]], *arguments: object) -> float | None:
+    """MiB that the call which `target(*arguments)` gives adds at its peak in a process of its own; None off Linux."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_measure_peak, target, arguments).result()
+
+
+def _measure_peak(target: Callable[..., Callable[[], object]], arguments: tuple) -> float | None:
+    torch.set_num_threads(1)
+    call = target(*arguments)
+    try:
+        # Imports may have peaked higher than the call will; Linux can forget that.
+        Path("/proc/self/clear_refs").write_text("5")
+        held = _kib("VmRSS")
+        call()
+        return (_kib("VmHWM") - held) / 1024
+    except OSError:
+        return None
+
+
+def _kib(what: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{what}:"))

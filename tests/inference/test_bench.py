@@ -11,41 +11,29 @@ import torch
 
 from afdslib import afs, cli
 from afdslib.afs import compact, macs
+from afdslib.base.atomic import write_json
 from afdslib.base.errors import AFDSError
-from afdslib.inference import bench, networks
+from afdslib.inference import bench, naive, networks, timing
+from afdslib.losses import at_loss, nst_loss
+from afdslib.losses.afd import AFDLoss
 from afdslib.studies import speed
 
 QUICK = bench.Settings(
-    networks=("resnet14",),
-    size=32,
-    width=0.125,
-    repeats=2,
-    warmup=0,
-    steady=0.0,
-    multiple=2,
-    train_size=32,
+    networks=("resnet14",), size=32, width=0.125, repeats=2, warmup=0, steady=0.0, multiple=2, train_size=32,
     train_batch=4,
 )  # fmt: skip
 
 
 def test_variants_take_turns_after_the_warm_up() -> None:
     calls: list[tuple[str, int]] = []
-    seconds = bench.interleave(
-        {"a": lambda i: calls.append(("a", i)), "b": lambda i: calls.append(("b", i))}, repeats=2, warmup=1
-    )
+    variants = {name: (lambda i, name=name: calls.append((name, i))) for name in "ab"}
+    seconds = bench.interleave(variants, repeats=2, warmup=1)
     assert calls == [("a", -1), ("b", -1), ("a", 0), ("b", 0), ("a", 1), ("b", 1)]
     assert {name: len(values) for name, values in seconds.items()} == {"a": 2, "b": 2}
-
-
-def test_untimed_calls_on_another_image_go_before_each_timed_one() -> None:
-    calls: list[int] = []
-
-    def call(number: int) -> None:
-        calls.append(number)
-        time.sleep(0.06)
-
-    seconds = bench.interleave({"a": call}, repeats=2, warmup=0, before=0.05)
-    assert calls == [1, 0, 2, 1] and len(seconds["a"]) == 2
+    # Untimed calls, on another image, go before each timed one.
+    numbers: list[int] = []
+    seconds = bench.interleave({"a": lambda i: numbers.append(i) or time.sleep(0.06)}, 2, 0, before=0.05)
+    assert numbers == [1, 0, 2, 1] and len(seconds["a"]) == 2
 
 
 def test_ratios_are_taken_within_a_repeat() -> None:
@@ -104,25 +92,17 @@ def test_every_batch_size_is_compiled_for_itself(monkeypatch) -> None:
     assert compiled == [{"dynamic": False}] * 2
 
 
-def test_random_gates_depend_on_the_image_and_stay_finite() -> None:
+def test_random_gates_depend_on_the_image_stay_finite_and_do_not_tie() -> None:
     model = afs.convert(tiny.network(stem="cifar"))
     afs.set_density(model, 0.3)
-    networks.random_gates(model, networks.photographs(12, 32, 0))
+    networks.random_gates(model, networks.photographs(16, 32, 2))
     images = networks.photographs(6, 32, 1)
     assert networks.jaccard(model, images) <= 0.6
+    first = next(iter(afs.layers(model).values()))  # it has three inputs, which are almost dependent
     with torch.no_grad():
         assert bool(model(images).isfinite().all())
-
-
-def test_random_gates_do_not_tie_in_the_first_layer() -> None:
-    """It has three inputs, which are almost dependent."""
-    model = afs.convert(tiny.network(stem="cifar"))
-    networks.random_gates(model, networks.photographs(16, 32, 2))
-    first = next(iter(afs.layers(model).values()))
-    with torch.no_grad():
-        importances = first.predictor(networks.photographs(4, 32, 1).mean((2, 3)))
-    for each in importances:
-        assert len(each.mul(1e4).round().unique()) == len(each)
+        for importances in first.predictor(images[:4].mean((2, 3))):
+            assert len(importances.mul(1e4).round().unique()) == len(importances)
 
 
 def test_constant_gates_keep_the_same_channels_for_every_image() -> None:
@@ -150,31 +130,22 @@ def test_torch_pruning_meets_the_budget_in_multiples() -> None:
     assert all(width % 4 == 0 for width in widths)
 
 
-@pytest.mark.parametrize("name", ["AFD", "AT", "NST"])
-def test_naive_losses_are_the_same_losses(name: str) -> None:
-    shape = (3, 6, 5, 5)
+def test_naive_losses_are_the_same_losses() -> None:
     torch.manual_seed(1)
-    student, source = torch.rand(shape), torch.rand(shape)
-    from afdslib.losses import at_loss, nst_loss
-    from afdslib.losses.afd import AFDLoss
-
-    afd = AFDLoss({"map": shape[1:]})  # type: ignore[arg-type]
+    student, source = torch.rand(3, 6, 5, 5), torch.rand(3, 6, 5, 5)
+    afd = AFDLoss({"map": (6, 5, 5)})
     torch.nn.init.normal_(afd.attentions["map"].w2)
-    pairs = {
-        "AFD": lambda: (
-            afd({"map": student}, {"map": source})["afd"],
-            bench.naive_afd(student, source, afd.attentions["map"]),
-        ),
-        "AT": lambda: (at_loss(student, source), bench.naive_at(student, source)),
-        "NST": lambda: (nst_loss(student, source), bench.naive_nst(student, source)),
-    }
-    ours, naive = pairs[name]()
-    torch.testing.assert_close(ours, naive, rtol=1e-4, atol=1e-6)
+    for loss, expected in (
+        (afd({"map": student}, {"map": source})["afd"], naive.naive_afd(student, source, afd.attentions["map"])),
+        (at_loss(student, source), naive.naive_at(student, source)),
+        (nst_loss(student, source), naive.naive_nst(student, source)),
+    ):
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow
 def test_peak_memory_is_that_of_the_call() -> None:
-    peak = bench._peak(_allocate, 64)
+    peak = timing.peak(_allocate, 64)
     assert peak is None or 60 <= peak <= 90
 
 
@@ -209,15 +180,14 @@ def test_the_command_writes_rows_with_device_threads_and_versions(tmp_path: Path
 
 def test_committed_masks_rebuild_the_network_that_is_timed(tmp_path: Path) -> None:
     model = afs.convert(networks.plain_network("resnet14", width=0.25))
-    networks.cut(model, keep=0.5, stream=0.5, multiple=4)
-    files = [str(tmp_path / f"{name}.json") for name in "ab"]
-    speed.write_json(files[0], {"architecture": model.architecture, "masks": compact.masks(model)})
-    wanted = {"a": macs.count(compact.compact(model.eval()), (3, 32, 32)).total}
-    networks.cut(model, keep=0.25, stream=0.5, multiple=4)
-    speed.write_json(files[1], {"architecture": model.architecture, "masks": compact.masks(model)})
-    wanted["b"] = macs.count(compact.compact(model.eval()), (3, 32, 32)).total
-    found = bench.run(["networks"], bench.replace(QUICK, masks=tuple(files), multiple=4))
-    assert {row.network: row.macs for row in found if row.variant == "compact"} == wanted and wanted["b"] < wanted["a"]
+    wanted, files = {}, []
+    for name, keep in (("a", 0.5), ("b", 0.25)):
+        networks.cut(model, keep=keep, stream=0.5, multiple=4)
+        files.append(str(tmp_path / f"{name}.json"))
+        write_json(files[-1], {"architecture": model.architecture, "masks": compact.masks(model)})
+        wanted[name] = macs.count(compact.compact(model.eval()), (3, 32, 32)).total
+    rows = bench.run(["networks"], bench.replace(QUICK, masks=tuple(files), multiple=4))
+    assert {row.network: row.macs for row in rows if row.variant == "compact"} == wanted and wanted["b"] < wanted["a"]
 
 
 def test_rows_are_written_as_they_come(tmp_path: Path, monkeypatch) -> None:

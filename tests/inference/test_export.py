@@ -4,6 +4,7 @@ import copy
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -114,43 +115,30 @@ def test_ties_go_to_the_lowest_index_in_onnxruntime_too(tmp_path):
     assert random.difference(gates.inference(wide), wide, x) <= 1e-5
 
 
-@pytest.mark.slow
-def test_a_file_that_would_be_wrong_is_not_written(gated, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "TOLERANCE", 0.0)
-    with pytest.raises(AFDSError, match="differ by"):
-        export.save_onnx(gated, tmp_path / "net.onnx", (3, 12, 12))
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(AFDSError, match=r"train mode.*model.eval\(\)"):
-        export.save_onnx(tiny.network(), tmp_path / "net.onnx", (3, 16, 16))
+class Branches(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
 
 
 @pytest.mark.slow
-def test_outputs_that_are_not_finite_and_opsets_that_are_not_written_are_refused(gated, tmp_path, monkeypatch):
-    with pytest.raises(AFDSError, match="cannot write opset 11 here"):
-        export.save_onnx(gated, tmp_path / "net.onnx", (3, 12, 12), opset=11)
+def test_what_would_be_wrong_is_refused_in_one_sentence_and_not_written(gated, tmp_path, monkeypatch):
+    def refused(model, sentence, **options):
+        with pytest.raises(AFDSError, match=sentence) as caught:
+            export.save_onnx(model, tmp_path / "net.onnx", (3, 12, 12), **options)
+        assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+
+    refused(tiny.network(), r"train mode.*model.eval\(\)")
+    refused(Branches().eval(), "torch.onnx cannot export Branches")
+    refused(gated, "cannot write opset 11 here", opset=11)
     broken = copy.deepcopy(gated)
     broken.fc.weight.data[0, 0] = float("nan")
-    with pytest.raises(AFDSError, match="outputs are not finite"):
-        export.save_onnx(broken, tmp_path / "net.onnx", (3, 12, 12))
-
-    class Nan:
-        def run(self, *_):
-            return [np.full((1, 5), np.nan, np.float32)]
-
-    monkeypatch.setattr(export, "session", lambda path: Nan())
-    with pytest.raises(AFDSError, match="differ by"):
-        export.save_onnx(gated, tmp_path / "net.onnx", (3, 12, 12))
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_network_that_cannot_be_exported_is_one_sentence(tmp_path):
-    class Branches(nn.Module):
-        def forward(self, x):
-            return x if x.sum() > 0 else -x
-
-    with pytest.raises(AFDSError, match="torch.onnx cannot export Branches") as caught:
-        export.save_onnx(Branches().eval(), tmp_path / "net.onnx", (3, 8, 8))
-    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+    refused(broken, "outputs are not finite")
+    monkeypatch.setattr(export, "TOLERANCE", 0.0)
+    refused(gated, "differ by")
+    monkeypatch.undo()
+    nan = SimpleNamespace(run=lambda *_: [np.full((1, 5), np.nan, np.float32)])
+    monkeypatch.setattr(export, "session", lambda path: nan)
+    refused(gated, "differ by")
 
 
 # the command line
