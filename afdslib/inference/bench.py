@@ -34,7 +34,7 @@ from afdslib.base.atomic import write_text
 from afdslib.base.cpu import keep_freed_memory
 from afdslib.base.errors import AFDSError
 from afdslib.data.datasets import ArrayImages, FileImages, Files
-from afdslib.inference import dynamic, networks
+from afdslib.inference import dynamic, naive, networks
 from afdslib.inference.export import need, save_onnx, session
 from afdslib.inference.gates import inference
 from afdslib.inference.timing import interleave, on_threads, peak, quartiles

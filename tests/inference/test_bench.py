@@ -38,7 +38,7 @@ def test_variants_take_turns_after_the_warm_up() -> None:
 
 def test_ratios_are_taken_within_a_repeat() -> None:
     row = bench.Row("case", "net", "eager", 1, "", "dense")
-    dense, fast = bench._rows({"dense": [1.0, 10.0, 100.0], "fast": [0.5, 5.0, 50.0]}, row)
+    dense, fast = bench._rows({"dense": [1.0, 10.0, 100.0], "fast": [0.5, 5.0, 50.0]}, row, {})
     assert (dense.speedup, fast.speedup, fast.speedup_q1) == (1, 2, 2)
     assert (fast.median_ms, fast.q1_ms, fast.q3_ms) == (5000, 2750, 27500)
 
