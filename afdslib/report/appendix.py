@@ -57,9 +57,11 @@ def faults_table() -> Table:
 def _studies(pattern: str) -> list[tuple[str, Path, str]]:
     """(profile and budget for readers, file, options of the command) of the committed tables of one name."""
     base = paths.results("any").parent
-    files = sorted((*file.relative_to(base).parts[:2], file) for file in base.glob(f"*/*/{pattern}"))
-    options = "--profile {} --budget {} --data-dir DIR"
-    return [(f"**{profile}, {budget}**", file, options.format(profile, budget)) for profile, budget, file in files]
+    found = []
+    for file in sorted(base.glob(f"*/*/{pattern}")):
+        profile, budget = file.relative_to(base).parts[:2]
+        found.append((f"**{profile}, {budget}**", file, f"--profile {profile} --budget {budget} --data-dir DIR"))
+    return found
 
 
 def _seeds_of(table: pd.DataFrame) -> str:

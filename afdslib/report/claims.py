@@ -504,11 +504,11 @@ def verdict_table() -> Table:
 
 def conclusion_text() -> Text:
     """What to think: a sentence for each of the leading claims, by its verdict, where the claim has one for it."""
-    lines = []
+    lines = {}
     for claim, row in zip(claims(), _written()["afds"], strict=False):
         if sentence := row.get("conclusion", {}).get(claim.judge().verdict):
-            lines.append(f"{sentence.removesuffix('.')} (no. {claim.number}).")
-    return Text(bullets(lines))
+            lines[row.get("concluded_after", 0), claim.number] = f"{sentence.removesuffix('.')} (no. {claim.number})."
+    return Text(bullets(lines[place] for place in sorted(lines, key=lambda place: (max(place), place))))
 
 
 def verdicts_text() -> Text:

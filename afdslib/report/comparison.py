@@ -176,7 +176,11 @@ class Competitors:
 
     def costs(self) -> Text:
         """What the networks took."""
-        return self._each(lambda c: costs_table(*map(c.read, ("costs", "times", "macs_within")), c.budget))
+
+        def text(c: Compared) -> Table:
+            return costs_table(c.read("costs"), c.read("times"), c.read("macs_within"), c.budget)
+
+        return self._each(text)
 
     def ablations(self) -> Text:
         """AFDS with one part changed, and the rival at equal wall-clock time."""
@@ -420,8 +424,8 @@ def costs_table(costs: pd.DataFrame, times: pd.DataFrame, needed: pd.DataFrame, 
         work = f"{r.source_macs / 1e12:.3g}", f"{r.training_macs / 1e12:.3g}"
         spent = [f"{value:.1f}" for value in minutes.loc[r.method]]
         rows.append([_label(r.method), *work, *spent, "–" if math.isnan(share) else f"{100 * share:.0f} %"])
-    work = ["source TMACs", "target TMACs", "source minutes", "target minutes"]
-    return Table(["method", *work, "MACs within 1 point"], rows)
+    columns = ["source TMACs", "target TMACs", "source minutes", "target minutes"]
+    return Table(["method", *columns, "MACs within 1 point"], rows)
 
 
 def _pair(one: pd.DataFrame, other: pd.DataFrame) -> statistics.Paired | None:

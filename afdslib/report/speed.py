@@ -132,8 +132,8 @@ def _measure(study: Study, sweep: pd.DataFrame, title: str, settings: bench.Sett
     models: dict[str, torch.nn.Module] = {DENSE: compact(network, input_size=shape, fold_bn=True)}
     rows: dict[str, dict[str, Any]] = {}
     for row in sweep[sweep.seed == sweep.seed.min()].sort_values("budget", ascending=False).itertuples():
-        point = {"budget": float(row.budget), "target": study.targets[title]}
-        result = runs.lookup(study.point_run(row.method, int(row.seed), **point), needs=(MODEL,))
+        config = study.point_run(row.method, int(row.seed), budget=float(row.budget), target=study.targets[title])
+        result = runs.lookup(config, needs=(MODEL,))
         if result is None:
             continue
         small = compact(afs.load(result.artifact(MODEL)).eval(), input_size=shape, fold_bn=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -57,10 +58,10 @@ _AFD_LABELS = ((43.5, 26.5, "no gradient", "right"), (71, 27.3, "weights ρ", "l
 
 
 def _arrow(ax: Axes, points: Sequence[tuple[float, float]], style: str | tuple = "-") -> None:
-    drawn = {"color": "#333333", "linewidth": 1.3, "linestyle": style}
+    drawn: dict[str, Any] = {"color": "#333333", "linewidth": 1.3, "linestyle": style}
     if len(points) > 2:
         ax.plot(*zip(*points[:-1], strict=True), solid_capstyle="butt", **drawn)
-    head = {"arrowstyle": "-|>", "mutation_scale": 11, "shrinkA": 0, "shrinkB": 0}
+    head: dict[str, Any] = {"arrowstyle": "-|>", "mutation_scale": 11, "shrinkA": 0, "shrinkB": 0}
     ax.add_patch(FancyArrowPatch(points[-2], points[-1], **head, **drawn))
 
 
@@ -68,7 +69,7 @@ def _panel(ax: Axes, title: str, height: float, boxes: Sequence, arrows: Sequenc
     ax.set(xlim=(0, 100), ylim=(0, height))
     ax.set_axis_off()
     ax.set_title(title)
-    edge = {"boxstyle": "round,pad=0,rounding_size=0.8", "edgecolor": "#333333", "linewidth": 1}
+    edge: dict[str, Any] = {"boxstyle": "round,pad=0,rounding_size=0.8", "edgecolor": "#333333", "linewidth": 1}
     for x, y, w, h, text, colour in boxes:
         ax.add_patch(FancyBboxPatch((x - w / 2, y - h / 2), w, h, facecolor=colour, **edge))
         crowd = max(map(len, text.split("\n"))) / w

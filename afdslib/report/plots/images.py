@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -90,7 +90,8 @@ def attention(view: AttentionView, *, top: int = 4, title: str = "") -> Figure:
     living = int((view.weights > 0).sum())
     order = np.argsort(-view.weights, kind="stable")[:living]
     fig = Figure(figsize=(9.6, 4.5), layout="constrained")
-    upper, lower = fig.subfigures(2, 1, height_ratios=[1.2, 1])
+    panels: Any = fig.subfigures(2, 1, height_ratios=[1.2, 1])
+    upper, lower = panels
     ax = upper.subplots()
     colours = ["#D55E00"] * top + ["#8C8C8C"] * (living - top)
     ax.bar(range(living), 100 * (view.weights[order] * living - 1), width=0.85, color=colours[:living])

@@ -142,7 +142,13 @@ def handles(looks: Iterable[Look], **kwargs: Any) -> list[Line2D]:
     """Entries of a legend."""
     return [
         Line2D(
-            [], [], color=one.colour, marker=one.marker, linestyle=(0, one.dashes or None), label=one.label, **kwargs
+            [],
+            [],
+            color=one.colour,
+            marker=one.marker,
+            linestyle=(0, one.dashes) if one.dashes else "-",
+            label=one.label,
+            **kwargs,
         )
         for one in looks
     ]
