@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help report test notebooks lab lint api lock clean
+.PHONY: help report test robust notebooks lab lint api lock clean
 
 PYTHON ?= $(shell for p in python3.11 python3 python; do \
 	$$p -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -21,7 +21,7 @@ help:  ## list the targets
 
 # One thread per process: processes share the cores, and threads that spin while they wait for one another become many
 # times slower as soon as anything else runs.
-report test notebooks: export OMP_NUM_THREADS := 1
+report test robust notebooks: export OMP_NUM_THREADS := 1
 
 report: $(STAMP)  ## train and write the demo report: figures/demo/report.html
 	@rm -rf build/report
@@ -33,6 +33,9 @@ test: $(STAMP)  ## unit tests, then every notebook against its stored outputs
 	AFDS_RUNS="$(CURDIR)/build/test/runs" AFDS_FIGURES="$(CURDIR)/build/test/figures" AFDS_FRESH=1 \
 		$(BIN)/pytest -q --nbval --nbval-current-env notebooks
 	@AFDS_RUNS="$(CURDIR)/build/test/runs" $(BIN)/afds runs list --require-training
+
+robust: $(STAMP)  ## kill and fuzz at length: 100 kills, 10,000 mutated inputs
+	AFDS_ROBUST=full $(BIN)/pytest -q -n auto tests/robustness
 
 notebooks: $(STAMP)  ## execute the notebooks in place (demo, from an empty store) and keep their outputs
 	@$(if $(ONLY),,rm -rf build/notebooks)

@@ -64,11 +64,11 @@ def load(path: str | Path) -> nn.Module:
     except FileNotFoundError:
         raise AFDSError(f"no file {str(path)!r}; give the path of a network written by afs.save") from None
     except (SafetensorError, KeyError, ValueError, OSError) as error:
-        raise AFDSError(f"{str(path)!r} is damaged or was not written by afs.save ({error})") from None
+        raise AFDSError(f"{str(path)!r} is damaged or was not written by afs.save ({_short(error)})") from None
     try:
         model = _rebuild(architecture)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise AFDSError(f"{str(path)!r} describes no network that can be built here ({error})") from None
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, MemoryError) as error:
+        raise AFDSError(f"{str(path)!r} describes no network that can be built here ({_short(error)})") from None
     dtype = next((t.dtype for n, t in state.items() if n.endswith("weight")), None)
     try:
         model.to(dtype).load_state_dict(state)
@@ -108,6 +108,11 @@ def load_network(weights: str | Path) -> nn.Module:
         return backbones.build(str(weights), 1000, weights="imagenet")
     file = weight_file(weights)
     return load(file) if file.suffix == ".safetensors" else backbones.load_export(file)
+
+
+def _short(error: Exception) -> str:
+    """The first line of a message, for a sentence."""
+    return str(error).strip().partition("\n")[0]
 
 
 def _rebuild(architecture: Any) -> nn.Module:

@@ -13,8 +13,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
@@ -61,7 +63,8 @@ class Result:
 
         file = self.path / "metrics.csv"
         text = curve(self.id, self.path) if self.committed else file.read_text("utf-8") if file.exists() else ""
-        return pandas.read_csv(io.StringIO(text)) if text else pandas.DataFrame()
+        with _reading(file):
+            return pandas.read_csv(io.StringIO(text)) if text else pandas.DataFrame()
 
     def artifact(self, name: str) -> Path:
         """The path of a file that the run wrote.
@@ -91,14 +94,26 @@ class Result:
 def seconds(result: Result) -> float | None:
     """Wall-clock time of a run, all its sessions together; None where it was not kept."""
     try:
-        if result.committed:
-            return float(recorded(result)["times"]["seconds"])
-        return float(json.loads((result.path / "times.json").read_text(encoding="utf-8"))["seconds"])
+        file = result.path / "times.json"
+        times = recorded(result)["times"] if result.committed else read_json(file, result.id)
+        taken = float(times["seconds"])
+        return taken if math.isfinite(taken) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 # ----------------------------------------------------------------------------------------------------------- reading
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Turns what a damaged file leads to into one sentence."""
+    try:
+        yield
+    except AFDSError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:  # also invalid UTF-8
+        raise AFDSError(f"{file} is corrupted; restore it with: git checkout -- {file}") from error
 
 
 def _load(folder: Path, name: str) -> dict[str, Any]:
@@ -107,11 +122,9 @@ def _load(folder: Path, name: str) -> dict[str, Any]:
         stat = (folder / name).stat()
     except FileNotFoundError:
         return {"environment": {}, "columns": {}, "id": {}} if name == _RUNS else {}
-    try:
+    with _reading(folder / name):
         parse = _parse_runs if name == _RUNS else _parse_curves
         return parse(folder / name, (stat.st_mtime_ns, stat.st_size, stat.st_ino))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # ValueError: also invalid UTF-8
-        raise AFDSError(f"{folder / name} is corrupted; restore it with: git checkout -- {folder / name}") from None
 
 
 @lru_cache(maxsize=16)
@@ -120,10 +133,13 @@ def _parse_runs(file: Path, stamp: tuple[int, ...]) -> dict[str, dict[str, Any]]
     parsed: dict[str, dict[str, Any]] = {"environment": {}, "columns": {}, "id": {}}
     for text in _lines(file):
         line = json.loads(text)
-        kind = next(iter(line))
-        parsed[kind][line.pop(kind)] = line
+        kind, *_ = line
+        if not isinstance(key := line.pop(kind), str):
+            raise ValueError("no key")
+        parsed[kind][key] = line
     for line in parsed["id"].values():
-        if not isinstance(line.get("metrics", {}), dict) or not isinstance(line["config"], dict):
+        parts = (line["config"], line.get("metrics", {}), line.get("times", {}))
+        if not all(isinstance(part, dict) for part in parts):
             raise ValueError("no record")
     return parsed
 
@@ -181,7 +197,9 @@ def records(profile: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     for folder in _folders(profile):
         runs = _load(folder, _RUNS)
-        yield from ((folder.name, _record(runs, id)) for id, line in runs["id"].items() if "metrics" in line)
+        with _reading(folder / _RUNS):
+            found = [_record(runs, id) for id, line in runs["id"].items() if "metrics" in line]
+        yield from ((folder.name, record) for record in found)
 
 
 def committed(prefix: str, profile: str | None = None) -> list[Result]:
@@ -196,13 +214,16 @@ def committed(prefix: str, profile: str | None = None) -> list[Result]:
         ids = [prefix] if len(prefix) == 12 else [id for id in lines if id.startswith(prefix)]
         for id in ids:
             if "metrics" in lines.get(id, ()):
-                results.setdefault(id, Result(id, _unpack(lines[id]["metrics"]), folder))
+                with _reading(folder / _RUNS):
+                    results.setdefault(id, Result(id, _unpack(lines[id]["metrics"]), folder))
     return list(results.values())
 
 
 def recorded(result: Result) -> dict[str, Any]:
     """The record of a committed result; see `records`."""
-    return _record(_load(result.path, _RUNS), result.id)
+    runs = _load(result.path, _RUNS)
+    with _reading(result.path / _RUNS):
+        return _record(runs, result.id)
 
 
 def curve(id: str, folder: Path) -> str:
@@ -211,11 +232,12 @@ def curve(id: str, folder: Path) -> str:
     key = runs["id"].get(id, {}).get("columns")
     if key is None or id not in curves:
         return ""
-    header, *rows = csv.reader([*curves["run"], *curves[id]])
     text = io.StringIO()
-    writer = csv.DictWriter(text, runs["columns"][key]["value"], "", extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(dict(zip(header[1:], row[1:], strict=False)) for row in rows)
+    with _reading(folder):
+        header, *rows = csv.reader([*curves["run"], *curves[id]])
+        writer = csv.DictWriter(text, runs["columns"][key]["value"], "", extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(dict(zip(header[1:], row[1:], strict=False)) for row in rows)
     return text.getvalue()
 
 
@@ -227,6 +249,7 @@ def read_json(file: Path, id: str) -> dict[str, Any]:
     """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
+        json.dumps(value, allow_nan=False)  # infinity and NaN are no JSON
     except (FileNotFoundError, ValueError, RecursionError):  # ValueError: also invalid UTF-8
         value = None
     if not isinstance(value, dict):
@@ -237,7 +260,7 @@ def read_json(file: Path, id: str) -> dict[str, Any]:
 def read_result(path: Path, id: str) -> dict[str, Any]:
     """The `result.json` of a run's folder; raises as `read_json`."""
     record = read_json(path / "result.json", id)
-    if record.get("id") != id or not isinstance(record.get("metrics"), dict) or "kind" not in record:
+    if record.get("id") != id or not isinstance(record.get("metrics"), dict) or not {"kind", "version"} <= set(record):
         raise AFDSError(_damaged(path / "result.json", id))
     return record
 

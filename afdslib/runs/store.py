@@ -364,7 +364,8 @@ def _find(id: str, store: str | Path | None, *, anywhere: bool = True) -> str:
 
 def _steps(record: dict[str, Any]) -> int | None:
     steps = record["metrics"].get("steps")
-    return int(steps) if isinstance(steps, (int, float)) and not isinstance(steps, bool) else None
+    whole = isinstance(steps, (int, float)) and not isinstance(steps, bool) and math.isfinite(steps)
+    return int(steps) if whole else None
 
 
 def _plain(value: Any) -> Any:

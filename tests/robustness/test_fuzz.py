@@ -1,0 +1,224 @@
+"""Mutated files, configurations and command lines give a result or one sentence: no traceback, no hang, no stray file.
+
+AFDS_ROBUST=full tries 10,000 mutations, else 300. The number of a failing one is its seed.
+"""
+
+import contextlib
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import tiny
+from toy_runs import ToySource, ToyTrain
+
+from afdslib import afs, cli, data, runs
+from afdslib.base.errors import AFDSError
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="needs alarms")]
+
+TRIES = (10_000 if os.environ.get("AFDS_ROBUST") == "full" else 300) // 6
+SECONDS = 60
+ODD = [
+    None, "", " ", -1, 0, 10**30, 1e308, -0.0, True, [], {}, [[]], "x" * 5000, "../x", "/x", "\n", "é\u2028", "nan",
+    {"class": "ToyTrain"}, {"float": "x"}, {"float": []}, {"class": None}, {"run": "0" * 12}, [0] * 50,
+]  # fmt: skip
+
+
+def bytes_of(content: bytes, draw: random.Random) -> bytes:
+    """A copy with a few bytes changed, cut off, repeated, dropped or put in."""
+    changed = bytearray(content)
+    for _ in range(draw.choice([1, 1, 2, 8])):
+        at = draw.randrange(len(changed) + 1)
+        to = min(len(changed), at + draw.choice([1, 4, 64, 1000]))
+        kind = draw.randrange(5)
+        if kind == 0:
+            for place in range(at, to):
+                changed[place] ^= 1 << draw.randrange(8)
+        elif kind == 1:
+            del changed[at : len(changed) if draw.random() < 0.3 else to]
+        elif kind == 2:
+            changed[at:at] = changed[at:to]
+        elif kind == 3:
+            changed[at:at] = draw.randbytes(draw.choice([1, 8, 300]))
+        else:
+            changed[at:to] = bytes(to - at)
+    return bytes(changed)
+
+
+def json_of(value, draw: random.Random):
+    """A copy with one value replaced, dropped or moved, at any depth."""
+    if isinstance(value, dict) and value and draw.random() < 0.8:
+        key = draw.choice(list(value))
+        if draw.random() < 0.1:
+            return {k: v for k, v in value.items() if k != key}
+        if draw.random() < 0.1:
+            return value | {draw.choice(["x", "class", key + "s"]): value[key]}
+        return value | {key: json_of(value[key], draw)}
+    if isinstance(value, list) and value and draw.random() < 0.8:
+        at = draw.randrange(len(value))
+        return [*value[:at], json_of(value[at], draw), *value[at + 1 :]]
+    return draw.choice(ODD)
+
+
+@contextlib.contextmanager
+def tells(folder: Path, seed: int):
+    """Only an AFDSError in one line may leave the block, within a minute, and nothing new may lie beside `folder`."""
+    before = sorted(folder.parent.iterdir())
+
+    def hang(*_):
+        pytest.fail(f"try {seed} hangs")
+
+    old = signal.signal(signal.SIGALRM, hang)
+    signal.alarm(SECONDS)
+    try:
+        yield
+    except AFDSError as error:
+        assert str(error).strip() and "\n" not in str(error), f"try {seed}: {error!r}"
+    except Exception as error:
+        raise AssertionError(f"try {seed} ends with {error!r}") from error
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, old)
+    assert sorted(folder.parent.iterdir()) == before, f"try {seed} wrote beside its folder"
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    folder = tmp_path / "outer" / "home"
+    folder.mkdir(parents=True)
+    monkeypatch.setenv("AFDS_HOME", str(folder))
+    for name in ("AFDS_RUNS", "AFDS_FIGURES", "AFDS_FRESH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_archives(kind, home):
+    tree = tiny.tree(home / "tree", train=3, test=2)
+    files = sorted(tree.rglob("*.png"))
+    for seed in range(TRIES // 2):
+        draw, file = random.Random(f"{kind}{seed}"), home / f"images.{kind}"
+        names = [str(one.relative_to(home)) for one in files]
+        if draw.random() < 0.3:
+            names[draw.randrange(len(names))] = draw.choice(["../x.png", "/x.png", "tree/../../x.png", "x" * 300])
+        if kind == "zip":
+            with zipfile.ZipFile(file, "w", draw.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])) as archive:
+                for name, one in zip(names, files, strict=True):
+                    archive.write(one, name)
+        else:
+            with tarfile.open(file, draw.choice(["w", "w:gz"])) as archive:
+                for name, one in zip(names, files, strict=True):
+                    archive.add(one, name)
+        file.write_bytes(bytes_of(file.read_bytes(), draw))
+        with tells(home, seed):
+            data.load(file, size=16, skip_corrupt=draw.random() < 0.5)
+        shutil.rmtree(home / "data", ignore_errors=True)
+
+
+def test_weight_files(home):
+    afs.save(tiny.gated(), home / "net.safetensors")
+    content = (home / "net.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    for seed in range(TRIES):
+        draw = random.Random(seed)
+        changed = bytes_of(content[: 8 + length + 100], draw) + content[8 + length + 100 :]
+        if draw.random() < 0.6:  # a header that can be read
+            spoilt = json_of(header, draw)
+            if draw.random() < 0.5:
+                said = {key: value for key, value in header["__metadata__"].items() if value[:1] in "[{"}
+                meta = {key: json.dumps(json_of(json.loads(value), draw)) for key, value in said.items()}
+                spoilt = header | {"__metadata__": header["__metadata__"] | meta}
+            text = json.dumps(spoilt).encode()
+            changed = len(text).to_bytes(8, "little") + text + content[8 + length :]
+        (home / "net.safetensors").write_bytes(changed)
+        with tells(home, seed):
+            afs.load(home / "net.safetensors")
+
+
+def test_configurations_and_results_of_the_store(home):
+    config = ToyTrain(steps=2, source=ToySource())
+    first = runs.get_or_run(config)
+    whole = {name: (first.path / name).read_bytes() for name in os.listdir(first.path)}
+    for seed in range(TRIES):
+        draw = random.Random(seed)
+        for name, content in whole.items():
+            (first.path / name).write_bytes(content)
+        name = draw.choice(["config.json", "config.json", "result.json", "times.json", "environment.json"])
+        if draw.random() < 0.7:
+            changed = json.dumps(json_of(json.loads(whole[name]), draw)).encode()
+        else:
+            changed = bytes_of(whole[name], draw)
+        (first.path / name).write_bytes(changed)
+        for use in (runs.show, runs.finished, runs.load_config, lambda id: runs.publish([runs.lookup(config)], "tiny")):
+            with tells(home, seed):
+                use(first.id)
+        with tells(home, seed):
+            assert len(runs.list_runs()) == 2
+        shutil.rmtree(home / "data", ignore_errors=True)
+
+
+def test_committed_results(home):
+    configs = [ToySource(), ToyTrain(steps=2, source=ToySource(2)), ToyTrain(steps=3)]
+    runs.publish([runs.get_or_run(config, store=home / "store") for config in configs], "tiny")
+    folder = home / "data/results/tiny"
+    whole = {name: (folder / name).read_bytes() for name in ("runs.jsonl", "curves.csv")}
+    id = runs.run_id(configs[1])
+    for seed in range(TRIES):
+        draw = random.Random(seed)
+        for name, content in whole.items():
+            (folder / name).write_bytes(content)
+        name = draw.choice(["runs.jsonl", "runs.jsonl", "curves.csv"])
+        changed = bytes_of(whole[name], draw)
+        if name == "runs.jsonl" and draw.random() < 0.7:
+            lines = whole[name].decode().splitlines()
+            at = draw.randrange(len(lines))
+            lines[at] = json.dumps(json_of(json.loads(lines[at]), draw), separators=(",", ":"))
+            changed = ("\n".join(lines) + "\n").encode()
+        (folder / name).write_bytes(changed)
+        for use in (
+            lambda: runs.lookup(configs[1]),
+            lambda: runs.show(id),
+            lambda: runs.finished(id)[1].history(),
+            lambda: list(runs.records()),
+            runs.list_committed,
+            lambda: runs.publish([runs.get_or_run(configs[2], store=home / "store")], "tiny"),
+        ):
+            with tells(home, seed):
+                use()
+
+
+WORDS = [
+    "runs", "list", "show", "rm", "resume", "export", "predict", "maps", "data", "run", "report", "--run", "--model",
+    "--format", "--out", "onnx", "torch", "net.safetensors", "image.png", "none", "--profile", "demo", "mine",
+    "--dry-run", "--set", "lr=x", "x=1", "--data-dir", "--committed", "-1", "1e400", "", "0" * 12, "abc", "é", "*",
+    "/nope/x", "--help", "--nope", "--", "-", "--device", "cuda:9", "--top", "--size", "0", "\x00",
+]  # fmt: skip
+
+
+def test_command_lines(home):
+    """Whatever the words: 0, or 2 and one line on stderr. Only what ends in seconds and downloads nothing is begun."""
+    runs.get_or_run(ToyTrain(steps=2))
+    afs.save(tiny.network(), home / "net.safetensors")
+    (home / "image.png").write_bytes(next(tiny.tree(home / "tree", train=1, test=1).rglob("*.png")).read_bytes())
+    before = sorted(home.parent.iterdir())
+    for seed in range(TRIES):
+        draw = random.Random(seed)
+        words = [draw.choice(WORDS[:11])] + [draw.choice(WORDS) for _ in range(draw.randrange(7))]
+        if {"run", "report"} & set(words[:1]):
+            words.append("--dry-run")
+        output, errors = io.StringIO(), io.StringIO()
+        with tells(home, seed), contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+            code = cli.main(words)
+        lines = [line for line in errors.getvalue().splitlines() if line.startswith("afds: ")]
+        assert code == 0 or (code == 2 and len(lines) == 1), (seed, words, code, errors.getvalue())
+        assert "Traceback" not in errors.getvalue() + output.getvalue(), (seed, words)
+        assert sorted(home.parent.iterdir()) == before, (seed, words)

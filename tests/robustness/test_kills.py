@@ -1,0 +1,227 @@
+"""Processes that are killed, or whose disk is full or read-only, at any moment: begun again, they end as ever.
+
+Five kinds of work, each as a process of its own. AFDS_ROBUST=full kills each at 20 random moments, else at one or two.
+"""
+
+import errno
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+import pytest
+import tiny
+from nbformat.v4 import new_code_cell, new_notebook
+from toy_runs import ToySource, ToyTrain
+
+from afdslib import data, runs
+from afdslib.base.errors import AFDSError
+from afdslib.report import pipeline
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
+
+MOMENTS = 20 if os.environ.get("AFDS_ROBUST") == "full" else 2
+CODE, SUPPORT = Path(runs.__file__).parents[2], Path(tiny.__file__).parent
+TOYS = [ToyTrain(f"toy{n}", steps=6, every=1, pause=0.01, source=ToySource(n % 3)) for n in range(8)]
+
+
+# the kinds of work; each may be begun again at any time
+
+
+def train(home: Path) -> None:
+    with tiny.served():
+        runs.get_or_run(tiny.transfer(steps=12))
+
+
+def study(home: Path) -> None:
+    """Two workers that share a list of runs through the store, as those of a study do."""
+    points = [tiny.transfer(strength=s, budgets=b, steps=4) for s in (0.01, 0.02) for b in ((1.0,), (1.0, 0.5))]
+
+    def work(configs):
+        with tiny.served():
+            for config in configs:
+                runs.get_or_run(config)
+
+    other = start(lambda: work(points[::-1]))
+    work(points)
+    assert os.waitpid(other, 0)[1] == 0
+
+
+def publish(home: Path) -> None:
+    results = [runs.get_or_run(config, store=home / "finished") for config in TOYS]
+    for first in range(0, len(results), 2):
+        runs.publish(results[first : first + 2], "tiny")
+
+
+def notebook(home: Path) -> None:
+    pipeline.execute("demo", folder=home / "notebooks", echo=lambda _: None)
+
+
+def decode(home: Path) -> None:
+    data.load(home / "images.zip", size=16)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    """What the work starts from."""
+    home = tmp_path_factory.mktemp("prepared")
+    tiny.store(home)
+    for config in TOYS:
+        runs.get_or_run(config, store=home / "finished")
+    tree = tiny.tree(home / "tree", train=60)
+    with zipfile.ZipFile(home / "images.zip", "w") as archive:
+        for file in sorted(tree.rglob("*.png")):
+            archive.write(file, file.relative_to(home))
+    cells = [
+        new_code_cell('profile = "demo"', metadata={"tags": ["parameters"]}),
+        new_code_cell("from afdslib import runs\nfrom toy_runs import ToyTrain"),
+        new_code_cell("print(runs.get_or_run(ToyTrain(steps=20, pause=0.05)).metrics)"),
+    ]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    (home / "notebooks").mkdir()
+    nbformat.write(new_notebook(metadata=kernel, cells=cells), home / "notebooks" / "01_toy.ipynb")
+    return home
+
+
+def result_of(home: Path) -> dict:
+    """What must be the same: metrics and logs of the runs, files of committed results, images, outputs of notebooks."""
+    results = {}
+    for run in runs.list_runs(home / "runs"):
+        log, shown = run.path / "metrics.csv", runs.show(run.id, store=home / "runs")
+        results[run.id] = (run.state, shown.get("result"), log.exists() and log.read_text())
+    for file in sorted([*home.glob("data/results/**/*.jsonl"), *home.glob("data/results/**/*.csv")]):
+        results[file.name] = file.read_text()
+    for file in home.glob("data/cache/**/images.npy"):
+        results[file.name] = file.read_bytes()
+    for file in home.glob("figures/demo/executed/*.ipynb"):
+        cells = nbformat.read(file, as_version=4).cells
+        results[file.name] = [output.text for cell in cells for output in cell.get("outputs", ()) if "text" in output]
+    return results
+
+
+def finished_of(home: Path) -> dict:
+    """The done-markers and the committed lines: none of them may ever be lost or written again."""
+    markers = {file: file.stat().st_ino for file in home.glob("runs/*/result.json")}
+    return markers | {("published", record["id"]): record["metrics"] for _, record in runs.records("tiny")}
+
+
+# processes
+
+
+def start(work) -> int:
+    """Runs `work` in a process of its own that exits with 0, or with 2 after an error that the command line tells."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            silent = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(silent, 1)
+            os.dup2(silent, 2)
+            work()
+            code = 0
+        except (AFDSError, OSError) as error:
+            code = 3 if "\n" in str(error) else 2
+        finally:
+            os._exit(code)
+    return child
+
+
+def begin(work, home: Path, prepare=lambda: None) -> int:
+    """`work` in a group of processes of its own, whose project is `home`."""
+
+    def child():
+        os.setsid()
+        os.environ.update(AFDS_HOME=str(home), PYTHONPATH=f"{CODE}:{SUPPORT}")
+        for name in ("AFDS_RUNS", "AFDS_FIGURES", "AFDS_FRESH"):
+            os.environ.pop(name, None)
+        prepare()
+        work(home)
+
+    return start(child)
+
+
+def ended(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@dataclass
+class Case:
+    """A kind of work, its result without interruption, and how long that took."""
+
+    work: object
+    home: Path
+    expected: dict
+    seconds: float
+
+    def again(self, folder: Path) -> Path:
+        """A fresh project."""
+        return Path(shutil.copytree(self.home, folder / "home"))
+
+
+@pytest.fixture(scope="module", params=[train, study, publish, notebook, decode], ids=lambda work: work.__name__)
+def case(request, prepared, tmp_path_factory):
+    home = Path(shutil.copytree(prepared, tmp_path_factory.mktemp("whole") / "home"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AFDS_HOME", str(home))
+        began = time.monotonic()
+        assert ended(begin(request.param, home)) == 0
+        seconds = time.monotonic() - began
+        expected = result_of(home)
+        assert len(expected) > len(result_of(prepared)) and "interrupted" not in str(expected)
+        yield Case(request.param, prepared, expected, seconds)
+
+
+@pytest.mark.parametrize("moment", range(MOMENTS))
+def test_killed_at_a_random_moment(case, moment, tmp_path, monkeypatch):
+    home = case.again(tmp_path)
+    monkeypatch.setenv("AFDS_HOME", str(home))
+    child = begin(case.work, home)
+    time.sleep(random.Random(f"{case.work.__name__}{moment}").uniform(0, case.seconds))
+    try:
+        os.killpg(child, signal.SIGKILL)
+    except ProcessLookupError:  # before it had a group, or after its end
+        os.kill(child, signal.SIGKILL)
+    assert ended(child) in (-signal.SIGKILL, 0)
+    before = finished_of(home)
+    assert ended(begin(case.work, home)) == 0
+    after = finished_of(home)
+    assert {key: after.get(key) for key in before} == before
+    assert result_of(home) == case.expected
+
+
+FAULTS = {"full": errno.ENOSPC, "read-only": errno.EROFS}
+CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.truncate")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("moment", range(max(1, MOMENTS // 4)))
+def test_a_disk_that_is_full_or_read_only(case, fault, moment, tmp_path, monkeypatch):
+    """From a random change of a file on every one fails; what was finished stays, and a mended disk gives the rest."""
+    if case.work in (notebook, study):  # other processes write there
+        pytest.skip("the fault is made in one process")
+    home = case.again(tmp_path)
+    monkeypatch.setenv("AFDS_HOME", str(home))
+    number = FAULTS[fault]
+    first = 0 if fault == "read-only" else random.Random(moment).randrange(30)
+    seen = []
+
+    def fail(event, arguments):
+        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if (writes or event in CHANGES) and str(arguments[0]).startswith(str(home)):
+            seen.append(event)
+            if len(seen) > first and not (fault == "full" and event in ("os.remove", "os.rename")):
+                raise OSError(number, os.strerror(number), arguments[0])
+
+    child = begin(case.work, home, lambda: sys.addaudithook(fail))
+    code = ended(child)
+    assert code in (0, 2) and (code == 2 or fault == "full")
+    before = finished_of(home)
+    assert ended(begin(case.work, home)) == 0
+    assert {key: finished_of(home).get(key) for key in before} == before
+    assert result_of(home) == case.expected
