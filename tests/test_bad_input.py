@@ -216,7 +216,7 @@ def test_a_full_disk_leaves_no_half_file_and_the_next_call_goes_on(refused, prof
         if what == "model":
             patch.setattr("afdslib.afs.io.save_file", lambda tensors, path, **_: write_some(tensors, path))
         elif what == "checkpoint":
-            patch.setattr(loop._Throttle, "due", lambda self: True)
+            patch.setattr(loop.Throttle, "due", lambda self: True)
             patch.setattr("afdslib.runs.run._torch_save", write_some)
         else:
             patch.setattr("pandas.DataFrame.to_csv", lambda self, path, **_: write_some(self, path))

@@ -1,13 +1,66 @@
-"""Feature maps of two networks made comparable: full precision, one height and width."""
+"""Feature maps of two networks made comparable: matching layers, full precision, one height and width."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["area_matrix", "full_precision", "match_size"]
+from afdslib.base.errors import AFDSError
+
+__all__ = ["LayerLoss", "area_matrix", "full_precision", "match_size"]
+
+
+class LayerLoss(nn.Module):
+    """What losses that sum over layers share: the layers, and which channels count.
+
+    Args:
+        names: The student's layers.
+        what: The loss's name for sentences.
+    """
+
+    def __init__(self, names: Iterable[str], what: str) -> None:
+        super().__init__()
+        self.names, self.what = list(names), what
+        if not self.names:
+            raise AFDSError(f"{what} was given no layer; name at least one.")
+        self.alive: dict[str, Tensor] = {}
+
+    def set_alive(self, alive: Mapping[str, Tensor]) -> None:
+        """Leaves channels out, such as those a pruned student no longer has.
+
+        Args:
+            alive: (C,) of bool for some or all layers, False for a channel to leave out.
+        """
+        for name, flags in alive.items():
+            if name not in self.names or flags.dtype != torch.bool or flags.ndim != 1 or not bool(flags.any()):
+                raise AFDSError(
+                    f"The living channels of {name} are not flags of a known layer with at least one set; the layers "
+                    f"of {self.what} are {', '.join(self.names)}."
+                )
+        self.alive = {name: flags.detach() for name, flags in alive.items()}
+
+    def flags(self, name: str, like: Tensor) -> Tensor | None:
+        """The living channels of a layer on a map's device; None where all of them count."""
+        flags = self.alive.get(name)
+        return None if flags is None or bool(flags.all()) else flags.to(like.device)
+
+    def matched(
+        self, student: Mapping[str, Tensor], source: Mapping[str, Tensor]
+    ) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(layer, student's map, source's map); a source of another depth gives one map per stage in the same order."""
+        if missing := [name for name in self.names if name not in student]:
+            raise AFDSError(f"The student's features lack {missing[0]}; they hold {', '.join(student) or 'nothing'}.")
+        if any(name not in source for name in self.names):
+            if len(source) != len(self.names):
+                raise AFDSError(
+                    f"The source's features hold {', '.join(source) or 'nothing'} for {', '.join(self.names)} of the "
+                    f"student; give one map per stage."
+                )
+            source = dict(zip(self.names, source.values(), strict=True))
+        return ((name, student[name], source[name]) for name in self.names)
 
 
 def full_precision(x: Tensor) -> Tensor:

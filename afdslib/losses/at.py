@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from afdslib.base import checks
 from afdslib.base.errors import AFDSError
 from afdslib.losses import _checks
-from afdslib.losses._maps import full_precision, match_size
+from afdslib.losses._maps import LayerLoss, full_precision, match_size
 from afdslib.losses.delta import FeatureMap
 from afdslib.losses.term import TERMS, TRANSFERS, Axis, Batch, TermContext, Transfer
 
@@ -100,7 +100,7 @@ def at_loss(student: Tensor, teacher: Tensor, *, p: float = 2, mode: str = "code
     return _checks.finite(loss, student_map=student, teacher_map=teacher)
 
 
-class ATLoss(nn.Module):
+class ATLoss(LayerLoss):
     """The sum of `at_loss` over layers, each network's map taken over the channels that the student still has.
 
     Args:
@@ -109,26 +109,8 @@ class ATLoss(nn.Module):
     """
 
     def __init__(self, names: Iterable[str], *, mode: str = "code") -> None:
-        super().__init__()
-        self.names = list(names)
-        if not self.names:
-            raise AFDSError("Attention transfer was given no layer; name at least one.")
+        super().__init__(names, "attention transfer")
         self.mode = mode
-        self.alive: dict[str, Tensor] = {}
-
-    def set_alive(self, alive: Mapping[str, Tensor] | None) -> None:
-        """Leaves channels out of both maps, such as those a pruned student no longer has.
-
-        Args:
-            alive: (C,) of bool for some or all layers, False for a channel to leave out; None: all count.
-        """
-        self.alive = {name: mask.detach() for name, mask in (alive or {}).items()}
-        for name, mask in self.alive.items():
-            if name not in self.names or mask.dtype != torch.bool or not bool(mask.any()):
-                raise AFDSError(
-                    f"The living channels of {name} are not flags of a known layer with at least one set; the layers "
-                    f"are {', '.join(self.names)}."
-                )
 
     def forward(self, student: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> Tensor:
         """The loss.
@@ -141,22 +123,13 @@ class ATLoss(nn.Module):
         Raises:
             AFDSError: a layer that the student lacks, or unequally many stages; and as `at_loss`.
         """
-        if missing := [name for name in self.names if name not in student]:
-            raise AFDSError(f"The student's features lack {missing[0]}; they hold {', '.join(student) or 'nothing'}.")
-        if any(name not in source for name in self.names):
-            if len(source) != len(self.names):
-                raise AFDSError(
-                    f"The teacher gives {len(source)} maps for {len(self.names)} of the student; give one per stage."
-                )
-            source = dict(zip(self.names, source.values(), strict=True))
         terms = []
-        for name in self.names:
-            a, b = student[name], source[name]
-            # A teacher of another width has no counterparts to the student's channels.
-            if name in self.alive and not bool(self.alive[name].all()) and a.shape[1] == b.shape[1]:
-                keep = self.alive[name].to(a.device).nonzero().flatten()
-                # Zero channels add nothing to the student's energy, whose scale the norm takes out.
-                b = b.index_select(1, keep)
+        for name, a, b in self.matched(student, source):
+            flags = self.flags(name, a)
+            # Zero channels add nothing to the student's energy, whose scale the norm takes out. A teacher of another
+            # width has no counterparts to the student's channels.
+            if flags is not None and a.shape[1] == b.shape[1]:
+                b = b.index_select(1, flags.nonzero().flatten())
             terms.append(at_loss(a, b, mode=self.mode))
         return torch.stack(terms).sum()
 

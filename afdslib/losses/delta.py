@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from afdslib.backbones import classifier_name
 from afdslib.base.errors import AFDSError
 from afdslib.losses import _checks
-from afdslib.losses._maps import full_precision
+from afdslib.losses._maps import LayerLoss, full_precision
 from afdslib.losses.term import TERMS, Axis, Batch, Term, TermContext
 
 __all__ = ["DELTALoss", "channel_weights", "fit_classifier", "uniform_weights"]
@@ -31,54 +31,23 @@ def uniform_weights(shapes: Mapping[str, tuple[int, int, int]]) -> dict[str, Ten
     return {name: torch.full((shape[0],), 1 / shape[0]) for name, shape in shapes.items()}
 
 
-class DELTALoss(nn.Module):
+class DELTALoss(LayerLoss):
     """sum over layers of C/(2HW) sum over channels of w_c |f_student - f_source|_2^2, mean over the batch.
 
     The public code sums over the batch [code], so its alpha = 0.01 at batch 64 is 0.64 here. The term b/2 |v|^2 of
-    the classifier is `l2sp.classifier_l2`.
+    the classifier is the optimiser's weight decay.
 
     Args:
         weights: (C,) of each layer, at least 0: `channel_weights` or `uniform_weights`.
 
-    Attributes:
-        alive: What `set_alive` was given, on the weights' device.
     """
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        if not weights:
-            raise AFDSError("DELTA was given no layer; give the channel weights of at least one.")
-        self.names = list(weights)
+        super().__init__(weights, "DELTA")
         for i, (name, w) in enumerate(weights.items()):
             if w.ndim != 1 or not bool(torch.isfinite(w).all()) or bool((w < 0).any()):
                 raise AFDSError(f"The channel weights of {name} are not a vector of finite numbers of at least 0.")
             self.register_buffer(f"weight{i}", w.detach().clone())
-        self.alive: dict[str, Tensor] | None = None
-
-    def set_alive(self, alive: Mapping[str, Tensor] | None) -> None:
-        """Leaves channels out of the sum, such as those a pruned target no longer has.
-
-        Args:
-            alive: (C,) of bool for some or all layers, False for a channel to leave out; None: all count. The
-                weights of the others stay as they are.
-        """
-        if alive is None:
-            self.alive = None
-            return
-        masks = {}
-        for name, mask in alive.items():
-            if name not in self.names:
-                raise AFDSError(f"DELTA has no layer {name!r} to mask; it has {', '.join(self.names)}.")
-            w = self._weight(name)
-            if mask.shape != w.shape or mask.dtype != torch.bool:
-                raise AFDSError(
-                    f"The mask of {name} is {mask.dtype} of shape {tuple(mask.shape)}; give bool of {tuple(w.shape)}."
-                )
-            masks[name] = mask.detach().to(w.device)
-        self.alive = masks
-
-    def _weight(self, name: str) -> Tensor:
-        return self.get_buffer(f"weight{self.names.index(name)}")
 
     def forward(self, student: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> Tensor:
         """The loss.
@@ -90,19 +59,17 @@ class DELTALoss(nn.Module):
         Raises:
             AFDSError: a missing layer, another shape, an empty map, a source with gradient, NaN (on the CPU).
         """
-        return torch.stack([self._layer(name, student, source) for name in self.names]).sum()
+        layers = enumerate(self.matched(student, source))
+        return torch.stack([self._layer(name, a, b, self.get_buffer(f"weight{i}")) for i, (name, a, b) in layers]).sum()
 
-    def _layer(self, name: str, student: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> Tensor:
-        for who, maps in (("student", student), ("source", source)):
-            if name not in maps:
-                raise AFDSError(f"The {who}'s features lack {name}; they hold {', '.join(maps) or 'nothing'}.")
-        a, b, w = student[name], source[name], self._weight(name)
+    def _layer(self, name: str, a: Tensor, b: Tensor, w: Tensor) -> Tensor:
         _checks.pair(a, b, f"feature map {name}")
         _checks.same_shape(a, b, f"feature map {name}")
         if a.shape[1] != w.shape[0]:
             raise AFDSError(f"The feature map {name} has {a.shape[1]} channels and DELTA holds {w.shape[0]} weights.")
-        if self.alive is not None and name in self.alive:
-            w = w * self.alive[name].to(w.device)
+        flags = self.flags(name, w)
+        if flags is not None:
+            w = w * flags
         energy = (full_precision(a) - full_precision(b)).square().sum((2, 3)).mean(0)
         channels, height, width = a.shape[1:]
         loss = channels / (2 * height * width) * (w.to(energy) * energy).sum()
@@ -148,7 +115,6 @@ def channel_weights(
     names: Sequence[str],
     loader: Iterable[tuple[Tensor, Tensor]],
     *,
-    device: torch.device | str | None = None,
     temperature: float = 5.0,
 ) -> dict[str, Tensor]:
     """softmax(z / 5) over a layer's channels, z the standardised increase of the loss when the channel is removed.
@@ -166,20 +132,19 @@ def channel_weights(
         model: The source network with a classifier for the loader's classes: `fit_classifier`. Its mode is restored.
         names: Layers, in any order.
         loader: (images, class indices); training images, of course.
-        device: Where to run; the model's own device if None.
         temperature: The 5.
 
     Returns:
         name -> (C,) float32 on the CPU, summing to 1.
 
     Raises:
-        AFDSError: an unknown layer, an empty loader, a loss that is not finite.
+        AFDSError: an unknown layer, an empty loader, targets that are no classes, a loss that is not finite.
     """
     modules = dict(model.named_modules())
     for name in names:
         if name not in modules:
             raise AFDSError(f"The network has no layer {name!r} to weigh the channels of.")
-    device = torch.device(device) if device is not None else next(model.parameters()).device
+    device = next(model.parameters()).device
     increase: dict[str, Tensor] = {}
     was_training, count = model.training, 0
     model.eval()
@@ -188,7 +153,9 @@ def channel_weights(
             for images, target in loader:
                 images, target = images.to(device), target.to(device)
                 count += len(target)
-                whole = F.cross_entropy(model(images), target, reduction="sum").double()
+                logits = model(images)
+                _checks.targets(target, logits)
+                whole = F.cross_entropy(logits, target, reduction="sum").double()
                 for name in names:
                     ablated = _ablated_losses(model, modules[name], images, target)
                     increase[name] = increase.get(name, 0) + (ablated - whole)
@@ -263,7 +230,6 @@ def fit_classifier(
     *,
     weight_decay: float = 1e-4,
     iterations: int = 100,
-    device: torch.device | str | None = None,
 ) -> float:
     """Fits the last linear layer alone on frozen features, in place; what DELTA does before it weighs the channels.
 
@@ -275,14 +241,13 @@ def fit_classifier(
         loader: (images, class indices), in any order.
         weight_decay: Weight of |v|^2 / 2.
         iterations: Of L-BFGS, at most.
-        device: Where to run; the model's own device if None.
 
     Returns:
         The cross-entropy reached.
     """
     head = model.get_submodule(classifier_name(model))
     assert isinstance(head, nn.Linear)
-    device = torch.device(device) if device is not None else next(model.parameters()).device
+    device = next(model.parameters()).device
     features: list[Tensor] = []
     targets: list[Tensor] = []
     handle = head.register_forward_pre_hook(lambda _module, args: features.append(args[0].detach()))
@@ -291,7 +256,7 @@ def fit_classifier(
     try:
         with torch.no_grad():
             for images, target in loader:
-                model(images.to(device))
+                _checks.targets(target, model(images.to(device)))
                 targets.append(target.to(device))
     finally:
         handle.remove()
@@ -307,9 +272,8 @@ def fit_classifier(
 
     def closure() -> Tensor:
         solver.zero_grad()
-        loss = (
-            F.cross_entropy(head(x), y) + weight_decay / 2 * torch.stack([p.square().sum() for p in parameters]).sum()
-        )
+        squares = torch.stack([p.square().sum() for p in parameters]).sum()
+        loss = F.cross_entropy(head(x), y) + weight_decay / 2 * squares
         loss.backward()
         return loss
 

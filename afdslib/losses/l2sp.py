@@ -14,18 +14,7 @@ from afdslib.base import checks
 from afdslib.base.errors import AFDSError
 from afdslib.losses.term import TERMS, Axis, Batch, Term, TermContext
 
-__all__ = ["L2SP", "classifier_l2", "l2_loss"]
-
-
-def l2_loss(parameters: Iterable[Tensor], weight: float) -> Tensor:
-    """weight / 2 times the sum of squares of all the parameters."""
-    terms = [p.square().sum() for p in parameters]
-    return weight / 2 * torch.stack(terms).sum()
-
-
-def classifier_l2(model: nn.Module, beta: float, *, classifier: str | None = None) -> Tensor:
-    """beta / 2 |v|^2 with v the parameters of the classifier: the second term of L2-SP and DELTA."""
-    return l2_loss(model.get_submodule(classifier or classifier_name(model)).parameters(), beta)
+__all__ = ["L2SP"]
 
 
 class L2SP(nn.Module):
@@ -40,23 +29,16 @@ class L2SP(nn.Module):
         alpha: Weight of the distance to the starting point, at least 0.
         beta: Weight of the plain decay of v, at least 0.
         reference: Starting point by parameter name, if it is not what the model holds now; parameters it lacks are v.
-        classifier: Name of the classifier; found if not given.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        *,
-        alpha: float,
-        beta: float,
-        reference: Mapping[str, Tensor] | None = None,
-        classifier: str | None = None,
+        self, model: nn.Module, *, alpha: float, beta: float, reference: Mapping[str, Tensor] | None = None
     ) -> None:
         super().__init__()
         checks.number("alpha of L2-SP", alpha, least=0)
         checks.number("beta of L2-SP", beta, least=0)
         self.alpha, self.beta = alpha, beta
-        head = f"{classifier or classifier_name(model)}."
+        head = f"{classifier_name(model)}."
         start = dict(model.named_parameters()) if reference is None else reference
         self.names = [n for n, _ in model.named_parameters() if not n.startswith(head) and n in start]
         if not self.names:
@@ -65,9 +47,9 @@ class L2SP(nn.Module):
         self._model = (model,)
         for i, name in enumerate(self.names):
             self.register_buffer(f"start{i}", start[name].detach().clone())
-        self._check()
+        self._own()
 
-    def _check(self) -> None:
+    def _own(self) -> dict[str, Tensor]:
         own = dict(self._model[0].named_parameters())
         for i, name in enumerate(self.names):
             if name not in own or own[name].shape != self.get_buffer(f"start{i}").shape:
@@ -76,15 +58,20 @@ class L2SP(nn.Module):
                     f"L2-SP holds {name} of shape {tuple(self.get_buffer(f'start{i}').shape)} and the model's is "
                     f"{shape}; make the loss anew for the network that is trained."
                 )
+        return own
 
     def forward(self) -> dict[str, Tensor]:
         """{"l2sp": alpha / 2 |w - w0|^2, "l2": beta / 2 |v|^2}, scalars, weights included."""
-        self._check()
-        own = dict(self._model[0].named_parameters())
+        own = self._own()
         starts = (self.get_buffer(f"start{i}") for i in range(len(self.names)))
         distances = [own.pop(name) - start for name, start in zip(self.names, starts, strict=True)]
-        decay = l2_loss(own.values(), self.beta) if self.beta else distances[0].new_zeros(())
-        return {"l2sp": l2_loss(distances, self.alpha), "l2": decay}
+        decay = _half_squares(own.values(), self.beta) if self.beta else distances[0].new_zeros(())
+        return {"l2sp": _half_squares(distances, self.alpha), "l2": decay}
+
+
+def _half_squares(parameters: Iterable[Tensor], weight: float) -> Tensor:
+    """weight / 2 times the sum of squares."""
+    return weight / 2 * torch.stack([p.square().sum() for p in parameters]).sum()
 
 
 @TERMS.register

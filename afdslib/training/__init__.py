@@ -14,20 +14,9 @@ from afdslib.training.loop import (
     monitor_gates,
     processes,
     recalibrate,
-)
+)  # fmt: skip
 
 __all__ = [
-    "Evaluation",
-    "Optimisation",
-    "autocast",
-    "batches_from",
-    "cores",
-    "device",
-    "evaluate",
-    "first",
-    "first_batches",
-    "fit",
-    "monitor_gates",
-    "processes",
-    "recalibrate",
-]
+    "Evaluation", "Optimisation", "autocast", "batches_from", "cores", "device", "evaluate", "first", "first_batches",
+    "fit", "monitor_gates", "processes", "recalibrate",
+]  # fmt: skip

@@ -3,7 +3,7 @@
 `torchrun` or `fabric run` starts the processes, never a call from here. Each holds the whole network and computes an
 equal share of every batch; Lightning Fabric averages the gradients (DistributedDataParallel). With the same batch in
 all, N processes take the steps that one would take, up to rounding: the order of the images does not depend on N, and
-batch norm normalises by the whole batch.
+batch norm normalises by the whole batch. (Random draws inside the network, as of dropout, are each process's own.)
 """
 
 from __future__ import annotations
@@ -30,21 +30,9 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 __all__ = [
-    "Follower",
-    "average",
-    "average_gradients",
-    "fabric",
-    "get_or_run",
-    "joined",
-    "launched",
-    "leads",
-    "local_world",
-    "rank",
-    "share",
-    "synchronised_norms",
-    "total",
-    "world",
-]
+    "Follower", "average", "average_gradients", "fabric", "get_or_run", "joined", "launched", "leads", "local_world",
+    "rank", "share", "synchronised_norms", "total", "world",
+]  # fmt: skip
 
 
 def launched() -> int:
@@ -203,8 +191,8 @@ def _synchronised(norm: _BatchNorm, x: Tensor) -> Tensor:
     """What takes the place of a batch norm's `forward`."""
     if not norm.training:
         return type(norm).forward(norm, x)
-    size = x.shape[1]
-    weight = norm.weight if norm.weight is not None else x.new_ones(size, dtype=torch.float64).to(_wide(x))
+    size, wide = x.shape[1], torch.promote_types(x.dtype, torch.float32)
+    weight = norm.weight if norm.weight is not None else torch.ones(size, device=x.device, dtype=wide)
     bias = norm.bias if norm.bias is not None else torch.zeros_like(weight)
     out, mean, variance = _Normalise.apply(x, weight, bias, norm.eps)
     if norm.track_running_stats and norm.running_mean is not None and norm.running_var is not None:
@@ -216,10 +204,6 @@ def _synchronised(norm: _BatchNorm, x: Tensor) -> Tensor:
             norm.running_mean.lerp_(mean.to(norm.running_mean), momentum)
             norm.running_var.lerp_((variance * (count / max(1, count - 1))).to(norm.running_var), momentum)
     return out
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 @contextmanager

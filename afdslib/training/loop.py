@@ -6,9 +6,7 @@ import copy
 import itertools
 import math
 import os
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,11 +20,15 @@ from afdslib.afs import macs
 from afdslib.afs.graph import eval_mode
 from afdslib.afs.layer import AFSConvBN
 from afdslib.afs.masks import collect_statistics
+from afdslib.base import checks
 from afdslib.base.cpu import fast_bf16, safe_gradients
-from afdslib.base.errors import AFDSError, DivergedError
+from afdslib.base.errors import AFDSError
 from afdslib.training import distributed
+from afdslib.training.curve import Curve, Progress, Throttle
 
 if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
     from afdslib.runs import Run
     from afdslib.training.objective import Objective
 
@@ -84,13 +86,15 @@ class Optimisation:
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 0), ("batch_size", 1), ("log_rows", 1), ("recalibrate", 0)):
-            value = getattr(self, name)
-            if not (isinstance(value, int) and not isinstance(value, bool) and value >= least):
-                raise AFDSError(f"{name} must be a whole number of at least {least}, got {value!r}")
-        if self.precision not in _PRECISIONS:
-            raise AFDSError(f"precision must be one of {', '.join(_PRECISIONS)}, got {self.precision!r}")
-        if self.schedule not in ("step", "cosine", "milestones"):
-            raise AFDSError(f"schedule must be 'step', 'cosine' or 'milestones', got {self.schedule!r}")
+            checks.whole(name, getattr(self, name), least)
+        checks.choice("precision", self.precision, _PRECISIONS)
+        checks.choice("schedule", self.schedule, ("step", "cosine", "milestones"))
+        for name in ("lr", "predictor_lr"):
+            checks.number(name, getattr(self, name), above=0)
+        for name in ("momentum", "warmup", "label_smoothing"):
+            checks.number(name, getattr(self, name), least=0, below=1)
+        for name in ("milestone", "drop", "second_half"):
+            checks.number(name, getattr(self, name), least=0, most=1)
         shares = self.milestones
         rising = all(x < y for x, y in zip((0.0, *shares), (*shares, 1.0), strict=True))
         if bool(shares) != (self.schedule == "milestones") or (shares and not rising):
@@ -98,18 +102,6 @@ class Optimisation:
                 f"milestones must be increasing shares between 0 and 1 for the schedule 'milestones' and empty for the "
                 f"others, got {shares!r} for {self.schedule!r}"
             )
-        for name in ("lr", "predictor_lr"):
-            value = getattr(self, name)
-            if not (isinstance(value, (int, float)) and 0 < value < math.inf):
-                raise AFDSError(f"{name} must be a positive number, got {value!r}")
-        for name in ("momentum", "warmup", "label_smoothing"):
-            value = getattr(self, name)
-            if not (isinstance(value, (int, float)) and 0 <= value < 1):
-                raise AFDSError(f"{name} must be a number in [0, 1), got {value!r}")
-        for name in ("milestone", "drop", "second_half"):
-            value = getattr(self, name)
-            if not (isinstance(value, (int, float)) and 0 <= value <= 1):
-                raise AFDSError(f"{name} must be a number in [0, 1], got {value!r}")
         if self.nesterov and not self.momentum:
             raise AFDSError("nesterov needs a momentum above 0, such as 0.9")
 
@@ -155,8 +147,8 @@ def autocast(where: torch.device, precision: str) -> Iterator[None]:
 def workers(dataset: data.ImageDataset) -> int:
     """Loader processes: none for images in memory, else one per core (shared by this machine's processes) up to 8."""
     images = dataset
-    while isinstance(images, _Some):
-        images = images.dataset
+    while isinstance(images, _Subset):
+        images = images.dataset  # type: ignore[assignment]
     return 0 if isinstance(images, data.ArrayImages) else max(1, min(8, cores() // distributed.local_world()))
 
 
@@ -204,11 +196,11 @@ def evaluate(
     if distributed.world() > 1:
         if count_macs:
             raise AFDSError("MACs are not counted by several processes; evaluate in one")
-        part = _Part(dataset, distributed.rank(), distributed.world())
+        part = _Subset(dataset, range(distributed.rank(), len(dataset), distributed.world()))
     meter = macs.Meter(model) if count_macs else None
     with eval_mode(model), torch.no_grad(), autocast(where, precision), meter or nullcontext():
         for images, labels in data.loader(part, batch_size, workers=workers(dataset)):
-            logits = model(_to(images, where, channels_last=True, precision=precision)).float().cpu()
+            logits = model(_to(images, where, Optimisation(0, precision=precision))).float().cpu()
             near += int((logits.topk(min(5, classes)).indices == labels[:, None]).sum())
             loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
             pairs = labels * classes + logits.argmax(1)
@@ -256,45 +248,28 @@ def monitor_gates(model: nn.Module, dataset: data.ImageDataset, *, images: int =
     }
 
 
-class _Some(torch.utils.data.Dataset):
-    """Some images of a split."""
+class _Subset(torch.utils.data.Subset):
+    """Images of a split at some positions."""
 
-    def __init__(self, dataset: data.ImageDataset, indices: list[int]):
-        self.dataset, self.indices = dataset, indices
+    def __init__(self, dataset: data.ImageDataset, positions: Sequence[int]):
+        super().__init__(dataset, positions)  # type: ignore[arg-type]
         self.classes, self.size = dataset.classes, dataset.size
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.dataset[self.indices[index]]
-
-    def __getitems__(self, indices: list[int]) -> Any:
-        return self.dataset.__getitems__([self.indices[i] for i in indices])
-
-
-class _First(_Some):
-    """Evenly spaced images of a split, so that every class is among them."""
-
-    def __init__(self, dataset: data.ImageDataset, images: int, shuffle: int | None = None):
-        count = min(images, len(dataset))
-        positions = [i * len(dataset) // count for i in range(count)]
-        if shuffle is not None:
-            order = torch.randperm(count, generator=torch.Generator().manual_seed(shuffle))
-            positions = [positions[i] for i in order.tolist()]
-        super().__init__(dataset, positions)
-
-
-class _Part(_Some):
-    """Every n-th image of a split: one process's part of an evaluation."""
-
-    def __init__(self, dataset: Any, rank: int, world: int):
-        super().__init__(dataset, list(range(rank, len(dataset), world)))
 
 
 def first(dataset: data.ImageDataset, images: int, *, shuffle: int | None = None) -> Any:
-    """A fixed subset of a split: at most `images`, evenly spaced; in the random order of a seed, if one is given."""
-    return _First(dataset, images, shuffle)
+    """A fixed subset of a split: at most `images`, evenly spaced, so that every class is among them.
+
+    Args:
+        dataset: the split.
+        images: how many.
+        shuffle: a seed whose random order they are in; default: the split's own order.
+    """
+    count = min(images, len(dataset))
+    positions = [i * len(dataset) // count for i in range(count)]
+    if shuffle is not None:
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(shuffle))
+        positions = [positions[i] for i in order.tolist()]
+    return _Subset(dataset, positions)
 
 
 @torch.no_grad()
@@ -311,7 +286,7 @@ def recalibrate(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], prec
         model.train()
         with autocast(where, precision):
             for images, _ in batches:
-                model(_to(images, where, channels_last=True))
+                model(_to(images, where))
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
@@ -322,10 +297,11 @@ def recalibrate(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], prec
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-def _to(images: Tensor, where: torch.device, *, channels_last: bool, precision: str = "fp32") -> Tensor:
+def _to(images: Tensor, where: torch.device, settings: Optimisation | None = None) -> Tensor:
+    """Images on the device in the type and memory format of a stage; default: float32, channels last."""
     images = images.to(where, non_blocking=True)
-    images = images.double() if precision == "fp64" else images
-    return images.contiguous(memory_format=torch.channels_last) if channels_last else images
+    images = images.double() if settings and settings.precision == "fp64" else images
+    return images.contiguous(memory_format=torch.channels_last) if not settings or settings.channels_last else images
 
 
 def _batches(dataset: data.ImageDataset, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -378,26 +354,37 @@ def _groups(model: nn.Module, objective: Objective, settings: Optimisation) -> l
     groups: dict[str, list[nn.Parameter]] = {"backbone": [], "classifier": [], "predictors": []}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            kind = (
-                "classifier"
-                if id(parameter) in classifier
-                else "predictors"
-                if id(parameter) in predictors
-                else "backbone"
-            )
-            groups[kind].append(parameter)
-    extra = [p for p in objective.parameters() if p.requires_grad]
-    wanted = [
-        ("backbone", groups["backbone"], 1.0, objective.weight_decay),
-        ("classifier", groups["classifier"], 1.0, objective.classifier_decay),
-        ("predictors", groups["predictors"], settings.predictor_lr, objective.weight_decay),
-        ("objective", extra, 1.0, 0.0),
-    ]
+            backbone = "predictors" if id(parameter) in predictors else "backbone"
+            groups["classifier" if id(parameter) in classifier else backbone].append(parameter)
+    groups["objective"] = [p for p in objective.parameters() if p.requires_grad]
+    decays = {"classifier": objective.classifier_decay, "objective": 0.0}
+    scales = {"predictors": settings.predictor_lr}
     return [
-        {"params": params, "lr": settings.lr * scale, "scale": scale, "weight_decay": decay, "name": name}
-        for name, params, scale, decay in wanted
+        {
+            "params": params, "lr": settings.lr * scales.get(name, 1.0), "scale": scales.get(name, 1.0),
+            "weight_decay": decays.get(name, objective.weight_decay), "name": name,
+        }
+        for name, params in groups.items()
         if params
-    ]
+    ]  # fmt: skip
+
+
+def _set_up(model: nn.Module, objective: Objective, settings: Optimisation, seed: int) -> tuple[Fabric, nn.Module, Any]:
+    """Network, objective and a new optimiser on the device of this process; torch's generator at the seed."""
+    fabric = distributed.fabric(_PRECISIONS[settings.precision])
+    where, dtype = fabric.device, torch.float64 if settings.precision == "fp64" else None
+    torch.manual_seed(seed)
+    if settings.precision == "fp16" and where.type == "cpu":
+        raise AFDSError("precision 'fp16' needs a GPU; use bf16 or fp32 on this CPU")
+    if distributed.world() > 1 and not objective.calls_wrapper:
+        raise AFDSError("the objective differentiates the network twice, which several processes cannot share; use one")
+    layout = torch.channels_last if settings.channels_last else torch.preserve_format
+    model.to(device=where, dtype=dtype, memory_format=layout)  # type: ignore[call-overload]
+    objective.place(where, dtype)
+    optimiser = torch.optim.SGD(
+        _groups(model, objective, settings), lr=settings.lr, momentum=settings.momentum, nesterov=settings.nesterov
+    )
+    return fabric, *fabric.setup(model, optimiser)
 
 
 @torch.enable_grad()  # a notebook's look at a network may be what computes the run
@@ -414,10 +401,9 @@ def fit(
     evaluation: Callable[[], Mapping[str, float]] | None = None,
     label: str = "",
 ) -> nn.Module:
-    """Trains a network in place, resuming from the run's checkpoint if there is one.
+    """Trains a network in place and returns it, resuming from the run's checkpoint if there is one.
 
-    Called by every process that a launcher started, it trains one network with all of them: each takes its share of
-    every batch, and the first writes. Their random draws inside the network (dropout) are not those of one process.
+    Every process that a launcher started calls it: each takes its share of every batch, and the first writes.
 
     Args:
         model: the network; moved to the accelerator if there is one.
@@ -427,202 +413,96 @@ def fit(
         run: where checkpoints and the learning curve go.
         seed: of data order and augmentation; also of torch's generator during the stage.
         monitor: training images under the test-time transform, for the gates' warning signs.
-        events: called before the step of their key, for instance a mask update; what they return is logged.
-        evaluation: called for each row of the learning curve; what it returns is logged.
+        events: called before the step of their key, for instance a mask update, and logged.
+        evaluation: called for each row of the learning curve, and logged.
         label: for the progress display.
-
-    Returns:
-        The network, on the device it was trained on.
 
     Raises:
         AFDSError: when the loss is not finite, naming the step and the term; nothing of that step is saved.
     """
-    fabric = distributed.fabric(_PRECISIONS[settings.precision])
-    torch.manual_seed(seed)
-    if settings.precision == "fp16" and fabric.device.type == "cpu":
-        raise AFDSError("precision 'fp16' needs a GPU; use bf16 or fp32 on this CPU")
-    events = dict(events or {})
-    layout = torch.channels_last if settings.channels_last else torch.preserve_format
-    model.to(device=fabric.device, memory_format=layout)  # type: ignore[call-overload]
-    wide = torch.float64 if settings.precision == "fp64" else torch.float32
-    if wide == torch.float64:
-        model.double()
-    objective.place(fabric.device, wide if wide == torch.float64 else None)
-    if distributed.world() > 1 and not objective.calls_wrapper:
-        raise AFDSError("the objective differentiates the network twice, which several processes cannot share; use one")
-    optimiser = torch.optim.SGD(
-        _groups(model, objective, settings), lr=settings.lr, momentum=settings.momentum, nesterov=settings.nesterov
-    )
-    wrapped, optimiser = fabric.setup(model, optimiser)
-    own = list(objective.parameters())  # unknown to the wrapper
-    scaler = fabric.strategy.precision
-
-    state = run.load_checkpoint()
-    step = 0
-    if state is not None:
-        with run.restoring():
-            model.load_state_dict(state["model"])
-            objective.load_state_dict(state["objective"])
-            optimiser.load_state_dict(state["optimiser"])
-            scaler.load_state_dict(state["scaler"])
-            step = state["step"]
-        objective.masks_changed(model)
-        _restore_rng(state["rng"])
-        run.truncate_log(step)
-
-    def save() -> None:
-        run.save_checkpoint(
-            {
-                "step": step,
-                "model": model.state_dict(),
-                "objective": objective.state_dict(),
-                "optimiser": optimiser.state_dict(),
-                "scaler": scaler.state_dict(),
-                "rng": _rng_state(),
-            }
-        )
-
+    fabric, wrapped, optimiser = _set_up(model, objective, settings, seed)
+    # A run that was interrupted goes on from its last checkpoint.
+    parts = {"model": model, "objective": objective, "optimiser": optimiser, "scaler": fabric.strategy.precision}
+    step = _resume(run, parts, model, objective)
     per_epoch = len(_batches(dataset, settings.batch_size, seed, 0))
     rows = {round((i + 1) * settings.steps / settings.log_rows) for i in range(settings.log_rows)} | {settings.steps}
-    progress = _Progress(label or run.id, settings.steps, step, silent=distributed.rank() > 0)
-    pending: list[Tensor] = []
-    looked_at = 0
-    names: list[str] = []
-    correct = seen = 0
-    happened: dict[str, float] = {}
-    checkpoints = _Throttle(seconds=30)
-    stream = batches_from(dataset, settings.batch_size, seed, step)
+    progress = Progress(label or run.id, settings.steps, step, silent=distributed.rank() > 0)
+    curve, checkpoints, stream = Curve(), Throttle(30), batches_from(dataset, settings.batch_size, seed, step)
     model.train()
-    safe = safe_gradients(model, fabric.device)
     while step < settings.steps:
-        if step in events:
-            happened.update(events[step]())
+        # What is to happen before this step, such as a mask update.
+        if step in (events or {}):
+            curve.happened.update(events[step]())  # type: ignore[index]
             model.train()
-        factor = settings.factor(step)
+        # The learning rate of this step.
         for group in optimiser.param_groups:
-            group["lr"] = settings.lr * group["scale"] * factor
-        epoch, (images, labels) = next(stream)
-        images = _to(images, fabric.device, channels_last=settings.channels_last, precision=settings.precision)
-        labels = labels.to(fabric.device, non_blocking=True)
-        try:
-            half = fast_bf16(fabric.device, settings.precision)
-            with safe, half, fabric.autocast(), distributed.synchronised_norms(model, settings.sync_norm):
-                loss, terms, logits = objective(wrapped, images, labels, step)
-        except AFDSError as error:  # a term that refuses its input does not know the step
-            raise type(error)(f"the loss cannot be computed at step {step + 1}: {error}") from error
+            group["lr"] = settings.lr * group["scale"] * settings.factor(step)
+        # The next batch: a function of seed and step alone.
+        images, labels = next(stream)[1]
+        images, labels = _to(images, fabric.device, settings), labels.to(fabric.device, non_blocking=True)
+        # The loss and its terms.
+        with _forward(fabric, model, settings, step):
+            loss, terms, logits = objective(wrapped, images, labels, step)
+        # Its gradient, and one step against it.
         optimiser.zero_grad()
         fabric.backward(loss)
-        distributed.average_gradients(own)
+        distributed.average_gradients(objective.parameters())  # unknown to the wrapper
         optimiser.step()
         step += 1
-        names = ["loss", *terms]
-        pending.append(torch.stack([loss.detach().to(wide), *(t.detach().to(wide) for t in terms.values())]))
-        correct = correct + (logits.detach().argmax(1) == labels).sum()
-        seen += len(labels)
-        # On a GPU, looking at the loss waits for it; so it is looked at every 50 steps, and the step is still named.
-        if fabric.device.type == "cpu" or len(pending) - looked_at >= 50 or step in rows:
-            pending[looked_at:] = distributed.average(torch.stack(pending[looked_at:])).unbind()
-            _refuse_non_finite(pending[looked_at:], names, step, optimiser.param_groups[0]["lr"])
-            looked_at = len(pending)
+        # The learning curve. On a GPU, looking at the loss waits for it, so it is looked at every 50 steps.
+        curve.add(loss, terms, logits, labels)
+        if fabric.device.type == "cpu" or curve.unseen >= 50 or step in rows:
+            curve.refuse_non_finite(step, optimiser.param_groups[0]["lr"])
         if step in rows:
-            means = torch.stack(pending).double().mean(0).tolist()
-            row: dict[str, float] = {"step": step, "epoch": step / per_epoch, "lr": settings.lr * factor}
-            right = distributed.average(torch.as_tensor(correct, dtype=torch.float64))
-            row |= dict(zip(names, means, strict=True)) | {"train_accuracy": float(right) / seen}
-            row |= objective.diagnostics(model) | happened
-            if monitor is not None:
-                row |= monitor_gates(model, monitor)
-            if evaluation is not None:
-                row |= evaluation()
+            row = {"step": step, "epoch": step / per_epoch, "lr": settings.lr * settings.factor(step - 1)}
+            row |= curve.means() | objective.diagnostics(model) | curve.happened
+            row |= ({} if monitor is None else monitor_gates(model, monitor)) | (evaluation() if evaluation else {})
             run.log(row)
             progress.row(row)
-            pending, looked_at, correct, seen, happened = [], 0, 0, 0, {}
+            curve = Curve()
             model.train()
-            # Only here, where no partial sums are pending, does a resumed run log the same rows.
+            # Only here, fabric.device no partial sums are pending, does a resumed run log the same rows.
             if step < settings.steps and checkpoints.due():
-                save()
+                _save(run, step, parts)
         progress.step(step)
     progress.close()
     return model
 
 
-def _refuse_non_finite(pending: list[Tensor], names: list[str], step: int, lr: float) -> None:
-    values = torch.stack(pending)
-    if bool(values.isfinite().all()):
-        return
-    index = int((~values.isfinite().all(1)).nonzero()[0])
-    bad = [names[i] for i in (~values[index].isfinite()).nonzero().flatten().tolist() if names[i] != "loss"] or ["loss"]
-    value = float(values[index][names.index(bad[0])])
-    raise DivergedError(
-        f"the loss term {bad[0]!r} is {value} at step {step - len(pending) + index + 1} (learning rate {lr:g}); lower "
-        "the learning rate or the term's strength, or use fp32"
-    )
+@contextmanager
+def _forward(fabric: Fabric, model: nn.Module, settings: Optimisation, step: int) -> Iterator[None]:
+    """A block for the pass of a step: its precision, the batch norms of all processes, and errors that name it."""
+    half, safe = fast_bf16(fabric.device, settings.precision), safe_gradients(model, fabric.device)
+    try:
+        with safe, half, fabric.autocast(), distributed.synchronised_norms(model, settings.sync_norm):
+            yield
+    except AFDSError as error:  # a term that refuses its input does not know the step
+        raise type(error)(f"the loss cannot be computed at step {step + 1}: {error}") from error
 
 
-class _Throttle:
-    """True at most once in so many seconds, so that short runs are not slowed down by checkpoints."""
-
-    def __init__(self, seconds: float):
-        self._clock, self._seconds = time.monotonic, seconds
-        self._last = self._clock()
-
-    def due(self) -> bool:
-        now = self._clock()
-        if now - self._last < self._seconds:
-            return False
-        self._last = now
-        return True
-
-
-def _rng_state() -> dict[str, Any]:
-    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
+def _save(run: Run, step: int, parts: Mapping[str, Any]) -> None:
+    """Writes the checkpoint that `_resume` reads."""
+    rng = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
+        rng["cuda"] = torch.cuda.get_rng_state()
+    run.save_checkpoint({"step": step, **{name: part.state_dict() for name, part in parts.items()}, "rng": rng})
 
 
-def _restore_rng(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+def _resume(run: Run, parts: Mapping[str, Any], model: nn.Module, objective: Objective) -> int:
+    """Puts a run's checkpoint, if there is one, into its parts and torch's generators; returns the step to go on from.
 
-
-class _Progress:
-    """A tqdm bar in a terminal; elsewhere one line on stderr per row of a long stage, one line for a short one."""
-
-    def __init__(self, label: str, steps: int, start: int, *, silent: bool = False):
-        self._label, self._steps, self._long, self._silent = label, steps, steps > 400, silent
-        self._bar = None
-        self._last: Mapping[str, float] = {}
-        if sys.stderr.isatty() and not silent:
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=steps, initial=start, desc=label, mininterval=1, leave=False)
-
-    def step(self, step: int) -> None:
-        if self._bar is not None:
-            self._bar.update(step - self._bar.n)
-
-    def row(self, row: Mapping[str, float]) -> None:
-        self._last = row
-        if self._bar is not None:
-            self._bar.set_postfix(loss=f"{row['loss']:.3f}")
-        elif self._long:
-            self._print()
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        elif self._last and not self._long:
-            self._print()
-
-    def _print(self) -> None:
-        if self._silent:
-            return
-        shown = {
-            k: v
-            for k, v in self._last.items()
-            if k in ("loss", "cross_entropy", "train_accuracy", "validation_accuracy")
-        }
-        values = "  ".join(f"{k} {v:.3f}" for k, v in shown.items())
-        print(f"{self._label}: step {self._last['step']}/{self._steps}  {values}", file=sys.stderr, flush=True)
+    Raises:
+        AFDSError: the checkpoint is of another network.
+    """
+    state = run.load_checkpoint()
+    if state is None:
+        return 0
+    with run.restoring():
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    objective.masks_changed(model)
+    torch.set_rng_state(state["rng"]["cpu"])
+    if "cuda" in state["rng"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["rng"]["cuda"])
+    run.truncate_log(state["step"])
+    return state["step"]

@@ -77,7 +77,7 @@ import afdslib.experiments  # registers the runs
 from afdslib.training import loop
 
 config, id, kills = runs.from_json(json.loads(sys.argv[1])), sys.argv[2], json.loads(sys.argv[3])
-loop._Throttle.due = lambda self: True
+loop.Throttle.due = lambda self: True
 saved, updated = runs.Run.save_checkpoint, afs.update_masks
 
 def die():
@@ -158,7 +158,7 @@ RESUMED = {
 @pytest.mark.parametrize("case", RESUMED)
 def test_an_interrupted_run_resumes_to_the_same_numbers(home, monkeypatch, case):
     """With what a run does beside its steps."""
-    monkeypatch.setattr(loop._Throttle, "due", lambda self: True)
+    monkeypatch.setattr(loop.Throttle, "due", lambda self: True)
     config = RESUMED[case](home)
     whole = runs.get_or_run(config)
     expected = outcome(whole)

@@ -158,7 +158,7 @@ def test_the_weight_stage_of_delta_goes_on_with_the_next_layer_after_a_kill(stor
 
 
 def test_a_pruned_point_resumes_to_the_same_numbers_with_the_channels_it_chose(store, monkeypatch):
-    monkeypatch.setattr(loop._Throttle, "due", lambda self: True)
+    monkeypatch.setattr(loop.Throttle, "due", lambda self: True)
     config = PrunedRun(dense("afd", 0.01), Selection("taylor"), STAGE, (0.6, 0.4))
     whole = runs.get_or_run(config, store=store)
     files = (MODEL, OBJECTIVE, "metrics.csv", "result.json", KEPT)

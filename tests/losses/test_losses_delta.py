@@ -68,7 +68,7 @@ def test_masked_channels_leave_the_sum_and_the_gradient_until_the_mask_is_lifted
     masked.backward()
     assert masked.item() == pytest.approx(_slow_delta(student, source, weights, alive), rel=1e-12)
     assert (student["layer2.0"].grad.abs().sum((0, 2, 3)) > 0).tolist() == alive["layer2.0"].tolist()
-    loss.set_alive(None)
+    loss.set_alive({})
     assert loss(student, source).item() == full
 
 
@@ -150,6 +150,9 @@ def test_fitting_the_classifier_touches_nothing_else_and_reaches_the_optimum():
     assert model.fc.weight.grad.abs().max() < 1e-3  # stationary
 
 
+IMAGES, LABELS = torch.zeros(3, 3, 8, 8), torch.arange(3)
+
+
 @pytest.mark.parametrize(
     "call, words",
     [
@@ -157,8 +160,13 @@ def test_fitting_the_classifier_touches_nothing_else_and_reaches_the_optimum():
         (lambda: DELTALoss({"a": torch.tensor([0.5, -0.5])}), "of at least 0"),
         (lambda: DELTALoss(_weights())({"layer1.0": _features(0)["layer1.0"]}, _features(1)), "lack layer2.0"),
         (lambda: DELTALoss({"layer1.0": torch.ones(2)})(_features(0), _features(1)), "3 channels and DELTA holds 2"),
-        (lambda: DELTALoss(_weights()).set_alive({"x": torch.ones(3, dtype=torch.bool)}), "no layer 'x'"),
-        (lambda: DELTALoss(_weights()).set_alive({"layer1.0": torch.ones(3)}), "give bool of (3,)"),
+        (
+            lambda: DELTALoss(_weights()).set_alive({"x": torch.ones(3, dtype=torch.bool)}),
+            "channels of x are not flags",
+        ),
+        (lambda: DELTALoss(_weights()).set_alive({"layer1.0": torch.ones(3)}), "channels of layer1.0 are not flags"),
+        (lambda: channel_weights(_pretrained()[0], ["layer1.0"], [(IMAGES, LABELS - 1)]), "target -1 is none"),
+        (lambda: fit_classifier(_pretrained()[0], [(IMAGES, LABELS + 1)]), "target 3 is none of the 3 classes"),
         (
             lambda: DELTALoss(_weights())({n: v * math.nan for n, v in _features(0).items()}, _features(1)),
             "Student map of layer1.0 holds 96 values",

@@ -71,7 +71,7 @@ def interrupt(config: PhotoRun, store: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(runs.Run, "save_checkpoint", save)
-        patch.setattr(loop._Throttle, "due", lambda self: True)
+        patch.setattr(loop.Throttle, "due", lambda self: True)
         patch.setattr(loop, "workers", lambda _: 0)
         runs.get_or_run(config, store=store)
 

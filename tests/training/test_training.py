@@ -20,7 +20,7 @@ SIZE = (3, tiny.SIZE, tiny.SIZE)
 
 @pytest.fixture(autouse=True)
 def checkpoint_at_every_row(monkeypatch):
-    monkeypatch.setattr(loop._Throttle, "due", lambda self: True)
+    monkeypatch.setattr(loop.Throttle, "due", lambda self: True)
 
 
 def parameters(model: nn.Module) -> dict[str, torch.Tensor]:

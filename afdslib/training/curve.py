@@ -1,0 +1,111 @@
+"""The learning curve of a stage: sums between its rows, the display, and when a checkpoint is due."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from afdslib.base.errors import DivergedError
+from afdslib.training import distributed
+
+
+class Curve:
+    """What the steps since the last row of the learning curve gave.
+
+    Attributes:
+        happened: what events gave.
+        unseen: steps whose loss was not looked at.
+    """
+
+    def __init__(self) -> None:
+        self.unseen = self.seen = 0
+        self.happened: dict[str, float] = {}
+        self._names: list[str] = []
+        self._steps: list[Tensor] = []
+        self._correct: Tensor | int = 0
+
+    def add(self, loss: Tensor, terms: Mapping[str, Tensor], logits: Tensor, labels: Tensor) -> None:
+        self._names = ["loss", *terms]
+        wide = torch.float64 if loss.dtype == torch.float64 else torch.float32
+        self._steps.append(torch.stack([value.detach().to(wide) for value in (loss, *terms.values())]))
+        self._correct = self._correct + (logits.detach().argmax(1) == labels).sum()
+        self.seen, self.unseen = self.seen + len(labels), self.unseen + 1
+
+    def refuse_non_finite(self, step: int, lr: float) -> None:
+        """Averages the unseen steps over processes, and stops a run that diverges at the step and term of it."""
+        values = distributed.average(torch.stack(self._steps[-self.unseen :]))
+        self._steps[-self.unseen :] = values.unbind()
+        unseen, self.unseen = self.unseen, 0
+        if bool(values.isfinite().all()):
+            return
+        index = int((~values.isfinite().all(1)).nonzero()[0])
+        bad = [n for n, value in zip(self._names, values[index], strict=True) if not value.isfinite() and n != "loss"]
+        name = (bad or ["loss"])[0]
+        raise DivergedError(
+            f"the loss term {name!r} is {float(values[index][self._names.index(name)])} at step "
+            f"{step - unseen + index + 1} (learning rate {lr:g}); lower the learning rate or the term's strength, or "
+            f"use fp32"
+        )
+
+    def means(self) -> dict[str, float]:
+        """Of the loss, its terms and the training accuracy."""
+        right = distributed.average(torch.as_tensor(self._correct, dtype=torch.float64))
+        means = torch.stack(self._steps).double().mean(0).tolist()
+        return dict(zip(self._names, means, strict=True)) | {"train_accuracy": float(right) / self.seen}
+
+
+class Throttle:
+    """True at most once in so many seconds, so that short runs are not slowed down by checkpoints."""
+
+    def __init__(self, seconds: float):
+        self._clock, self._seconds = time.monotonic, seconds
+        self._last = self._clock()
+
+    def due(self) -> bool:
+        now = self._clock()
+        if now - self._last < self._seconds:
+            return False
+        self._last = now
+        return True
+
+
+class Progress:
+    """A tqdm bar in a terminal; elsewhere one line on stderr per row of a long stage, one line for a short one."""
+
+    def __init__(self, label: str, steps: int, start: int, *, silent: bool = False):
+        self._label, self._steps, self._long, self._silent = label, steps, steps > 400, silent
+        self._bar = None
+        self._last: Mapping[str, float] = {}
+        if sys.stderr.isatty() and not silent:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=steps, initial=start, desc=label, mininterval=1, leave=False)
+
+    def step(self, step: int) -> None:
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
+    def row(self, row: Mapping[str, float]) -> None:
+        self._last = row
+        if self._bar is not None:
+            self._bar.set_postfix(loss=f"{row['loss']:.3f}")
+        elif self._long:
+            self._print()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        elif self._last and not self._long:
+            self._print()
+
+    def _print(self) -> None:
+        if self._silent:
+            return
+        known = ("loss", "cross_entropy", "train_accuracy", "validation_accuracy")
+        shown = {name: value for name, value in self._last.items() if name in known}
+        values = "  ".join(f"{k} {v:.3f}" for k, v in shown.items())
+        print(f"{self._label}: step {self._last['step']}/{self._steps}  {values}", file=sys.stderr, flush=True)
