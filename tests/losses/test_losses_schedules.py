@@ -28,14 +28,8 @@ def test_shapes_of_the_four_schedules():
         (lambda: BetaSchedule("step", milestones=(10,)).check(10), "a milestone at 10 and the run ends at 10"),
         (lambda: BetaSchedule(beta="1000"), "beta of the beta schedule must be a number of at least 0, got '1000'"),
         (lambda: BetaSchedule(beta=None), "beta of the beta schedule must be a number of at least 0, got None"),
-        (
-            lambda: BetaSchedule("linear", length="3"),
-            "length of the beta schedule must be",
-        ),
-        (
-            lambda: BetaSchedule("step", milestones=("3",)),
-            "a milestone of the beta schedule must be '3'",
-        ),
+        (lambda: BetaSchedule("linear", length="3"), "length of the beta schedule must be"),
+        (lambda: BetaSchedule("step", milestones=("3",)), "a milestone of the beta schedule must be"),
         (lambda: BetaSchedule("step", milestones=5), "milestones of the beta schedule are 5"),
         (lambda: BetaSchedule("step"), "no milestones"),
         (lambda: BetaSchedule("step", milestones=(5, 5)), "increasing"),
