@@ -38,7 +38,7 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 ProfileName = Annotated[
     str, typer.Option("--profile", help="A study: demo, imagenet32, imagenet32-disjoint, paper; mine: your own images.")
 ]
-Budget = Annotated[str | None, typer.Option(help="How much of the study, e.g. quick or standard.")]
+Scale = Annotated[str | None, typer.Option(help="How much of the study: quick (the default) or standard.")]
 SkipCorrupt = Annotated[bool, typer.Option("--skip-corrupt", help="Go on without images that cannot be decoded.")]
 DataDir = Annotated[str | None, typer.Option(help="Folder with archives or image trees; it may be read-only.")]
 
@@ -61,7 +61,9 @@ def _complain(error: Exception) -> int:
     if isinstance(error, OSError):
         message = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
     elif isinstance(error, _UsageError):
-        message = f"{error.format_message()} See: afds --help"  # type: ignore[attr-defined]
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "afds"
+        message = f"{error.format_message()} See: {command} --help"  # type: ignore[attr-defined]
     else:
         message = str(error)
     print("afds:", re.sub(r"\s*[\r\n]+\s*", " ", message), file=sys.stderr)
@@ -94,7 +96,7 @@ def _options(
 @app.command()
 def run(
     profile: ProfileName,
-    budget: Budget = None,
+    scale: Scale = None,
     data_dir: DataDir = None,
     show: Annotated[bool, typer.Option("--show", help="Show the whole profile and stop.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and what is missing, and stop.")] = False,
@@ -128,25 +130,27 @@ def run(
     own |= {"skip_corrupt": True} if skip_corrupt else {}
     if own and profile != "mine":
         raise AFDSError(f"--{next(iter(own)).replace('_', '-')} is for --profile mine only; leave it out")
-    for name, value in (("budget", budget), ("data_dir", data_dir)):
+    for name, value in (("scale", scale), ("data_dir", data_dir)):
         if value is not None:
             if name in parameters:
                 raise AFDSError(f"{name} is given twice, by --{name.replace('_', '-')} and by --set; give it once")
             parameters[name] = value
     if profile == "mine":
         chosen = _mine(parameters, own, write=not (show or dry_run))
-        profile, parameters = chosen.name, {k: v for k, v in parameters.items() if k not in ("budget", "data_dir")}
+        profile, parameters = chosen.name, {k: v for k, v in parameters.items() if k not in ("scale", "data_dir")}
     else:
-        chosen = _profile(profile, parameters.get("budget"), parameters.get("data_dir"))
+        chosen = _profile(profile, parameters.get("scale"), parameters.get("data_dir"))
     if show:
         from afdslib.studies import profiles
 
         typer.echo(profiles.show(chosen))
         return
     if dry_run:
-        from afdslib.studies import sweep as study
+        from afdslib.report import pipeline
+        from afdslib.studies.sweep import Study
 
-        typer.echo(study.plan(chosen))
+        pipeline.plan(profile, parameters, only=set(notebook or ()) or None, folder=_notebooks(profile))
+        typer.echo(Study(chosen).describe())
         return
     from afdslib import runs
     from afdslib.report import pipeline
@@ -159,89 +163,64 @@ def run(
         _export_mine(chosen)
     elif not notebook and chosen.left_out:
         numbers = " ".join(f"--notebook {number}" for number in chosen.left_out)
-        typer.echo(f"left out of this budget, because it takes hours: {numbers}")
+        typer.echo(f"left out of this scale, because it takes hours: {numbers}")
     if require_training:
         typer.echo(f"training steps: {_count(runs.require_training())}")
 
 
 @app.command()
-def train(profile: ProfileName, budget: Budget = None, data_dir: DataDir = None) -> None:
-    """Train the networks of a study (what is not trained yet), without notebooks."""
-    _stage("train", profile, budget, data_dir)
-
-
-@app.command()
-def sweep(profile: ProfileName, budget: Budget = None, data_dir: DataDir = None) -> None:
-    """Run the pruning sweep of a study (what is not computed yet), without notebooks."""
-    _stage("sweep", profile, budget, data_dir)
-
-
-@app.command()
-def compare(
-    profile: ProfileName,
-    budget: Budget = None,
+def study(
+    profile: ProfileName = "demo",
+    scale: Scale = None,
+    part: Annotated[
+        str, typer.Option(help="sweep, comparison, ablations, attention (notebook 06), selectivity (07) or speed.")
+    ] = "sweep",
     data_dir: DataDir = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes here, one thread each if several.")] = 1,
-    target: Annotated[str | None, typer.Option(help="A target of the profile by title; default: the first.")] = None,
-    trials_only: Annotated[bool, typer.Option("--trials-only", help="Stop after the choices on validation.")] = False,
-    extras: Annotated[
-        bool, typer.Option("--extras", help="Also the ablations and the rival at equal wall-clock time.")
-    ] = False,
-    finished: Annotated[
-        bool, typer.Option("--finished", help="Train nothing: write the tables of the seeds that are finished.")
-    ] = False,
-    show: Annotated[bool, typer.Option("--show", help="Show the rules of the comparison and stop.")] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes here, one thread each if several; default: as many as fit.")
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="comparison, ablations: a target by title.")] = None,
+    show: Annotated[bool, typer.Option("--show", help="Show every setting and stop.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show runs and steps, and stop.")] = False,
+    finished: Annotated[bool, typer.Option("--finished", help="Train nothing: say what is finished.")] = False,
 ) -> None:
-    """Compare every competitor alike: trials, sweep, statistics (what is not computed yet).
+    """Compute one part of a study without notebooks (what is not computed yet), and say what came of it.
 
-    Machines that share the run store (AFDS_RUNS) do one comparison between them by giving this same command.
+    Machines that share the run store (AFDS_RUNS) do one part between them by giving this same command.
     """
-    chosen = _profile(profile, budget, data_dir)
-    from afdslib import runs
-    from afdslib.studies import comparison, protocol
+    from afdslib.studies import engine, parts
 
-    rules = protocol.protocol(chosen)
-    if show:
-        typer.echo(json.dumps(runs.to_json(rules), indent=2))
-        return
-    targets = {t.title: t for t in chosen.targets}
-    if target is not None and target not in targets:
-        raise AFDSError(f"the profile {profile} has no target {target!r}; it has {', '.join(targets)}")
-    where = targets[target] if target is not None else None
-    if dry_run:
-        typer.echo(comparison.Comparison(chosen, target=where).plan())
-        return
-    if finished and (trials_only or extras):
-        raise AFDSError("--finished writes what is there; leave out --trials-only and --extras")
-    done = comparison.run_comparison(
-        chosen, target=where, workers=workers, trials_only=trials_only, extras=extras, complete=not finished
-    )
-    typer.echo(done.sentence() if not trials_only else f"trials written to {done.folder()}")
-    typer.echo(f"tables written to {done.folder()}")
+    for plan in parts.plans(part, profile, scale, _folder(data_dir), target):
+        if show:
+            typer.echo(plan.show())
+        elif dry_run:
+            typer.echo(plan.describe())
+        else:
+            if not finished:
+                engine.compute(plan, workers)
+            typer.echo(plan.summary())
 
 
 @app.command()
 def publish(
     profile: ProfileName,
-    budget: Budget = None,
+    scale: Scale = None,
+    part: Annotated[
+        list[str] | None, typer.Option(help="A part of the study, see afds study; repeatable; default: all.")
+    ] = None,
     data_dir: DataDir = None,
-    sources: Annotated[bool, typer.Option("--sources", help="Of an unfinished study: its source networks.")] = False,
 ) -> None:
-    """Write what is committed of a finished study: a results page, and networks with a model card in data/weights/."""
-    chosen = _profile(profile, budget, data_dir)
-    from afdslib.report import speed
-    from afdslib.report import sweep as results
-    from afdslib.studies import sweep as study
+    """Write what is committed of a study, as far as it is finished: runs, rows of results.csv, networks, pages."""
+    from afdslib.report import pages
+    from afdslib.studies import engine, parts, profiles
 
-    done = study.Study(chosen)
-    if sources:
-        typer.echo(f"source networks and model card written to {done.publish_networks(())}")
-        return
-    typer.echo(f"networks and model card written to {done.publish_networks()}")
-    typer.echo(f"results page written to {results.write_page(done)}")
-    if file := speed.write_times(done):
-        typer.echo(f"measured times written to {file}")
+    chosen = profiles.get(profile, scale, _folder(data_dir))
+    if not chosen.committed:
+        raise AFDSError(f"results and networks of the profile {profile} are never committed")
+    for name in part or [name for name in parts.PARTS if name != "speed"]:
+        for plan in parts.plans(name, profile, scale, data_dir):
+            for file in (engine.publish(plan), *pages.write(plan)):
+                typer.echo(f"{name}: written to {file}")
 
 
 @app.command()
@@ -255,18 +234,18 @@ def report(profile: ProfileName) -> None:
 @app.command()
 def resume(id: Annotated[str, typer.Argument(help="The run, or the beginning of its id.")]) -> None:
     """Continue an interrupted training run from its last checkpoint."""
-    import afdslib.experiments  # noqa: F401  (every kind of run)
+    import afdslib.experiments  # noqa: F401  (it registers the kinds of runs)
     from afdslib import runs
 
     result = runs.resume(id)
     typer.echo(json.dumps(result.metrics, indent=2))
 
 
-def _profile(name: str, budget: str | None, data_dir: str | None) -> Any:
+def _profile(name: str, scale: str | None, data_dir: str | None) -> Any:
     """The profile, checked: only what was given is passed on, so that defaults stay in one place."""
     from afdslib.studies import profiles
 
-    given = {"budget": budget, "data_dir": _folder(data_dir)}
+    given = {"scale": scale, "data_dir": _folder(data_dir)}
     return profiles.get(name, **{key: value for key, value in given.items() if value is not None})
 
 
@@ -275,8 +254,8 @@ def _mine(parameters: dict[str, str], own: dict[str, Any], *, write: bool) -> An
     from afdslib.studies import mine as own_data
 
     weights, macs_budget = own.pop("source_weights", None), own.pop("macs_budget", None)
-    folder, budget = _folder(parameters.get("data_dir")), parameters.get("budget")
-    options = own_data.options(folder, weights, macs_budget, budget=budget, **own)
+    folder, scale = _folder(parameters.get("data_dir")), parameters.get("scale")
+    options = own_data.options(folder, weights, macs_budget, scale=scale, **own)
     if write:
         own_data.keep(options)
         typer.echo(f"profile {options.name}")
@@ -294,21 +273,14 @@ def _notebooks(profile: str) -> Path | None:
 
 def _export_mine(profile: Any) -> None:
     from afdslib.studies import mine as own_data
-    from afdslib.studies import sweep as study
+    from afdslib.studies.sweep import Study
 
-    done = own_data.export(study.Study(profile))
+    done = own_data.export(Study(profile))
     typer.echo(
         f"network: {done.path}, by {done.method}: {done.macs:.1%} of the dense MACs, test accuracy {done.accuracy:.1%} "
         f"(unpruned {done.unpruned:.1%})"
     )
     typer.echo(f"use it: afds predict --model {shlex.quote(str(done.path))} IMAGE...")
-
-
-def _stage(stage: str, profile: str, budget: str | None, data_dir: str | None) -> None:
-    chosen = _profile(profile, budget, data_dir)
-    from afdslib.studies import sweep as study
-
-    study.run_stage(chosen, stage)
 
 
 def _assignments(texts: list[str]) -> dict[str, str]:
@@ -397,36 +369,6 @@ def _folder(data_dir: str | None) -> str | None:
     if data_dir is not None and not Path(data_dir).expanduser().is_dir():
         raise AFDSError(f"the data folder {data_dir} does not exist: create it, or give another")
     return data_dir
-
-
-@app.command()
-def students(
-    profile: ProfileName,
-    study: Annotated[str, typer.Option(help="attention (notebook 06) or selectivity (notebook 07).")] = "attention",
-    budget: Budget = None,
-    data_dir: DataDir = None,
-    show: Annotated[bool, typer.Option("--show", help="Show every setting and stop.")] = False,
-    finished: Annotated[bool, typer.Option("--finished", help="Train nothing: tables of what is finished.")] = False,
-    publish: Annotated[bool, typer.Option("--publish", help="Keep three networks in data/weights/, too.")] = False,
-) -> None:
-    """Train the teachers and students of notebook 06 or 07 (what is not trained yet); write tables, page, figures."""
-    from afdslib.studies import students as distillation_study
-
-    chosen = distillation_study.get(study, profile, budget, _folder(data_dir))
-    if show:
-        typer.echo(distillation_study.show(chosen))
-        return
-    from afdslib.report import students as tables
-
-    done = distillation_study.DistillationStudy(chosen, complete=not finished)
-    for line in done.compute():
-        typer.echo(line)
-    typer.echo(repr(tables.student_table(done)))
-    typer.echo(f"page and tables written to {tables.write_page(done).parent}")
-    for picture in tables.draw(done):
-        typer.echo(f"figure written to {picture.path}")
-    if publish:
-        typer.echo(f"networks and model card written to {done.publish_networks()}")
 
 
 @app.command()
@@ -553,7 +495,7 @@ def bench(
     density: Annotated[float, typer.Option(help="Density d of the dynamic case.")] = 0.3,
     weights: Annotated[str | None, typer.Option(help="A network of afs.save, with masks of its own.")] = None,
     masks: Annotated[
-        list[str] | None, typer.Option(help="Masks of afds speed, each a network; the weights are then random.")
+        list[str] | None, typer.Option(help="Masks of afds publish --part speed, each a network; random weights.")
     ] = None,
     train_size: Annotated[int, typer.Option(min=8, help="Side of the images of training steps.")] = 64,
     train_batch: Annotated[int, typer.Option(min=2, help="Images per training step.")] = 16,
@@ -590,49 +532,13 @@ def bench(
 
 
 @app.command()
-def speed(
-    data_dir: DataDir = None,
-    source: Annotated[str, typer.Option(help="Source data set.")] = "tiny-imagenet-32",
-    target: Annotated[str, typer.Option(help="Target data set.")] = "cifar10",
-    per_class: Annotated[int | None, typer.Option(help="Fitting images per class; 0 for all.")] = 60,
-    network: Annotated[str, typer.Option(help="Backbone, with the stem for photographs.")] = "resnet101",
-    width: Annotated[float, typer.Option(help="Factor on all channels, for quick looks.")] = 1.0,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps of every stage, with 8 images each, for quick looks.")
-    ] = None,
-    lr: Annotated[float, typer.Option(help="Learning rate at the start.")] = 0.01,
-    multiple: Annotated[int, typer.Option(min=1, help="Kept channels are rounded to a multiple.")] = 16,
-    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
-    out: Annotated[
-        str | None, typer.Option(help="Folder for the masks; data/results/speed for the study as it stands.")
-    ] = None,
-) -> None:
-    """Train ResNet-101 with AFDS at 64 px, prune it 2x, 5x and 10x by its own masks, and write the masks."""
-    from dataclasses import replace
-
-    from afdslib.studies import speed as speeds
-
-    settings = speeds.Speed(
-        source=source, target=target, per_class=per_class or None, network=network, width=width, multiple=multiple,
-        precision=precision, lr=lr,
-    )  # fmt: skip
-    if steps is not None:
-        settings = replace(
-            settings, source_steps=steps, afs_steps=steps, transfer_steps=steps, tuning_steps=steps, batch_size=8
-        )
-    for file in speeds.train(settings, _folder(data_dir), folder=None if out is None else Path(out)):
-        command = f"afds bench --case networks --masks {shlex.quote(str(file))}"
-        typer.echo(f"masks written to {file}; time them with: {command}")
-
-
-@app.command()
 def export(
     run: Annotated[str, typer.Option("--run", help="A finished run, or the beginning of its id.")],
     format: Annotated[str, typer.Option("--format", help="onnx or torch (safetensors).")] = "onnx",
     out: Annotated[str | None, typer.Option(help="The file; default: the run's id in the working folder.")] = None,
 ) -> None:
     """Write a run's network without its removed channels, with class names and preprocessing, to one file."""
-    import afdslib.experiments  # noqa: F401  (every kind of run)
+    import afdslib.experiments  # noqa: F401  (it registers the kinds of runs)
     from afdslib.inference import export as exports
 
     path, card = exports.export_run(run, format, out)

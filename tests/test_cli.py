@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,8 +18,7 @@ from afdslib import __version__, cli, runs
 from afdslib.base import paths
 from afdslib.base.errors import AFDSError
 from afdslib.report import pipeline
-from afdslib.studies import profiles
-from afdslib.studies import sweep as study
+from afdslib.studies import engine, mine, parts, profiles, sweep
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,7 @@ def project(tmp_path, monkeypatch):
     (tmp_path / "notebooks").mkdir()
     for name in ("01_first", "02_last"):
         node = new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "x", "language": "python"}})
-        parameters = 'profile = "demo"\nbudget = "quick"\ndata_dir = ""\nseeds = 1'
+        parameters = 'profile = "demo"\nscale = "quick"\ndata_dir = ""\nseeds = 1'
         node.cells = [new_code_cell(parameters, metadata={"tags": ["parameters"]}), new_code_cell("print(seeds)")]
         nbformat.write(node, tmp_path / "notebooks" / f"{name}.ipynb")
     return tmp_path
@@ -39,6 +39,23 @@ def project(tmp_path, monkeypatch):
 
 class Chosen(tuple):
     left_out = ()
+    committed = False
+
+
+class Recorded:
+    """A plan that says what it is asked for."""
+
+    def __init__(self, profile):
+        self.profile = profile
+
+    def describe(self) -> str:
+        return f"planned {self.profile}"
+
+    def show(self) -> str:
+        return f"shown {self.profile}"
+
+    def summary(self) -> str:
+        return f"summed up {self.profile}"
 
 
 @pytest.fixture(autouse=True)
@@ -46,15 +63,16 @@ def calls(monkeypatch):
     """Stand-ins for the study, which record what the command line asks of it."""
     made: list = []
 
-    def get(name, *, budget="quick", data_dir=""):
+    def get(name, scale="quick", data_dir=""):
         if name != "tiny":
             raise AFDSError(f"there is no profile {name!r}; take tiny")
-        return Chosen((name, budget, data_dir))
+        return Chosen((name, scale or "quick", data_dir or ""))
 
     monkeypatch.setattr(profiles, "get", get)
     monkeypatch.setattr(profiles, "show", lambda profile: f"shown {profile}")
-    monkeypatch.setattr(study, "plan", lambda profile: f"planned {profile}")
-    monkeypatch.setattr(study, "run_stage", lambda profile, stage: made.append((profile, stage)))
+    monkeypatch.setattr(sweep, "Study", Recorded)
+    monkeypatch.setattr(parts, "Study", Recorded)
+    monkeypatch.setattr(engine, "compute", lambda plan, workers: made.append((plan.profile, workers)))
     return made
 
 
@@ -83,7 +101,7 @@ def test_notebooks_that_a_budget_leaves_out_are_executed_by_their_number(afds, m
     asked: list = []
     monkeypatch.setattr(pipeline, "execute", lambda profile, parameters, *, only, **options: asked.append(only))
     monkeypatch.setattr(Chosen, "left_out", ("01",))
-    assert "left out of this budget, because it takes hours: --notebook 01" in afds("run", "--profile", "tiny")[1]
+    assert "left out of this scale, because it takes hours: --notebook 01" in afds("run", "--profile", "tiny")[1]
     assert "left out" not in afds("run", "--profile", "tiny", "--notebook", "01")[1]
     assert asked == [{"02"}, {"01"}]
 
@@ -94,18 +112,24 @@ def test_notebooks_that_a_budget_leaves_out_are_executed_by_their_number(afds, m
         (["rn"], "No such command 'rn'"),
         (["run"], "Missing option '--profile'"),
         (["run", "--profile"], "requires an argument"),
+        (["run"], "See: afds run --help"),
+        (["runs", "show"], "See: afds runs show --help"),
+        (["train"], "No such command 'train'"),
+        (["study", "--part", "x"], "unknown part 'x' of a study; known are sweep, comparison"),
+        (["publish", "--profile", "tiny"], "are never committed"),
+        (["run", "--profile", "tiny", "--set", "profil=x", "--dry-run"], "no notebook has a parameter 'profil'"),
         (["run", "--profile", "tiny", "--nonsense"], "No such option: --nonsense"),
         (["run", "--profile", "huge"], "there is no profile 'huge'"),
         (["run", "--profile", "tiny", "--data-dir", "nowhere"], "the data folder nowhere does not exist"),
         (["run", "--profile", "tiny", "--set", "seeds"], "--set 'seeds' is not of the form NAME=VALUE"),
         (["run", "--profile", "tiny", "--set", "seeds=1", "--set", "seeds=2"], "seeds is given twice"),
         (["run", "--profile", "tiny", "--set", "profile=x"], "profile is given twice"),
-        (["run", "--profile", "tiny", "--budget", "a", "--set", "budget=b"], "budget is given twice"),
+        (["run", "--profile", "tiny", "--scale", "a", "--set", "scale=b"], "scale is given twice"),
         (["run", "--profile", "tiny", "--set", "seeds=many"], "parameter seeds = 'many' must be of type int"),
         (["run", "--profile", "tiny", "--set", "sseeds=2"], "no notebook has a parameter 'sseeds'"),
         (["run", "--profile", "tiny", "--notebook", "77"], "there is no notebook '77'"),
         (["report", "--profile", "tiny"], "profile tiny has no finished report yet"),
-        (["train", "--profile", "huge"], "there is no profile 'huge'"),
+        (["study", "--profile", "huge"], "there is no profile 'huge'"),
         (["resume", "abc"], "no run in"),
         (["runs", "show", "abc"], "no run in"),
         (["runs", "rm", "../../x"], "is not a run id"),
@@ -144,7 +168,7 @@ def test_operating_system_errors_and_interrupts_have_their_exit_codes(afds, monk
 def test_help_and_version(afds):
     code, output, _ = afds()
     assert code == 0
-    for command in ("run", "train", "sweep", "resume", "runs", "data", "report", "doctor"):
+    for command in ("run", "study", "publish", "resume", "runs", "data", "report", "doctor"):
         assert f"\n  {command} " in output
     assert afds("--version") == (0, f"afds {__version__}\n", "")
 
@@ -154,14 +178,14 @@ def test_help_and_version(afds):
 
 def test_show_and_dry_run_execute_nothing(afds, executed):
     assert afds("run", "--profile", "tiny", "--show")[:2] == (0, "shown ('tiny', 'quick', '')\n")
-    code, output, _ = afds("run", "--profile", "tiny", "--budget", "standard", "--data-dir", ".", "--dry-run")
+    code, output, _ = afds("run", "--profile", "tiny", "--scale", "standard", "--data-dir", ".", "--dry-run")
     assert (code, output) == (0, "planned ('tiny', 'standard', '.')\n") and not executed
 
 
 def test_options_and_settings_become_notebook_parameters(afds, executed):
-    options = ("--budget", "b", "--data-dir", ".", "--set", "seeds=3", "--set", "x=a=b")
+    options = ("--scale", "b", "--data-dir", ".", "--set", "seeds=3", "--set", "x=a=b")
     assert afds("run", "--profile", "tiny", *options)[0] == 0
-    assert executed == [("tiny", {"budget": "b", "data_dir": ".", "seeds": "3", "x": "a=b"})]
+    assert executed == [("tiny", {"scale": "b", "data_dir": ".", "seeds": "3", "x": "a=b"})]
     afds("run", "--profile", "tiny")
     assert executed[1] == ("tiny", {})
 
@@ -189,9 +213,21 @@ def test_required_training_must_have_happened_in_the_store(afds, executed):
     assert code == 2 and "ToySource took no training step" in errors
 
 
-def test_train_and_sweep_run_one_stage_of_the_study(afds, calls):
-    assert afds("train", "--profile", "tiny")[0] == afds("sweep", "--profile", "tiny", "--budget", "standard")[0] == 0
-    assert calls == [(("tiny", "quick", ""), "train"), (("tiny", "standard", ""), "sweep")]
+def test_study_computes_a_part_or_only_says_what_is_there(afds, calls):
+    assert afds("study", "--profile", "tiny", "--workers", "2")[:2] == (0, "summed up ('tiny', 'quick', '')\n")
+    assert afds("study", "--profile", "tiny", "--scale", "standard")[0] == 0
+    assert calls == [(("tiny", "quick", ""), 2), (("tiny", "standard", ""), None)]
+    for option, said in (("--finished", "summed up"), ("--show", "shown"), ("--dry-run", "planned")):
+        assert afds("study", "--profile", "tiny", option)[:2] == (0, f"{said} ('tiny', 'quick', '')\n")
+    assert len(calls) == 2
+
+
+def test_the_command_that_is_printed_can_be_pasted(monkeypatch, capsys, tmp_path):
+    path = tmp_path / "my figures" / "a-0.4.onnx"
+    monkeypatch.setattr(mine, "export", lambda study: mine.Export(path, "l2", 0.4, 0.4, 1.0, 1.0))
+    cli._export_mine(None)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("use it: ")]
+    assert str(path) in shlex.split(line.removeprefix("use it: "))
 
 
 # the run store

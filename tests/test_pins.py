@@ -13,8 +13,8 @@ def test_a_dozen_ids_are_what_they_were():
     configs = [
         study.source_run,
         study.afs_source_run,
-        comparison.extended(),
-        comparison.afs_source,
+        comparison.points.extended(),
+        comparison.points.afs_source,
     ]
     configs += [study.transfer_run(c.regulariser, 0, budget=b) for c in profile.candidates for b in (1.0, 0.1)]
     assert [runs.run_id(config) for config in configs] == PINNED

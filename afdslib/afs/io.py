@@ -147,7 +147,7 @@ def _unit_scales(model: nn.Module) -> nn.Module:
 
 
 def read_masks(path: str | Path) -> dict[str, Any]:
-    """Masks that `afds speed` wrote, without weights: "architecture" and "masks", see `compact.set_masks`.
+    """Masks of `afds publish --part speed`, without weights: "architecture" and "masks", see `compact.set_masks`.
 
     Raises:
         AFDSError: a missing or foreign file.
@@ -158,7 +158,7 @@ def read_masks(path: str | Path) -> dict[str, Any]:
         if not (named and isinstance(record["masks"], dict) and record["masks"]):
             raise KeyError("masks")
     except FileNotFoundError:
-        raise AFDSError(f"no file {str(path)!r}; give one that afds speed wrote") from None
+        raise AFDSError(f"no file {str(path)!r}; give one that afds publish --part speed wrote") from None
     except (ValueError, KeyError, TypeError, IsADirectoryError):
-        raise AFDSError(f"{str(path)!r} holds no masks; give a file that afds speed wrote") from None
+        raise AFDSError(f"{str(path)!r} holds no masks; give a file that afds publish --part speed wrote") from None
     return record

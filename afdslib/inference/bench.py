@@ -67,7 +67,7 @@ class Settings:
         multiple: kept channels are rounded to a multiple.
         density: d of the dynamic case.
         weights: a file of `afs.save` whose own masks make the compact network, instead of random ones.
-        masks: files of `afds speed`, which hold masks only, one network each; the weights are then random.
+        masks: of `afds publish --part speed`, one network each; the weights are then random.
         train_size: side of the images of training steps.
         train_batch: images per training step.
         width: factor on the channels, for quick looks.

@@ -10,19 +10,20 @@ from functools import cached_property
 from typing import Any
 
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
 
-from afdslib import runs, training
+from afdslib import runs
 from afdslib.base.text import times
 from afdslib.experiments import TransferRun
 from afdslib.pruning import CRITERIA
 from afdslib.report import plots
 from afdslib.report.tables import Table, Text, at, bullets, mean_sd, plural
-from afdslib.studies import collapse, profiles, settling, statistics
-from afdslib.studies.comparison import WHOLE, Comparison, run_comparison
-from afdslib.studies.profiles import Profile
+from afdslib.studies import ablations, engine, profiles, results, statistics
+from afdslib.studies.ablations import LABELS, WHOLE
+from afdslib.studies.comparison import MISSING, TIMES, Comparison, costs, macs_needed, points_of
+from afdslib.studies.profile import Profile
 from afdslib.studies.protocol import (
+    AFDS,
     Axis,
     Method,
     Protocol,
@@ -49,23 +50,35 @@ class Compared:
 
     comparison: Comparison
 
-    def read(self, name: str) -> pd.DataFrame:
-        """A table of the comparison's folder, by its name without suffix."""
-        return pd.read_csv(self.comparison.folder() / f"{name}.csv")
-
-    def has(self, *names: str) -> bool:
-        """Whether tables have been written."""
-        return all((self.comparison.folder() / f"{name}.csv").is_file() for name in names)
+    @cached_property
+    def points(self) -> pd.DataFrame:
+        """The points with and without a network, as text."""
+        return self.comparison.complete()
 
     @cached_property
     def table(self) -> pd.DataFrame:
         """One row per method, seed and budget."""
-        return self.read("comparison")
+        return points_of(self.points)
+
+    @property
+    def missing(self) -> pd.DataFrame:
+        """The points without a network."""
+        return results.view(self.points[self.points.reason != ""], MISSING)
 
     @cached_property
     def trials(self) -> pd.DataFrame:
         """Every trial."""
-        return self.read("trials")
+        return self.comparison.trials()
+
+    @cached_property
+    def beside(self) -> dict[str, pd.DataFrame]:
+        """The tables of the ablations; see `ablations.views`."""
+        return ablations.views(ablations.Ablations(self.comparison).rows())
+
+    @cached_property
+    def attention(self) -> pd.DataFrame:
+        """The attention's width at each point, joint and detached."""
+        return ablations.attention_widths(self.comparison.profile.network, self.points, self.beside["detached"])
 
     @property
     def rules(self) -> Protocol:
@@ -92,7 +105,7 @@ class Compared:
         """How far a comparison is whose tables were written before its end; empty for a finished one."""
         if self.comparison.finished:
             return ""
-        seeds = {int(s) for t in (self.table, self.read("missing")) for s in t[t.method == "afd+afs"].seed}
+        seeds = set(self.points[self.points.method == AFDS.key].seed)
         return (
             f"**Not finished**: {len(seeds)} of {len(self.rules.seeds)} seeds of AFDS. It goes on with "
             f"`{self.comparison.command}`."
@@ -113,7 +126,7 @@ class Competitors:
     """The finished comparisons of a profile, by target.
 
     One whose results are not committed, such as the demo's, is computed if need be. Any other takes hours and is only
-    read: `afds compare` computes it, and until then every table and figure says so.
+    read: `afds study --part comparison` computes it, and until then every table and figure says so.
 
     Args:
         profile: from `profiles.get`.
@@ -123,11 +136,10 @@ class Competitors:
         self.profile = profile
         if profile.committed:
             every = [Comparison(profile, target=target) for target in profile.targets]
-            every = [c for c in every if (c.folder() / "comparison.csv").is_file()]
+            every = [c for c in every if not c.committed().empty]
         else:
-            # What is begun is mostly looked up, for which other processes are not worth their start.
-            alone = torch.cuda.is_available() or Comparison(profile).journal().is_dir()
-            every = [run_comparison(profile, workers=1 if alone else training.cores())]
+            every = [Comparison(profile)]
+            engine.compute(every[0])
         self.by_target = {c.target.title: Compared(c) for c in every}
 
     def __iter__(self) -> Iterator[Compared]:
@@ -138,7 +150,7 @@ class Competitors:
         """What to do where there is no comparison."""
         p = self.profile
         return (
-            f"The comparison of {p.name}, {p.budget}, has not been run to its end; "
+            f"The comparison of {p.name}, {p.scale}, has not been run to its end; "
             f"it takes hours: {Comparison(p).command} --workers 2"
         )
 
@@ -177,20 +189,20 @@ class Competitors:
     def costs(self) -> Text:
         """What the networks took."""
 
-        def text(c: Compared) -> Table:
-            return costs_table(c.read("costs"), c.read("times"), c.read("macs_within"), c.budget)
+        def table(c: Compared) -> Table:
+            seconds = results.view(c.points[c.points.reason == ""], TIMES)
+            return costs_table(costs(c.table, c.budget), seconds, macs_needed(c.table), c.budget)
 
-        return self._each(text)
+        return self._each(table)
 
     def ablations(self) -> Text:
         """AFDS with one part changed, and the rival at equal wall-clock time."""
 
         def text(c: Compared) -> str:
-            rest = f"`{c.comparison.command} --extras` does."
-            table = c.read("ablations") if c.has("ablations") else pd.DataFrame(columns=["variant"])
-            if set(table.variant) <= {WHOLE}:
+            rest, table = f"`{ablations.Ablations(c.comparison).command}` does.", c.beside["ablations"]
+            if set(table.key) <= {WHOLE}:
                 return f"Not computed: {rest}"
-            time = _equal_time(c) if c.has("equal_time") else f"The rest is not computed: {rest}"
+            time = f"The rest is not computed: {rest}" if c.beside["equal_time"].empty else _equal_time(c)
             better = better_text(table, c.table, budget=c.budget, rival=c.rival)
             return f"{ablation_table(table)._repr_markdown_()}\n\n{untrained_text(table)}{better}{time}"
 
@@ -200,9 +212,7 @@ class Competitors:
         """What became of the attention on the way to the endpoint's budget."""
 
         def text(c: Compared) -> str:
-            if not c.has("attention"):
-                return f"Not written: `{c.comparison.command} --finished` does."
-            return collapse.text(c.read("attention"), c.table, budget=c.budget)
+            return ablations.attention_text(c.attention, c.table, budget=c.budget)
 
         return self._each(text)
 
@@ -210,10 +220,9 @@ class Competitors:
         """The attention's width at every budget, a figure per target."""
 
         def draw(c: Compared, title: str) -> Figure:
-            table = c.read("attention") if c.has("attention") else pd.DataFrame()
-            if table.empty:
+            if c.attention.empty:
                 return plots.sentence("No attention is stored.")
-            return plots.attention_width(table, title=title)
+            return plots.attention_width(c.attention, title=title)
 
         return self.figures(draw)
 
@@ -224,7 +233,7 @@ class Competitors:
             if not c.rules.settings_of:
                 return ""
             common: dict[str, Any] = {"budget": c.budget, "rival": c.rival, "seeds": c.rules.seeds}
-            return collapse.confirmation_text(c.read("attention"), c.table, **common)
+            return ablations.confirmation_text(c.attention, c.table, **common)
 
         return self._each(text)
 
@@ -232,17 +241,17 @@ class Competitors:
         """What it changes when AFDS's budgets are met by Taylor importance."""
 
         def text(c: Compared) -> str:
-            found = ""
-            if c.has("settled", "attention"):
-                tables = (c.read("settled"), c.read("attention"), c.table)
-                found = settling.text(*tables, budget=c.budget, rival=c.rival)
-            return found or f"Not computed: `{c.comparison.command} --extras` does."
+            said = ""
+            if not c.beside["settled"].empty:
+                tables = (c.beside["settled"], c.attention, c.table)
+                said = ablations.settled_text(*tables, budget=c.budget, rival=c.rival)
+            return said or f"Not computed: `{ablations.Ablations(c.comparison).command}` does."
 
         return self._each(text)
 
     def missing(self) -> Text:
         """Points without a network, by reason."""
-        return self._each(lambda c: missing_text(c.read("missing")))
+        return self._each(lambda c: missing_text(c.missing))
 
 
 class Variants:
@@ -253,8 +262,8 @@ class Variants:
     """
 
     def __init__(self, profile: Profile):
-        names = [name for name in profiles.names() if name.startswith(f"{profile.name}-")]
-        self.every = {name: Competitors(profiles.get(name, profile.budget)) for name in names}
+        every = (profiles.get(name, profile.scale) for name in profiles.names())
+        self.every = {p.name: Competitors(p) for p in every if p.variant_of == profile.name}
 
     def _each(self, make: Callable[[Competitors], Text]) -> Text:
         parts = [f"**{name}**: {text}" for name, found in self.every.items() if (text := make(found))]
@@ -302,7 +311,7 @@ def rules_table(profile: Profile) -> Table:
     else:
         by_selection: dict[str, list[str]] = {}
         for method in r.methods:
-            by_selection.setdefault(method.selection, []).append(label_of(method.regulariser))
+            by_selection.setdefault(method.selection, []).append(method.label.partition(" + ")[0])
         multipliers = ", ".join(f"{value:g}" for value in sorted(r.multipliers))
         rows = [
             *((f"with {label_of(selection)}", ", ".join(names)) for selection, names in by_selection.items()),
@@ -333,7 +342,7 @@ def _space(axes: Sequence[Axis]) -> str:
 def spaces_table(profile: Profile) -> Table:
     """The search spaces of the methods that a profile compares; lr and predictor_lr are factors on each stage's own."""
     methods = protocol(profile).methods
-    spaces = {label_of(m.base): regulariser_space(m.base) for m in methods}
+    spaces = {label_of(m.regulariser): regulariser_space(m.regulariser) for m in methods}
     spaces |= {label_of(m.selection): selection_space(m.selection, profile) for m in methods}
     return Table(["method", "searched"], [(name, _space(axes)) for name, axes in spaces.items()], numbers=False)
 
@@ -439,10 +448,10 @@ def ablation_table(table: pd.DataFrame) -> Table:
 
     AFDS is taken at the variant's budget, or at its own first one where it has none there.
     """
-    afds, rows, p = table[table.variant == WHOLE], [], []
+    afds, rows, p = table[table.key == WHOLE], [], []
     for (budget, variant), found in table.groupby(["budget", "variant"], sort=False):
         there = budget if (afds.budget == budget).any() else afds.budget.iloc[0]
-        pair, cell = _pair(found, afds[afds.budget == there]) if variant != WHOLE else None, "–"
+        pair, cell = _pair(found, afds[afds.budget == there]) if variant != LABELS[WHOLE] else None, "–"
         if pair:
             d = pair.difference
             cell = f"{100 * d.mean:+.1f}" + ("" if math.isnan(d.low) else f" ({_to(100 * d.low, 100 * d.high)})")
@@ -464,11 +473,11 @@ def better_text(table: pd.DataFrame, main: pd.DataFrame, *, budget: float, rival
         rival: its method.
     """
     there = at(table, budget)
-    afds, other = there[there.variant == WHOLE], at(main[main.method == rival], budget)
+    afds, other = there[there.key == WHOLE], at(main[main.method == rival], budget)
     lines = []
     for variant, here in there.groupby("variant", sort=False):
         pair = _pair(here, afds)
-        if pair is None or "unextended" in str(variant) or not pair.difference.low > 0:  # the second is the rival's
+        if pair is None or here.method.iloc[0] != AFDS.key or not pair.difference.low > 0:  # the second is the rival's
             continue
         if beside := _pair(here, other):
             lines.append(
@@ -491,7 +500,7 @@ def untrained_text(table: pd.DataFrame) -> str:
 
 def _equal_time(compared: Compared) -> str:
     """The rival once more with as much time on the target as AFDS took."""
-    again = compared.read("equal_time")
+    again = compared.beside["equal_time"]
     if again.empty:
         return "The rival at equal wall-clock time has no network."
     rival, factor = again.method.iloc[0], float(again.steps_factor.iloc[0])

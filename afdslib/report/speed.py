@@ -214,7 +214,9 @@ def networks_text(table: pd.DataFrame) -> Text:
     """Networks without their removed channels, and torch-pruning's at the same MACs, against the dense one."""
     rows = best(table)
     if rows.empty:
-        return Text("Not measured: `afds speed`, then `afds bench --case networks --masks FILE --out ...`, do.")
+        return Text(
+            "Not measured: `afds publish --part speed`, then `afds bench --case networks --masks FILE --out ...`, do."
+        )
     parts = []
     header = ["network", "batch", "variant", "fewer MACs", "ms", "fastest in", "faster", "faster / fewer MACs"]
     for (file, device, threads, size), here in rows.groupby(["file", "device", "threads", "size"], sort=False):

@@ -391,7 +391,7 @@ def command(study: DistillationStudy) -> Text:
     """The command that makes the tables again."""
     p = study.profile
     folder = "" if p.data.name.startswith("digits") else " --data-dir DIR"
-    return Text(f"Made again by `afds students --study {p.study} --profile {p.name} --budget {p.budget}{folder}`.")
+    return Text(f"Made again by `afds students --study {p.study} --profile {p.name} --scale {p.scale}{folder}`.")
 
 
 def scope(study: DistillationStudy) -> Text:
@@ -399,7 +399,7 @@ def scope(study: DistillationStudy) -> Text:
     p = study.profile
     epochs = p.student_training.steps * p.student_training.batch_size / max(1, len(p.data.load().train))
     seeds = len(p.pairs[0].seeds)
-    text = f"Profile **{p.name}**, budget {p.budget}: {p.data.name}, students of {epochs:.0f} epochs, {seeds} seeds."
+    text = f"Profile **{p.name}**, scale {p.scale}: {p.data.name}, students of {epochs:.0f} epochs, {seeds} seeds."
     if p.name == "demo":
         text += " The demo shows that the whole chain works; its data are too small and too few to judge any method."
     elif p.data.name == "cifar10" and epochs < 100:
@@ -577,7 +577,7 @@ def write_page(study: DistillationStudy) -> Path:
     """Writes <study>.md beside the study's tables: the command, the scale, and the results in words and rows."""
     p = study.profile
     parts = [
-        f"# Students of the study {p.study}: {p.name}, budget {p.budget}",
+        f"# Students of the study {p.study}: {p.name}, scale {p.scale}",
         command(study),
         scope(study),
         settings(study)._repr_markdown_(),

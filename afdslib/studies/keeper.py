@@ -20,7 +20,7 @@ class Kept(Protocol):
     @property
     def name(self) -> str: ...
     @property
-    def budget(self) -> str: ...
+    def scale(self) -> str: ...
     @property
     def committed(self) -> bool: ...
 
@@ -34,9 +34,9 @@ class Keeper(Generic[P]):
     profile: P
 
     def folder(self) -> Path:
-        """Where the tables go: data/results/<profile>/<budget> for real studies, the figures' folder for the demo."""
+        """Where the tables go: data/results/<profile>/<scale> for real studies, the figures' folder for the demo."""
         p = self.profile
-        return paths.results(p.name) / p.budget if p.committed else paths.figures(p.name)
+        return paths.results(p.name) / p.scale if p.committed else paths.figures(p.name)
 
     def _write(self, name: str, table: pd.DataFrame) -> None:
         with atomic_path(self.folder() / f"{name}.csv") as part:

@@ -1,7 +1,7 @@
 """A smaller network for one's own images: `afds run --profile mine`.
 
 The options of that command become a profile of its own, named after the folder of images and a hash of all options, the
-images (names, sizes, times) and the weights (content). So another budget, another image or another weight file is
+images (names, sizes, times) and the weights (content). So another scale, another image or another weight file is
 another profile, nothing is overwritten, and the same command goes on where it stopped. The options lie in
 `mine/<name>/settings.json` in the run store, from which `profiles.get` makes the profile again.
 """
@@ -24,7 +24,7 @@ from afdslib.base.errors import AFDSError
 from afdslib.data import fetch, trees
 from afdslib.experiments import DataSource, Network
 from afdslib.experiments.source import PUBLISHED_CLASSES
-from afdslib.studies.profiles import Candidates, Profile
+from afdslib.studies.profile import Candidates, Profile
 from afdslib.training import Optimisation
 from afdslib.training.objective import Regulariser
 
@@ -60,7 +60,7 @@ class Options:
         network: the backbone.
         stem, width: of the backbone; read from a weight file.
         size: side of the images in pixels.
-        budget: "quick" or "standard".
+        scale: "quick" or "standard".
         batch_size: images per step.
         precision: "bf16" on a GPU, else "fp32".
         skip_corrupt: whether images that cannot be decoded are left out.
@@ -75,7 +75,7 @@ class Options:
     stem: str
     width: float
     size: int
-    budget: str
+    scale: str
     batch_size: int
     precision: str
     skip_corrupt: bool = False
@@ -101,7 +101,7 @@ def options(
     *,
     network: str | None = None,
     size: int = 224,
-    budget: str | None = None,
+    scale: str | None = None,
     skip_corrupt: bool = False,
 ) -> Options:
     """Checks all that can be checked before the first step, so that no mistake shows after hours.
@@ -126,9 +126,9 @@ def options(
     assert folder is not None and weights is not None and macs_budget is not None
     if not 0 < macs_budget <= 1:
         raise AFDSError(f"the MACs budget must be a share of the dense MACs above 0 and at most 1, not {macs_budget:g}")
-    budget = budget or "quick"
-    if budget not in STEPS:
-        raise AFDSError(f"unknown budget {budget!r}; known are {', '.join(STEPS)}")
+    scale = scale or "quick"
+    if scale not in STEPS:
+        raise AFDSError(f"unknown scale {scale!r}; known are {', '.join(STEPS)}")
     tree = Path(folder).expanduser().resolve()
     if not tree.is_dir():
         raise AFDSError(f"there is no folder {folder}; give the folder of an ImageFolder tree")
@@ -150,7 +150,7 @@ def options(
     afs.convert(Network(network, stem=stem, width=width, weights=weights).build(PUBLISHED_CLASSES, 0))
     return Options(
         folder=str(tree), images=_images(tree), weights=weights, content=content, macs_budget=float(macs_budget),
-        network=network, stem=stem, width=width, size=size, budget=budget,
+        network=network, stem=stem, width=width, size=size, scale=scale,
         batch_size=min(BATCH, len(splits.train)),
         precision="bf16" if training.device().type == "cuda" else "fp32", skip_corrupt=skip_corrupt,
     )  # fmt: skip
@@ -176,8 +176,8 @@ def mine(o: Options) -> Profile:
     the squared norm of its input, hundreds in a wide network. There is no source stage: nothing is known of the images
     behind a weight file, so the predictors first learn on the target. [ours]
     """
-    transfer, tuning, trial = STEPS[o.budget]
-    standard = o.budget == "standard"
+    transfer, tuning, trial = STEPS[o.scale]
+    standard = o.scale == "standard"
     fit = Optimisation(
         steps=transfer, batch_size=o.batch_size, lr=0.01, schedule="cosine", warmup=0.05, predictor_lr=0.1,
         precision=o.precision, log_rows=10,
@@ -187,7 +187,7 @@ def mine(o: Options) -> Profile:
     afd = Regulariser("afd", 1e-3, classifier_decay=0.01)
     return Profile(
         name=o.name,
-        budget=o.budget,
+        scale=o.scale,
         source=DataSource(weights),  # never read; its name makes other weights other runs
         targets=(DataSource(o.folder, size=o.size, content=o.images, skip_corrupt=o.skip_corrupt),),
         network=Network(o.network, stem=o.stem, width=o.width, weights=o.weights),

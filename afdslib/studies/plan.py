@@ -45,7 +45,7 @@ def describe(study: Study) -> str:
     predictors = sum(layer.predictor.weight.numel() for layer in layers.values())
     parameters = sum(q.numel() for q in gated.parameters())
     lines = [
-        f"profile {p.name}, budget {p.budget}",
+        f"profile {p.name}, scale {p.scale}",
         f"network: {p.network.name}, stem {p.network.stem}, width {p.network.width:g}, at {size} px: "
         f"{dense.total / 1e6:,.1f} M MACs, {parameters / 1e6:.2f} M parameters with predictors",
         f"AFS: {len(layers)} gated layers (gates={p.gates!r}), predictors {predictors / 1e6:.2f} M MACs "

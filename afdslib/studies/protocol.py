@@ -21,9 +21,10 @@ from dataclasses import dataclass, replace
 
 from afdslib.base.errors import AFDSError
 from afdslib.losses.term import TERMS, Axis
-from afdslib.studies.profiles import Profile
+from afdslib.studies.profile import Profile
 
 __all__ = [
+    "AFDS",
     "SELECTIONS",
     "SELECTION_SPACES",
     "Axis",
@@ -64,7 +65,7 @@ VARIANT_SEEDS = 5
 """Seeds of a profile that varies another; its endpoint is secondary."""
 
 RECALLED = "selection, recalled schedule"
-"""Stage of AFS's first trials in trials.csv; nothing is chosen from them."""
+"""Stage of AFS's first trials in the table of imagenet32; nothing is chosen from them."""
 
 
 def regulariser_space(name: str) -> tuple[Axis, ...]:
@@ -79,13 +80,18 @@ def selection_space(name: str, profile: Profile) -> tuple[Axis, ...]:
 
 
 _LABELS = {
-    "afd-detached": "AFD (detached)", "afs": "AFS", "fbs": "FBS", "slimming": "network slimming", "taylor": "Taylor",
-    "l1": "L1 norm", "random": "random channels", "width": "narrower network", "width-kd": "narrower network with KD",
+    "afs": "AFS", "fbs": "FBS", "slimming": "network slimming", "taylor": "Taylor", "l1": "L1 norm",
+    "random": "random channels", "width": "narrower network", "width-kd": "narrower network with KD",
 }  # fmt: skip
+_DETACHED = "-detached"
 
 
 def label_of(name: str) -> str:
-    """A regulariser's or selection's name for readers."""
+    """A regulariser's or selection's name for readers.
+
+    Raises:
+        AFDSError: an unknown name.
+    """
     known = TERMS[name].label if name in TERMS else _LABELS.get(name)
     if known is None:
         raise AFDSError(f"no regulariser or selection is called {name!r}")
@@ -97,46 +103,49 @@ class Method:
     """A regulariser with a selection.
 
     Attributes:
-        regulariser: of `losses.TERMS`, or "afd-detached".
+        regulariser: of `losses.TERMS`.
         selection: of `SELECTIONS`.
+        attention: of AFD: "joint", trained with the network, or "detached", trained beforehand.
     """
 
     regulariser: str
     selection: str
+    attention: str = "joint"
 
     def __post_init__(self) -> None:
-        if self.base not in TERMS:
-            raise AFDSError(
-                f"unknown regulariser {self.regulariser!r}; known are {', '.join((*TERMS, 'afd-detached'))}"
-            )
+        if self.regulariser not in TERMS:
+            raise AFDSError(f"unknown regulariser {self.regulariser!r}; known are {', '.join(TERMS)}, and afd-detached")
         if self.selection not in SELECTION_SPACES:
             raise AFDSError(f"unknown selection {self.selection!r}; known are {', '.join(SELECTIONS)}")
+        if self.attention not in ("joint", "detached") or (self.attention != "joint" and self.regulariser != "afd"):
+            raise AFDSError(f"no attention of {self.regulariser} is {self.attention!r}; AFD's is joint or detached")
 
     @property
-    def base(self) -> str:
-        """The regulariser without its variant."""
-        return "afd" if self.regulariser == "afd-detached" else self.regulariser
+    def transfer(self) -> str:
+        """The regulariser with its attention in one word, as tables and the command line have it."""
+        return self.regulariser + (_DETACHED if self.attention == "detached" else "")
 
     @property
     def key(self) -> str:
         """ "afd+afs" and so on, in tables and on the command line."""
-        return f"{self.regulariser}+{self.selection}"
+        return f"{self.transfer}+{self.selection}"
 
     @property
     def label(self) -> str:
         """For readers: "L2-SP + Taylor"."""
-        return f"{label_of(self.regulariser)} + {label_of(self.selection)}"
+        detached = " (detached)" if self.attention == "detached" else ""
+        return f"{label_of(self.regulariser)}{detached} + {label_of(self.selection)}"
 
     @property
     def role(self) -> str:
         """ "afds"; "part" with AFD or AFS alone (or a variant), which are ablations; or "competitor"."""
-        if self.key == "afd+afs":
+        if self == AFDS:
             return "afds"
-        return "part" if self.base == "afd" or self.selection == "afs" else "competitor"
+        return "part" if self.regulariser == "afd" or self.selection == "afs" else "competitor"
 
     @classmethod
     def parse(cls, text: str) -> Method:
-        """From "regulariser+selection".
+        """From "regulariser+selection", where AFD's name may end in "-detached".
 
         Raises:
             AFDSError: an unknown name, or not of this form.
@@ -144,7 +153,12 @@ class Method:
         regulariser, plus, selection = text.partition("+")
         if not plus:
             raise AFDSError(f"the method {text!r} is not of the form REGULARISER+SELECTION, such as l2sp+taylor")
-        return cls(regulariser, selection)
+        attention = "detached" if regulariser.endswith(_DETACHED) else "joint"
+        return cls(regulariser.removesuffix(_DETACHED), selection, attention)
+
+
+AFDS = Method("afd", "afs")
+"""AFD with AFS: the method of the paper."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +179,7 @@ class Protocol:
         steps: factor on the profile's steps on the target data.
         epoch_steps: steps per row of the learning curve, after which a killed worker can go on: about an epoch.
         first_update: share of a stage after which AFS removes channels; it freezes gates at the later update. [ours]
+        settle_by: what AFS ranks channels by when the budget is met once more after the last step; see `TransferRun`.
         settings_of: a profile whose finished comparison gives the settings, and the rivals that AFDS is compared with;
             nothing is tuned then.
         narrow_between: whether narrower networks, each of which is a training of its own, are made at the budgets
@@ -187,6 +202,7 @@ class Protocol:
     # of the trial's seed, 100 + 2 x 80 steps): 0.5 as in the recalled procedure, freezing at both updates, 48.3 % at 4x
     # and 43.1 % at 10x; 0.02, freezing at both, 49.6 and 40.4 % (two gates left); freezing later, 49.8 and 47.0 %.
     first_update: float = 0.02
+    settle_by: str = "taylor"
     settings_of: str = ""
     narrow_between: bool = True
 
@@ -217,20 +233,21 @@ _PROTOCOLS: Mapping[tuple[str, str], Protocol] = {
     ("demo", "quick"): Protocol(
         methods=tuple(map(Method.parse, ("afd+afs", "l2+taylor", "l2sp+slimming", "l2+width"))),
         trials=2, budgets=(1.0, 0.25, 0.1), multipliers=(1.0, 0.0), seeds=(0, 1), rest=1, rivals=1, steps=0.6,
-        epoch_steps=20,
+        epoch_steps=20, settle_by="q",
     ),
     # The grid that the primary endpoint needs, all budgets and seeds, at the profile's few steps.
     ("imagenet32", "quick"): Protocol(
         methods=(*_pairs(_CORE, ("afs", "slimming", "taylor")), *_pairs(("l2",), ("width", "width-kd"))), trials=4,
+        settle_by="q",
     ),
     ("imagenet32", "standard"): Protocol(
         methods=(
             *_pairs(_CORE, ("afs", "slimming", "taylor", "fbs")),
             *_pairs(("l2", "afd"), ("l1", "random", "width", "width-kd")),
-            *_pairs(("lwf", "feature-map", "at", "afd-detached"), ("afs",)),
+            *_pairs(("lwf", "feature-map", "at"), ("afs",)), Method("afd", "afs", "detached"),
             *_pairs(("lwf", "feature-map", "at"), ("taylor",)),
         ),
-        trials=16,
+        trials=16, settle_by="q",
     ),
     ("paper", "standard"): Protocol(
         methods=_pairs(("l2", "l2sp", "lwf", "delta", "feature-map", "at", "afd"), SELECTIONS), trials=16,
@@ -242,20 +259,20 @@ _PROTOCOLS: Mapping[tuple[str, str], Protocol] = {
 def protocol(profile: Profile) -> Protocol:
     """The comparison of a profile.
 
-    A budget that has none of its own takes the other one's. A variant such as imagenet32-disjoint asks the endpoint's
+    A scale that has none of its own takes the other one's. A variant such as imagenet32-disjoint asks the endpoint's
     question of other data, with the settings and the rivals of the profile it varies, all at the same few seeds.
 
     Raises:
         AFDSError: for a profile without one.
     """
-    family = profile.name.partition("-")[0]
-    mine = {budget: p for (name, budget), p in _PROTOCOLS.items() if name == family}
-    if not mine:
+    family = profile.variant_of or profile.name
+    by_scale = {scale: p for (name, scale), p in _PROTOCOLS.items() if name == family}
+    if not by_scale:
         known = ", ".join(dict.fromkeys(name for name, _ in _PROTOCOLS))
         raise AFDSError(f"the profile {profile.name!r} has no comparison; {known} have one")
-    found = mine.get(profile.budget, next(iter(mine.values())))
-    if profile.name == family:
-        return found
-    budgets = found.budgets[: found.budgets.index(found.primary_budget) + 1]
-    seeds = found.seeds[:VARIANT_SEEDS]
-    return replace(found, budgets=budgets, seeds=seeds, rest=len(seeds), settings_of=family, narrow_between=False)
+    rules = by_scale.get(profile.scale, next(iter(by_scale.values())))
+    if not profile.variant_of:
+        return rules
+    budgets = rules.budgets[: rules.budgets.index(rules.primary_budget) + 1]
+    seeds = rules.seeds[:VARIANT_SEEDS]
+    return replace(rules, budgets=budgets, seeds=seeds, rest=len(seeds), settings_of=family, narrow_between=False)

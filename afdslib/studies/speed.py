@@ -6,9 +6,12 @@ time the same network with `afds bench --case networks --masks FILE`. The weight
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from afdslib import afs, runs
@@ -18,10 +21,11 @@ from afdslib.base.atomic import write_json
 from afdslib.base.errors import AFDSError
 from afdslib.experiments import AFSSourceRun, DataSource, Network, SourceRun, TransferRun
 from afdslib.runs import MODEL
+from afdslib.studies import engine
 from afdslib.training import Optimisation
 from afdslib.training.objective import Regulariser
 
-__all__ = ["Speed", "train"]
+__all__ = ["Speed", "SpeedPlan", "train"]
 
 
 @dataclass(frozen=True)
@@ -132,3 +136,25 @@ def train(settings: Speed, data_dir: str | None = None, *, folder: Path | None =
         write_json(file, written)
         files.append(file)
     return files
+
+
+class SpeedPlan(engine.Plan):
+    """The runs of the measured network; `publish` writes its masks."""
+
+    part = "speed"
+
+    def __init__(self, data_dir: str | None = None):
+        super().__init__(SimpleNamespace(name="speed", scale="quick", committed=True))
+        self.data_dir = data_dir
+
+    def batches(self) -> Iterator[list[engine.Cell]]:
+        """The points of the sweep."""
+        yield [engine.Cell(c, "afds", {"budget": c.budgets[-1]}) for c in Speed().runs(self.data_dir)]
+
+    def show(self) -> str:
+        """The settings, as JSON."""
+        return json.dumps(runs.to_json(Speed()), indent=2)
+
+    def files(self) -> Path:
+        """Writes the masks."""
+        return train(Speed(), self.data_dir)[0].parent

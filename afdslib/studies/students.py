@@ -20,6 +20,7 @@ from afdslib.base.errors import AFDSError
 from afdslib.experiments import DataSource, Distillation, Network, StudentRun
 from afdslib.losses import BetaSchedule
 from afdslib.runs.networks import keep_networks
+from afdslib.studies import engine
 from afdslib.studies.keeper import Keeper
 from afdslib.studies.profiles import names as profile_names
 from afdslib.studies.workers import alongside
@@ -79,7 +80,7 @@ class DistillationProfile:
 
     Attributes:
         name: of the profile: "demo", "imagenet32" or "paper".
-        budget: "quick" or "standard".
+        scale: "quick" or "standard".
         study: "attention" or "selectivity".
         data: of the reported runs.
         trial_data: of trials and learning curves; holds a tenth back for validation.
@@ -96,7 +97,7 @@ class DistillationProfile:
     """
 
     name: str
-    budget: str
+    scale: str
     study: str
     data: DataSource
     trial_data: DataSource
@@ -134,16 +135,16 @@ def _attention_methods(
     )
 
 
-def _attention_demo(budget: str) -> DistillationProfile:
+def _attention_demo(scale: str) -> DistillationProfile:
     """Scikit-learn's digits 0 to 4 at 16 px: under a minute on a CPU, no download."""
     fit = Optimisation(steps=60, batch_size=16, lr=0.1, schedule="cosine", warmup=0.05, log_rows=10)
     methods = _attention_methods((0.1, 1.0, 10.0, 100.0, 1000.0), (5.0,), (0.1,), (0.1,))
     digits = DataSource("digits-0-4", size=16)
     everything = tuple(m.name for m in methods)
     return DistillationProfile(
-        name="demo", budget=budget, study="attention", data=digits, trial_data=digits, methods=methods,
+        name="demo", scale=scale, study="attention", data=digits, trial_data=digits, methods=methods,
         pairs=(
-            Pair(Network("wrn-10-2"), Network("wrn-10-1"), everything, (0, 1) if budget == "quick" else (0, 1, 2, 3)),
+            Pair(Network("wrn-10-2"), Network("wrn-10-1"), everything, (0, 1) if scale == "quick" else (0, 1, 2, 3)),
         ),
         teacher_training=replace(fit, steps=80, log_rows=4), student_training=fit,
         trial=replace(fit, steps=30, log_rows=1),
@@ -151,9 +152,9 @@ def _attention_demo(budget: str) -> DistillationProfile:
     )  # fmt: skip
 
 
-def _attention_imagenet32(budget: str) -> DistillationProfile:
+def _attention_imagenet32(scale: str) -> DistillationProfile:
     """Real CIFAR-10, all 50,000 training images: a few epochs, hours on one CPU core; 20 epochs for standard."""
-    epoch, standard = 390, budget == "standard"  # steps of 128 images in 50,000
+    epoch, standard = 390, scale == "standard"  # steps of 128 images in 50,000
     fit = Optimisation(
         steps=(20 if standard else 3) * epoch, batch_size=128, lr=0.1, schedule="cosine", warmup=0.02,
         precision="bf16", log_rows=16,
@@ -163,7 +164,7 @@ def _attention_imagenet32(budget: str) -> DistillationProfile:
     )
     student, seeds = Network("wrn-16-1"), (0, 1, 2)
     return DistillationProfile(
-        name="imagenet32", budget=budget, study="attention",
+        name="imagenet32", scale=scale, study="attention",
         data=DataSource("cifar10", per_class=5000, padding="reflect"),
         trial_data=DataSource("cifar10", padding="reflect"), methods=methods,
         pairs=(
@@ -178,11 +179,11 @@ def _attention_imagenet32(budget: str) -> DistillationProfile:
     )  # fmt: skip
 
 
-def _attention_paper(budget: str) -> DistillationProfile:
+def _attention_paper(scale: str) -> DistillationProfile:
     """The recipe of the attention-transfer code: 200 epochs, lr 0.1 x0.2 at 60, 120 and 160, batch 128. [code]"""
     epoch = 390
     fit = Optimisation(
-        steps=(200 if budget == "standard" else 40) * epoch, batch_size=128, lr=0.1, schedule="milestones",
+        steps=(200 if scale == "standard" else 40) * epoch, batch_size=128, lr=0.1, schedule="milestones",
         milestones=(0.3, 0.6, 0.8), drop=0.2, log_rows=40,
     )  # fmt: skip
     methods = _attention_methods(
@@ -191,12 +192,12 @@ def _attention_paper(budget: str) -> DistillationProfile:
     everything, seeds = tuple(m.name for m in methods), (0, 1, 2, 3, 4)
     pairs = (("wrn-16-2", "wrn-16-1"), ("wrn-40-1", "wrn-16-1"), ("wrn-40-2", "wrn-16-2"))
     return DistillationProfile(
-        name="paper", budget=budget, study="attention",
+        name="paper", scale=scale, study="attention",
         data=DataSource("cifar10", per_class=5000, padding="reflect"),
         trial_data=DataSource("cifar10", padding="reflect"), methods=methods,
         pairs=tuple(Pair(Network(t), Network(s), everything, seeds) for t, s in pairs),
         teacher_training=fit, student_training=fit, trial=replace(fit, steps=20 * epoch, log_rows=4), curves=everything,
-        not_run="The paper profile (200 epochs with --budget standard) has not been run: it takes GPU days.",
+        not_run="The paper profile (200 epochs with --scale standard) has not been run: it takes GPU days.",
     )  # fmt: skip
 
 
@@ -222,28 +223,28 @@ def _selectivity_methods(weights: dict[str, tuple[float, ...]]) -> tuple[Method,
     )
 
 
-def _selectivity_demo(budget: str) -> DistillationProfile:
+def _selectivity_demo(scale: str) -> DistillationProfile:
     """Scikit-learn's digits 0 to 4 at 16 px, a wide ResNet as the teacher and a narrow Inception-BN."""
     fit = Optimisation(steps=50, batch_size=16, lr=0.05, schedule="cosine", warmup=0.05, log_rows=5)
     methods = _selectivity_methods({"poly": (5.0,), "linear": (), "gaussian": ()})
     digits = DataSource("digits-0-4", size=16)
     return DistillationProfile(
-        name="demo", budget=budget, study="selectivity", data=digits, trial_data=digits, methods=methods,
+        name="demo", scale=scale, study="selectivity", data=digits, trial_data=digits, methods=methods,
         pairs=(
             Pair(
                 Network("wrn-10-2"), Network("inception_bn", stem="cifar", width=0.125),
-                tuple(m.name for m in methods), (0, 1) if budget == "quick" else (0, 1, 2, 3),
+                tuple(m.name for m in methods), (0, 1) if scale == "quick" else (0, 1, 2, 3),
             ),
         ),
         # The teacher of notebook 06.
-        teacher_training=_attention_demo(budget).teacher_training, student_training=fit,
+        teacher_training=_attention_demo(scale).teacher_training, student_training=fit,
         trial=fit, curves=(), committed=False,
     )  # fmt: skip
 
 
-def _selectivity_imagenet32(budget: str) -> DistillationProfile:
+def _selectivity_imagenet32(scale: str) -> DistillationProfile:
     """CIFAR-10: the WRN-16-2 of notebook 06 teaches an Inception-BN of an eighth of its width."""
-    attention, epoch = _attention_imagenet32(budget), 390
+    attention, epoch = _attention_imagenet32(scale), 390
     fit = replace(attention.student_training, steps=2 * epoch, log_rows=4)
     methods = _selectivity_methods({"poly": (5.0, 50.0, 500.0), "linear": (), "gaussian": ()})
     return replace(
@@ -258,9 +259,9 @@ def _selectivity_imagenet32(budget: str) -> DistillationProfile:
     )  # fmt: skip
 
 
-def _selectivity_paper(budget: str) -> DistillationProfile:
+def _selectivity_paper(scale: str) -> DistillationProfile:
     """CIFAR-10 with NST's optimiser: Nesterov, lr 0.1 x0.1 at 30, 60 and 90 % of the run, weight decay 1e-4. [code]"""
-    attention = _attention_paper(budget)
+    attention = _attention_paper(scale)
     fit = replace(attention.student_training, nesterov=True, milestones=(0.3, 0.6, 0.9), drop=0.1)
     methods = _selectivity_methods(dict.fromkeys(("poly", "linear", "gaussian"), (5.0, 50.0, 500.0)))
     return replace(
@@ -286,17 +287,17 @@ _PROFILES: dict[tuple[str, str], Callable[[str], DistillationProfile]] = {
 }
 
 
-def get(study: str, profile: str, budget: str | None = None, data_dir: str | None = None) -> DistillationProfile:
+def get(study: str, profile: str, scale: str | None = None, data_dir: str | None = None) -> DistillationProfile:
     """A study of a profile.
 
     Args:
         study: "attention" or "selectivity".
         profile: "demo", "imagenet32" or "paper".
-        budget: "quick" (the default) or "standard".
+        scale: "quick" (the default) or "standard".
         data_dir: the folder in which the data set's archive or tree lies; by default it is downloaded to data/raw.
 
     Raises:
-        AFDSError: for an unknown study, profile or budget.
+        AFDSError: for an unknown study, profile or scale.
     """
     if study not in STUDIES:
         raise AFDSError(f"unknown study {study!r}; known are {', '.join(STUDIES)}")
@@ -304,9 +305,9 @@ def get(study: str, profile: str, budget: str | None = None, data_dir: str | Non
         raise AFDSError(f"unknown profile {profile!r}; known are {', '.join(profile_names())}")
     # Variants of a profile differ in what AFDS transfers from; their students are those of the profile itself.
     profile = profile if (study, profile) in _PROFILES else profile.split("-")[0]
-    if (budget or "quick") not in ("quick", "standard"):
-        raise AFDSError(f"unknown budget {budget!r}; known are quick and standard")
-    found = _PROFILES[study, profile](budget or "quick")
+    if (scale or "quick") not in ("quick", "standard"):
+        raise AFDSError(f"unknown scale {scale!r}; known are quick and standard")
+    found = _PROFILES[study, profile](scale or "quick")
     if data_dir:
         data, trial_data = (replace(d, root=str(data_dir)) for d in (found.data, found.trial_data))
         found = replace(found, data=data, trial_data=trial_data)
@@ -613,8 +614,33 @@ class DistillationStudy(Keeper[DistillationProfile]):
         super()._write(f"{self.profile.study}{suffix}", table)
 
 
+class Students(engine.Plan):
+    """The runs of a study as a plan: teachers and trials, then the students at the weights that these choose."""
+
+    def __init__(self, profile: DistillationProfile):
+        super().__init__(profile)
+        self.part = profile.study
+
+    def batches(self) -> Iterator[list[engine.Cell]]:
+        """Teachers and trials; students; learning curves."""
+        study = DistillationStudy(self.profile, workers=1)
+        first = study._first()
+        yield [engine.Cell(config, "teacher" if config.use_test else "trial") for config in first]
+        for config in first:
+            engine.lookup(config)
+        yield [
+            engine.Cell(job.config, job.kind, {
+                "teacher": job.teacher, "network": job.config.network.name if job.kind != "trial" else "",
+                "method": job.method or "teacher", "strength": job.weight,
+                "seed": "" if job.kind == "trial" else job.config.seed,
+            })
+            for job in study.jobs()
+        ]  # fmt: skip
+
+
 def _share(profile: DistillationProfile) -> None:
     """One worker's share of a study."""
     study = DistillationStudy(profile, workers=1)
-    share(study._first(), study._publish)
-    share([job.config for job in study.jobs()], study._publish)
+    for configs in (study._first(), [job.config for job in study.jobs()]):
+        for result in share(configs):
+            study._publish(result)

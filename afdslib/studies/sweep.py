@@ -1,39 +1,38 @@
-"""A study: the runs of a profile, computed or looked up, and the tidy tables made from them."""
+"""The sweep: regularisers that share the AFS selection, from one source network, at every budget."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from multiprocessing import get_context
-from pathlib import Path
+from typing import Any
 
 import pandas as pd
-import torch
 
 from afdslib import runs, training
 from afdslib.base.errors import AFDSError
 from afdslib.data import Splits
 from afdslib.experiments import AFSSourceRun, DataSource, SourceRun, TransferRun, check_budgets
-from afdslib.runs.networks import keep_networks
-from afdslib.studies.keeper import Keeper
-from afdslib.studies.profiles import Profile
+from afdslib.studies import engine, plan, results
+from afdslib.studies.engine import Cell
+from afdslib.studies.profile import Profile
+from afdslib.studies.protocol import Method
 from afdslib.training.objective import Regulariser
 
-__all__ = ["Study", "plan", "run_stage"]
+__all__ = ["COLUMNS", "TRIALS", "Study"]
 
 COLUMNS = [
     "target", "method", "strength", "seed", "budget", "density", "test_accuracy", "test_mean_class_accuracy",
     "validation_accuracy", "train_accuracy", "macs", "macs_predictors", "train_macs", "dense_macs", "parameters",
     "removed", "static", "dynamic", "dead_gates", "gate_variance", "steps", "training_macs", "run",
 ]  # fmt: skip
+TRIALS = ["target", "method", "strength", "validation_accuracy", "train_accuracy", "run"]
 
 
-class Study(Keeper[Profile]):
-    """All runs of one profile.
+class Study(engine.Plan):
+    """The runs of a profile's sweep, computed or looked up.
 
     Args:
         profile: from `profiles.get`.
@@ -41,8 +40,10 @@ class Study(Keeper[Profile]):
             on a GPU.
     """
 
+    part = "sweep"
+
     def __init__(self, profile: Profile, *, workers: int | None = None):
-        self.profile = profile
+        super().__init__(profile)
         self.workers = workers or training.processes()
         if len(self.targets) < len(profile.targets):
             raise AFDSError(f"two targets of the profile {profile.name} have the same title; give each its own data")
@@ -125,60 +126,119 @@ class Study(Keeper[Profile]):
             density_floor=p.density_floor,
             macs_images=p.macs_images,
             seed=seed,
+            settle=bool(p.settle_by),
+            first=p.first_update,
+            freeze_first=p.freeze_first,
+            settle_by=p.settle_by or "q",
         )
 
-    # results
+    # the plan
+
+    def batches(self) -> Iterator[list[Cell]]:
+        """The source networks, the trials, and every point at the strengths that these choose."""
+        keys = {"target": self.profile.source.title, "network": self.profile.network.name}
+        yield [Cell(config, "source", keys | {"variant": name}) for name, config in self._sources()]
+        yield self._trials()
+        chosen = self._choose()
+        yield [cell for r in self._points() for cell in (self._cell(*r, chosen),)]
+
+    def measured(self, cell: Cell, result: runs.Result) -> Mapping[str, Any]:
+        """A point's figures; of a trial its accuracies alone."""
+        some = ("validation_accuracy", "train_accuracy")
+        return {key: result.metrics.get(key) for key in some} if cell.role == "trial" else result.metrics
+
+    def networks(self) -> Iterator[tuple[str, SourceRun | AFSSourceRun]]:
+        """The source networks, from which anyone can go on."""
+        yield from self._sources()
+
+    def _sources(self) -> list[tuple[str, SourceRun | AFSSourceRun]]:
+        return [("source", self.source_run), ("AFS source", self.afs_source_run)]
+
+    def _trials(self) -> list[Cell]:
+        p, cells = self.profile, []
+        for target, c in itertools.product(p.targets, p.candidates):
+            for strength in c.strengths if len(c.strengths) > 1 else ():
+                run = self.transfer_run(replace(c.regulariser, strength=strength), p.trial_seed, target=target)
+                keys = {"target": target.title, "method": c.regulariser.name, "strength": strength}
+                cells.append(Cell(replace(run, optimisation=p.trial, use_test=False), "trial", keys))
+        return cells
+
+    def _choose(self) -> dict[str, dict[str, Regulariser]]:
+        """By target and name: the strength of highest validation accuracy; the smaller one wins a tie."""
+        best: dict[tuple[str, str], tuple[float, float]] = {}
+        for cell in sorted(self._trials(), key=lambda cell: float(cell.keys["strength"])):
+            key = (cell.keys["target"], cell.keys["method"])
+            accuracy = engine.lookup(cell.config).metrics.get("validation_accuracy", -1.0)  # a trial that diverged
+            if key not in best or accuracy > best[key][0]:
+                best[key] = (accuracy, cell.keys["strength"])
+        return {
+            title: {
+                c.regulariser.name: replace(
+                    c.regulariser, strength=best.get((title, c.regulariser.name), (0.0, c.strengths[0]))[1]
+                )
+                for c in self.profile.candidates
+            }
+            for title in self.targets
+        }
+
+    def _points(
+        self, methods: Iterable[str] | None = None, budgets: Sequence[float] | None = None
+    ) -> list[tuple[DataSource, int, str, float]]:
+        p = self.profile
+        names = list(methods or (c.regulariser.name for c in p.candidates))
+        wanted = [b for b in p.budgets if budgets is None or b in budgets]
+        return list(itertools.product(p.targets, p.seeds, names, wanted))
+
+    def _cell(
+        self, target: DataSource, seed: int, name: str, budget: float, chosen: dict[str, dict[str, Regulariser]]
+    ) -> Cell:
+        regulariser = chosen[target.title][name]
+        keys = {
+            "target": target.title, "method": name, "regulariser": name, "selection": "afs",
+            "strength": regulariser.strength, "seed": seed, "budget": budget,
+        }  # fmt: skip
+        config = self.transfer_run(regulariser, seed, budget=budget, target=target)
+        return Cell(config, Method(name, "afs").role, keys)
+
+    def describe(self) -> str:
+        """What the study would do here: stages, steps, MACs, disk, memory, and what is missing on this machine."""
+        return plan.describe(self)
+
+    def summary(self) -> str:
+        """Means over seeds of what is finished."""
+        rows = results.select(engine.table(self), role=("afds", "part"), reason="")
+        table = results.view(rows, ["target", "method", "budget", "test_accuracy", "macs", "parameters"])
+        shown = table.groupby(["target", "method", "budget"], sort=False).mean()
+        return shown.to_string(float_format=lambda v: f"{v:.4g}")
+
+    # results, computed if need be
 
     def source(self) -> runs.Result:
         """The plain source network."""
-        return self._publish(runs.get_or_run(self.source_run))
+        return runs.get_or_run(self.source_run)
 
     def afs_source(self) -> runs.Result:
         """The converted and fine-tuned source network."""
-        self.source()
-        return self._publish(runs.get_or_run(self.afs_source_run))
-
-    def _trial_run(self, regulariser: Regulariser, strength: float, target: DataSource) -> TransferRun:
-        p = self.profile
-        run = self.transfer_run(replace(regulariser, strength=strength), p.trial_seed, target=target)
-        return replace(run, optimisation=p.trial, use_test=False)
+        return runs.get_or_run(self.afs_source_run)
 
     def trials(self) -> pd.DataFrame:
         """Every strength tried for every regulariser on every target, with its accuracy on validation images.
 
-        No test image is read. Also written to trials.csv.
+        No test image is read.
         """
-        tried = [
-            (title, c.regulariser.name, strength, self._trial_run(c.regulariser, strength, target))
-            for title, target in self.targets.items()
-            for c in self.profile.candidates
-            if len(c.strengths) > 1
-            for strength in c.strengths
-        ]
-        results = self._compute([run for *_, run in tried])
+        cells = self._trials()
+        found = self._compute([cell.config for cell in cells])
         rows = [
-            {"target": title, "method": method, "strength": strength, "run": result.id}
+            {**cell.keys, "run": result.id}
             | {key: result.metrics.get(key, math.nan) for key in ("validation_accuracy", "train_accuracy")}
-            for (title, method, strength, _), result in zip(tried, results, strict=True)
+            for cell, result in zip(cells, found, strict=True)
         ]
-        columns = ["target", "method", "strength", "validation_accuracy", "train_accuracy", "run"]
-        table = pd.DataFrame(rows, columns=columns)
-        self._write("trials", table)
-        return table
+        return pd.DataFrame(rows, columns=TRIALS)
 
     @cached_property
     def _chosen(self) -> dict[str, dict[str, Regulariser]]:
-        trials = self.trials()
-        chosen: dict[str, dict[str, Regulariser]] = {title: {} for title in self.targets}
-        for title in self.targets:
-            for c in self.profile.candidates:
-                strength = c.strengths[0]
-                if len(c.strengths) > 1:
-                    mine = trials[(trials.target == title) & (trials.method == c.regulariser.name)]
-                    mine = mine.sort_values("strength").fillna({"validation_accuracy": -1.0})  # a trial that diverged
-                    strength = float(mine.strength[mine.validation_accuracy.idxmax()])
-                chosen[title][c.regulariser.name] = replace(c.regulariser, strength=strength)
-        return chosen
+        self._compute([cell.config for cell in self._trials()])
+        return self._choose()
 
     def chosen(self, target: DataSource | None = None) -> dict[str, Regulariser]:
         """The regularisers at the strengths that a target's trials chose; the smaller strength wins a tie."""
@@ -190,38 +250,25 @@ class Study(Keeper[Profile]):
         return self.chosen()
 
     def sweep(self, methods: Iterable[str] | None = None, budgets: Sequence[float] | None = None) -> pd.DataFrame:
-        """The pruning sweep: one row per target, method, seed and budget. Also written to sweep.csv.
+        """The pruning sweep: one row per target, method, seed and budget.
 
-        A point that diverged, or started from one, has no row; `table.attrs["missing"]` and missing.csv say why.
+        A point that diverged, or started from one, has no row; `table.attrs["missing"]` says why.
 
         Args:
             methods: regularisers by name; default: all.
-            budgets: default: all of the profile. The CSV is written for the whole sweep only.
+            budgets: default: all of the profile.
         """
-        p = self.profile
-        names = list(methods or (c.regulariser.name for c in p.candidates))
-        wanted = [b for b in p.budgets if budgets is None or b in budgets]
-        points = [
-            (target, self.chosen(target)[name], seed, budget)
-            for target in p.targets
-            for seed in p.seeds
-            for name in names
-            for budget in wanted
-        ]
-        results = self._compute([self.transfer_run(r, s, budget=b, target=t) for t, r, s, b in points])
+        cells = [self._cell(*point, self._chosen) for point in self._points(methods, budgets)]
+        found = self._compute([cell.config for cell in cells])
         rows, missing = [], []
-        for (target, regulariser, seed, budget), result in zip(points, results, strict=True):
-            row = {"target": target.title, "method": regulariser.name, "strength": regulariser.strength, "seed": seed}
+        for cell, result in zip(cells, found, strict=True):
+            row = {**cell.keys, "run": result.id}
             if "diverged" in result.metrics:
-                missing.append(row | {"budget": budget, "reason": result.metrics["diverged"], "run": result.id})
+                missing.append(row | {"reason": result.metrics["diverged"]})
             else:
-                rows.append(result.metrics | row | {"run": result.id})
+                rows.append(result.metrics | row)
         table = pd.DataFrame(rows, columns=COLUMNS)
         table.attrs["missing"] = missing
-        if methods is None and budgets is None:
-            self._write("sweep", table)
-            columns = ["target", "method", "strength", "seed", "budget", "reason", "run"]
-            self._write("missing", pd.DataFrame(missing, columns=columns))
         return table
 
     def point_run(
@@ -241,90 +288,5 @@ class Study(Keeper[Profile]):
         """
         return self._compute([self.point_run(method, seed, budget=budget, target=target)])[0]
 
-    # computing
-
     def _compute(self, configs: Sequence[TransferRun]) -> list[runs.Result]:
-        """Results in the order asked for. Chains of budgets are computed side by side, each within one process."""
-        missing = [config for config in configs if runs.lookup(config) is None]
-        if missing:
-            self.afs_source()
-            chains: dict[TransferRun, list[TransferRun]] = {}
-            for config in missing:
-                chains.setdefault(replace(config, budgets=config.budgets[:1]), []).append(config)
-            ordered = [sorted(chain, key=lambda c: len(c.budgets)) for chain in chains.values()]
-            self._run_chains(ordered)
-        return [self._publish(runs.get_or_run(config)) for config in configs]
-
-    def _run_chains(self, chains: list[list[TransferRun]]) -> None:
-        if self.workers == 1 or len(chains) == 1:
-            for chain in chains:
-                self._publish_all(_run_chain(chain, None))
-            return
-        # Started afresh, not forked: a process that has used torch's threads cannot be forked safely.
-        with ProcessPoolExecutor(min(self.workers, len(chains)), mp_context=get_context("spawn")) as pool:
-            jobs = [pool.submit(_run_chain, chain, 1) for chain in chains]
-            try:
-                for job in as_completed(jobs):
-                    self._publish_all(job.result())
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-
-    def _publish_all(self, results: Iterable[runs.Result]) -> None:
-        for result in results:
-            self._publish(result)
-
-    # files
-
-    def publish_networks(self, points: Iterable[tuple[str, int, float]] = (("afd", 0, 1.0), ("afd", 0, 0.1))) -> Path:
-        """Copies the sources and some points' networks to data/weights/<run id>.safetensors, with a model card.
-
-        Args:
-            points: (method, seed, budget) of the networks to keep, of the primary target. With none, the card is of the
-                source networks alone, as far as they are trained.
-
-        Raises:
-            AFDSError: for the demo, whose networks are never committed, or one that is not in the store.
-        """
-        if not self.profile.committed:
-            raise AFDSError(f"networks of the profile {self.profile.name} are never committed")
-        points = list(points)
-        sources = (("source", self.source_run), ("AFS source", self.afs_source_run))
-        kept = [(n, self._publish(runs.get_or_run(c))) for n, c in sources if points or runs.lookup(c)]
-        if not kept:
-            raise AFDSError("no source network of this study is trained yet; `afds train` does that")
-        primary = next(iter(self.targets))
-        kept += [(f"{primary}, {m}, seed {s}, {1 / b:g}x", self.point(m, s, b)) for m, s, b in points]
-        return keep_networks(kept, self.profile.name)
-
-
-def _run_chain(chain: list[TransferRun], threads: int | None) -> list[runs.Result]:
-    if threads is not None:
-        torch.set_num_threads(threads)
-    return [runs.get_or_run(config) for config in chain]
-
-
-def run_stage(profile: Profile, stage: str) -> None:
-    """Computes one stage of a study without notebooks.
-
-    Args:
-        profile: from `profiles.get`.
-        stage: "train" (source, AFS source, trials and unpruned networks) or "sweep" (everything).
-    """
-    study = Study(profile)
-    if stage == "train":
-        study.afs_source()
-        table = study.sweep(budgets=profile.budgets[:1])
-    elif stage == "sweep":
-        table = study.sweep()
-    else:
-        raise AFDSError(f"unknown stage {stage!r}; known are train and sweep")
-    shown = table.groupby(["target", "method", "budget"], sort=False)[["test_accuracy", "macs", "parameters"]].mean()
-    print(shown.to_string(float_format=lambda v: f"{v:.4g}"))
-
-
-def plan(profile: Profile) -> str:
-    """What a study would do here: stages, steps, MACs, disk, memory, and what is missing on this machine."""
-    from afdslib.studies import plan as planning
-
-    return planning.describe(Study(profile))
+        return engine.run(configs, self.workers)

@@ -1,58 +1,32 @@
-"""Quasi-random trials that several workers share: Optuna's journal in a folder beside the run store.
+"""The trials of a comparison, and the settings that they choose: on validation images, at quasi-random settings.
 
-The points are drawn once, by the worker that comes first; a worker then takes the next one that waits. What a trial
-costs is a run of the store, so a killed worker loses no finished run: whoever comes later takes its trial over and
-resumes its run, and two workers that ask for one trial compute it once.
+Regularisers are tuned on the dense network; selections at the trial budget, with L2 at its best; then each pair's
+strength once more at the primary budget. The settings are the same for all workers, and a trial is a run of the store:
+workers share the trials as they share all runs.
 """
 
 from __future__ import annotations
 
+import functools
 import json
-import logging
+import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from afdslib import runs
-from afdslib.base.errors import AFDSError
+from afdslib.base.errors import AFDSError, UnreachableError
 from afdslib.losses.term import Axis, Value
+from afdslib.studies import engine
+from afdslib.studies.engine import Cell
+from afdslib.studies.points import Points, Settings, Tuned
+from afdslib.studies.protocol import Method, regulariser_space, selection_space
 
 if TYPE_CHECKING:
     import optuna
 
-__all__ = ["Outcome", "Trial", "points", "search"]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a trial found.
-
-    Attributes:
-        value: validation accuracy; None where the run is missing.
-        run: its id.
-        reason: why it is missing.
-    """
-
-    value: float | None
-    run: str
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One finished trial.
-
-    Attributes:
-        number: 0 is the default settings.
-        settings: by name.
-        outcome: of its run.
-    """
-
-    number: int
-    settings: dict[str, Value]
-    outcome: Outcome
+__all__ = ["Tuning", "draw", "settings"]
 
 
 def _distribution(axis: Axis) -> optuna.distributions.BaseDistribution:
@@ -74,7 +48,7 @@ def _number(axis: Axis) -> float:
     return float(axis.default)  # type: ignore[arg-type]
 
 
-def points(space: Sequence[Axis], count: int, *, seed: int = 0) -> list[dict[str, float]]:
+def draw(space: Sequence[Axis], count: int, *, seed: int = 0) -> list[dict[str, float]]:
     """Optuna's numbers of `count` trials: the defaults, then a scrambled Sobol sequence. The same for a seed.
 
     Raises:
@@ -113,115 +87,137 @@ def _quiet(make: Callable[[], Any]) -> Any:
         optuna.logging.set_verbosity(before)
 
 
-def _open(folder: Path, name: str, space: Sequence[Axis], count: int, seed: int) -> Any:
-    """The shared study, with all its points waiting; made by whoever comes first."""
-    import filelock
-    import optuna
-    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-
-    file = folder / "trials.journal"
-    about = {"version": runs.RESULTS_VERSION, "space": [_signature(axis) for axis in space], "seed": seed}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(folder / "trials.lock"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            # A killed process leaves the journal's own lock behind; the others break it after 30 seconds.
-            backend = JournalFileBackend(str(file), lock_obj=JournalFileOpenLock(str(file)))
-            storage = optuna.storages.JournalStorage(backend)
-            study = _quiet(
-                lambda: optuna.create_study(
-                    study_name=name, storage=storage, direction="maximize", load_if_exists=True,
-                    sampler=optuna.samplers.RandomSampler(seed=seed),  # never asked: every point is drawn already
-                )
-            )  # fmt: skip
-            if "about" not in study.user_attrs:
-                study.set_user_attr("about", json.dumps(about, sort_keys=True))
-            written = json.loads(study.user_attrs["about"])
-            if written["version"] != runs.RESULTS_VERSION:
-                raise AFDSError(
-                    f"the trials in {file} were written by RESULTS_VERSION {written['version']}, and this is "
-                    f"{runs.RESULTS_VERSION}; keep them elsewhere and start a new folder"
-                )
-            if written != json.loads(json.dumps(about)):
-                raise AFDSError(
-                    f"the trials of {name!r} in {file} are of another search space; keep them elsewhere and start a "
-                    "new folder"
-                )
-            for point in points(space, count, seed=seed)[len(study.trials) :]:
-                study.enqueue_trial(point)
-            return study
-    except OSError as error:
-        raise AFDSError(
-            f"the shared folder {folder} cannot be used: {error.strerror or error}; mount it, or mend its permissions"
-        ) from error
+def settings(space: Sequence[Axis], count: int, *, seed: int = 0) -> list[dict[str, Value]]:
+    """The settings of `count` trials: the defaults, then quasi-random ones."""
+    drawn = draw(space, count, seed=seed)
+    return [{axis.name: _value(axis, numbers[axis.name]) for axis in space} for numbers in drawn]
 
 
-def _signature(axis: Axis) -> list[Any]:
-    return [axis.name, axis.default, axis.low, axis.high, axis.log, list(axis.choices)]
-
-
-def _claim(folder: Path, study: Any) -> Any:
-    """The next waiting trial, taken by this worker alone; None if none waits."""
-    import filelock
-    from optuna.trial import TrialState
-
-    with filelock.FileLock(folder / "trials.lock"):
-        if not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-            return None
-        return study.ask()
-
-
-def search(
-    folder: Path,
-    name: str,
-    space: Sequence[Axis],
-    count: int,
-    evaluate: Callable[[Mapping[str, Value]], Outcome],
-    *,
-    seed: int = 0,
-    wait: bool = True,
-) -> list[Trial]:
-    """Does its share of a method's trials, then waits for the others': all of them, in order.
+class Tuning:
+    """The trials of some methods, and what they choose. Nothing is trained here: a choice reads finished trials.
 
     Args:
-        folder: shared by the workers; beside the run store.
-        name: of the method.
-        space: its settings; the same for all workers.
-        count: trials.
-        evaluate: settings -> outcome; a run of the store, so that asking twice computes once.
-        seed: of the points.
-        wait: False comes back when no trial waits any more, with none; so a worker can go on with another method.
-
-    Raises:
-        AFDSError: an empty space, a folder that cannot be used, or trials of another version or space.
+        points: of the comparison.
+        methods: that are compared.
     """
-    from optuna.trial import TrialState
 
-    if not space or count < 1:
-        raise AFDSError(f"the search space of {name!r} is empty; give at least one setting and one trial")
-    logging.getLogger("optuna").setLevel(logging.ERROR)
-    study = _open(folder, name, space, count, seed)
-    while (claimed := _claim(folder, study)) is not None:
-        _tell(study, claimed.number, evaluate(_settings(space, study, claimed.number)))
-    if not wait:
-        return []
-    # Still running: another worker's, whose lock is waited for, or a killed one's, whose run is resumed.
-    for frozen in study.get_trials(states=(TrialState.RUNNING,)):
-        _tell(study, frozen.number, evaluate(_settings(space, study, frozen.number)))
-    found = [_settings(space, study, number) for number in range(count)]
-    return [Trial(number, settings, evaluate(settings)) for number, settings in enumerate(found)]
+    def __init__(self, points: Points, methods: Sequence[Method]):
+        self.points, self.rules, self.methods = points, points.rules, methods
+        self.seed = points.profile.trial_seed
+        self._tuned: dict[Method, Tuned] = {}
+
+    def _cell(self, stage: str, name: str, number: int, chosen: Settings, make: Callable[[], Any]) -> Cell:
+        keys = {
+            "target": self.points.target.title, "method": name, "stage": stage, "trial": number,
+            "settings": json.dumps(dict(chosen)),
+        }  # fmt: skip
+        try:
+            config = make()
+        except UnreachableError as error:
+            return Cell(None, "trial", keys, str(error))
+        if config.use_test:
+            raise RuntimeError("a trial must hold no test image")
+        return Cell(config, "trial", keys)
+
+    @functools.cached_property
+    def _regularisers(self) -> dict[Method, list[tuple[Settings, Cell]]]:
+        """Of each regulariser on the dense network, L2 first."""
+        cells = {}
+        for plain in dict.fromkeys((Method("l2", "afs"), *(replace(m, selection="afs") for m in self.methods))):
+            cells[plain] = [
+                (chosen, self._cell("regulariser", plain.transfer, i, chosen, self._dense(plain, chosen)))
+                for i, chosen in enumerate(
+                    settings(regulariser_space(plain.regulariser), self.rules.trials, seed=self.seed)
+                )
+            ]
+        return cells
+
+    def _dense(self, method: Method, chosen: Settings) -> Callable[[], Any]:
+        return functools.partial(self.points.dense, method, chosen, self.seed, trial=True)
+
+    @functools.cached_property
+    def _selections(self) -> dict[str, list[tuple[Settings, Cell]]]:
+        """Of each selection at the trial budget, with L2 at its best."""
+        cells = {}
+        best, chain = self.best_regulariser(Method("l2", "afs")), (1.0, self.rules.trial_budget)
+        for name in dict.fromkeys(m.selection for m in self.methods):
+            cells[name] = []
+            space = selection_space(name, self.points.profile)
+            for i, chosen in enumerate(settings(space, self.rules.trials, seed=self.seed)):
+                tuned = Tuned(Method("l2", name), best, chosen)
+                make = functools.partial(self.points.point, tuned, self.seed, chain, trial=True)
+                cells[name].append((chosen, self._cell("selection", name, i, chosen, make)))
+        return cells
+
+    @functools.cached_property
+    def _strengths(self) -> dict[Method, list[tuple[Settings, Cell]]]:
+        """Of each method that has settings, at the primary budget."""
+        cells = {}
+        for method in self.methods:
+            if self.why_not(method):
+                continue
+            tuned = Tuned(method, self.best_regulariser(method), self.best_selection(method))
+            cells[method] = []
+            for i, multiplier in enumerate(self.rules.multipliers):
+                regulariser = {**tuned.regulariser, "strength": tuned.strength * multiplier}
+                one, chain = replace(tuned, regulariser=regulariser), self.rules.trial_chain
+                make = functools.partial(self.points.point, one, self.seed, chain, trial=True)
+                said = {"strength": regulariser["strength"]}
+                cells[method].append((regulariser, self._cell("strength", method.key, i, said, make)))
+        return cells
+
+    def batches(self) -> Iterator[list[Cell]]:
+        """The trials in three batches, each of which needs the choices from the one before."""
+        for stage in ("_regularisers", "_selections", "_strengths"):
+            yield [cell for trials in getattr(self, stage).values() for _, cell in trials]
+
+    def best_regulariser(self, method: Method) -> Settings:
+        """A regulariser's settings of highest validation accuracy; the defaults first in a tie."""
+        return _best(f"regulariser {method.transfer}", self._regularisers[replace(method, selection="afs")])
+
+    def best_selection(self, method: Method) -> Settings:
+        """A selection's settings of highest validation accuracy; the defaults first in a tie."""
+        return _best(f"selection {method.selection}", self._selections[method.selection])
+
+    def why_not(self, method: Method) -> str:
+        """Why a method cannot be tuned, because none of its trials has a value; empty where it can."""
+        if method in self._tuned:
+            return ""
+        try:
+            self.best_regulariser(method), self.best_selection(method)
+        except UnreachableError as error:
+            return str(error)
+        return ""
+
+    def tuned(self, method: Method) -> Tuned:
+        """A method at the settings that its trials chose; the smallest change wins a tie of the strengths."""
+        if method not in self._tuned:
+            try:
+                regulariser = _best("", self._strengths[method])
+            except UnreachableError:  # no strength reached the primary budget
+                regulariser = self.best_regulariser(method)
+            self._tuned[method] = Tuned(method, regulariser, self.best_selection(method))
+        return self._tuned[method]
 
 
-def _settings(space: Sequence[Axis], study: Any, number: int) -> dict[str, Value]:
-    fixed = study.trials[number].system_attrs["fixed_params"]
-    return {axis.name: _value(axis, fixed[axis.name]) for axis in space}
+def _accuracy(cell: Cell) -> tuple[float | None, str]:
+    """Of a trial on validation images; or why it has none. A trial that read a test image is a fault of the program."""
+    if cell.config is None:
+        return None, cell.reason
+    result: runs.Result = engine.lookup(cell.config)
+    if any(key.startswith("test") or key == "confusion" for key in result.metrics):
+        raise RuntimeError(f"the trial {result.id} holds test results")
+    if "diverged" in result.metrics:
+        return None, result.metrics["diverged"]
+    return float(result.metrics["validation_accuracy"]), ""
 
 
-def _tell(study: Any, number: int, outcome: Outcome) -> None:
-    import optuna
-
-    state = optuna.trial.TrialState.FAIL if outcome.value is None else None
-    try:
-        study.tell(number, outcome.value, state=state, skip_if_finished=True)
-    except optuna.exceptions.UpdateFinishedTrialError:
-        pass  # another worker was told the same between optuna's look and its writing
+def _best(what: str, trials: Sequence[tuple[Settings, Cell]]) -> Settings:
+    outcomes = [_accuracy(cell) for _, cell in trials]
+    if all(value is None for value, _ in outcomes):
+        reason = next((why for _, why in outcomes if why), "no trial was made")
+        raise UnreachableError(
+            f"every trial of {what} is missing ({reason}); widen its search space or raise the trial budget"
+        )
+    best = max(range(len(trials)), key=lambda i: (-math.inf if outcomes[i][0] is None else outcomes[i][0], -i))
+    return trials[best][0]

@@ -6,6 +6,7 @@ A killed worker's lock is released by the system, so the next one that comes by 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from multiprocessing import get_context
 from typing import Any
@@ -15,44 +16,39 @@ import torch
 from afdslib import runs
 from afdslib.base.errors import BusyError
 
-__all__ = ["alongside", "compute"]
+__all__ = ["alongside", "compute", "with_needs"]
+
+_log = logging.getLogger(__name__)
 
 
-def compute(configs: Sequence[Any], publish: Callable[[runs.Result], Any] | None = None) -> list[runs.Result]:
+def compute(configs: Sequence[Any]) -> list[runs.Result]:
     """This worker's share of some runs and of those they need, then the results, in the order asked for.
 
     A run is begun when those it needs are finished, so that workers do not wait for each other.
 
     Args:
         configs: the runs, the first ones first.
-        publish: called with each result as soon as it is there, so that an interrupted study keeps it.
     """
-    todo = _missing(_with_needs(configs))
+    todo = _missing(with_needs(_missing(configs)))
     while todo:
         idle = True
         for config in todo:
             if runs.lookup(config) is not None or any(runs.lookup(need) is None for need in runs.needs(config)):
                 continue
             try:
-                result = runs.get_or_run(config, wait=False)
+                runs.get_or_run(config, wait=False)
             except BusyError:
                 continue
-            if publish is not None:
-                publish(result)
             idle = False
         todo = _missing(todo)
         if todo and idle:  # waits for the worker of one of them, or takes over if that one is gone
             runs.get_or_run(next((config for config in todo if runs.busy(config)), todo[0]))
             todo = _missing(todo)
-    results = [runs.get_or_run(config) for config in configs]
-    if publish is not None:  # what other workers have computed, too
-        for result in results:
-            publish(result)
-    return results
+    return [runs.get_or_run(config) for config in configs]
 
 
-def _with_needs(configs: Iterable[Any]) -> list[Any]:
-    """All runs of some chains, each after those it needs."""
+def with_needs(configs: Iterable[Any]) -> list[Any]:
+    """Some runs and all that they start from, each after those it needs."""
     ordered: dict[Any, None] = {}
 
     def add(config: Any) -> None:
@@ -62,8 +58,7 @@ def _with_needs(configs: Iterable[Any]) -> list[Any]:
             ordered[config] = None
 
     for config in configs:
-        if runs.lookup(config) is None:
-            add(config)
+        add(config)
     return list(ordered)
 
 
@@ -71,20 +66,20 @@ def _missing(configs: Iterable[Any]) -> list[Any]:
     return [config for config in configs if runs.lookup(config) is None]
 
 
-def alongside(work: Callable[..., Any], arguments: tuple[Any, ...], workers: int) -> Any:
-    """Runs the same work in this process and in `workers - 1` others, which share it through the run store.
+def alongside(work: Callable[..., Any], arguments: tuple[Any, ...], processes: int) -> Any:
+    """Runs the same work in this process and in others, which share it through the run store.
 
     Args:
         work: a function of a module.
         arguments: for each of them.
-        workers: processes in all, one thread each if there are several.
+        processes: in all, one thread each if there are several.
 
     Returns:
         What it returns here.
     """
     # Started afresh, not forked: a process that has used torch's threads cannot be forked safely.
     context = get_context("spawn")
-    others: list[Any] = [context.Process(target=_work, args=(work, arguments)) for _ in range(workers - 1)]
+    others: list[Any] = [context.Process(target=_work, args=(work, arguments)) for _ in range(processes - 1)]
     threads = torch.get_num_threads()
     try:
         for process in others:
@@ -94,6 +89,9 @@ def alongside(work: Callable[..., Any], arguments: tuple[Any, ...], workers: int
         return work(*arguments)
     finally:
         torch.set_num_threads(threads)
+        for process in others:
+            if process.exitcode:
+                _log.warning("a worker ended with exit code %s; the others have done its runs", process.exitcode)
         # What they would still do is done, or this process has failed and the next call goes on.
         for process in others:
             process.terminate()

@@ -22,7 +22,7 @@ from afdslib.base import paths
 from afdslib.experiments import DataSource, Network
 from afdslib.report import pipeline
 from afdslib.studies import profiles
-from afdslib.studies.profiles import Candidates
+from afdslib.studies.profile import Candidates
 from afdslib.training.objective import Regulariser
 
 pytestmark = pytest.mark.slow

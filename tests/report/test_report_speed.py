@@ -10,7 +10,7 @@ from afdslib import runs
 from afdslib.inference import bench
 from afdslib.report import plots, speed
 from afdslib.studies import profiles
-from afdslib.studies.profiles import Candidates
+from afdslib.studies.profile import Candidates
 from afdslib.studies.sweep import Study
 from afdslib.training.objective import Regulariser
 

@@ -13,7 +13,7 @@ from afdslib.experiments import DataSource, Network
 from afdslib.report import checks, plots
 from afdslib.report import views as inspection
 from afdslib.studies import profiles
-from afdslib.studies.profiles import Candidates
+from afdslib.studies.profile import Candidates
 from afdslib.studies.sweep import Study
 from afdslib.training.objective import Objective, Regulariser
 

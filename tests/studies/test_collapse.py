@@ -7,7 +7,9 @@ import pytest
 
 from afdslib.experiments import Network
 from afdslib.report import plots
-from afdslib.studies import collapse
+from afdslib.studies import ablations
+
+COLUMNS = ["attention", "seed", "budget", "width", "uniform", "macs", "test_accuracy", "run"]
 
 
 def widths(**accuracies):
@@ -19,7 +21,7 @@ def widths(**accuracies):
         for seed, value in enumerate(values)
         for budget in (1.0, 0.1)
     ]
-    return pd.DataFrame(rows, columns=collapse.COLUMNS)
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def points(**accuracies):
@@ -33,22 +35,22 @@ def points(**accuracies):
 
 
 def test_a_uniform_attention_is_as_wide_as_the_geometric_mean_of_its_layers():
-    width = collapse.uniform_width(Network("resnet14", stem="cifar", width=0.25))
+    width = ablations.uniform_width(Network("resnet14", stem="cifar", width=0.25))
     assert width == pytest.approx(math.exp(sum(map(math.log, (64, 128, 256, 512))) / 4))
 
 
 def test_the_text_has_the_widths_and_the_paired_gain():
     table = widths(joint=(0.50, 0.51, 0.52), detached=(0.53, 0.54, 0.56))
-    text = collapse.text(table, points(delta_afs=(0.51, 0.52, 0.53)), budget=0.1)
+    text = ablations.attention_text(table, points(delta_afs=(0.51, 0.52, 0.53)), budget=0.1)
     assert "100 channels" in text and "90 wide in the unpruned network and 5.0 at 10x" in text
     assert "50 wide there" in text and "detached minus joint: +3.3 [+1.9, +4.8] points, 3 paired seeds" in text
     assert "minus AFD, both with AFS: +1.0 [" in text
 
 
 def test_what_was_not_computed_is_not_mentioned():
-    text = collapse.text(widths(joint=(0.5, 0.6)), points(l2_taylor=(0.5,)), budget=0.1)
+    text = ablations.attention_text(widths(joint=(0.5, 0.6)), points(l2_taylor=(0.5,)), budget=0.1)
     assert "5.0 at 10x" in text and "detached" not in text and "DELTA" not in text
-    assert collapse.text(widths(joint=(0.5,)), points(), budget=0.2) == ""
+    assert ablations.attention_text(widths(joint=(0.5,)), points(), budget=0.2) == ""
 
 
 @pytest.mark.parametrize(
@@ -56,9 +58,9 @@ def test_what_was_not_computed_is_not_mentioned():
 )
 def test_detached_attention_is_confirmed_by_an_interval_above_zero_once_all_seeds_are_there(detached, verdict):
     table, main = widths(joint=(0.50, 0.51, 0.52), detached=detached), points(l2_taylor=(0.53, 0.53, 0.53))
-    text = collapse.confirmation_text(table, main, budget=0.1, rival="l2+taylor", seeds=(0, 1, 2))
+    text = ablations.confirmation_text(table, main, budget=0.1, rival="l2+taylor", seeds=(0, 1, 2))
     assert verdict in text and "from the rival, L2 + Taylor, 3 paired seeds" in text
-    text = collapse.confirmation_text(table, main, budget=0.1, rival="l2+taylor", seeds=(0, 1, 2, 3))
+    text = ablations.confirmation_text(table, main, budget=0.1, rival="l2+taylor", seeds=(0, 1, 2, 3))
     assert text == "Detached attention: 3 of 4 seeds are there, so nothing is said of it yet."
 
 

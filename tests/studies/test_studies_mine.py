@@ -103,7 +103,7 @@ def done(home):
         (("--network", "resnet999"), "'resnet999' is unknown; known are"),
         (("--network", "resnet50"), "these are weights of another network"),
         (("--size", "3"), "--size"),
-        (("--budget", "huge"), "unknown budget 'huge'"),
+        (("--scale", "huge"), "unknown scale 'huge'"),
         (("--profile", "demo"), "--source-weights is for --profile mine only"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",

@@ -13,10 +13,11 @@ from afdslib import afs, runs
 from afdslib.base import paths
 from afdslib.base.errors import AFDSError
 from afdslib.experiments import DataSource, Network
-from afdslib.report import sweep as results
+from afdslib.report import pages
+from afdslib.report import sweep as summary
+from afdslib.studies import engine, profiles, results
 from afdslib.studies import plan as planning
-from afdslib.studies import profiles
-from afdslib.studies.profiles import Candidates
+from afdslib.studies.profile import Candidates
 from afdslib.studies.sweep import Study
 from afdslib.training.objective import Regulariser
 
@@ -67,12 +68,13 @@ def test_a_study_gives_one_row_per_method_seed_and_budget_and_the_same_table_twi
     table = Study(profile, workers=1).sweep()
     assert list(table.method.value_counts()) == [4, 4] and set(table.seed) == {0, 1}
     assert (table.macs[table.budget == 0.5] <= 0.55).all() and (table.macs[table.budget == 1] > 0.9).all()
-    written = (paths.figures("demo") / "sweep.csv").read_bytes()
-    assert len(pd.read_csv(paths.figures("demo") / "sweep.csv")) == 8
+    rows = engine.table(Study(profile))
+    assert list(rows.role.value_counts()[["part", "afds", "source", "trial"]]) == [4, 4, 2, 2]
     ids = {summary.id for summary in runs.list_runs()}
     Study(profile, workers=1).sweep()
     assert {summary.id for summary in runs.list_runs()} == ids  # nothing computed again
-    assert (paths.figures("demo") / "sweep.csv").read_bytes() == written
+    pd.testing.assert_frame_equal(engine.table(Study(profile)), rows)
+    assert not list(paths.figures("demo").glob("*.csv"))  # queries write nothing
 
 
 def test_trials_hold_no_test_image_and_the_best_validation_accuracy_chooses(profile):
@@ -102,39 +104,39 @@ def test_results_and_networks_of_a_real_study_can_be_committed_and_are_found_aga
     fixed = (Candidates(Regulariser("l2", 1e-4), (1e-4,)), profile.candidates[1])
     real = replace(profile, name="imagenet32", committed=True, seeds=(0,), candidates=fixed)
     card = home / "data" / "weights" / "imagenet32.md"
-    with pytest.raises(AFDSError, match="no source network of this study is trained yet"):
-        Study(real, workers=1).publish_networks(())
-    Study(real, workers=1).source()
-    Study(real, workers=1).publish_networks(())
+    study = Study(real, workers=1)
+    study.source()
+    file = engine.publish(study)
     assert card.read_text().count("| `") == 1 and len(list(card.parent.glob("*.safetensors"))) == 1
-    table = Study(real, workers=1).sweep()
-    Study(real, workers=1).publish_networks([("afd", 0, 0.5)])
-    assert card.read_text().count("| `") == 3
-    page = results.write_page(Study(real, workers=1)).read_text()
+    assert len(results.read("imagenet32")) == 1 and pages.write(study) == []
+    table = study.sweep()
+    assert engine.publish(study) == file and card.read_text().count("| `") == 2
+    page = pages.write(study)[0].read_text()
     assert f"{100 * table.test_accuracy[table.budget == 0.5].iloc[0]:.1f}" in page and "| 2x |" in page
     (home / "runs").rename(home / "elsewhere")  # another machine, with the committed files only
     again = Study(real, workers=1)
     pd.testing.assert_frame_equal(again.sweep(), table)
-    point = again.point("afd", 0, 0.5)
-    assert point.committed and afs.layers(afs.load(point.artifact("model.safetensors")))
+    pd.testing.assert_frame_equal(engine.table(again), results.read("imagenet32"))
+    source = runs.lookup(again.afs_source_run)
+    assert source.committed and afs.layers(afs.load(source.artifact("model.safetensors")))
     assert not (home / "runs").exists()
 
 
 def test_bad_names_are_one_sentence(profile):
     with pytest.raises(AFDSError, match="unknown profile 'x'; known are demo"):
         profiles.get("x")
-    with pytest.raises(AFDSError, match="unknown budget 'huge'"):
+    with pytest.raises(AFDSError, match="unknown scale 'huge'"):
         profiles.get("demo", "huge")
     with pytest.raises(AFDSError, match="not in the sweep"):
         Study(profile).transfer_run(Regulariser("l2", 0.1), 0, budget=0.3)
     with pytest.raises(AFDSError, match="never committed"):
-        Study(profile).publish_networks()
+        engine.publish(Study(profile))
 
 
 @pytest.mark.parametrize("name", profiles.names())
-@pytest.mark.parametrize("budget", ["quick", "standard"])
-def test_every_profile_is_shown_in_full_and_keeps_its_trial_seed_apart(name, budget):
-    profile = profiles.get(name, budget)
+@pytest.mark.parametrize("scale", ["quick", "standard"])
+def test_every_profile_is_shown_in_full_and_keeps_its_trial_seed_apart(name, scale):
+    profile = profiles.get(name, scale)
     shown = json.loads(profiles.show(profile))
     assert shown["network"]["name"] == profile.network.name and 0.1 in shown["budgets"]
     assert profile.trial_seed not in profile.seeds
@@ -163,7 +165,7 @@ def test_a_plan_only_looks_and_writes_nothing(profile, home):
     assert sorted((file, file.stat().st_mtime_ns) for file in home.rglob("*")) == before
 
 
-def test_targets_are_tuned_apart_and_a_trial_that_diverged_is_never_chosen(profile, monkeypatch):
+def test_targets_are_tuned_apart_and_a_trial_that_diverged_is_never_chosen(profile, home, monkeypatch):
     other = replace(profile.targets[0], per_class=7)
     study = Study(replace(profile, targets=(*profile.targets, other)), workers=1)
     assert list(study.targets) == ["tree-6", "tree-7"] and study.chance == {"tree-6": 1 / 3, "tree-7": 1 / 3}
@@ -173,11 +175,20 @@ def test_targets_are_tuned_apart_and_a_trial_that_diverged_is_never_chosen(profi
         {"target": "tree-7", "method": "l2", "strength": 1e-4, "validation_accuracy": math.nan},
         {"target": "tree-7", "method": "l2", "strength": 1e-3, "validation_accuracy": 0.1},
     ]
+    by_id = {}
+    for row in rows:
+        regulariser = replace(profile.candidates[0].regulariser, strength=row["strength"])
+        target = profile.targets[0] if row["target"] == "tree-6" else other
+        run = replace(study.transfer_run(regulariser, profile.trial_seed, target=target), use_test=False)
+        found = {} if math.isnan(row["validation_accuracy"]) else {"validation_accuracy": row["validation_accuracy"]}
+        by_id[runs.run_id(replace(run, optimisation=profile.trial))] = found
+    monkeypatch.setattr(study, "_compute", lambda configs: [])
+    monkeypatch.setattr(engine, "lookup", lambda config: runs.Result("x", by_id[runs.run_id(config)], home))
     monkeypatch.setattr(study, "trials", lambda: pd.DataFrame(rows))
     assert study.regularisers["l2"].strength == 1e-4 and study.chosen(other)["l2"].strength == 1e-3
     assert study.point_run("l2", 0, target=other).regulariser.strength == 1e-3
     assert study.point_run("l2", 0, target=other).data == other
-    text = results.strengths_text(study)
+    text = summary.strengths_text(study)
     assert "images of tree-6: L2 0.0001" in text and "images of tree-7: L2 0.001" in text
     with pytest.raises(AFDSError, match="same title"):
         Study(replace(profile, targets=(other, replace(other, size=24))))
@@ -194,5 +205,5 @@ def test_a_point_that_diverges_is_missing_with_its_reason_and_the_others_are_the
     ids = {run.id for run in runs.list_runs()}
     study.sweep()
     assert {run.id for run in runs.list_runs()} == ids  # a divergence is a result, computed once
-    assert len(pd.read_csv(study.folder() / "missing.csv")) == 4
-    assert "Missing: L2 seed 0 at 2x" in results.differences_text(table, budgets=(1.0,))
+    assert (results.select(engine.table(study), role=("afds", "part")).reason != "").sum() == 4
+    assert "Missing: L2 seed 0 at 2x" in summary.differences_text(table, budgets=(1.0,))

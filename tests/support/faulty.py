@@ -14,7 +14,7 @@ from mutants import selection, study
 from afdslib import training
 from afdslib.experiments import DataSource
 from afdslib.studies import profiles
-from afdslib.studies.profiles import Candidates, Profile
+from afdslib.studies.profile import Candidates, Profile
 from afdslib.training.objective import Regulariser
 
 FAULTS = {

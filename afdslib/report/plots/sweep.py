@@ -144,7 +144,7 @@ def attention_width(table: pd.DataFrame, *, title: str = "") -> Figure:
     """How wide the attention is at each budget, joint and detached, and the accuracy beside it.
 
     Args:
-        table: of `collapse.widths`: attention, seed, budget, width, uniform, macs, test_accuracy.
+        table: of `ablations.attention_widths`: attention, seed, budget, width, uniform, macs, test_accuracy.
     """
     looks = [ATTENTIONS[name] for name in dict.fromkeys(table.attention)]
     table = table.assign(label=[ATTENTIONS[name].label for name in table.attention], target="", method=table.attention)

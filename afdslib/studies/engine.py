@@ -1,0 +1,240 @@
+"""One engine for all studies.
+
+A plan says which runs there are, batch by batch; the engine computes them, makes a table of them, and publishes both.
+A batch is asked for when the one before is there, so that a choice on validation images can read earlier results.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import pandas as pd
+
+from afdslib import runs, training
+from afdslib.base import paths
+from afdslib.base.errors import AFDSError
+from afdslib.runs import MODEL
+from afdslib.runs.networks import keep_networks
+from afdslib.studies import results, workers
+
+__all__ = ["Cell", "Plan", "Unfinished", "cells", "compute", "dry_run", "lookup", "pending", "publish", "run", "table"]
+
+
+class Unfinished(AFDSError):
+    """A choice needs a result that is not there, and nothing is trained."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A run, and what it is in the table.
+
+    Attributes:
+        config: of the run; None for a point that is out of reach.
+        role: "source", "trial", "afds", "part", "competitor", "ablation", "teacher", "student", ...
+        keys: of its row, by column: target, method, seed, budget, ...
+        reason: why there is no run.
+    """
+
+    config: Any
+    role: str
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    reason: str = ""
+
+
+class Profile(Protocol):
+    """A profile, as far as a plan of any part needs one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def scale(self) -> str: ...
+    @property
+    def committed(self) -> bool: ...
+
+
+class Plan:
+    """The runs of one part of a study.
+
+    Args:
+        profile: whose part it is.
+    """
+
+    part = ""
+    """Its name on the command line and in the table."""
+
+    def __init__(self, profile: Any):
+        self.profile = profile
+
+    def batches(self) -> Iterator[Sequence[Cell]]:
+        """The runs in the order of computation. What is yielded before a batch is finished when it is asked for.
+
+        Raises:
+            Unfinished: nothing is trained, and a choice reads a result that is not there.
+        """
+        raise NotImplementedError
+
+    def measured(self, cell: Cell, result: runs.Result) -> Mapping[str, Any]:
+        """What the table holds of a finished run beside its keys."""
+        return result.metrics
+
+    def networks(self) -> Iterable[tuple[str, Any]]:
+        """Networks that are published, as (name for readers, run)."""
+        return ()
+
+    def files(self) -> Path | None:
+        """Writes what `publish` is to write instead of rows, if a plan has such; returns where."""
+        return None
+
+    def folder(self) -> Path:
+        """Where pages and times go: data/results/<profile>/<scale> for real studies, the figures' folder for others."""
+        p = self.profile
+        return paths.results(p.name) / p.scale if p.committed else paths.figures(p.name)
+
+    def show(self) -> str:
+        """Every setting, as JSON."""
+        return json.dumps(runs.to_json(self.profile), indent=2)
+
+    def describe(self) -> str:
+        """What would be computed."""
+        return dry_run(self)
+
+    def summary(self) -> str:
+        """What came of it, in a few lines."""
+        known = list(cells(self))
+        gone = sum(result is None or "diverged" in result.metrics for _, result in known)
+        return f"{self.part}: {len(known) - gone} runs are finished, {gone} points have no network"
+
+    @property
+    def command(self) -> str:
+        """What computes it, or goes on with it."""
+        return f"afds study --profile {self.profile.name} --scale {self.profile.scale} --part {self.part}"
+
+
+def lookup(config: Any) -> runs.Result:
+    """A finished result.
+
+    Raises:
+        Unfinished: it is not there.
+    """
+    result = runs.lookup(config)
+    if result is None:
+        raise Unfinished(f"the run {runs.run_id(config)} ({type(config).__name__}) is not finished")
+    return result
+
+
+def run(configs: Sequence[Any], processes: int = 1) -> list[runs.Result]:
+    """The results of some runs, in this order, computed by several processes where more than one is missing."""
+    missing = sum(runs.lookup(config) is None for config in configs)
+    return workers.alongside(workers.compute, (list(configs),), min(processes, max(1, missing)))
+
+
+def compute(plan: Plan, processes: int | None = None) -> None:
+    """Computes what is missing; several processes, here or on machines with the same run store, share the runs.
+
+    Args:
+        plan: whose runs.
+        processes: default: as many as train well at a time here.
+    """
+    several = processes or training.processes()
+    workers.alongside(_share, (plan,), several if pending(plan) > 1 else 1)
+
+
+def _share(plan: Plan) -> None:
+    for batch in plan.batches():
+        workers.compute([cell.config for cell in batch if cell.config is not None])
+
+
+def pending(plan: Plan) -> float:
+    """How many runs are missing; infinite where what comes next is chosen from some of them."""
+    pending: float = 0
+    try:
+        for batch in plan.batches():
+            pending += sum(cell.config is not None and runs.lookup(cell.config) is None for cell in batch)
+    except Unfinished:
+        return math.inf
+    return pending
+
+
+def cells(plan: Plan) -> Iterator[tuple[Cell, runs.Result | None]]:
+    """What is known: each cell that is finished, with its result, and each that is out of reach. Trains nothing."""
+    try:
+        for batch in plan.batches():
+            for cell in batch:
+                if cell.config is None:
+                    yield cell, None
+                elif (result := runs.lookup(cell.config)) is not None:
+                    yield cell, result
+    except Unfinished:
+        return
+
+
+def table(plan: Plan, *, train: bool = False) -> pd.DataFrame:
+    """The rows of a plan in the schema of results.csv; a run that diverged has a reason instead of figures.
+
+    Args:
+        plan: whose runs.
+        train: compute what is missing first; otherwise what is not finished has no row.
+    """
+    if train:
+        compute(plan)
+    rows = []
+    for cell, result in cells(plan):
+        row = {"scale": plan.profile.scale, "part": plan.part, "role": cell.role, "reason": cell.reason}
+        if result is not None:
+            diverged = result.metrics.get("diverged")
+            figures = {"reason": diverged} if diverged else plan.measured(cell, result)
+            row = {**figures, **{key: row[key] for key in ("scale", "part", "role")}, "run": result.id}
+        rows.append(row | dict(cell.keys))
+    return results.stored(rows)
+
+
+def publish(plan: Plan) -> Path:
+    """Writes what is finished of a real study to be committed: runs, learning curves, rows of results.csv, networks.
+
+    Raises:
+        AFDSError: for a profile whose results are never committed.
+    """
+    if (own := plan.files()) is not None:
+        return own
+    profile = plan.profile
+    if not profile.committed:
+        raise AFDSError(f"results and networks of the profile {profile.name} are never committed")
+    computed = [cell.config for cell, result in cells(plan) if result is not None]
+    known = map(runs.lookup, workers.with_needs(computed))
+    runs.publish([result for result in known if result is not None], profile.name)
+    written = results.write(profile.name, table(plan))
+    found = ((name, runs.lookup(config, needs=(MODEL,))) for name, config in plan.networks())
+    kept = [(name, result) for name, result in found if result is not None]
+    if kept:
+        keep_networks(kept, profile.name)
+    return written
+
+
+def dry_run(plan: Plan) -> str:
+    """The runs of each role that are planned so far, how many are finished, and the steps of the others."""
+    counts: dict[str, list[int]] = {}
+    rest = ""
+    try:
+        for cell in (cell for batch in plan.batches() for cell in batch if cell.config is not None):
+            count = counts.setdefault(cell.role, [0, 0, 0])
+            done = runs.lookup(cell.config) is not None
+            steps = 0 if done else _steps(cell.config)
+            counts[cell.role] = [count[0] + 1, count[1] + done, count[2] + steps]
+    except AFDSError as error:  # also images that are not there
+        rest = f"what comes next is not known yet: {error}"
+    lines = [f"{plan.part} of {plan.profile.name}, scale {plan.profile.scale}"]
+    lines += [
+        f"{role:12}{n:>6} runs, {done} finished, {steps:,} steps to go" for role, (n, done, steps) in counts.items()
+    ]
+    return "\n".join([*lines, rest] if rest else lines)
+
+
+def _steps(config: Any) -> int:
+    """Optimiser steps of a run's own stage, without those of the runs that it starts from."""
+    stage = "tuning" if getattr(config, "parent", None) is not None else "optimisation"
+    return int(getattr(config, stage, config).steps) if hasattr(config, stage) else 0

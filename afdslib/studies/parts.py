@@ -1,0 +1,47 @@
+"""The parts of a study by name: each is one plan, or one per target."""
+
+from __future__ import annotations
+
+from afdslib.base.errors import AFDSError
+from afdslib.studies import profiles, speed, students
+from afdslib.studies.ablations import Ablations
+from afdslib.studies.comparison import Comparison
+from afdslib.studies.engine import Plan
+from afdslib.studies.sweep import Study
+
+__all__ = ["PARTS", "plans"]
+
+PARTS = ("sweep", "comparison", "ablations", *students.STUDIES, "speed")
+
+
+def plans(
+    part: str, profile: str, scale: str | None = None, data_dir: str | None = None, target: str | None = None
+) -> list[Plan]:
+    """The plans of one part of a profile.
+
+    Args:
+        part: one of `PARTS`.
+        profile: by name; the part "speed" is the same for all.
+        scale: see `profiles.get`.
+        data_dir: see `profiles.get`.
+        target: a target by title, of the comparison and its ablations; default: the first.
+
+    Raises:
+        AFDSError: an unknown part, profile, scale or target.
+    """
+    if part not in PARTS:
+        raise AFDSError(f"unknown part {part!r} of a study; known are {', '.join(PARTS)}")
+    if target is not None and part not in ("comparison", "ablations"):
+        raise AFDSError(f"--target is for the parts comparison and ablations, not for {part}; leave it out")
+    if part in students.STUDIES:
+        return [students.Students(students.get(part, profile, scale, data_dir))]
+    chosen = profiles.get(profile, scale, data_dir)
+    if part == "speed":
+        return [speed.SpeedPlan(data_dir)]
+    if part == "sweep":
+        return [Study(chosen)]
+    targets = {one.title: one for one in chosen.targets}
+    if target is not None and target not in targets:
+        raise AFDSError(f"the profile {profile} has no target {target!r}; it has {', '.join(targets)}")
+    comparison = Comparison(chosen, target=targets[target] if target else None)
+    return [comparison if part == "comparison" else Ablations(comparison)]

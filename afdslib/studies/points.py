@@ -1,0 +1,237 @@
+"""The configurations of the comparison: every competitor's source network and its point at each budget."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from afdslib.base.errors import UnreachableError
+from afdslib.experiments import (
+    AFSSourceRun,
+    DataSource,
+    DenseRun,
+    ExtendedSourceRun,
+    FBSGatesRun,
+    FBSRun,
+    NarrowRun,
+    PrunedRun,
+    Selection,
+    SourceRun,
+    TransferRun,
+)
+from afdslib.losses.term import Value
+from afdslib.pruning import CRITERIA, fitting_width
+from afdslib.studies.profile import Profile
+from afdslib.studies.protocol import Method, Protocol
+from afdslib.training import Optimisation
+from afdslib.training.objective import Regulariser
+
+__all__ = ["Point", "Points", "Settings", "Tuned"]
+
+Point = DenseRun | PrunedRun | FBSRun | NarrowRun | TransferRun
+Settings = Mapping[str, Value]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A method with its settings.
+
+    Attributes:
+        method: the pair.
+        regulariser: settings by name: strength, lr.
+        selection: settings by name.
+    """
+
+    method: Method
+    regulariser: Settings
+    selection: Settings
+
+    @property
+    def strength(self) -> float:
+        return float(self.regulariser["strength"])  # type: ignore[arg-type]
+
+
+class Points:
+    """Makes the configurations of a comparison on one target.
+
+    Args:
+        profile: data sets, network, steps.
+        rules: of the comparison.
+        target: the data set.
+    """
+
+    def __init__(self, profile: Profile, rules: Protocol, target: DataSource):
+        self.profile, self.rules, self.target = profile, rules, target
+
+    # sources
+
+    @property
+    def source(self) -> SourceRun:
+        """The plain source network."""
+        p = self.profile
+        return SourceRun(p.source, p.network, p.source_training, p.source_weight_decay)
+
+    @property
+    def afs_source(self) -> AFSSourceRun:
+        """The converted source, fine-tuned so that its predictors learn."""
+        p = self.profile
+        return AFSSourceRun(self.source, p.source, p.afs_training, p.gates)
+
+    def extended(self, budget: float | None = None) -> ExtendedSourceRun:
+        """The competitors' start: as many more source steps as AFS got, at full width or at a budget's.
+
+        Args:
+            budget: share of MACs of a narrower network; None for the full one.
+
+        Raises:
+            UnreachableError: no width has that budget, or the weights are published ones.
+        """
+        p, source = self.profile, self.source
+        if budget is not None:
+            if p.network.weights is not None:
+                raise UnreachableError(
+                    "published weights exist at one width only; give the profile a source training to pretrain "
+                    "narrower networks"
+                )
+            classes, size = self._shape
+            width = fitting_width(p.network.name, p.network.stem, p.network.width, classes, size, budget)
+            source = replace(source, network=replace(p.network, width=width))
+        return ExtendedSourceRun(source, p.source, p.afs_training)
+
+    @functools.cached_property
+    def _shape(self) -> tuple[int, tuple[int, int, int]]:
+        splits = self.target.load()
+        return len(splits.classes), (3, splits.test.size, splits.test.size)
+
+    def sources(self, methods: Sequence[Method]) -> Iterator[tuple[str, Any]]:
+        """The source networks that methods start from, with a name for readers."""
+        yield "AFS source", self.afs_source
+        yield "source, trained on", self.extended()
+        r = self.rules
+        if any("width" in m.selection for m in methods):
+            for budget in sorted({r.trial_budget, r.primary_budget, *r.budgets[1:]}, reverse=True):
+                try:
+                    yield f"source of {1 / budget:g}x, trained on", self.extended(budget)
+                except UnreachableError:  # no such width: its points are missing and say why
+                    continue
+
+    # points
+
+    def regulariser(self, method: Method, settings: Settings) -> Regulariser:
+        """A method's regulariser with its strength."""
+        decay = self.profile.candidates[-1].regulariser.classifier_decay
+        strength = float(settings["strength"])  # type: ignore[arg-type]
+        plain = Regulariser(method.regulariser, strength, decay)
+        return replace(plain, attention=method.attention) if method.attention != "joint" else plain
+
+    def stage(self, settings: Optimisation, factor: Value, **changes: Any) -> Optimisation:
+        """A stage with its learning rate scaled, and a row, after which it can be resumed, about every epoch."""
+        steps = changes.get("steps", settings.steps)
+        rows = max(1, math.ceil(steps / self.rules.epoch_steps))
+        return replace(settings, lr=settings.lr * float(factor or 1.0), log_rows=rows, **changes)
+
+    def dense(
+        self, method: Method, settings: Settings, seed: int, *, trial: bool = False, scale_l1: float = 0.0
+    ) -> DenseRun:
+        """The unpruned network with a method's regulariser."""
+        p = self.profile
+        first = p.trial if trial else p.transfer
+        return DenseRun(
+            source=self.extended(),
+            data=replace(self.target, seed=seed),
+            regulariser=self.regulariser(method, settings),
+            optimisation=self.stage(first, settings["lr"], steps=max(2, round(first.steps * self.rules.steps))),
+            scale_l1=scale_l1,
+            macs_images=p.macs_images,
+            seed=seed,
+            use_test=not trial,
+        )
+
+    def point(
+        self, tuned: Tuned, seed: int, budgets: Sequence[float], *, trial: bool = False, factor: float = 1.0
+    ) -> Point:
+        """The last point of a chain of budgets.
+
+        Args:
+            tuned: the method with its settings.
+            seed: of fitting images, initialisation and order.
+            budgets: from 1 down to the one wanted.
+            trial: with the trial's steps and without test images.
+            factor: on the target steps, for the row at equal wall-clock time.
+
+        Raises:
+            UnreachableError: a budget that no width reaches.
+        """
+        p, budgets = self.profile, tuple(budgets)
+        selection, chosen = tuned.method.selection, tuned.selection
+        first, factor = p.trial if trial else p.transfer, factor * self.rules.steps
+        unpruned = self.stage(first, tuned.regulariser["lr"], steps=max(2, round(first.steps * factor)))
+        tuning = self.stage(p.tuning, chosen["lr"], steps=max(2, round(p.tuning.steps * factor)))
+        if selection in ("afs", "fbs"):
+            faster = float(chosen["predictor_lr"])  # type: ignore[arg-type]
+            unpruned, tuning = (replace(o, predictor_lr=o.predictor_lr * faster) for o in (unpruned, tuning))
+            make = self._afs if selection == "afs" else self._fbs
+            return make(tuned, seed, budgets, unpruned, tuning, trial)
+        scale_l1 = float(chosen.get("scale_l1", 0.0))  # type: ignore[arg-type]
+        dense = replace(
+            self.dense(tuned.method, tuned.regulariser, seed, trial=trial, scale_l1=scale_l1), optimisation=unpruned
+        )
+        if len(budgets) == 1:
+            return dense
+        if selection in CRITERIA:
+            criterion = Selection(selection, str(chosen.get("normalise", "none")), mixed=selection == "taylor")
+            return PrunedRun(dense, criterion, tuning, budgets[1:])
+        steps = unpruned.steps + (len(budgets) - 1) * tuning.steps
+        return NarrowRun(
+            source=self.extended(budgets[-1]),
+            data=dense.data,
+            regulariser=dense.regulariser,
+            optimisation=self.stage(first, chosen["lr"], steps=steps),
+            full=p.network,
+            budget=budgets[-1],
+            teacher=dense if selection == "width-kd" else None,
+            temperature=float(chosen.get("temperature", 4.0)),  # type: ignore[arg-type]
+            alpha=float(chosen.get("alpha", 0.9)),  # type: ignore[arg-type]
+            macs_images=p.macs_images,
+            seed=seed,
+            use_test=not trial,
+        )
+
+    def _afs(
+        self,
+        tuned: Tuned,
+        seed: int,
+        budgets: tuple[float, ...],
+        unpruned: Optimisation,
+        tuning: Optimisation,
+        trial: bool,
+    ) -> TransferRun:
+        p, chosen = self.profile, tuned.selection
+        return TransferRun(
+            self.afs_source, replace(self.target, seed=seed), self.regulariser(tuned.method, tuned.regulariser),
+            unpruned, tuning, budgets, float(chosen["delta_s"]),  # type: ignore[arg-type]
+            density_exponent=float(chosen["density_exponent"]), density_floor=p.density_floor,  # type: ignore[arg-type]
+            macs_images=p.macs_images, seed=seed, use_test=not trial, settle=True, first=self.rules.first_update,
+            freeze_first=False, settle_by=self.rules.settle_by,
+        )  # fmt: skip
+
+    def _fbs(
+        self,
+        tuned: Tuned,
+        seed: int,
+        budgets: tuple[float, ...],
+        unpruned: Optimisation,
+        tuning: Optimisation,
+        trial: bool,
+    ) -> FBSRun:
+        chosen, alone = tuned.selection, round(self.rules.gates_alone * unpruned.steps)
+        gates = FBSGatesRun(
+            self.extended(), replace(self.target, seed=seed), self.regulariser(tuned.method, tuned.regulariser),
+            self.stage(unpruned, 1.0, steps=alone), chosen["gate_bias"], float(chosen["gate_l1"]),  # type: ignore[arg-type]
+            seed, not trial,
+        )  # fmt: skip
+        rest = self.stage(unpruned, 1.0, steps=unpruned.steps - alone)
+        return FBSRun(gates, rest, tuning, budgets, macs_images=self.profile.macs_images)
