@@ -47,7 +47,7 @@ def test_kernel_is_python3_and_nothing_else_is_in_the_metadata(notebook):
 
 
 def test_exactly_three_parameters_whose_defaults_are_the_demo(notebook):
-    assert pipeline.parameters_of(notebook) == {"profile": "demo", "budget": "quick", "data_dir": ""}
+    assert pipeline.parameters_of(notebook) == {"profile": "demo", "scale": "quick", "data_dir": ""}
 
 
 def test_no_second_equals_sign_hides_a_parameter_from_papermill(notebook):

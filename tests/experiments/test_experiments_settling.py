@@ -13,7 +13,7 @@ from afdslib import afs, runs
 from afdslib.afs import macs
 from afdslib.base.errors import AFDSError
 from afdslib.pruning import settle
-from afdslib.studies import settling
+from afdslib.studies import ablations
 
 BATCHES = tiny.batches(12, 12)
 
@@ -117,11 +117,11 @@ def test_the_text_has_the_gain_and_the_distance_from_the_rival_over_the_seeds_th
         [("l2+width", s, 0.1, 0.6) for s in range(3)], columns=["method", "seed", "budget", "test_accuracy"]
     )
     found = pd.concat([frame("joint", 0.51, 0.52, 0.53), frame("detached", 0.5)])
-    text = settling.text(found, before, main, budget=0.1, rival="l2+width")
+    text = ablations.settled_text(found, before, main, budget=0.1, rival="l2+width")
     assert "AFDS gains +2.0 [-0.5, +4.5] points by it, 3 paired seeds (seed by seed +1.0, +2.0, +3.0), and is" in text
     assert "is then -8.0 [-10.5, -5.5] from the rival, L2 + narrower network." in text
     assert "detached attention gains +20.0" in text and "1 paired seed (seed by seed +20.0)" in text
     assert "Detached minus joint attention, both so: -1.0" in text
-    text = settling.text(found[found.attention == "detached"], before, main, budget=0.1, rival="l2+width")
+    text = ablations.settled_text(found[found.attention == "detached"], before, main, budget=0.1, rival="l2+width")
     assert "AFDS gains" not in text and "by mean gates (two things differ): +0.0" in text
-    assert settling.text(found.head(0), before, main, budget=0.1, rival="l2+width") == ""
+    assert ablations.settled_text(found.head(0), before, main, budget=0.1, rival="l2+width") == ""

@@ -167,7 +167,7 @@ def test_a_comparison_that_was_not_run_says_how_to_run_it(tmp_path, monkeypatch)
     monkeypatch.setenv("AFDS_HOME", str(tmp_path))
     none = competitors.Competitors(profiles.get("imagenet32"))
     assert not list(none)
-    assert none.sentence().endswith("afds compare --profile imagenet32 --budget quick --workers 2")
+    assert none.sentence().endswith("afds study --profile imagenet32 --scale quick --part comparison --workers 2")
     assert not any((none.accuracy(), none.paired(), none.sizes(), none.costs(), none.ablations(), none.missing()))
     assert list(none.figures(lambda *_: pytest.fail("nothing to draw"))) == [""]
 
