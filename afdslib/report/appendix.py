@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import pandas as pd
@@ -18,35 +19,18 @@ from afdslib.report.plots import look
 from afdslib.report.sweep import accuracy_table
 from afdslib.report.tables import Table, Text
 
-__all__ = ["FAULTS", "committed_text", "cost_table", "faults_table", "figures_table", "references"]
+__all__ = ["committed_text", "cost_table", "faults", "faults_table", "figures_table", "references"]
 
-# (what the public reproduction does [code], the mutants of tests/mutants that do the same)
-FAULTS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("it reads statistics before they exist, and takes `torch.mean` of a list, so no epoch finishes",
-     ("statistics_read_before_they_exist", "mean_of_a_list")),
-    ("with s = 0 a layer outputs 0 instead of γ y", ("static_layer_outputs_zero",)),
-    ("m and s are one number per layer, from means of feature maps, fitted on the test set",
-     ("masks_per_layer", "statistics_of_feature_maps", "statistics_of_the_test_set")),
-    ("γ is random and never updated", ("gamma_is_random",)),
-    ("top-k of the third convolution uses the wrong channel count", ("wrong_channel_count",)),
-    ("one more ReLU before the residual sum changes the pretrained function", ("extra_relu",)),
-    ("the batch norm keeps its affine part, and the gate multiplies it",
-     ("batch_norm_keeps_its_affine_part", "gate_multiplies_the_shift")),
-    ("predictors start at random, with no source stage", ("random_predictors", "no_source_stage")),
-    ("hooks of the evaluation leak into the next training step", ("hooks_are_left",)),
-    ("no MACs are counted", ("no_macs_counter",)),
-    ("no pruning loop, no removal of channels",
-     ("no_pruning_loop", "removed_channel_keeps_its_shift", "removed_channel_is_only_scaled_down")),
-    ("no seeds, no validation split", ("no_seeds", "no_validation_split", "chosen_on_the_test_set")),
-    ("masks are missing from the state_dict", ("masks_missing_from_the_state_dict",)),
-    ("the norm of AFD is not squared, and a bias shared by all channels cancels in the softmax",
-     ("unsquared_norm", "shared_bias")),
-)  # fmt: skip
+
+def faults() -> list[tuple[str, list[str]]]:
+    """What the public reproduction does [code], and the mutants of the tests that do the same."""
+    text = Path(__file__).with_name("faults.toml").read_text("utf-8")
+    return [(row["does"], row["mutants"]) for row in tomllib.loads(text)["fault"]]
 
 
 def faults_table() -> Table:
     """Each fault of the public reproduction, with the mutants that show that a test here fails on it."""
-    rows = [(fault, ", ".join(f"`{name}`" for name in mutants)) for fault, mutants in FAULTS]
+    rows = [(fault, ", ".join(f"`{name}`" for name in mutants)) for fault, mutants in faults()]
     header = ["what the public reproduction does", "mutants that tests/test_mutants.py catches"]
     return Table(header, rows, numbers=False)
 

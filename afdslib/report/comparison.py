@@ -295,9 +295,8 @@ class Variants:
 
 
 def statistics_text() -> Text:
-    """The statistics, fixed before the numbers: what `afdslib.studies.statistics` says of itself."""
-    lines = (statistics.__doc__ or "").strip().split("\n", 2)
-    return Text(lines[2].strip())
+    """The statistics, fixed before the numbers."""
+    return Text(statistics.PROTOCOL.strip())
 
 
 def rules_table(profile: Profile) -> Table:

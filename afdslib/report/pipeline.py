@@ -242,12 +242,9 @@ def execute(
     """Executes the stages that are not finished yet, then renders the report.
 
     Args:
-        profile: See `plan`.
-        parameters: See `plan`.
-        only: See `plan`. Without the last notebook there is no report.
+        profile, parameters, only, folder: See `plan`. Without the last notebook there is no report.
         fresh: Execute every stage, finished or not.
         verbose: Pass the cells' text output to stdout while it is written, not only to the log.
-        folder: The folder of the notebooks.
         echo: Takes one line at the start and the end of each stage.
 
     Returns:

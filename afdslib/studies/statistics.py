@@ -1,21 +1,4 @@
-"""The statistics of the comparison, fixed before its numbers.
-
-- **Primary endpoint**: test accuracy at a tenth of the dense network's MACs on CIFAR-10 with 60 images per class, AFDS
-  (AFD + AFS) minus the rival. The same endpoint on the class-disjoint target is secondary: AFDS and three rivals at
-  five paired seeds (ten at first; changed before a network was trained on that target, for the cost; later, with no
-  result looked at, narrower networks were confined to the endpoint).
-- **The rival** is the competitor with the highest mean VALIDATION accuracy at that budget over the first seeds, which
-  all methods have (one that lost a seed comes last). AFDS and the best few competitors get ten seeds, the others three.
-  A pair that holds AFD or AFS is a part of AFDS, reported as an ablation, and no competitor.
-- **Pairs**: one seed means the same fitting images for both methods, and the same initial classifier and order of
-  images where both have such (a narrower network has a classifier of its own size, and one stage instead of several).
-  The difference is the mean over seeds, with Student's 95 % interval.
-- **Everything else is exploratory**: two-sided paired t tests, Holm-corrected within a table.
-- **Confirmation**: detached attention, an ablation that beat AFDS at three seeds of the primary target, was found by
-  looking at test accuracy. It is tried again on the class-disjoint target, with AFDS's settings and seeds, fixed before
-  a network was trained there: confirmed if the 95 % interval of its paired difference from AFDS lies above 0.
-- **Secondary**: the MACs a method needs to stay within one point of its dense network, linear between the budgets.
-"""
+"""The statistics of the comparison, fixed before its numbers: see `PROTOCOL`."""
 
 from __future__ import annotations
 
@@ -35,6 +18,7 @@ __all__ = [
     "LEVEL",
     "PRIMARY_BUDGET",
     "PRIMARY_TARGET",
+    "PROTOCOL",
     "Interval",
     "Paired",
     "by_seed",
@@ -49,6 +33,25 @@ __all__ = [
     "rival",
     "sentence",
 ]
+
+PROTOCOL = """\
+- **Primary endpoint**: test accuracy at a tenth of the dense network's MACs on CIFAR-10 with 60 images per class, AFDS
+  (AFD + AFS) minus the rival. The same endpoint on the class-disjoint target is secondary: AFDS and three rivals at
+  five paired seeds (ten at first; changed before a network was trained on that target, for the cost; later, with no
+  result looked at, narrower networks were confined to the endpoint).
+- **The rival** is the competitor with the highest mean VALIDATION accuracy at that budget over the first seeds, which
+  all methods have (one that lost a seed comes last). AFDS and the best few competitors get ten seeds, the others three.
+  A pair that holds AFD or AFS is a part of AFDS, reported as an ablation, and no competitor.
+- **Pairs**: one seed means the same fitting images for both methods, and the same initial classifier and order of
+  images where both have such (a narrower network has a classifier of its own size, and one stage instead of several).
+  The difference is the mean over seeds, with Student's 95 % interval.
+- **Everything else is exploratory**: two-sided paired t tests, Holm-corrected within a table.
+- **Confirmation**: detached attention, an ablation that beat AFDS at three seeds of the primary target, was found by
+  looking at test accuracy. It is tried again on the class-disjoint target, with AFDS's settings and seeds, fixed before
+  a network was trained there: confirmed if the 95 % interval of its paired difference from AFDS lies above 0.
+- **Secondary**: the MACs a method needs to stay within one point of its dense network, linear between the budgets.
+"""
+"""As the report prints it."""
 
 PRIMARY_BUDGET = 0.1
 PRIMARY_TARGET = "cifar10-60"

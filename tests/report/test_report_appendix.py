@@ -21,7 +21,7 @@ def home(tmp_path, monkeypatch):
 
 
 def test_each_fault_names_mutants_that_a_test_catches():
-    named = [mutant for _, mutants in evidence.FAULTS for mutant in mutants]
+    named = [mutant for _, mutants in evidence.faults() for mutant in mutants]
     caught = {mutant.__name__ for mutant, _, _ in FAULTS}
     assert len(named) == len(set(named)) and set(named) <= caught
     # The rest are faults of a careless MACs counter or sweep, not of the public reproduction.
