@@ -77,7 +77,7 @@ def times(study: Study, sweep: pd.DataFrame, *, method: str = "afd") -> pd.DataF
 
 def _measured_here(study: Study) -> Path:
     """The times that this machine has measured, in the run store: only publishing writes committed files."""
-    return paths.runs() / "times" / f"{study.profile.name}-{study.profile.budget}.csv"
+    return paths.runs() / "times" / f"{study.profile.name}-{study.profile.scale}.csv"
 
 
 def write_times(study: Study) -> Path | None:
