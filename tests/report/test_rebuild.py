@@ -39,7 +39,7 @@ def rebuilt(tmp_path_factory):
         patch.setenv("AFDS_FIGURES", str(folder / "figures"))
         patch.setenv("AFDS_RUNS", str(folder / "runs"))
         patch.delenv("AFDS_FRESH", raising=False)
-        written = pipeline.execute(PROFILE, {"budget": "quick"}, only=["08"], echo=lambda _: None)
+        written = pipeline.execute(PROFILE, {"scale": "quick"}, only=["08"], echo=lambda _: None)
         assert written is not None
         yield written
 

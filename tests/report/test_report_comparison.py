@@ -8,6 +8,7 @@ import pytest
 from afdslib.report import comparison as competitors
 from afdslib.report import plots
 from afdslib.studies import profiles, statistics
+from afdslib.studies.ablations import LABELS, WHOLE
 from afdslib.studies.protocol import Method
 
 
@@ -98,6 +99,13 @@ def test_every_trial_is_drawn_and_those_without_a_value_are_counted():
     assert list(drawn) == [0.4, 0.5] and list(chosen) == [0.5]
 
 
+def variants(rows) -> pd.DataFrame:
+    """A table of ablations; what starts with another network is no variant of AFDS."""
+    table = pd.DataFrame(rows, columns=["variant", "seed", "budget", "test_accuracy"])
+    key = table.variant.where(table.variant != LABELS[WHOLE], WHOLE)
+    return table.assign(key=key, method=["l2+taylor" if "unextended" in v else "afd+afs" for v in table.variant])
+
+
 def test_ablations_are_set_against_afds_seed_by_seed_and_lost_seeds_are_counted():
     rows = [("both (AFDS)", s, 0.1, 0.4 + s / 10) for s in (0, 1)] + [
         ("static only", 0, 0.1, 0.3),
@@ -106,7 +114,7 @@ def test_ablations_are_set_against_afds_seed_by_seed_and_lost_seeds_are_counted(
         ("both (AFDS)", 0, 0.25, 0.7),
         ("unpruned", 0, 1.0, 0.5),
     ]
-    shown = competitors.ablation_table(pd.DataFrame(rows, columns=["variant", "seed", "budget", "test_accuracy"]))
+    shown = competitors.ablation_table(variants(rows))
     assert shown.rows == [
         ["both (AFDS)", "10x", "45.0 ± 7.1", "–", "–", "2 of 2"],
         ["static only", "10x", "30.0", "-10.0", "–", "1 of 2"],
@@ -119,8 +127,7 @@ def test_ablations_are_set_against_afds_seed_by_seed_and_lost_seeds_are_counted(
 def test_p_values_of_the_ablations_are_corrected_within_the_table():
     accuracies = {"both (AFDS)": (0.40, 0.41, 0.42), "a": (0.41, 0.42, 0.50), "b": (0.50, 0.40, 0.10)}
     rows = [(name, seed, 0.1, value) for name, values in accuracies.items() for seed, value in enumerate(values)]
-    table = pd.DataFrame(rows, columns=["variant", "seed", "budget", "test_accuracy"])
-    shown = [row[4] for row in competitors.ablation_table(table).rows]
+    shown = [row[4] for row in competitors.ablation_table(variants(rows)).rows]
     whole, *others = (dict(enumerate(values)) for values in accuracies.values())
     corrected = statistics.holm([statistics.paired(mine, whole).p for mine in others])
     assert shown == ["–", *(f"{p:.2g}" for p in corrected)] and max(corrected) <= 1
@@ -130,7 +137,6 @@ def test_variants_that_beat_afds_are_named_with_their_distance_to_the_rival():
     def rows(name, *accuracies, budget=0.1):
         return [(name, seed, budget, value) for seed, value in enumerate(accuracies)]
 
-    columns = ["variant", "seed", "budget", "test_accuracy"]
     afds = rows("both (AFDS)", 0.50, 0.51, 0.52)
     table = [*afds, *rows("detached", 0.54, 0.55, 0.56), *rows("noisy", 0.40, 0.52, 0.70)]
     table += [*rows("worse", 0.4, 0.41, 0.42), *rows("detached", 0.9, 0.9, 0.9, budget=0.25)]
@@ -138,15 +144,11 @@ def test_variants_that_beat_afds_are_named_with_their_distance_to_the_rival():
     main = [("l2+taylor", "competitor", s, 0.1, v, v) for s, v in enumerate((0.55, 0.53, 0.55))]
     main += [("l2+fbs", "competitor", s, 0.1, 0.9, 0.1) for s in range(3)]
     names = ["method", "role", "seed", "budget", "test_accuracy", "validation_accuracy"]
-    made = competitors.better_text(
-        pd.DataFrame(table, columns=columns), pd.DataFrame(main, columns=names), budget=0.1, rival="l2+taylor"
-    )
+    made = competitors.better_text(variants(table), pd.DataFrame(main, columns=names), budget=0.1, rival="l2+taylor")
     assert "- detached: +4.0 [+4.0, +4.0] points from AFDS and +0.7 [" in made
     assert "from the rival, L2 + Taylor, on the same 3 seeds" in made
     assert made.count("\n- ") == 1 and "Exploratory" in made
-    none = competitors.better_text(
-        pd.DataFrame(afds, columns=columns), pd.DataFrame(main, columns=names), budget=0.1, rival="l2+taylor"
-    )
+    none = competitors.better_text(variants(afds), pd.DataFrame(main, columns=names), budget=0.1, rival="l2+taylor")
     assert none == ""
 
 

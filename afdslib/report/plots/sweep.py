@@ -164,15 +164,13 @@ def _panel(selection: str) -> str:
     return "narrower networks" if selection.startswith("width") else label_of(selection)
 
 
-def _look(regulariser: str, selection: str) -> Look:
+def _look(method: Method) -> Look:
     """Of a line in its panel: by its regulariser, dotted where attention is detached; narrower ones by theirs, too."""
-    name = Method(regulariser, selection).base
-    if selection.startswith("width"):
-        base = look(selection)
-        if regulariser == "l2":
-            return base
-        return replace(base, label=f"{base.label}, {label_of(regulariser)}", colour=look(name).colour)
-    return look(name) if name == regulariser else replace(look(name), label=label_of(regulariser), dashes=(1.2, 1.2))
+    base, label = look(method.regulariser), method.label.partition(" + ")[0]
+    if method.selection.startswith("width"):
+        own = look(method.selection)
+        return own if method.regulariser == "l2" else replace(own, label=f"{own.label}, {label}", colour=base.colour)
+    return base if method.attention == "joint" else replace(base, label=label, dashes=(1.2, 1.2))
 
 
 @styled
@@ -180,12 +178,15 @@ def competitors(table: pd.DataFrame, *, chance: float | None = None, title: str 
     """Test accuracy against measured MACs: a panel per selection, a line per regulariser, AFDS pale in every other.
 
     Args:
-        table: of a comparison, one target: method, regulariser, selection, seed, budget, macs, test_accuracy.
+        table: of a comparison, one target: method, seed, budget, macs, test_accuracy.
         chance: accuracy of guessing, drawn as a line.
     """
-    looks = {pair: _look(*pair) for pair in dict.fromkeys(zip(table.regulariser, table.selection, strict=True))}
-    label = [looks[pair].label for pair in zip(table.regulariser, table.selection, strict=True)]
-    table = table.assign(label=label, panel=[_panel(selection) for selection in table.selection])
+    methods = {name: Method.parse(name) for name in dict.fromkeys(table.method)}
+    looks = {name: _look(method) for name, method in methods.items()}
+    table = table.assign(
+        label=[looks[name].label for name in table.method],
+        panel=[_panel(methods[name].selection) for name in table.method],
+    )
     panels = list(dict.fromkeys(table.panel))
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
@@ -197,7 +198,7 @@ def competitors(table: pd.DataFrame, *, chance: float | None = None, title: str 
         if AFDS not in set(here.method) and len(ours):
             _lines(ax, ours, "test_accuracy", [PALE], errorbar=None, linewidth=4, zorder=1)
             pale = True
-        _lines(ax, here, "test_accuracy", [one for pair, one in looks.items() if _panel(pair[1]) == panel])
+        _lines(ax, here, "test_accuracy", [looks[name] for name in dict.fromkeys(here.method)])
         if chance is not None:
             level(ax, chance)
         ax.set_title(panel)
