@@ -12,9 +12,10 @@ import torch
 from afdslib import afs, runs, training
 from afdslib.afs import macs
 from afdslib.inference.predict import predict
+from afdslib.report import comparison, speed
 from afdslib.report import numbers as cited
-from afdslib.report import speed
-from afdslib.studies import statistics
+from afdslib.studies import profiles, statistics
+from afdslib.studies.comparison import Comparison
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -89,9 +90,9 @@ def test_links_lead_to_files():
 
 
 def test_the_results_table_is_that_of_the_committed_files():
-    sweep = cited.read("imagenet32/quick/sweep.csv")
-    compared = cited.read("imagenet32/quick/comparison-cifar10-60/comparison.csv")
-    disjoint = cited.read("imagenet32-disjoint/quick/comparison-tiny-imagenet-32-target40-60/comparison.csv")
+    sweep = cited.read("imagenet32/quick/sweep")
+    compared = cited.read("imagenet32/quick/comparison-cifar10-60")
+    disjoint = cited.read("imagenet32-disjoint/quick/comparison-tiny-imagenet-32-target40-60")
     for table, budget, methods in (
         (sweep, 0.1, ("l2", "afd")),
         (sweep, 1.0, ("l2", "afd")),
@@ -103,7 +104,7 @@ def test_the_results_table_is_that_of_the_committed_files():
             values = 100 * table[(table.method == method) & (table.budget == budget)].test_accuracy
             cells.append(f"{values.mean():.1f} ± {values.std():.1f} %")
         assert f"| {' / '.join(cells)} |" in README
-    students = cited.read("imagenet32/quick/attention.csv")
+    students = cited.read("imagenet32/quick/attention")
     first = students[students.teacher.fillna("wrn-16-2") == "wrn-16-2"]
     medians = [100 * first[first.method == m].test_accuracy.median() for m in ("alone", "at", "kd", "at-kd", "nst")]
     assert f"| {' / '.join(f'{value:.1f}' for value in medians)} % |" in README
@@ -116,7 +117,7 @@ def test_the_results_table_is_that_of_the_committed_files():
 
 def test_the_sentence_below_the_figure_holds_in_the_committed_results():
     assert "ahead of the narrower networks down to 2x and behind the better of them from 4x on" in README
-    file = "imagenet32/quick/comparison-cifar10-60/comparison.csv"
+    file = "imagenet32/quick/comparison-cifar10-60"
     table = cited.read(file).groupby(["method", "budget"]).test_accuracy.mean().unstack()
     narrower = table.loc[["l2+width", "l2+width-kd"]].max()
     ahead = table.loc["afd+afs"] > narrower
@@ -125,17 +126,15 @@ def test_the_sentence_below_the_figure_holds_in_the_committed_results():
 
 def test_what_it_says_of_detached_attention_holds_in_the_committed_results():
     assert "made networks better on CIFAR-10 and was not confirmed where source and target\nshare no class" in README
-    for folder, better in (
-        ("imagenet32/quick/comparison-cifar10-60", True),
-        ("imagenet32-disjoint/quick/comparison-tiny-imagenet-32-target40-60", False),
-    ):
-        table = cited.read(f"{folder}/attention.csv")
+    for profile, better in (("imagenet32", True), ("imagenet32-disjoint", False)):
+        compared = comparison.Compared(Comparison(profiles.get(profile, "quick")))
+        table = compared.attention
         here = table[(table.budget - 0.1).abs() < 1e-9]
         joint, detached = (statistics.by_seed(here[here.attention == name]) for name in ("joint", "detached"))
         assert (statistics.paired(detached, joint).difference.low > 0) == better
     # The last one, where one seed lost half of its accuracy; settled by importance, it does not.
     assert "one of five seeds lost half of its accuracy to a channel that was removed" in README
-    settled = cited.read(f"{folder}/settled.csv")
+    settled = compared.beside["settled"]
     mended = statistics.by_seed(settled[(settled.attention == "detached") & ((settled.budget - 0.1).abs() < 1e-9)])
     assert len(mended) == len(detached) == 5
     assert sum(detached[seed] < 0.52 * value for seed, value in mended.items()) == 1

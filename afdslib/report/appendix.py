@@ -5,9 +5,11 @@ Everything is read from files; the list of faults is held to the mutants of the 
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -18,6 +20,7 @@ from afdslib.report import comparison
 from afdslib.report.plots import look
 from afdslib.report.sweep import accuracy_table
 from afdslib.report.tables import Table, Text
+from afdslib.studies import results
 
 __all__ = ["committed_text", "cost_table", "faults", "faults_table", "figures_table", "references"]
 
@@ -38,14 +41,15 @@ def faults_table() -> Table:
 # ------------------------------------------------------------------------------------------------------------- results
 
 
-def _studies(pattern: str) -> list[tuple[str, Path, str]]:
-    """(profile and budget for readers, file, options of the command) of the committed tables of one name."""
-    base = paths.results("any").parent
-    found = []
-    for file in sorted(base.glob(f"*/*/{pattern}")):
-        profile, budget = file.relative_to(base).parts[:2]
-        found.append((f"**{profile}, {budget}**", file, f"--profile {profile} --budget {budget} --data-dir DIR"))
-    return found
+def _studies(*parts: str) -> Iterator[tuple[str, str, str, pd.DataFrame]]:
+    """(profile and scale for readers, part, options of the command, points) of the committed tables of some parts."""
+    for part, profile in itertools.product(parts, results.profiles()):
+        rows = results.select(results.read(profile), part=part)
+        keys = rows.target if part == "comparison" else [""] * len(rows)
+        for scale, target in dict.fromkeys(zip(rows.scale, keys, strict=True)):
+            table = results.named(f"{profile}/{scale}/{part}" + (f"-{target}" if target else ""))
+            if len(table):
+                yield f"**{profile}, {scale}**", part, f"--profile {profile} --scale {scale} --data-dir DIR", table
 
 
 def _seeds_of(table: pd.DataFrame) -> str:
@@ -55,20 +59,19 @@ def _seeds_of(table: pd.DataFrame) -> str:
 
 
 def committed_text() -> Text:
-    """Every committed sweep, comparison and study of students, each under its profile and budget with its command."""
+    """Every committed sweep, comparison and study of students, each under its profile and scale with its command."""
     parts = []
-    for name, file, options in _studies("sweep.csv"):
-        table = pd.read_csv(file)
-        text = f"test accuracy, mean ± standard deviation over {_seeds_of(table)} seeds. `afds run {options}`"
-        parts += [f"{name}: {text}", accuracy_table(table)._repr_markdown_()]
-    for name, file, options in _studies("comparison-*/comparison.csv"):
-        table, target = pd.read_csv(file), file.parent.name.removeprefix("comparison-")
-        text = f"test accuracy in %, mean ± standard deviation over {_seeds_of(table)} seeds. `afds compare {options}`"
-        parts += [f"{name}, the comparison on {target}: {text}", comparison.accuracy_table(table)._repr_markdown_()]
-    for study in ("attention", "selectivity"):
-        for name, file, options in _studies(f"{study}.csv"):
-            text = f"students ({study}): test accuracy in %. `afds students --study {study} {options}`"
-            parts += [f"{name}, {text}", _students(pd.read_csv(file))._repr_markdown_()]
+    for name, part, options, table in _studies("sweep", "comparison", "attention", "selectivity"):
+        seeds = f"mean ± standard deviation over {_seeds_of(table)} seeds"
+        command = f"`afds study --part {part} {options}`"
+        if part == "sweep":
+            parts += [f"{name}: test accuracy, {seeds}. {command}", accuracy_table(table)._repr_markdown_()]
+        elif part == "comparison":
+            text = f"{name}, the comparison on {table.target.iloc[0]}: test accuracy in %, {seeds}. {command}"
+            parts += [text, comparison.accuracy_table(table)._repr_markdown_()]
+        else:
+            text = f"{name}, students ({part}): test accuracy in %. {command}"
+            parts += [text, _students(table)._repr_markdown_()]
     return Text("\n\n".join(parts) or "No result is committed.")
 
 
@@ -114,7 +117,7 @@ def cost_table() -> Table:
     return Table(["profile", "trained", "device", "runs", "hours"], cells, numbers=False)
 
 
-def figures_table(profile: str, budget: str) -> Table:
+def figures_table(profile: str, scale: str) -> Table:
     """Each figure of a profile: the notebook that draws it, the command, and how long that notebook took here."""
     rows = []
     executed = paths.figures(profile) / "executed"
@@ -127,7 +130,7 @@ def figures_table(profile: str, budget: str) -> Table:
             time = f"{taken:.0f} s"
         except (OSError, ValueError, KeyError):
             time = "not kept"
-        command = f"`afds run --profile {profile} --budget {budget} --notebook {notebook.stem[:2]}`"
+        command = f"`afds run --profile {profile} --scale {scale} --notebook {notebook.stem[:2]}`"
         if names:
             rows.append([", ".join(dict.fromkeys(names)), command, time])
     return Table(["figures", "command", "time of the notebook here"], rows, numbers=False)

@@ -163,7 +163,7 @@ def _costs(tried: Mapping[float, float]) -> tuple[float, float]:
 
 
 def _existing(names: Iterable[str]) -> list[str]:
-    return [name for name in names if numbers.path_of(name).is_file()]
+    return [name for name in names if numbers.exists(name)]
 
 
 def _untested(what: str) -> Found:
@@ -180,7 +180,7 @@ def _with_seeds(number: Number) -> str:
 
 def _comparisons(profile: str, target: str) -> Iterator[tuple[str, pd.DataFrame, str]]:
     """(file, table, rival) of every comparison that has AFDS and a competitor at 10x."""
-    for file in _existing(f"{profile}/{budget}/comparison-{target}/comparison.csv" for budget in BUDGETS):
+    for file in _existing(f"{profile}/{budget}/comparison-{target}" for budget in BUDGETS):
         table = numbers.read(file)
         here = at(table, PRIMARY_BUDGET)
         if (here.role == "competitor").any() and (here.method == AFDS).any():
@@ -203,7 +203,7 @@ def _planned(file: str, methods: Sequence[str]) -> int:
 
 def _missing(file: str, methods: Sequence[str]) -> pd.DataFrame:
     """Rows at 10x of the table of missing points beside a file; none where there is no such table."""
-    missing = Path(file).with_name("missing.csv").as_posix()
+    missing = f"{file}/missing"
     if not _existing([missing]):
         return pd.DataFrame(columns=["target", "method", "seed"])
     table = numbers.read(missing)
@@ -291,7 +291,7 @@ def _shares(table: pd.DataFrame, method: str, rival: str, value: str) -> dict[in
 
 def same_selection(profile: str, target: str, other: str, *, budget: float = PRIMARY_BUDGET) -> Found:
     """AFD minus another regulariser under the same AFS, in points of test accuracy."""
-    for file in _existing(f"{profile}/{b}/sweep.csv" for b in BUDGETS):
+    for file in _existing(f"{profile}/{b}/sweep" for b in BUDGETS):
         table = numbers.read(file)
         here = at(table[table.target == target], budget)
         seeds = {m: set(here[here.method == m].seed) for m in ("afd", other)}
@@ -407,7 +407,7 @@ def weights_matter(files: Sequence[str], pair: Pair, *, method: str = "at") -> F
     """What a factor of ten beside the best weight costs on validation images, against the spread between seeds."""
     label = look(method).label
     for file, seeds in _students(files, pair, (method,)):
-        trials = file.replace(".csv", "_trials.csv")
+        trials = f"{file}/trials"
         if not _existing([trials]):
             continue
         table = numbers.read(trials)

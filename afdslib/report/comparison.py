@@ -310,7 +310,7 @@ def rules_table(profile: Profile) -> Table:
     else:
         by_selection: dict[str, list[str]] = {}
         for method in r.methods:
-            by_selection.setdefault(method.selection, []).append(method.label.partition(" + ")[0])
+            by_selection.setdefault(method.selection, []).append(label_of(method.transfer))
         multipliers = ", ".join(f"{value:g}" for value in sorted(r.multipliers))
         rows = [
             *((f"with {label_of(selection)}", ", ".join(names)) for selection, names in by_selection.items()),

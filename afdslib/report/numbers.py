@@ -1,6 +1,6 @@
 """Numbers of the report, each read from a result file: a missing file, column or row is an error, never a blank.
 
-difference("imagenet32/quick/sweep.csv", "test_accuracy", {"method": "afd"}, {"method": "l2"}, budget=0.1)
+difference("imagenet32/quick/sweep", "test_accuracy", {"method": "afd"}, {"method": "l2"}, budget=0.1)
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import pandas as pd
 
 from afdslib.base import paths
 from afdslib.base.errors import AFDSError
-from afdslib.studies import statistics
+from afdslib.studies import results, statistics
 
-__all__ = ["Number", "difference", "mean", "of_interval", "path_of", "read", "rows"]
+__all__ = ["Number", "difference", "exists", "mean", "of_interval", "read", "rows"]
 
 SCALES = {"%": 100.0, "points": 100.0}
 """Accuracies and MACs are stored as shares."""
@@ -61,19 +61,31 @@ def of_interval(found: statistics.Interval, unit: str, *, scale: float | None = 
     return Number(scale * found.mean, unit, scale * found.low, scale * found.high, found.n, **kwargs)
 
 
-def path_of(file: str) -> Path:
-    """A file below data/results/."""
+def exists(file: str) -> bool:
+    """Whether there is such a table; see `read`."""
+    return _path(file).is_file() if file.endswith(".csv") else not results.named(file).empty
+
+
+def _path(file: str) -> Path:
     return paths.results("any").parent / file
 
 
 def read(file: str) -> pd.DataFrame:
-    """A result file, a CSV below data/results/ such as "imagenet32/quick/sweep.csv".
+    """A table of results.
+
+    Args:
+        file: the address of a committed table, such as "imagenet32/quick/sweep" (see `results.named`), or a CSV below
+            data/results/.
 
     Raises:
         AFDSError: it is missing or no table.
     """
     try:
-        return pd.read_csv(path_of(file))
+        if not file.endswith(".csv"):
+            if (table := results.named(file)).empty:
+                raise FileNotFoundError
+            return table
+        return pd.read_csv(_path(file))
     except FileNotFoundError:
         raise AFDSError(
             f"the result file {file} does not exist; run the study that writes it or leave its number out"

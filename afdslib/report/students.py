@@ -27,7 +27,7 @@ from afdslib.report.sweep import stage_text
 from afdslib.report.tables import Table, Text, bullets
 from afdslib.report.views import NOT_STORED
 from afdslib.runs import MODEL
-from afdslib.studies import statistics
+from afdslib.studies import results, statistics
 from afdslib.training.features import Teacher, taps
 
 if TYPE_CHECKING:
@@ -170,11 +170,11 @@ def gains_text(study: DistillationStudy) -> Text:
     return Text(bullets(lines) or "No student with a teacher is finished yet.")
 
 
-def finished_gains(profile: str, budget: str) -> Text:
+def finished_gains(profile: str, scale: str) -> Text:
     """Scale and `gains_text` of what is finished of a profile's study of attention transfer; nothing is trained."""
     from afdslib.studies.students import DistillationStudy, get
 
-    study = DistillationStudy(get("attention", profile, budget), complete=False)
+    study = DistillationStudy(get("attention", profile, scale), complete=False)
     p = study.profile
     return Text(
         f"On {p.data.name}, {p.teacher_training.steps} steps for a teacher and {p.student_training.steps} for a "
@@ -361,7 +361,7 @@ def _terms(log: pd.DataFrame, distillation: Any) -> list[str]:
 
 
 def settings(study: DistillationStudy) -> Table:
-    """The settings that a reader needs to judge the numbers; `afds students --show` prints them all."""
+    """The settings that a reader needs to judge the numbers; `afds study --part attention --show` prints them all."""
     p = study.profile
     used = {name for pair in p.pairs for name in pair.methods}
     grids = [
@@ -391,7 +391,7 @@ def command(study: DistillationStudy) -> Text:
     """The command that makes the tables again."""
     p = study.profile
     folder = "" if p.data.name.startswith("digits") else " --data-dir DIR"
-    return Text(f"Made again by `afds students --study {p.study} --profile {p.name} --scale {p.scale}{folder}`.")
+    return Text(f"Made again by `afds study --part {p.study} --profile {p.name} --scale {p.scale}{folder}`.")
 
 
 def scope(study: DistillationStudy) -> Text:
@@ -439,9 +439,10 @@ def better_than_guessing(study: DistillationStudy, factor: float = 1.5) -> bool:
 
 
 def stored_like_table(study: DistillationStudy) -> bool:
-    """Whether the CSV holds the table's rows and accuracies, one run per row."""
-    table = study.table()
-    stored = pd.read_csv(study.folder() / f"{study.profile.study}.csv")
+    """Whether the rows that are stored are the table's, with the same accuracies, one run per row."""
+    table, p = study.table(), study.profile
+    file = study.folder() / f"{p.study}.csv"
+    stored = results.named(f"{p.name}/{p.scale}/{p.study}") if p.committed else pd.read_csv(file)
     same = len(stored) == len(table) and stored.run.nunique() == len(stored)
     return same and bool(((stored.test_accuracy - table.test_accuracy).abs() < 1e-5).all())
 
@@ -593,7 +594,7 @@ def write_page(study: DistillationStudy) -> Path:
         parts += ["## β in two scales", NOT_STORED if scales is None else scales._repr_markdown_()]
     if p.curves:
         parts += ["## Convergence", reach_text(study), saved_text(study)]
-    parts.append(f"Every row is in `{p.study}.csv`, every trial in `{p.study}_trials.csv`; runs are in `../runs/`.")
+    parts.append(f"Every row and every trial is in `../results.csv`, part {p.study}; runs are in `../runs.jsonl`.")
     page = study.folder() / f"{p.study}.md"
     write_text(page, "\n\n".join(map(str, parts)) + "\n")
     return page

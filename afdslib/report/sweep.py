@@ -243,8 +243,8 @@ def write_page(study: Study) -> Path:
     parts += [
         "## AFD minus plain fine-tuning (L2), same seeds",
         differences_text(table),
-        "Every point is a row of `sweep.csv`, every trial of `trials.csv`; each run's settings, learning curve, "
-        "device and versions are in `../runs/`.",
+        "Every point and every trial is a row of `../results.csv`, part sweep; each run's settings, device and "
+        "versions are in `../runs.jsonl`, its learning curve in `../curves.csv`.",
     ]
     page = study.folder() / "README.md"
     write_text(page, "\n\n".join(map(str, parts)) + "\n")

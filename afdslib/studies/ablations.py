@@ -234,7 +234,9 @@ def views(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
         "ablations": table,
         "detached": results.select(rows, role="attention"),
         "settled": results.view(results.select(rows, role="settled", reason=""), settled),
-        "equal_time": results.view(results.select(rows, role="equal-time", reason=""), [*COLUMNS, "steps_factor"]),
+        "equal_time": results.view(
+            results.select(rows, role="equal-time", reason="").assign(role="competitor"), [*COLUMNS, "steps_factor"]
+        ),
     }
 
 

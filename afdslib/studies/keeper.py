@@ -39,10 +39,10 @@ class Keeper(Generic[P]):
         return paths.results(p.name) / p.scale if p.committed else paths.figures(p.name)
 
     def _write(self, name: str, table: pd.DataFrame) -> None:
+        if self.profile.committed:  # only `afds publish` writes what is committed
+            return
         with atomic_path(self.folder() / f"{name}.csv") as part:
             table.to_csv(part, index=False, float_format="%.6g", lineterminator="\n")
 
     def _publish(self, result: runs.Result) -> runs.Result:
-        if self.profile.committed:
-            runs.publish([result], self.profile.name)
         return result

@@ -87,15 +87,22 @@ _DETACHED = "-detached"
 
 
 def label_of(name: str) -> str:
-    """A regulariser's or selection's name for readers.
+    """A regulariser's or selection's name for readers; also of AFD with detached attention, as tables have it.
 
     Raises:
         AFDSError: an unknown name.
     """
-    known = TERMS[name].label if name in TERMS else _LABELS.get(name)
+    plain, attention = _split(name)
+    known = TERMS[plain].label if plain in TERMS else _LABELS.get(plain)
     if known is None:
         raise AFDSError(f"no regulariser or selection is called {name!r}")
-    return known
+    return known if attention == "joint" else f"{known} ({attention})"
+
+
+def _split(regulariser: str) -> tuple[str, str]:
+    """A regulariser and its attention, from their one word in tables."""
+    plain = regulariser.removesuffix(_DETACHED)
+    return plain, "joint" if plain == regulariser else "detached"
 
 
 @dataclass(frozen=True)
@@ -133,8 +140,7 @@ class Method:
     @property
     def label(self) -> str:
         """For readers: "L2-SP + Taylor"."""
-        detached = " (detached)" if self.attention == "detached" else ""
-        return f"{label_of(self.regulariser)}{detached} + {label_of(self.selection)}"
+        return f"{label_of(self.transfer)} + {label_of(self.selection)}"
 
     @property
     def role(self) -> str:
@@ -153,8 +159,8 @@ class Method:
         regulariser, plus, selection = text.partition("+")
         if not plus:
             raise AFDSError(f"the method {text!r} is not of the form REGULARISER+SELECTION, such as l2sp+taylor")
-        attention = "detached" if regulariser.endswith(_DETACHED) else "joint"
-        return cls(regulariser.removesuffix(_DETACHED), selection, attention)
+        plain, attention = _split(regulariser)
+        return cls(plain, selection, attention)
 
 
 AFDS = Method("afd", "afs")

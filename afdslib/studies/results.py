@@ -20,7 +20,7 @@ from afdslib.base import paths
 from afdslib.base.atomic import write_text
 from afdslib.base.errors import AFDSError
 
-__all__ = ["COLUMNS", "KEYS", "path", "profiles", "read", "select", "stored", "view", "write"]
+__all__ = ["COLUMNS", "KEYS", "named", "path", "profiles", "read", "select", "stored", "view", "write"]
 
 KEYS = [
     "scale", "part", "role", "target", "teacher", "network", "method", "regulariser", "selection", "attention",
@@ -116,3 +116,23 @@ def view(table: pd.DataFrame, columns: Mapping[str, str] | Iterable[str]) -> pd.
     names = columns if isinstance(columns, Mapping) else {name: name for name in columns}
     part = table[list(names)].rename(columns=dict(names))
     return pd.read_csv(io.StringIO(part.to_csv(index=False)))
+
+
+def named(address: str) -> pd.DataFrame:
+    """A committed table by its address; empty if there is none.
+
+    Args:
+        address: "profile/scale/part", as "imagenet32/quick/sweep"; of a comparison with its target, as
+            "imagenet32/quick/comparison-cifar10-60"; then, if wanted, "/trials" or "/missing" instead of the points.
+    """
+    profile, scale, name, *rest = address.split("/")
+    part, _, target = name.partition("-")
+    rows = select(read(profile, scale), part=part)
+    rows = select(rows, target=target) if target else rows
+    if rest == ["trials"]:
+        rows = select(rows, role="trial")
+    else:
+        rows = rows[~rows.role.isin(["trial", "source", "curve"])]
+        rows = rows[(rows.reason != "") == (rest == ["missing"])]
+    students = {"network": "student"} if part in ("attention", "selectivity") else {}
+    return view(rows, {column: students.get(column, column) for column in COLUMNS})

@@ -12,7 +12,7 @@ from afdslib.base.errors import AFDSError
 from afdslib.report import claims
 from afdslib.report.claims import INCONCLUSIVE, NOT_REPLICATED, REPLICATED, UNTESTED
 from afdslib.report.numbers import Number
-from afdslib.studies import profiles, protocol
+from afdslib.studies import profiles, protocol, results
 
 NOISE = np.array([0.002, -0.002, 0.001, -0.001, 0.0, 0.003, -0.003, 0.002, -0.002, 0.0])
 WIDE = 60 * NOISE
@@ -28,9 +28,27 @@ def home(tmp_path, monkeypatch):
 
 
 def write(file: str, rows) -> None:
-    target = paths.results("any").parent / file
-    target.parent.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(rows).to_csv(target, index=False)
+    """A CSV, or the rows of a committed table by its address; the rows of that address before are gone."""
+    if file.endswith(".csv"):
+        target = paths.results("any").parent / file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        pd.DataFrame(rows).to_csv(target, index=False)
+        return
+    profile, scale, name, *rest = file.split("/")
+    part, _, target = name.partition("-")
+    role = "trial" if rest == ["trials"] else "missing" if rest else "student"
+    keys = {"scale": scale, "part": part, "role": role, "target": target}
+    made = []
+    for row in pd.DataFrame(rows).to_dict("records"):
+        reason = {"reason": row.get("reason", "x")} if role == "missing" else {}
+        made.append(keys | row | {"scale": scale, "part": part, "network": row.get("student", "")} | reason)
+        made[-1]["target"] = target or made[-1]["target"]
+    before = results.read(profile)
+    same = (before.scale == scale) & (before.part == part) & ((before.target == target) | (target == ""))
+    trials, missing = before.role == "trial", before.reason != ""
+    same &= trials if role == "trial" else (~trials & (missing == (role == "missing")))
+    results.path(profile).parent.mkdir(parents=True, exist_ok=True)
+    pd.concat([before[~same], results.stored(made)]).to_csv(results.path(profile), index=False)
 
 
 def comparison(profile: str, target: str, gain, *, seeds=10, macs=0.1, budget="standard", drop=0.2) -> None:
@@ -51,7 +69,7 @@ def comparison(profile: str, target: str, gain, *, seeds=10, macs=0.1, budget="s
                     | {"test_accuracy": test, "validation_accuracy": validation}
                     | {"macs": macs + NOISE[seed] / 100 if share == 0.1 else share}
                 )
-    write(f"{profile}/{budget}/comparison-{target}/comparison.csv", rows)
+    write(f"{profile}/{budget}/comparison-{target}", rows)
 
 
 def sweep(gain, other="l2", *, seeds=6, budget="standard") -> None:
@@ -63,7 +81,7 @@ def sweep(gain, other="l2", *, seeds=6, budget="standard") -> None:
         for s in range(seeds)
         for b in (1.0, 0.1)
     ]  # fmt: skip
-    write(f"imagenet32/{budget}/sweep.csv", rows)
+    write(f"imagenet32/{budget}/sweep", rows)
 
 
 def students(file: str, gains, *, seeds=4, teacher="wrn-16-2", student="wrn-16-1") -> None:
@@ -230,13 +248,13 @@ def test_macs_at_the_same_accuracy_are_held_against_the_most_frugal_competitor()
         for b, a in curve.items()
         for seed in range(10)
     ]
-    write(f"imagenet32/quick/comparison-{CIFAR}/comparison.csv", rows)
+    write(f"imagenet32/quick/comparison-{CIFAR}", rows)
     (found,) = (c.judge() for c in claims.claims() if c.title == "MACs at the same accuracy, 32 px")
     assert found.verdict == NOT_REPLICATED
     assert found.why.startswith("MACs that L2 + Taylor needs minus those that AFDS needs: -25.0 [")
     assert "L2 + narrower network, the rival at 10x, minus AFDS: +4" in found.why
     short = [row for row in rows if row["method"] != "l2+taylor" or row["seed"] < 3]  # too few seeds to be asked
-    write(f"imagenet32/quick/comparison-{CIFAR}/comparison.csv", short)
+    write(f"imagenet32/quick/comparison-{CIFAR}", short)
     assert verdict("MACs at the same accuracy, 32 px") == REPLICATED
 
 
@@ -275,16 +293,16 @@ def test_times_of_random_masks_are_no_evidence_and_each_network_has_its_best_run
 
 
 GAINS = {  # title: file, pair, methods, margin
-    "AT on CIFAR-10": ("paper/standard/attention.csv", ("wrn-16-2", "wrn-16-1"), ("at", "alone"), 0.0084),
-    "AT, few epochs": ("imagenet32/quick/attention.csv", ("wrn-16-2", "wrn-16-1"), ("at", "alone"), 0),
-    "AT on ImageNet": ("paper/quick/attention.csv", ("resnet34", "resnet18"), ("at", "alone"), 0.011),
-    "NST on ImageNet": ("paper/standard/selectivity.csv", ("resnet101", "inception_bn"), ("nst-poly", "alone"), 0.0093),
+    "AT on CIFAR-10": ("paper/standard/attention", ("wrn-16-2", "wrn-16-1"), ("at", "alone"), 0.0084),
+    "AT, few epochs": ("imagenet32/quick/attention", ("wrn-16-2", "wrn-16-1"), ("at", "alone"), 0),
+    "AT on ImageNet": ("paper/quick/attention", ("resnet34", "resnet18"), ("at", "alone"), 0.011),
+    "NST on ImageNet": ("paper/standard/selectivity", ("resnet101", "inception_bn"), ("nst-poly", "alone"), 0.0093),
     "NST + KD on ImageNet": (
-        "paper/quick/selectivity.csv", ("resnet101", "inception_bn"), ("nst-poly+kd", "nst-poly"), 0.0047,
+        "paper/quick/selectivity", ("resnet101", "inception_bn"), ("nst-poly+kd", "nst-poly"), 0.0047,
     ),
-    "NST, CIFAR-10": ("imagenet32/standard/attention.csv", ("wrn-16-2", "wrn-16-1"), ("nst", "alone"), 0),
+    "NST, CIFAR-10": ("imagenet32/standard/attention", ("wrn-16-2", "wrn-16-1"), ("nst", "alone"), 0),
     "NST + KD, CIFAR-10": (
-        "imagenet32/quick/selectivity.csv", ("wrn-16-2", "inception_bn"), ("nst-poly+kd", "nst-poly"), 0,
+        "imagenet32/quick/selectivity", ("wrn-16-2", "inception_bn"), ("nst-poly+kd", "nst-poly"), 0,
     ),
 }  # fmt: skip
 
@@ -302,13 +320,13 @@ def test_gains_of_students(title):
 
 
 def test_two_hundred_epochs_are_what_the_attention_claim_names():
-    for file in ("paper/quick/attention.csv", "imagenet32/standard/attention.csv"):
+    for file in ("paper/quick/attention", "imagenet32/standard/attention"):
         students(file, {"at": 0.02 + NOISE[:4], "alone": 0.0})
     assert verdict("AT on CIFAR-10") == UNTESTED and verdict("AT, few epochs") == REPLICATED
 
 
 def test_convergence():
-    title, file = "AT converges faster", "imagenet32/quick/attention.csv"
+    title, file = "AT converges faster", "imagenet32/quick/attention"
     seen = [verdict(title)]
     slow, fast = np.array([100, 103, 97, 101]), np.array([50, 49, 51, 50])
     for alone, at, seeds in ((slow, fast, 4), (fast, slow, 4), (slow, [103, 97, 100, 101], 4), (slow[:2], fast[:2], 2)):
@@ -322,14 +340,14 @@ def test_convergence():
 
 
 def test_the_weight_of_attention_transfer():
-    title, file = "AT's weight matters", "imagenet32/quick/attention.csv"
+    title, file = "AT's weight matters", "imagenet32/quick/attention"
     students(file, {"at": NOISE[:4], "alone": 0.0})
     seen = [verdict(title)]
     for values in ((0.70, 0.80, 0.70), (0.800, 0.801, 0.802), (0.790, 0.801, 0.802)):
         trials = [
             {"method": "at", "strength": w, "validation_accuracy": v} for w, v in zip((1, 10, 100), values, strict=True)
         ]
-        write(file.replace(".csv", "_trials.csv"), trials)
+        write(f"{file}/trials", trials)
         seen.append(verdict(title))
     assert seen == [UNTESTED, REPLICATED, NOT_REPLICATED, INCONCLUSIVE]
 
@@ -339,27 +357,27 @@ def test_the_weight_of_attention_transfer():
 
 def test_a_changed_file_changes_the_verdict_and_its_sentence():
     comparison("imagenet32", CIFAR, 0.0206 + NOISE)
-    file = paths.results("imagenet32") / "standard" / f"comparison-{CIFAR}" / "comparison.csv"
+    file = f"imagenet32/standard/comparison-{CIFAR}"
     (claim,) = (c for c in claims.claims() if c.title == "sign at 10x, 32 px")
     before = claim.judge()
-    table = pd.read_csv(file)
+    table = results.named(file)
     table.loc[(table.method == "afd+afs") & (table.budget == 0.1), "test_accuracy"] -= 0.05
-    table.to_csv(file, index=False)
+    write(file, table)
     after = claim.judge()
     assert (before.verdict, after.verdict) == (REPLICATED, NOT_REPLICATED)
     assert ": +2.1 [" in before.why and ": -2.9 [" in after.why
-    assert before.files == (f"imagenet32/standard/comparison-{CIFAR}/comparison.csv",)
+    assert before.files == (f"imagenet32/standard/comparison-{CIFAR}",)
 
 
 def test_the_rival_is_chosen_on_validation_and_parts_of_afds_are_no_rivals():
     comparison("imagenet32", CIFAR, 0.02 + NOISE)
     (claim,) = (c for c in claims.claims() if c.title == "sign at 10x, 32 px")
     assert "AFDS minus its rival, L2 + Taylor, at 10x" in claim.judge().why
-    file = paths.results("imagenet32") / "standard" / f"comparison-{CIFAR}" / "comparison.csv"
-    table = pd.read_csv(file)
+    file = f"imagenet32/standard/comparison-{CIFAR}"
+    table = results.named(file)
     first = table.seed.isin(protocol.protocol(profiles.get("imagenet32", "standard")).seeds[:3])
     table.loc[(table.method == "l2sp+slimming") & first, "validation_accuracy"] = 0.71
-    table.to_csv(file, index=False)
+    write(file, table)
     found = claim.judge()
     assert "L2-SP + network slimming" in found.why and found.verdict == NOT_REPLICATED
 
@@ -376,13 +394,13 @@ def test_the_larger_budget_counts_where_it_has_the_rows():
 def test_seeds_that_diverged_are_told():
     comparison("imagenet32", CIFAR, 0.02 + NOISE)
     rows = [{"target": "x", "method": m, "seed": 9, "budget": b} for m in ("afd+afs", "l2+width") for b in (0.1, 0.5)]
-    write(f"imagenet32/standard/comparison-{CIFAR}/missing.csv", rows)
+    write(f"imagenet32/standard/comparison-{CIFAR}/missing", rows)
     (claim,) = (c for c in claims.claims() if c.title == "sign at 10x, 32 px")
     assert claim.judge().why.endswith("Seeds without a network at 10x: AFD + AFS 1.")
 
 
 def test_a_comparison_is_judged_when_every_seed_is_there_or_known_to_be_lost():
-    file = f"imagenet32/standard/comparison-{CIFAR}/missing.csv"
+    file = f"imagenet32/standard/comparison-{CIFAR}/missing"
     comparison("imagenet32", CIFAR, 0.02 + NOISE[:9], seeds=9)
     assert verdict("sign at 10x, 32 px") == INCONCLUSIVE
     write(file, [{"target": "x", "method": "l2+taylor", "seed": 9, "budget": 0.5}])
@@ -397,18 +415,18 @@ def test_a_comparison_is_judged_when_every_seed_is_there_or_known_to_be_lost():
 def test_a_comparison_without_afds_or_without_competitors_is_no_test():
     for keep in ("competitor", "afds"):
         comparison("imagenet32", CIFAR, 0.02)
-        file = paths.results("imagenet32") / "standard" / f"comparison-{CIFAR}" / "comparison.csv"
-        table = pd.read_csv(file)
-        table[table.role == keep].to_csv(file, index=False)
+        file = f"imagenet32/standard/comparison-{CIFAR}"
+        table = results.named(file)
+        write(file, table[table.role == keep])
         assert verdict("sign at 10x, 32 px") == UNTESTED
         assert verdict("MACs at the same accuracy, 32 px") == UNTESTED
 
 
 def test_a_damaged_file_is_one_sentence():
-    file = paths.results("imagenet32") / "quick" / "sweep.csv"
+    file = results.path("imagenet32")
     file.parent.mkdir(parents=True)
     file.write_bytes(b"\xff\x81")
-    with pytest.raises(AFDSError, match="is no table"):
+    with pytest.raises(AFDSError, match="is damaged"):
         claims.judge()
 
 
@@ -434,7 +452,7 @@ def test_the_table_holds_the_verdicts_and_the_sentence_counts_them():
     sweep(0.02, seeds=2, budget="quick")
     rows = {row[1]: row for row in claims.verdict_table().rows}
     assert rows["sign at 10x, 32 px"][2] == "**[Re]**" and rows["AFD over L2, 32 px"][2] == "**[inconclusive]**"
-    assert "`imagenet32/quick/sweep.csv`" in rows["AFD over L2, 32 px"][4]
+    assert "`imagenet32/quick/sweep`" in rows["AFD over L2, 32 px"][4]
     paper, own, around = claims.verdicts_text().splitlines()
     assert paper == "- 4 claims of the paper: 4 not tested [?] (no. 1, 2, 3, 4)."
     assert "questions of our own about AFDS" in own and "2 replicated [Re] (no. 5, 7), 1 inconclusive" in own
@@ -460,5 +478,5 @@ def test_the_committed_results_can_be_judged(monkeypatch):
     monkeypatch.delenv("AFDS_HOME")
     assert {f.verdict for f in claims.judge().values()} <= set(FOUR)
     paper = [c for c in claims.claims() if c.number <= 3]
-    if not list(paths.results("paper").glob(f"*/comparison-{DOGS}")):
+    if "paper" not in results.profiles():
         assert {c.judge().verdict for c in paper} == {UNTESTED}

@@ -3,7 +3,6 @@
 import json
 import re
 
-import pandas as pd
 import pytest
 from test_mutants import FAULTS
 
@@ -11,6 +10,7 @@ from afdslib import runs
 from afdslib.report import appendix as evidence
 from afdslib.report import pipeline
 from afdslib.runs import config
+from afdslib.studies import results
 
 
 @pytest.fixture
@@ -33,19 +33,21 @@ def test_each_fault_names_mutants_that_a_test_catches():
 
 def test_every_committed_table_is_shown_under_its_own_profile(home):
     assert "No result is committed" in evidence.committed_text()
-    folder = home / "data/results/imagenet32/quick"
-    folder.mkdir(parents=True)
-    sweep = {"target": "t", "method": "l2", "seed": [0, 1], "budget": 0.1, "test_accuracy": [0.5, 0.6], "macs": 0.1}
-    pd.DataFrame(sweep).to_csv(folder / "sweep.csv")
-    (folder / "comparison-t").mkdir()
-    pd.DataFrame(sweep | {"method": "afd+afs"}).to_csv(folder / "comparison-t" / "comparison.csv")
-    students = {"student": "s", "teacher": ["", "t"], "method": ["alone", "at"], "test_accuracy": [0.7123, 0.75]}
-    pd.DataFrame(students).to_csv(folder / "attention.csv")
+    row = {"scale": "quick", "target": "t", "budget": 0.1, "macs": 0.1, "role": "part"}
+    rows = [
+        row | {"part": part, "method": method, "seed": seed, "test_accuracy": value, "run": str(seed)}
+        for part, method in (("sweep", "l2"), ("comparison", "afd+afs"))
+        for seed, value in enumerate((0.5, 0.6))
+    ]
+    row = {"scale": "quick", "part": "attention", "role": "student", "network": "s", "run": "x"}
+    rows += [row | {"method": "alone", "test_accuracy": 0.7123}]
+    rows += [row | {"method": "at", "teacher": "t", "test_accuracy": 0.75}]
+    results.write("imagenet32", results.stored(rows))
     text = evidence.committed_text()
     assert "| 10x | 10.0 % | 55.0 ± 7.1 |" in text and "| AFD + AFS | 55.0 ± 7.1 |" in text
     assert "| s, AT from t | 75.0 | 75.0 to 75.0 | 1 |" in text and "71.2" in text
     assert "the comparison on t:" in text and text.count("**imagenet32, quick**") == 3
-    assert "afds students --study attention" in text
+    assert "afds study --part attention --profile imagenet32 --scale quick" in text
 
 
 def test_the_cost_is_the_sum_of_what_the_runs_took(home):
@@ -65,7 +67,7 @@ def test_every_figure_that_a_notebook_saves_has_its_command(monkeypatch, tmp_pat
     rows = evidence.figures_table("demo", "quick").rows
     saved = sum(path.read_text().count("plots.save(") for path in pipeline.notebooks())
     assert sum(len(row[0].split(", ")) for row in rows) == saved
-    assert all("--profile demo --budget quick --notebook" in row[1] and row[2] == "not kept" for row in rows)
+    assert all("--profile demo --scale quick --notebook" in row[1] and row[2] == "not kept" for row in rows)
 
 
 def test_every_reference_names_its_authors_title_year_and_where_it_is():

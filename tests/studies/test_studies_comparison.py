@@ -313,8 +313,8 @@ def test_the_command_shows_its_rules_and_its_plan_and_refuses_an_unknown_target(
 def test_ablations_change_one_part_of_afds_each_and_equal_time_gives_the_rival_as_long(profile):
     few = rules("afd+afs", "l2+taylor")
     compared = run(profile, few, extras=True)
-    beside = ablations.views(Ablations(compared).rows())
-    table = beside["ablations"]
+    tables = ablations.views(Ablations(compared).rows())
+    table = tables["ablations"]
     changed = {
         "AFS without AFD": {"regulariser.name"},
         "static only": {"delta_s"},
@@ -354,7 +354,7 @@ def test_ablations_change_one_part_of_afds_each_and_equal_time_gives_the_rival_a
     ours = main[(main.method == "afd+afs") & (main.seed == 0)].set_index("budget").test_accuracy
     assert table.set_index("variant").test_accuracy["both (AFDS)"] == ours[0.4]
 
-    again, seconds = beside["equal_time"], results.view(compared.complete(), comparison.TIMES)
+    again, seconds = tables["equal_time"], results.view(compared.complete(), comparison.TIMES)
     means = seconds[(seconds.budget == 0.4) & (seconds.seed == 0)].set_index("method").seconds
     factor = max(0.1, round(means["afd+afs"] / means["l2+taylor"], 1))
     assert set(again.method) == {"l2+taylor"} and again.steps_factor[0] == factor
