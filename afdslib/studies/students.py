@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -19,7 +19,6 @@ from afdslib import runs, training
 from afdslib.base.errors import AFDSError
 from afdslib.experiments import DataSource, Distillation, Network, StudentRun
 from afdslib.losses import BetaSchedule
-from afdslib.runs.networks import keep_networks
 from afdslib.studies import engine
 from afdslib.studies.keeper import Keeper
 from afdslib.studies.profiles import names as profile_names
@@ -483,24 +482,23 @@ class DistillationStudy(Keeper[DistillationProfile]):
         """All runs, by several workers; nothing where one will do."""
         if not self.complete or self.workers == 1:
             return
-        if any(runs.lookup(config) is None for config in self._first()) or any(
+        if any(runs.lookup(job.config) is None for job in self._first()) or any(
             runs.lookup(job.config) is None for job in self.jobs()
         ):
             alongside(_share, (self.profile,), self.workers)
 
-    def _first(self) -> list[StudentRun]:
+    def _first(self) -> list[Job]:
         """The teachers and the trials, which choose the weights of the students."""
         used = [name for pair in self.profile.pairs for name in pair.methods]
         tuned = {self.methods[name].like or name for name in (*used, *self.profile.curves)}
-        return [
-            *(self.teacher_run(pair.teacher) for pair in self.profile.pairs),
-            *(
-                self.trial_run(m.name, weight)
-                for m in self.profile.methods
-                if m.name in tuned and len(m.weights) > 1
-                for weight in m.weights
-            ),
+        teacher = self.profile.pairs[0].teacher.name
+        trials = [
+            Job("trial", self.trial_run(m.name, weight), m.name, weight, teacher)
+            for m in self.profile.methods
+            if m.name in tuned and len(m.weights) > 1
+            for weight in m.weights
         ]
+        return [*map(self._teacher, self.profile.pairs), *trials]
 
     def compute(self) -> Iterator[str]:
         """Trains what is not trained yet, and says of each run what it was and how right it is; writes all tables."""
@@ -591,23 +589,6 @@ class DistillationStudy(Keeper[DistillationProfile]):
 
     # files
 
-    def publish_networks(self, methods: Sequence[str] = ("alone", "at")) -> Path:
-        """Copies the first teacher and its first students to data/weights/<run id>.safetensors, with a model card.
-
-        Args:
-            methods: students to keep; those that the study does not have are left out.
-
-        Raises:
-            AFDSError: for the demo, whose networks are never committed, or one that is not in the store.
-        """
-        p = self.profile
-        if not p.committed:
-            raise AFDSError(f"networks of the profile {p.name} are never committed")
-        pair = p.pairs[0]
-        kept = [("teacher", self.teacher_run(pair.teacher))]
-        kept += [(m, self.student_run(pair, m, pair.seeds[0])) for m in methods if m in pair.methods]
-        return keep_networks([(f"{c.network.name}, {name}", self.result(c)) for name, c in kept], p.name)
-
     def _write(self, suffix: str, table: pd.DataFrame) -> None:
         if table.empty and not self.complete:  # nothing of it is finished
             return
@@ -625,22 +606,36 @@ class Students(engine.Plan):
         """Teachers and trials; students; learning curves."""
         study = DistillationStudy(self.profile, workers=1)
         first = study._first()
-        yield [engine.Cell(config, "teacher" if config.use_test else "trial") for config in first]
-        for config in first:
-            engine.lookup(config)
-        yield [
-            engine.Cell(job.config, job.kind, {
-                "teacher": job.teacher, "network": job.config.network.name if job.kind != "trial" else "",
-                "method": job.method or "teacher", "strength": job.weight,
-                "seed": "" if job.kind == "trial" else job.config.seed,
-            })
-            for job in study.jobs()
-        ]  # fmt: skip
+        yield [self._cell(job) for job in first]
+        for job in first:
+            engine.lookup(job.config)
+        yield [self._cell(job) for job in study.jobs() if job.kind not in ("teacher", "trial")]
+
+    def _cell(self, job: Job) -> engine.Cell:
+        keys = {"teacher": job.teacher, "network": job.config.network.name, "seed": job.config.seed}
+        if job.kind == "trial":
+            keys = {}
+        return engine.Cell(job.config, job.kind, keys | {"method": job.method or "teacher", "strength": job.weight})
+
+    def measured(self, cell: engine.Cell, result: runs.Result) -> Mapping[str, Any]:
+        """A run's figures; of a trial its validation accuracy alone."""
+        if cell.role == "trial":
+            return {"validation_accuracy": result.metrics.get("validation_accuracy")}
+        return result.metrics
+
+    def networks(self) -> Iterator[tuple[str, StudentRun]]:
+        """The first teacher and its first students, alone and by attention transfer."""
+        study, pair = DistillationStudy(self.profile, workers=1), self.profile.pairs[0]
+        configs = [("teacher", study.teacher_run(pair.teacher))]
+        if all(runs.lookup(job.config) is not None for job in study._first()):
+            methods = [method for method in ("alone", "at") if method in pair.methods]
+            configs += [(method, study.student_run(pair, method, pair.seeds[0])) for method in methods]
+        yield from ((f"{config.network.name}, {name}", config) for name, config in configs)
 
 
 def _share(profile: DistillationProfile) -> None:
     """One worker's share of a study."""
     study = DistillationStudy(profile, workers=1)
-    for configs in (study._first(), [job.config for job in study.jobs()]):
-        for result in share(configs):
+    for jobs in (study._first(), list(study.jobs())):
+        for result in share([job.config for job in jobs]):
             study._publish(result)

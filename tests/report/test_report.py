@@ -12,7 +12,6 @@ from pathlib import Path
 from unittest import mock
 
 import nbformat
-import pandas as pd
 import pytest
 import tiny
 import torch
@@ -23,6 +22,7 @@ from afdslib.experiments import DataSource, Network
 from afdslib.report import pipeline
 from afdslib.studies import profiles
 from afdslib.studies.profile import Candidates
+from afdslib.studies.sweep import Study
 from afdslib.training.objective import Regulariser
 
 pytestmark = pytest.mark.slow
@@ -121,9 +121,9 @@ def test_every_figure_of_a_target_is_there_for_each_target_and_in_the_report(sho
 
 
 def test_strengths_are_tuned_on_each_target_and_tables_name_them(shown):
-    trials = pd.read_csv(paths.figures("demo") / "trials.csv")
+    study = Study(profiles.get("demo"))
+    trials, sweep = study.trials(), study.sweep()
     assert trials.groupby(["target", "method"]).size().to_dict() == {("colours-6", "l2"): 2, ("pair-6", "l2"): 2}
-    sweep = pd.read_csv(paths.figures("demo") / "sweep.csv")
     assert sweep.groupby("target").size().to_dict() == {"colours-6": 9, "pair-6": 9}
     for target in ("colours-6", "pair-6"):
         best = trials[trials.target == target].sort_values(["validation_accuracy", "strength"], ascending=[False, True])

@@ -21,6 +21,7 @@ from afdslib.inference.predict import predict
 from afdslib.report import pipeline
 from afdslib.studies import mine as own_data
 from afdslib.studies import profiles
+from afdslib.studies.sweep import Study
 
 HERE = Path(__file__).parents[2]
 FIGURES = (
@@ -200,8 +201,8 @@ def test_a_data_source_without_a_hash_of_its_content_keeps_its_identity():
     [
         ("mine", {}, "is made from options, by: afds run"),
         ("mine-x-123456", {}, "there is no profile 'mine-x-123456' yet"),
-        (None, {"budget": "standard"}, "has its own budget and images"),
-        (None, {"data_dir": "."}, "has its own budget and images"),
+        (None, {"scale": "standard"}, "has its own scale and images"),
+        (None, {"data_dir": "."}, "has its own scale and images"),
     ],
 )
 def test_a_profile_that_cannot_be_had_by_name_is_refused(home, name, arguments, told):
@@ -242,7 +243,7 @@ def test_the_report_has_the_figures_and_its_statements_hold(done, home):
 
 def test_both_methods_at_every_budget_are_in_the_table(done, home):
     name = options(home).name
-    sweep = pd.read_csv(paths.figures(name) / "sweep.csv")
+    sweep = Study(profiles.get(name)).sweep()
     assert sweep.groupby("method").budget.apply(list).to_dict() == {m: [1.0, 0.5, 0.3] for m in ("l2", "afd")}
     assert (sweep[sweep.budget == 0.3].train_macs <= 0.33).all()
 

@@ -18,6 +18,7 @@ from afdslib.inference import bench
 from afdslib.losses import BetaSchedule
 from afdslib.report import claims, quoted, students
 from afdslib.report import plots as figures
+from afdslib.studies import engine, results
 from afdslib.studies import students as distillation_study
 from afdslib.studies.students import DistillationProfile, DistillationStudy, Method, Pair, steps_to_reach
 
@@ -34,7 +35,7 @@ def miniature(**changes) -> DistillationProfile:
     data = DataSource("tiny-source")
     return DistillationProfile(
         **{
-            "name": "demo", "budget": "quick", "study": "attention", "data": data, "trial_data": data,
+            "name": "demo", "scale": "quick", "study": "attention", "data": data, "trial_data": data,
             "methods": METHODS,
             "pairs": (
                 Pair(Network("wrn-10-2"), STUDENT, ("alone", "at", "kd", "at-kd"), (0, 1)),
@@ -194,9 +195,8 @@ def test_steps_saved_are_paired_by_seed_and_measured_on_each_seeds_own_plain_stu
 
 def test_the_notebook_measures_convergence_as_the_claim_does(study, monkeypatch, tmp_path):
     monkeypatch.setenv("AFDS_HOME", str(tmp_path))
-    study.table().to_csv(_made(tmp_path / "data/results/mini/quick/attention.csv"), index=False)
-    runs.publish([result for job, result in study.results() if job.kind == "student"], "mini")
-    told = claims.converges_faster(["mini/quick/attention.csv"], ("wrn-10-2", "wrn-10-1")).why
+    engine.publish(distillation_study.Students(replace(study.profile, committed=True, name="mini")))
+    told = claims.converges_faster(["mini/quick/attention"], ("wrn-10-2", "wrn-10-1")).why
     number = re.search(r": (.*)\.$", told)[1]
     assert f"- student alone minus AT: {number}." in students.saved_text(study)
     assert students.saved_text(study).count("\n- ") == 3  # AT, KD, AT + KD; of the first teacher alone
@@ -287,7 +287,7 @@ def test_beta_in_both_scales_gives_one_sample_the_same_loss():
 
 
 def test_texts_figures_and_maps_of_a_finished_study(study):
-    assert "AT" in students.weights_text(study) and "afds students --study attention" in students.command(study)
+    assert "AT" in students.weights_text(study) and "afds study --part attention" in students.command(study)
     assert students.settings(study).rows[0][0] == "data"
     assert students.beta_table(study, images=6).rows[0][0] == "group 1, 16x16"
     view = students.view(study, "alone", "at")
@@ -356,7 +356,7 @@ def test_a_variant_of_a_profile_has_the_students_of_the_profile():
     [
         (("relations", "demo"), "unknown study 'relations'; known are attention, selectivity"),
         (("attention", "cifar"), "unknown profile 'cifar'"),
-        (("attention", "demo", "huge"), "unknown budget 'huge'; known are quick and standard"),
+        (("attention", "demo", "huge"), "unknown scale 'huge'; known are quick and standard"),
     ],
 )
 def test_unknown_names_are_one_sentence(arguments, sentence):
@@ -370,9 +370,9 @@ def test_an_unknown_method_in_a_profile_is_one_sentence():
 
 
 def test_the_command_shows_a_study_and_refuses_an_unknown_one_in_one_line(capsys):
-    assert cli.main(["students", "--profile", "demo", "--study", "selectivity", "--show"]) == 0
+    assert cli.main(["study", "--profile", "demo", "--part", "selectivity", "--show"]) == 0
     assert json.loads(capsys.readouterr().out)["study"] == "selectivity"
-    assert cli.main(["students", "--profile", "demo", "--study", "relations"]) == 2
+    assert cli.main(["study", "--profile", "demo", "--part", "relations"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -381,19 +381,21 @@ def test_page_and_figures_of_a_finished_study(study, monkeypatch, tmp_path):
     names = [picture.path.name for picture in students.draw(study)]
     assert names == ["at_accuracy.png", "at_betas.png", "at_curves.png", "at_maps.png"]
     page = students.write_page(study).read_text()
-    assert "afds students --study attention --profile demo" in page and "| teacher wrn-10-2 |" in page
+    assert "afds study --part attention --profile demo" in page and "| teacher wrn-10-2 |" in page
     assert "## β in two scales\n\n| maps |" in page and "student alone minus AT: " in page
     assert "the teacher was fitted on" in page
     with pytest.raises(AFDSError, match="networks of the profile demo are never committed"):
-        study.publish_networks()
+        engine.publish(distillation_study.Students(study.profile))
 
 
 def test_networks_of_a_real_study_are_kept_with_a_card(study, monkeypatch, tmp_path):
-    monkeypatch.setattr(study, "profile", replace(study.profile, committed=True, name="mini"))
     monkeypatch.setenv("AFDS_HOME", str(tmp_path))
-    file = study.publish_networks()
-    card, folder = file.read_text(), file.parent
+    engine.publish(distillation_study.Students(replace(study.profile, committed=True, name="mini")))
+    folder = tmp_path / "data" / "weights"
+    card = (folder / "mini.md").read_text()
     ids = [runs.run_id(study.teacher_run(study.profile.pairs[0].teacher))]
     ids += [runs.run_id(study.student_run(study.profile.pairs[0], m, 0)) for m in ("alone", "at")]
     assert all(f"`{id}`" in card and (folder / f"{id}.safetensors").is_file() for id in ids)
-    assert {record["id"] for _, record in runs.records("mini")} == set(ids)
+    assert {record["id"] for _, record in runs.records("mini")} >= set(ids)
+    table = results.named("mini/quick/attention")
+    assert set(ids) <= set(table.run) and list(table.test_accuracy) == pytest.approx(list(study.table().test_accuracy))
