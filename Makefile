@@ -45,8 +45,9 @@ notebooks: $(STAMP)  ## execute the notebooks in place (demo, from an empty stor
 lab: $(STAMP)  ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab notebooks
 
-lint: $(STAMP)  ## ruff (also notebooks) and mypy
+lint: $(STAMP)  ## ruff (also notebooks), the floors of the packages, and mypy
 	@$(BIN)/ruff check .
+	@$(BIN)/lint-imports --no-cache --no-logo
 	@$(BIN)/mypy
 
 api: $(STAMP)  ## write docs/api.md from the docstrings
