@@ -28,7 +28,7 @@ __all__ = [
 # Modules and functions that map a zero channel to a zero channel and leave the channels in their order.
 _KEEP_MODULES = (
     nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Tanh, nn.Dropout,
-    nn.Dropout2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Upsample,
+    nn.Dropout2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Upsample, nn.ZeroPad2d,
 )  # fmt: skip
 _KEEP_FUNCTIONS = {
     "relu", "relu_", "relu6", "leaky_relu", "gelu", "silu", "hardswish", "tanh", "dropout", "max_pool2d", "avg_pool2d",
@@ -50,7 +50,8 @@ def keeps_channels_call(node: fx.Node) -> bool:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        return isinstance(module, (AFSConvBN, ChannelOp)) or super().is_leaf_module(module, qualified_name)
+        whole = isinstance(module, (AFSConvBN, ChannelOp, nn.ZeroPad2d))
+        return whole or super().is_leaf_module(module, qualified_name)
 
 
 def trace(model: nn.Module) -> fx.Graph:

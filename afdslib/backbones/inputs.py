@@ -33,13 +33,15 @@ IMAGENET = InputStatistics((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 RAW = InputStatistics((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 # The modified ResNet-50 of neuron selectivity transfer, as its README gives them. [code]
 SENET = InputStatistics((123.68, 116.28, 103.53), (58.395, 57.12, 57.375))
+# EfficientNet-Lite's files. [code]
+LITE = InputStatistics((127.0, 127.0, 127.0), (128.0, 128.0, 128.0))
 
 _OTHERS = {"inception_bn": RAW, "resnet50_senet": SENET}
 
 
 def input_statistics(name: str) -> InputStatistics:
-    """What the recipe of the backbone of that name feeds it; torchvision's statistics for all but two."""
-    return _OTHERS.get(name, IMAGENET)
+    """What the recipe of the backbone of that name feeds it; torchvision's statistics for most."""
+    return LITE if name.startswith("efficientnet_lite") else _OTHERS.get(name, IMAGENET)
 
 
 def set_input(model: nn.Module, statistics: InputStatistics) -> None:

