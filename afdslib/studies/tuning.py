@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Tuning", "draw", "settings"]
 
+Trials = list[tuple[Settings, Cell]]
+
 
 def _distribution(axis: Axis) -> optuna.distributions.BaseDistribution:
     from optuna.distributions import FloatDistribution
@@ -119,52 +121,54 @@ class Tuning:
             raise RuntimeError("a trial must hold no test image")
         return Cell(config, "trial", keys)
 
+    def _trials(
+        self, stage: str, name: str, space: Sequence[Axis], make: Callable[[Settings], Callable[[], Any]]
+    ) -> Trials:
+        tried = settings(space, self.rules.trials, seed=self.seed)
+        return [(chosen, self._cell(stage, name, i, chosen, make(chosen))) for i, chosen in enumerate(tried)]
+
     @functools.cached_property
-    def _regularisers(self) -> dict[Method, list[tuple[Settings, Cell]]]:
+    def _regularisers(self) -> dict[Method, Trials]:
         """Of each regulariser on the dense network, L2 first."""
-        cells = {}
-        for plain in dict.fromkeys((Method("l2", "afs"), *(replace(m, selection="afs") for m in self.methods))):
-            cells[plain] = [
-                (chosen, self._cell("regulariser", plain.transfer, i, chosen, self._dense(plain, chosen)))
-                for i, chosen in enumerate(
-                    settings(regulariser_space(plain.regulariser), self.rules.trials, seed=self.seed)
-                )
-            ]
-        return cells
 
-    def _dense(self, method: Method, chosen: Settings) -> Callable[[], Any]:
-        return functools.partial(self.points.dense, method, chosen, self.seed, trial=True)
+        def trials(plain: Method) -> Trials:
+            space, dense = regulariser_space(plain.regulariser), self.points.dense
+            make = functools.partial(functools.partial, dense, plain, seed=self.seed, trial=True)
+            return self._trials("regulariser", plain.transfer, space, make)
+
+        every = (Method("l2", "afs"), *(replace(m, selection="afs") for m in self.methods))
+        return {plain: trials(plain) for plain in dict.fromkeys(every)}
 
     @functools.cached_property
-    def _selections(self) -> dict[str, list[tuple[Settings, Cell]]]:
+    def _selections(self) -> dict[str, Trials]:
         """Of each selection at the trial budget, with L2 at its best."""
-        cells = {}
         best, chain = self.best_regulariser(Method("l2", "afs")), (1.0, self.rules.trial_budget)
-        for name in dict.fromkeys(m.selection for m in self.methods):
-            cells[name] = []
-            space = selection_space(name, self.points.profile)
-            for i, chosen in enumerate(settings(space, self.rules.trials, seed=self.seed)):
+
+        def trials(name: str) -> Trials:
+            def make(chosen: Settings) -> Callable[[], Any]:
                 tuned = Tuned(Method("l2", name), best, chosen)
-                make = functools.partial(self.points.point, tuned, self.seed, chain, trial=True)
-                cells[name].append((chosen, self._cell("selection", name, i, chosen, make)))
-        return cells
+                return functools.partial(self.points.point, tuned, self.seed, chain, trial=True)
+
+            return self._trials("selection", name, selection_space(name, self.points.profile), make)
+
+        return {name: trials(name) for name in dict.fromkeys(m.selection for m in self.methods)}
 
     @functools.cached_property
-    def _strengths(self) -> dict[Method, list[tuple[Settings, Cell]]]:
+    def _strengths(self) -> dict[Method, Trials]:
         """Of each method that has settings, at the primary budget."""
-        cells = {}
-        for method in self.methods:
-            if self.why_not(method):
-                continue
+
+        def trials(method: Method) -> Trials:
             tuned = Tuned(method, self.best_regulariser(method), self.best_selection(method))
-            cells[method] = []
+            tried: Trials = []
             for i, multiplier in enumerate(self.rules.multipliers):
                 regulariser = {**tuned.regulariser, "strength": tuned.strength * multiplier}
                 one, chain = replace(tuned, regulariser=regulariser), self.rules.trial_chain
                 make = functools.partial(self.points.point, one, self.seed, chain, trial=True)
                 said = {"strength": regulariser["strength"]}
-                cells[method].append((regulariser, self._cell("strength", method.key, i, said, make)))
-        return cells
+                tried.append((regulariser, self._cell("strength", method.key, i, said, make)))
+            return tried
+
+        return {method: trials(method) for method in self.methods if not self.why_not(method)}
 
     def batches(self) -> Iterator[list[Cell]]:
         """The trials in three batches, each of which needs the choices from the one before."""
@@ -212,7 +216,7 @@ def _accuracy(cell: Cell) -> tuple[float | None, str]:
     return float(result.metrics["validation_accuracy"]), ""
 
 
-def _best(what: str, trials: Sequence[tuple[Settings, Cell]]) -> Settings:
+def _best(what: str, trials: Trials) -> Settings:
     outcomes = [_accuracy(cell) for _, cell in trials]
     if all(value is None for value, _ in outcomes):
         reason = next((why for _, why in outcomes if why), "no trial was made")
