@@ -72,7 +72,7 @@ def count(model: nn.Module, input_size: tuple[int, int, int]) -> MACs:
         while layer.endswith(".conv") and isinstance(modules[layer[:-5]], (AFSConvBN, GroupedConv2d)):
             layer = layer[:-5]
         by_layer[layer] = by_layer.get(layer, 0) + value
-    return MACs(sum(by_layer.values()), by_layer)
+    return MACs(sum(by_layer.values()), dict(by_layer))
 
 
 class Meter:

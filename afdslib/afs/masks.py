@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -351,7 +352,8 @@ def _bisect(
         _remove(found, units, living, ranking[:removals], multiple)
         # Where every gate is constant, all images cost what the first one does.
         varies = any(bool((layer.m * layer.s).any()) for layer in found.values())
-        measured = macs.expected(model, batches if varies else [(images[0][:1], None)], meter=meter)
+        seen: Any = batches if varies else [(images[0][:1], None)]
+        measured = macs.expected(model, seen, meter=meter)
         bar.update()
         return measured
 

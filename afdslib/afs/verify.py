@@ -183,7 +183,7 @@ def require_same(
         found = []
         for model, layer in ((original, twin), (rebuilt, name)):
             with kept({layer: model.get_submodule(layer)}) as tensors:
-                _outputs(model, exact.images)
+                _outputs(model, exact.images)  # type: ignore[arg-type]
             found.append(list(tensors.values()))
         if _difference(found[1], found[0]) > _tolerance(exact):
             raise AFDSError(

@@ -39,9 +39,10 @@ _LEFTOVERS = {"total_ops", "total_params", "n_averaged"}
 # Values beside the tensors that say nothing of the weights.
 _NOTES = (bool, int, float, str, type(None))
 # Plain data of training programs that torch does not unpickle by itself: options, and numpy's numbers.
+_SCALAR = np._core.multiarray.scalar  # type: ignore[attr-defined]
 _PLAIN = [
-    argparse.Namespace, np.dtype, (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
-    np._core.multiarray.scalar, *(type(np.dtype(kind)) for kind in ("f8", "f4", "i8", "i4", "?")),
+    argparse.Namespace, np.dtype, (_SCALAR, "numpy.core.multiarray.scalar"),
+    _SCALAR, *(type(np.dtype(kind)) for kind in ("f8", "f4", "i8", "i4", "?")),
 ]  # fmt: skip
 
 

@@ -299,7 +299,7 @@ def dynamic(model: nn.Module, *images: Tensor, way: str | None = None, repeats: 
     _verify(network, model, images[0][:1])
     for batch in images:
         if way is None:
-            calls = {each: lambda _, each=each, batch=batch: network.run(batch, each) for each in WAYS}  # type: ignore[misc]
+            calls = {each: lambda _, each=each, batch=batch: network.run(batch, each) for each in WAYS}
             network.seconds[len(batch)] = {each: min(times) for each, times in interleave(calls, repeats).items()}
         seconds = network.seconds.get(len(batch), {})
         network.taken[len(batch)] = way or min(WAYS, key=lambda each: seconds[each])

@@ -263,7 +263,7 @@ def export_run(
     config, result = runs.finished(id, store=store)
     if "diverged" in result.metrics:
         raise AFDSError(f"run {result.id} diverged, so it has no network to export; take another run")
-    data = getattr(config, "data", None)
+    data: Any = getattr(config, "data", None)
     # Photographs with an augmentation of their own are resized by another rule than the one a card states.
     if not hasattr(data, "load") or hasattr(data, "augmentation"):
         raise AFDSError(

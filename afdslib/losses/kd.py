@@ -77,7 +77,7 @@ class SoftLabels(Term):
 
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         taught = batch.teacher_logits if self.teacher is None else self.teacher(batch.images)[0]
-        value = soft_kl_loss(batch.logits, taught, T=self.T)
+        value = soft_kl_loss(batch.logits, taught, T=self.T)  # type: ignore[arg-type]
         return value, {self.name: value}
 
 

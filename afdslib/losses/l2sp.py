@@ -50,7 +50,7 @@ class L2SP(nn.Module):
         self._own()
 
     def _own(self) -> dict[str, Tensor]:
-        own = dict(self._model[0].named_parameters())
+        own: dict[str, Tensor] = dict(self._model[0].named_parameters())
         for i, name in enumerate(self.names):
             if name not in own or own[name].shape != self.get_buffer(f"start{i}").shape:
                 shape = tuple(own[name].shape) if name in own else "gone"

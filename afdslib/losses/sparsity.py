@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ class GateL1(Term):
     def watch(self, model: nn.Module) -> Iterator[None]:
         self._sums = []
 
-        def record(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def record(layer: Any, args: tuple[Tensor, ...]) -> None:
             with torch.autocast(args[0].device.type, enabled=False):
                 pooled = args[0].mean((2, 3), dtype=layer.predictor.weight.dtype)
                 h = nn.functional.linear(pooled, layer.predictor.weight, layer.predictor.bias).relu()

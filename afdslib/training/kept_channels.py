@@ -63,7 +63,7 @@ def matching(source: nn.Module, kept: Kept, names: Iterable[str], size: tuple[in
     positions = {name: _outputs(source, found, kept, name, widths[name]) for name in names}
     head = classifier_name(source)
     positions[head] = _inputs(source, found, kept, head)
-    return Channels(shrink(source, kept, size), positions, (head, source.get_submodule(head).in_features))
+    return Channels(shrink(source, kept, size), positions, (head, source.get_submodule(head).in_features))  # type: ignore[arg-type]
 
 
 def _outputs(source: nn.Module, found: list[Group], kept: Kept, name: str, width: int) -> Tensor:

@@ -148,7 +148,7 @@ def workers(dataset: data.ImageDataset) -> int:
     """Loader processes: none for images in memory, else one per core (shared by this machine's processes) up to 8."""
     images = dataset
     while isinstance(images, _Subset):
-        images = images.dataset  # type: ignore[assignment]
+        images = images.dataset
     return 0 if isinstance(images, data.ArrayImages) else max(1, min(8, cores() // distributed.local_world()))
 
 
@@ -252,7 +252,7 @@ class _Subset(torch.utils.data.Subset):
     """Images of a split at some positions."""
 
     def __init__(self, dataset: data.ImageDataset, positions: Sequence[int]):
-        super().__init__(dataset, positions)  # type: ignore[arg-type]
+        super().__init__(dataset, positions)
         self.classes, self.size = dataset.classes, dataset.size
 
 
@@ -456,7 +456,8 @@ def fit(
         if step in rows:
             row = {"step": step, "epoch": step / per_epoch, "lr": settings.lr * settings.factor(step - 1)}
             row |= curve.means() | objective.diagnostics(model) | curve.happened
-            row |= ({} if monitor is None else monitor_gates(model, monitor)) | (evaluation() if evaluation else {})
+            row |= {} if monitor is None else monitor_gates(model, monitor)
+            row |= evaluation() if evaluation else {}
             run.log(row)
             progress.row(row)
             curve = Curve()

@@ -157,7 +157,8 @@ class Objective(nn.Module):
     def _set_alive(self, flags: Mapping[str, Tensor]) -> None:
         for term in self.terms:
             if hasattr(term.module, "set_alive"):
-                term.module.set_alive({pair.student: flags[pair.student] for pair in term.pairs})
+                alive = {pair.student: flags[pair.student] for pair in term.pairs}
+                term.module.set_alive(alive)  # type: ignore[union-attr, operator]
 
     def forward(
         self, model: nn.Module, images: Tensor, labels: Tensor, step: int = 0
@@ -230,12 +231,13 @@ def _built(
     weights: Mapping[str, Tensor] | None,
 ) -> Term:
     """The term of a regulariser, with the layers that it compares and the source's channels that the model has."""
-    kind, pairs = TERMS[regulariser.name], ()
+    kind = TERMS[regulariser.name]
+    pairs: tuple[Pair, ...] = ()
     if kind.needs and source is None:
         raise AFDSError(f"the regulariser {regulariser.name!r} needs the source network")
     if source is not None and "layers" in kind.needs:
-        names = [feature_names(network, regulariser.features) for network in (model, source)]
-        pairs = pair_layers(model, source, *names, input_size)
+        ours, theirs = (feature_names(network, regulariser.features) for network in (model, source))
+        pairs = pair_layers(model, source, ours, theirs, input_size)
     reference = source if channels is None else channels.reference
     return kind(TermContext(regulariser, model, pairs, source, reference, weights))
 

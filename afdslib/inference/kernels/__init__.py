@@ -122,7 +122,7 @@ class KernelConvBN(nn.Module):
         self.places = min(max(0, layer.k - self.static), len(dynamic_rows))
         self.side, self.stride = conv.kernel_size[0], conv.stride[0]
         numbers = torch.cat([static_rows, dynamic_rows])
-        scale = (norm.running_var + norm.eps).rsqrt()  # type: ignore[operator]
+        scale = torch.rsqrt(norm.running_var + norm.eps)  # type: ignore[operator, arg-type]
         bias = ((0 if conv.bias is None else conv.bias) - norm.running_mean) * scale  # type: ignore[operator]
         phi, phi_bias = layer.predictor_weights()
         self.register_buffer("phi", phi[dynamic_rows].T.contiguous())  # (C_in, dynamic)
