@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
+from PIL import Image
 
 from afdslib.base import paths
 from afdslib.base.atomic import atomic_path
@@ -86,8 +88,13 @@ def save(figure: Figure | Mapping[str, Figure], profile: str, name: str) -> Pict
     figures = figure if isinstance(figure, Mapping) else {"": figure}
     files = [_file(profile, name, target) for target in figures]
     for file, fig in zip(files, figures.values(), strict=True):
-        with atomic_path(file) as part, matplotlib.rc_context(STYLE):
-            fig.savefig(part, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.08, metadata={"Software": None})
+        drawn = io.BytesIO()
+        with matplotlib.rc_context(STYLE):
+            fig.savefig(drawn, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.08)
+        with atomic_path(file) as part:
+            # 256 colours: less than half of the bytes, in each figure, notebook and report that holds it.
+            image = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+            image.save(part, format="PNG", optimize=True, dpi=(DPI, DPI))
     return _shown(files)
 
 
