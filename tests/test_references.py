@@ -19,11 +19,9 @@ NOTEBOOKS = {
     file.stem: "\n\n".join(cell.source for cell in nbformat.read(file, as_version=4).cells)
     for file in sorted((ROOT / "notebooks").glob("*.ipynb"))
 }
-TEXTS = {
-    **{file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8")
-       for file in (*(ROOT / "afdslib").rglob("*.py"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md"))},
-    **NOTEBOOKS,
-}  # fmt: skip
+SOURCES = [file for suffix in ("py", "toml") for file in (ROOT / "afdslib").rglob(f"*.{suffix}")]
+PAGES = [*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")]
+TEXTS = {file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8") for file in (*SOURCES, *PAGES)} | NOTEBOOKS
 ENTRIES = re.findall(r"^@\w+\{\w+,\n(.*?)^\}", BIBLIOGRAPHY, re.MULTILINE | re.DOTALL)
 VENUES = "ICLR|CVPR|ICCV|ECCV|ICML|NeurIPS|NIPS|BMVC|JMLR"
 MONTHS = "January February March April May June July August September October November December".split()
@@ -111,8 +109,8 @@ def test_a_command_of_the_guide_or_of_the_students_notebooks_is_understood(comma
 
 @pytest.mark.parametrize("command", [one for one in COMMANDS if "--profile paper" in one])
 def test_a_command_of_the_paper_profile_trains_two_hundred_epochs(command):
-    context = typer.main.get_command(cli.app).commands["students"].make_context("students", shlex.split(command)[1:])
-    chosen = distillation_study.get(*(context.params[name] for name in ("study", "profile", "budget")))
+    context = typer.main.get_command(cli.app).commands["study"].make_context("study", shlex.split(command)[1:])
+    chosen = distillation_study.get(*(context.params[name] for name in ("part", "profile", "scale")))
     assert chosen.student_training.steps == chosen.teacher_training.steps == 200 * 390
     assert chosen.student_training.batch_size == 128
 

@@ -29,7 +29,7 @@ from afdslib.data.images import MEAN, STD
 from afdslib.inference.gates import inference
 from afdslib.inference.kernels import KernelConvBN
 
-__all__ = ["KEY", "OPSET", "TOLERANCE", "Card", "export_run", "save_onnx", "session"]
+__all__ = ["KEY", "OPSET", "TOLERANCE", "Card", "card_of", "export_run", "save_onnx", "session"]
 
 OPSET = 18
 """The version of ONNX's operators that files are written for: onnxruntime 1.14 (2023) and later read it."""
@@ -234,6 +234,11 @@ def session(path: str | Path, *, threads: int | None = None) -> Any:
 # ----------------------------------------------------------------------------------------------------- a trained run
 
 
+def card_of(data: Any, classes: tuple[str, ...], **more: Any) -> Card:
+    """The preprocessing of a data set's test images; `more` are further fields of the card."""
+    return Card(tuple(classes), data.size, getattr(data, "shorter", data.size), **more)
+
+
 def export_run(
     id: str, format: str, out: str | Path | None = None, *, store: str | Path | None = None
 ) -> tuple[Path, Card]:
@@ -276,10 +281,8 @@ def export_run(
     pixels = input_of(model)  # that of torchvision's networks is stated as usual, for values from 0 to 1
     scaled = (tuple(value / 255 for value in values) for values in (pixels.mean, pixels.deviation))
     mean, std = (MEAN, STD) if pixels == IMAGENET else scaled
-    card = Card(
-        tuple(splits.captions or splits.classes), splits.test.size, getattr(splits.test, "shorter", splits.test.size),
-        mean, std, network=architecture["name"], run=result.id,
-    )  # fmt: skip
+    classes, network = tuple(splits.captions or splits.classes), architecture["name"]
+    card = card_of(splits.test, classes, mean=mean, std=std, network=network, run=result.id)
     if len(card.classes) != architecture["num_classes"]:
         raise AFDSError(
             f"the network of run {result.id} has {architecture['num_classes']} outputs but its data set "

@@ -145,7 +145,7 @@ def test_each_fault_fails_the_comparison_of_its_own_cell_and_of_no_other(tmp_pat
     """Cells of the stored notebooks 3 and 4 under nbval; an added first cell puts a small study and the fault in."""
     shutil.copy(Path(__file__).parents[2] / "notebooks" / "conftest.py", tmp_path)
     for fault in STATEMENTS:
-        setup = f'import faulty\nkept = faulty.install("{fault}")\nprofile, budget, data_dir = "tiny", "quick", ""'
+        setup = f'import faulty\nkept = faulty.install("{fault}")\nprofile, scale, data_dir = "tiny", "quick", ""'
         node = new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "x", "language": "python"}})
         node.cells = [new_code_cell(setup), *(cell(*where) for where in NEEDED)]
         node.cells.append(new_code_cell("budgets, seed = [1.0, 0.5, 0.2], 0"))

@@ -128,7 +128,7 @@ def test_scenes_and_birds_fine_tune_the_teacher_first():
         ("resnet18", {"weight": 1.0}, "'resnet18' has no transfer loss"),
         ("resnet18-at", {"teacher": "none.pth"}, "'none.pth' is neither a weight file nor a backbone"),
         ("resnet18-at", {"epochs": 0}, "epochs must be .* got 0"),
-        ("resnet18-at", {"lr": -1.0}, "lr must be a positive number, got -1.0"),
+        ("resnet18-at", {"lr": -1.0}, "lr must be a number above 0, got -1.0"),
         ("resnet18-at", {"weight": -1.0}, "beta .* got -1.0"),
         ("resnet18-at", {"batch_size": 0}, "batch_size must be .* got 0"),
         ("resnet18-at", {"precision": "fp8"}, "precision must be one of"),
