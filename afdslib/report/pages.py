@@ -6,7 +6,7 @@ from pathlib import Path
 
 from afdslib.report import speed, students, sweep
 from afdslib.studies.engine import Plan, pending
-from afdslib.studies.students import DistillationStudy, Students
+from afdslib.studies.students import DistillationStudy
 from afdslib.studies.sweep import Study
 
 __all__ = ["write"]
@@ -19,6 +19,6 @@ def write(plan: Plan) -> list[Path]:
     if isinstance(plan, Study):
         times = speed.write_times(plan)
         return [sweep.write_page(plan), *([times] if times else [])]
-    if isinstance(plan, Students):
-        return [students.write_page(DistillationStudy(plan.profile, complete=False))]
+    if isinstance(plan, DistillationStudy):
+        return [students.write_page(plan)]
     return []

@@ -27,7 +27,7 @@ from afdslib.report.sweep import stage_text
 from afdslib.report.tables import Table, Text, bullets
 from afdslib.report.views import NOT_STORED
 from afdslib.runs import MODEL
-from afdslib.studies import results, statistics
+from afdslib.studies import engine, results, statistics
 from afdslib.training.features import Teacher, taps
 
 if TYPE_CHECKING:
@@ -439,12 +439,19 @@ def better_than_guessing(study: DistillationStudy, factor: float = 1.5) -> bool:
 
 
 def stored_like_table(study: DistillationStudy) -> bool:
-    """Whether the rows that are stored are the table's, with the same accuracies, one run per row."""
+    """Whether the rows that are stored are the table's, with the same accuracies, one run per row.
+
+    Of the demo, which is never committed, they are the rows that would be stored.
+    """
     table, p = study.table(), study.profile
-    file = study.folder() / f"{p.study}.csv"
-    stored = results.named(f"{p.name}/{p.scale}/{p.study}") if p.committed else pd.read_csv(file)
-    same = len(stored) == len(table) and stored.run.nunique() == len(stored)
-    return same and bool(((stored.test_accuracy - table.test_accuracy).abs() < 1e-5).all())
+    if p.committed:
+        stored = results.named(f"{p.name}/{p.scale}/{p.study}")
+    else:
+        rows = results.select(engine.table(study), role=("teacher", "student"), reason="")
+        stored = results.view(rows, results.COLUMNS)
+    known, shown = (rows.set_index("run").test_accuracy for rows in (stored, table))
+    same = len(known) == len(shown) == known.index.nunique() and set(known.index) == set(shown.index)
+    return same and bool(((known - shown).abs() < 1e-5).all())
 
 
 def no_test_in_trials(study: DistillationStudy) -> bool:

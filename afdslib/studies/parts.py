@@ -34,7 +34,7 @@ def plans(
     if target is not None and part not in ("comparison", "ablations"):
         raise AFDSError(f"--target is for the parts comparison and ablations, not for {part}; leave it out")
     if part in students.STUDIES:
-        return [students.Students(students.get(part, profile, scale, data_dir))]
+        return [students.DistillationStudy(students.get(part, profile, scale, data_dir), complete=False)]
     chosen = profiles.get(profile, scale, data_dir)
     if part == "speed":
         return [speed.SpeedPlan(data_dir)]

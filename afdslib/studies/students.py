@@ -15,15 +15,12 @@ from typing import Any
 
 import pandas as pd
 
-from afdslib import runs, training
+from afdslib import runs
 from afdslib.base.errors import AFDSError
 from afdslib.experiments import DataSource, Distillation, Network, StudentRun
 from afdslib.losses import BetaSchedule
 from afdslib.studies import engine
-from afdslib.studies.keeper import Keeper
 from afdslib.studies.profiles import names as profile_names
-from afdslib.studies.workers import alongside
-from afdslib.studies.workers import compute as share
 from afdslib.training import Optimisation
 
 __all__ = [
@@ -362,18 +359,18 @@ COLUMNS = [
 ]  # fmt: skip
 
 
-class DistillationStudy(Keeper[DistillationProfile]):
-    """The runs of a study, computed or looked up, and the tables made from them.
+class DistillationStudy(engine.Plan):
+    """The runs of a study as a plan, and the tables made from them.
 
     Args:
         profile: from `get`.
         complete: False never trains: the tables then hold what is finished so far.
-        workers: processes that train at a time, one thread each; default: one per core on a CPU, one on a GPU.
+        workers: processes that train at a time; default: see `engine.compute`.
     """
 
     def __init__(self, profile: DistillationProfile, *, complete: bool = True, workers: int | None = None):
-        self.profile, self.complete = profile, complete
-        self.workers = workers or training.processes()
+        super().__init__(profile)
+        self.part, self.complete, self.workers = profile.study, complete, workers
         self.methods = {m.name: m for m in profile.methods}
         self._weights: dict[str, float] = {}
         self._done: list[tuple[Job, runs.Result]] | None = None
@@ -463,13 +460,18 @@ class DistillationStudy(Keeper[DistillationProfile]):
     # results
 
     def result(self, config: StudentRun) -> runs.Result:
-        """A run's result, computed if need be; those of real studies are kept to be committed."""
-        return self._publish(runs.get_or_run(config))
+        """A run's result, computed if need be.
+
+        Raises:
+            Unfinished: it is not there, and this study never trains.
+        """
+        return runs.get_or_run(config) if self.complete else engine.lookup(config)
 
     def results(self) -> list[tuple[Job, runs.Result]]:
         """Every run with its result. With `complete=False` up to the first one that is not finished."""
         if self._done is None:
-            self._train()
+            if self.complete:
+                engine.compute(self, self.workers)
             done = []
             for job in self.jobs():
                 if not self.complete and runs.lookup(job.config) is None:
@@ -477,15 +479,6 @@ class DistillationStudy(Keeper[DistillationProfile]):
                 done.append((job, self.result(job.config)))
             self._done = done
         return self._done
-
-    def _train(self) -> None:
-        """All runs, by several workers; nothing where one will do."""
-        if not self.complete or self.workers == 1:
-            return
-        if any(runs.lookup(job.config) is None for job in self._first()) or any(
-            runs.lookup(job.config) is None for job in self.jobs()
-        ):
-            alongside(_share, (self.profile,), self.workers)
 
     def _first(self) -> list[Job]:
         """The teachers and the trials, which choose the weights of the students."""
@@ -500,22 +493,8 @@ class DistillationStudy(Keeper[DistillationProfile]):
         ]
         return [*map(self._teacher, self.profile.pairs), *trials]
 
-    def compute(self) -> Iterator[str]:
-        """Trains what is not trained yet, and says of each run what it was and how right it is; writes all tables."""
-        self._train()
-        for job in self.jobs():
-            if not self.complete and runs.lookup(job.config) is None:
-                yield f"not finished: {job.kind} {job.method or job.config.network.name}, and what comes after it"
-                break
-            metrics = self.result(job.config).metrics
-            name = job.config.network.name if job.kind == "teacher" else f"{job.method} {job.weight:g}"
-            accuracy = metrics.get("test_accuracy", metrics.get("validation_accuracy", math.nan))
-            yield f"{job.kind} {name}, seed {job.config.seed}: {metrics.get('diverged') or f'{100 * accuracy:.2f} %'}"
-        for write in (self.table, self.trials, self.reach):
-            write()
-
     def table(self) -> pd.DataFrame:
-        """One row per teacher and student, with the test accuracy. Also written to <study>.csv.
+        """One row per teacher and student, with the test accuracy.
 
         A run that diverged has no row; `table.attrs["missing"]` says why.
         """
@@ -533,20 +512,17 @@ class DistillationStudy(Keeper[DistillationProfile]):
                 rows.append(result.metrics | row)
         table = pd.DataFrame(rows, columns=COLUMNS)
         table.attrs["missing"] = missing
-        self._write("", table)
         return table
 
     def trials(self) -> pd.DataFrame:
-        """Every weight tried, with its accuracy on validation images. Also written to <study>_trials.csv."""
+        """Every weight tried, with its accuracy on validation images."""
         rows = [
             {"method": job.method, "strength": job.weight, "run": result.id}
             | {"validation_accuracy": result.metrics.get("validation_accuracy", math.nan)}
             for job, result in self.results()
             if job.kind == "trial"
         ]
-        table = pd.DataFrame(rows, columns=["method", "strength", "validation_accuracy", "run"])
-        self._write("_trials", table)
-        return table
+        return pd.DataFrame(rows, columns=["method", "strength", "validation_accuracy", "run"])
 
     def curves(self) -> dict[str, pd.DataFrame]:
         """One learning curve on validation images by method; the first student's where the data keep validation."""
@@ -569,8 +545,7 @@ class DistillationStudy(Keeper[DistillationProfile]):
         """Steps until each curve reaches a share of the plain student's final validation accuracy.
 
         Returns:
-            method, steps (NaN if never), target (the accuracy), total (steps of the run). Also written to
-            <study>_steps.csv.
+            method, steps (NaN if never), target (the accuracy), total (steps of the run).
         """
         curves, rows = self.curves(), []
         if "alone" in curves:
@@ -583,33 +558,17 @@ class DistillationStudy(Keeper[DistillationProfile]):
                         "total": int(curve.step.iloc[-1]),
                     }
                 )  # fmt: skip
-        table = pd.DataFrame(rows, columns=["method", "steps", "target", "total"])
-        self._write("_steps", table)
-        return table
+        return pd.DataFrame(rows, columns=["method", "steps", "target", "total"])
 
-    # files
-
-    def _write(self, suffix: str, table: pd.DataFrame) -> None:
-        if table.empty and not self.complete:  # nothing of it is finished
-            return
-        super()._write(f"{self.profile.study}{suffix}", table)
-
-
-class Students(engine.Plan):
-    """The runs of a study as a plan: teachers and trials, then the students at the weights that these choose."""
-
-    def __init__(self, profile: DistillationProfile):
-        super().__init__(profile)
-        self.part = profile.study
+    # plan
 
     def batches(self) -> Iterator[list[engine.Cell]]:
-        """Teachers and trials; students; learning curves."""
-        study = DistillationStudy(self.profile, workers=1)
-        first = study._first()
+        """Teachers and trials; then students, at the weights that these choose, and learning curves."""
+        first = self._first()
         yield [self._cell(job) for job in first]
         for job in first:
             engine.lookup(job.config)
-        yield [self._cell(job) for job in study.jobs() if job.kind not in ("teacher", "trial")]
+        yield [self._cell(job) for job in self.jobs() if job.kind not in ("teacher", "trial")]
 
     def _cell(self, job: Job) -> engine.Cell:
         keys = {"teacher": job.teacher, "network": job.config.network.name, "seed": job.config.seed}
@@ -625,17 +584,9 @@ class Students(engine.Plan):
 
     def networks(self) -> Iterator[tuple[str, StudentRun]]:
         """The first teacher and its first students, alone and by attention transfer."""
-        study, pair = DistillationStudy(self.profile, workers=1), self.profile.pairs[0]
-        configs = [("teacher", study.teacher_run(pair.teacher))]
-        if all(runs.lookup(job.config) is not None for job in study._first()):
+        pair = self.profile.pairs[0]
+        configs = [("teacher", self.teacher_run(pair.teacher))]
+        if all(runs.lookup(job.config) is not None for job in self._first()):
             methods = [method for method in ("alone", "at") if method in pair.methods]
-            configs += [(method, study.student_run(pair, method, pair.seeds[0])) for method in methods]
+            configs += [(method, self.student_run(pair, method, pair.seeds[0])) for method in methods]
         yield from ((f"{config.network.name}, {name}", config) for name, config in configs)
-
-
-def _share(profile: DistillationProfile) -> None:
-    """One worker's share of a study."""
-    study = DistillationStudy(profile, workers=1)
-    for jobs in (study._first(), list(study.jobs())):
-        for result in share([job.config for job in jobs]):
-            study._publish(result)

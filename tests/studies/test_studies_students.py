@@ -57,14 +57,14 @@ def study(tmp_path_factory):
         patch.delenv("AFDS_FIGURES", raising=False)
         patch.delenv("AFDS_FRESH", raising=False)
         made = DistillationStudy(miniature(), workers=1)
-        made.said = list(made.compute())
+        engine.compute(made, 1)
         yield made
 
 
 def test_every_run_is_computed_once_and_a_trial_comes_before_the_student_it_serves(study):
     jobs = [job for job, _ in study.results()]
     names = [runs.run_id(job.config) for job in jobs]
-    assert len(names) == len(set(names)) == len(study.said)
+    assert len(names) == len(set(names))
     kinds = [(job.kind, job.method) for job in jobs]
     assert kinds[0] == ("teacher", "") and kinds.count(("trial", "at")) == 2
     assert max(i for i, k in enumerate(kinds) if k[0] == "trial") < kinds.index(("student", "at"))
@@ -195,7 +195,7 @@ def test_steps_saved_are_paired_by_seed_and_measured_on_each_seeds_own_plain_stu
 
 def test_the_notebook_measures_convergence_as_the_claim_does(study, monkeypatch, tmp_path):
     monkeypatch.setenv("AFDS_HOME", str(tmp_path))
-    engine.publish(distillation_study.Students(replace(study.profile, committed=True, name="mini")))
+    engine.publish(DistillationStudy(replace(study.profile, committed=True, name="mini")))
     told = claims.converges_faster(["mini/quick/attention"], ("wrn-10-2", "wrn-10-1")).why
     number = re.search(r": (.*)\.$", told)[1]
     assert f"- student alone minus AT: {number}." in students.saved_text(study)
@@ -385,12 +385,12 @@ def test_page_and_figures_of_a_finished_study(study, monkeypatch, tmp_path):
     assert "## β in two scales\n\n| maps |" in page and "student alone minus AT: " in page
     assert "the teacher was fitted on" in page
     with pytest.raises(AFDSError, match="networks of the profile demo are never committed"):
-        engine.publish(distillation_study.Students(study.profile))
+        engine.publish(DistillationStudy(study.profile))
 
 
 def test_networks_of_a_real_study_are_kept_with_a_card(study, monkeypatch, tmp_path):
     monkeypatch.setenv("AFDS_HOME", str(tmp_path))
-    engine.publish(distillation_study.Students(replace(study.profile, committed=True, name="mini")))
+    engine.publish(DistillationStudy(replace(study.profile, committed=True, name="mini")))
     folder = tmp_path / "data" / "weights"
     card = (folder / "mini.md").read_text()
     ids = [runs.run_id(study.teacher_run(study.profile.pairs[0].teacher))]
