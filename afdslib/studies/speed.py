@@ -25,7 +25,7 @@ from afdslib.studies import engine
 from afdslib.training import Optimisation
 from afdslib.training.objective import Regulariser
 
-__all__ = ["Speed", "SpeedPlan", "train"]
+__all__ = ["Speed", "SpeedPlan"]
 
 
 @dataclass(frozen=True)
@@ -95,66 +95,58 @@ class Speed:
         )  # fmt: skip
 
 
-def train(settings: Speed, data_dir: str | None = None, *, folder: Path | None = None) -> list[Path]:
-    """Computes the runs that are missing and writes the masks of each pruned network.
+class SpeedPlan(engine.Plan):
+    """The runs of the measured network; `publish` writes the masks of each pruned one.
 
     Args:
-        settings: what is trained.
         data_dir: where the archives lie.
-        folder: for the masks; default: data/results/speed/.
-
-    Returns:
-        The files: JSON with the architecture, the masks ("0" removed, "s" static, "d" dynamic, one letter per channel),
-        accuracy, MACs and the run's id.
-
-    Raises:
-        AFDSError: if a run diverged, or for other settings than `Speed()` without a folder for their masks.
     """
-    if folder is None and settings != Speed():
-        raise AFDSError("only the study as it stands is kept among the results; give another folder for these settings")
-    folder = folder or paths.results("speed")
-    files = []
-    for config in settings.runs(data_dir):
-        result = runs.get_or_run(config)
-        if "diverged" in result.metrics:
-            raise AFDSError(f"the study has no such network: {result.metrics['diverged']}")
-        if config.parent is None:
-            continue
-        result = runs.get_or_run(config, needs=(MODEL,))  # a published result may have come without its network
-        model = afs.load(result.artifact(MODEL))
-        known = ("test_accuracy", "validation_accuracy", "macs", "dense_macs", "steps", "removed", "static", "dynamic")
-        written: dict[str, Any] = {
-            "architecture": model.architecture,
-            "masks": masks(model),
-            "budget": config.budgets[-1],
-            "run": result.id,
-            "metrics": {key: result.metrics[key] for key in known if key in result.metrics},
-            "training": {key: value for key, value in runs.to_json(settings).items() if key != "class"},
-        }
-        file = folder / f"{settings.network}-{1 / config.budgets[-1]:g}x.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, written)
-        files.append(file)
-    return files
-
-
-class SpeedPlan(engine.Plan):
-    """The runs of the measured network; `publish` writes its masks."""
 
     part = "speed"
 
     def __init__(self, data_dir: str | None = None):
         super().__init__(SimpleNamespace(name="speed", scale="quick", committed=True))
-        self.data_dir = data_dir
+        self.settings, self.data_dir = Speed(), data_dir
 
     def batches(self) -> Iterator[list[engine.Cell]]:
         """The points of the sweep."""
-        yield [engine.Cell(c, "afds", {"budget": c.budgets[-1]}) for c in Speed().runs(self.data_dir)]
+        yield [engine.Cell(c, "afds", {"budget": c.budgets[-1]}) for c in self.settings.runs(self.data_dir)]
 
     def show(self) -> str:
         """The settings, as JSON."""
-        return json.dumps(runs.to_json(Speed()), indent=2)
+        return json.dumps(runs.to_json(self.settings), indent=2)
 
     def files(self) -> Path:
-        """Writes the masks."""
-        return train(Speed(), self.data_dir)[0].parent
+        """Writes the masks of the finished networks to data/results/speed/.
+
+        A file is JSON with the architecture, the masks ("0" removed, "s" static, "d" dynamic, one letter per channel),
+        accuracy, MACs and the run's id.
+
+        Raises:
+            AFDSError: a run diverged, or none of the networks is finished.
+        """
+        written = None
+        for cell, result in engine.cells(self):
+            if result is not None and "diverged" in result.metrics:
+                raise AFDSError(f"the study has no such network: {result.metrics['diverged']}")
+            budget = cell.keys["budget"]
+            # A published result may have come without its network.
+            if budget < 1 and (result := runs.lookup(cell.config, needs=(MODEL,))) is not None:
+                written = paths.results("speed") / f"{self.settings.network}-{1 / budget:g}x.json"
+                written.parent.mkdir(parents=True, exist_ok=True)
+                write_json(written, self._masks(budget, result))
+        if written is None:
+            raise AFDSError("no pruned network of the part speed is finished here; run: afds study --part speed")
+        return written.parent
+
+    def _masks(self, budget: float, result: runs.Result) -> dict[str, Any]:
+        known = ("test_accuracy", "validation_accuracy", "macs", "dense_macs", "steps", "removed", "static", "dynamic")
+        model = afs.load(result.artifact(MODEL))
+        return {
+            "architecture": model.architecture,
+            "masks": masks(model),
+            "budget": budget,
+            "run": result.id,
+            "metrics": {key: result.metrics[key] for key in known if key in result.metrics},
+            "training": {key: value for key, value in runs.to_json(self.settings).items() if key != "class"},
+        }

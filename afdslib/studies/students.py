@@ -7,7 +7,6 @@ learning curve on validation images; the curves then come from runs of the same 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +30,6 @@ __all__ = [
     "Method",
     "Pair",
     "get",
-    "show",
     "steps_to_reach",
 ]
 
@@ -117,7 +115,10 @@ def _beta(kind: str = "constant", beta: float = 1.0) -> BetaSchedule:
 
 
 def _attention_methods(
-    at: tuple[float, ...], nst: tuple[float, ...], hint: tuple[float, ...], gradient: tuple[float, ...]
+    at: tuple[float, ...] = (10.0, 100.0, 1000.0, 10000.0, 100000.0),
+    nst: tuple[float, ...] = (5.0, 50.0, 500.0),
+    hint: tuple[float, ...] = (0.01, 0.1, 1.0),
+    gradient: tuple[float, ...] = (0.01, 0.1, 1.0),
 ) -> tuple[Method, ...]:
     """The table of notebook 06; the sizes of the weights are AT's beta in the code's scale, NST's lambda, and ours."""
     return (
@@ -155,9 +156,7 @@ def _attention_imagenet32(scale: str) -> DistillationProfile:
         steps=(20 if standard else 3) * epoch, batch_size=128, lr=0.1, schedule="cosine", warmup=0.02,
         precision="bf16", log_rows=16,
     )  # fmt: skip
-    methods = _attention_methods(
-        (10.0, 100.0, 1000.0, 10000.0, 100000.0), (5.0, 50.0, 500.0), (0.01, 0.1, 1.0), (0.01, 0.1, 1.0)
-    )
+    methods = _attention_methods()
     student, seeds = Network("wrn-16-1"), (0, 1, 2)
     return DistillationProfile(
         name="imagenet32", scale=scale, study="attention",
@@ -182,9 +181,7 @@ def _attention_paper(scale: str) -> DistillationProfile:
         steps=(200 if scale == "standard" else 40) * epoch, batch_size=128, lr=0.1, schedule="milestones",
         milestones=(0.3, 0.6, 0.8), drop=0.2, log_rows=40,
     )  # fmt: skip
-    methods = _attention_methods(
-        (10.0, 100.0, 1000.0, 10000.0, 100000.0), (5.0, 50.0, 500.0), (0.01, 0.1, 1.0), (0.01, 0.1, 1.0)
-    )
+    methods = _attention_methods()
     everything, seeds = tuple(m.name for m in methods), (0, 1, 2, 3, 4)
     pairs = (("wrn-16-2", "wrn-16-1"), ("wrn-40-1", "wrn-16-1"), ("wrn-40-2", "wrn-16-2"))
     return DistillationProfile(
@@ -308,11 +305,6 @@ def get(study: str, profile: str, scale: str | None = None, data_dir: str | None
         data, trial_data = (replace(d, root=str(data_dir)) for d in (found.data, found.trial_data))
         found = replace(found, data=data, trial_data=trial_data)
     return found
-
-
-def show(profile: DistillationProfile) -> str:
-    """The whole study as JSON."""
-    return json.dumps(runs.to_json(profile), indent=2)
 
 
 # ------------------------------------------------------------------------------------------------------------- study
@@ -527,17 +519,16 @@ class DistillationStudy(engine.Plan):
     def curves(self) -> dict[str, pd.DataFrame]:
         """One learning curve on validation images by method; the first student's where the data keep validation."""
         kind = "student" if self.profile.data == self.profile.trial_data else "curve"
-        found: dict[str, pd.DataFrame] = {}
-        for job, result in self.results():
-            if job.kind == kind and job.method not in found and job.method in self.profile.curves:
-                found[job.method] = result.history()
-        return found
+        return self._logged(kind, self.profile.curves)
 
     def histories(self) -> dict[str, pd.DataFrame]:
         """Logged rows of the first student of each method of the first pair."""
+        return self._logged("student", self.profile.pairs[0].methods)
+
+    def _logged(self, kind: str, methods: Sequence[str]) -> dict[str, pd.DataFrame]:
         found: dict[str, pd.DataFrame] = {}
         for job, result in self.results():
-            if job.kind == "student" and job.method in self.profile.pairs[0].methods and job.method not in found:
+            if job.kind == kind and job.method in methods and job.method not in found:
                 found[job.method] = result.history()
         return found
 

@@ -1,6 +1,7 @@
 """The bench measures what it says: no assertion here is about how long anything took."""
 
 import csv
+import json
 import sys
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ from afdslib.base.errors import AFDSError
 from afdslib.inference import bench, naive, networks, timing
 from afdslib.losses import at_loss, nst_loss
 from afdslib.losses.afd import AFDLoss
-from afdslib.studies import speed
+from afdslib.studies import engine, speed
 
 QUICK = bench.Settings(
     networks=("resnet14",), size=32, width=0.125, repeats=2, warmup=0, steady=0.0, multiple=2, train_size=32,
@@ -202,10 +203,28 @@ def test_rows_are_written_as_they_come(tmp_path: Path, monkeypatch) -> None:
     assert cli.main(["bench", "--case", "toy", "--out", str(tmp_path)]) == 2
 
 
-def test_a_quick_look_at_the_speed_study_never_writes_among_the_results(monkeypatch) -> None:
-    monkeypatch.setattr(speed.runs, "get_or_run", lambda *a, **k: pytest.fail("refused before anything is trained"))
-    with pytest.raises(AFDSError, match="give another folder"):
-        speed.train(bench.replace(speed.Speed(), width=0.125))
+def test_publishing_the_speed_study_trains_nothing_and_writes_finished_masks(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("AFDS_HOME", str(tmp_path))
+    monkeypatch.setattr(speed.runs, "get_or_run", lambda *_, **__: pytest.fail("something was trained"))
+    plan, finished = speed.SpeedPlan(), {}
+    monkeypatch.setattr(speed.runs, "lookup", lambda config, **_: finished.get(config))
+    with pytest.raises(AFDSError, match="no pruned network of the part speed is finished here"):
+        engine.publish(plan)
+    assert not (tmp_path / "data").exists()
+    dense, half, *_ = speed.Speed().runs()
+    model = afs.convert(tiny.network(stem="cifar"))
+    for config, id in ((dense, "0" * 12), (half, "1" * 12)):
+        finished[config] = speed.runs.Result(id, {"test_accuracy": 0.5, "seconds": 1.0}, tmp_path / id)
+        (tmp_path / id).mkdir()
+        afs.save(model, finished[config].path / "model.safetensors")
+    folder = engine.publish(plan)
+    (file,) = folder.iterdir()
+    written = json.loads(file.read_text())
+    assert file.name == "resnet101-2x.json" and written["masks"] == afs.compact.masks(model)
+    assert written["run"] == "1" * 12 and written["budget"] == 0.5 and written["metrics"] == {"test_accuracy": 0.5}
+    finished[half] = speed.runs.Result("1" * 12, {"diverged": "loss is not finite"}, tmp_path)
+    with pytest.raises(AFDSError, match="no such network: loss is not finite"):
+        engine.publish(plan)
 
 
 def test_refusals(tmp_path: Path, capsys) -> None:

@@ -320,8 +320,7 @@ def test_looks_of_students_differ():
 @pytest.mark.parametrize("budget", ["quick", "standard"])
 def test_every_profile_names_known_methods_and_survives_json(name, profile, budget):
     made = distillation_study.get(name, profile, budget)
-    DistillationStudy(made)
-    assert json.loads(distillation_study.show(made))["study"] == name
+    assert json.loads(DistillationStudy(made).show())["study"] == name
     assert made.trial_seed not in {seed for pair in made.pairs for seed in pair.seeds}
     assert all(figures.look(m.name) for m in made.methods)
     assert made.committed == (profile != "demo")
