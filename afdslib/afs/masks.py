@@ -168,36 +168,11 @@ def update_masks(
             smallest that can be reached).
     """
     found = layers(model)
-    if set(found) != set(statistics) or any(found[n].m.numel() != statistics[n].q.numel() for n in found):
-        raise AFDSError(
-            "the statistics belong to another network; collect them with afs.collect_statistics on this one"
-        )
-    if (delta_m is None) == (macs_budget is None):
-        raise AFDSError("give exactly one of delta_m and macs_budget")
-    for name, value in (("delta_m", delta_m), ("delta_s", delta_s), ("macs_budget", macs_budget)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise AFDSError(f"{name} must be a number, got {value!r}")
-    if not delta_s >= 0:
-        raise AFDSError(f"delta_s must be at least 0, got {delta_s!r}")
-    if not (isinstance(multiple, int) and not isinstance(multiple, bool) and multiple >= 1):
-        raise AFDSError(f"multiple must be a whole number of at least 1, got {multiple!r}")
-    if stream not in ("free", "coupled"):
-        raise AFDSError(f"stream must be 'free' or 'coupled', got {stream!r}")
+    _check(found, statistics, delta_m, delta_s, macs_budget, loader, multiple, stream, scores)
     units = _units(model, found, stream)
     by_q = scores is None
     if scores is None:
         scores = {name: statistics[name].q for name in found}
-    elif delta_m is not None:
-        raise AFDSError("delta_m is a threshold on q; give scores together with macs_budget")
-    elif set(found) != set(scores) or any(found[n].m.numel() != scores[n].numel() for n in found):
-        raise AFDSError("the scores belong to another network; they are by layer name, one per channel")
-    if macs_budget is not None:
-        if not 0 < macs_budget <= 1:
-            raise AFDSError(f"macs_budget must be in (0, 1], got {macs_budget!r}")
-        if loader is None:
-            raise AFDSError("macs_budget needs a loader of training images to measure the expected MACs on")
-    elif delta_m is not None and math.isnan(delta_m):
-        raise AFDSError("delta_m must be a number, got nan")
 
     kept = ("m", "s", "gamma", "beta")
     before = {name: {part: getattr(layer, part).detach().clone() for part in kept} for name, layer in found.items()}
@@ -228,6 +203,47 @@ def update_masks(
     dynamic = sum(int((layer.m * layer.s).sum()) for layer in found.values())
     width = sum(layer.m.numel() for layer in found.values())
     return MaskReport(threshold, measured, width - alive, alive - dynamic, dynamic)
+
+
+def _check(
+    found: dict[str, AFSConvBN],
+    statistics: dict[str, LayerStatistics],
+    delta_m: float | None,
+    delta_s: float,
+    macs_budget: float | None,
+    loader: object,
+    multiple: int,
+    stream: str,
+    scores: Mapping[str, Tensor] | None,
+) -> None:
+    """Refuses arguments of `update_masks` that are out of range or of another network."""
+    if set(found) != set(statistics) or any(found[n].m.numel() != statistics[n].q.numel() for n in found):
+        raise AFDSError(
+            "the statistics belong to another network; collect them with afs.collect_statistics on this one"
+        )
+    if (delta_m is None) == (macs_budget is None):
+        raise AFDSError("give exactly one of delta_m and macs_budget")
+    for name, value in (("delta_m", delta_m), ("delta_s", delta_s), ("macs_budget", macs_budget)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise AFDSError(f"{name} must be a number, got {value!r}")
+    if not delta_s >= 0:
+        raise AFDSError(f"delta_s must be at least 0, got {delta_s!r}")
+    if not (isinstance(multiple, int) and not isinstance(multiple, bool) and multiple >= 1):
+        raise AFDSError(f"multiple must be a whole number of at least 1, got {multiple!r}")
+    if stream not in ("free", "coupled"):
+        raise AFDSError(f"stream must be 'free' or 'coupled', got {stream!r}")
+    if scores is not None and delta_m is not None:
+        raise AFDSError("delta_m is a threshold on q; give scores together with macs_budget")
+    if scores is not None and (
+        set(found) != set(scores) or any(found[n].m.numel() != scores[n].numel() for n in found)
+    ):
+        raise AFDSError("the scores belong to another network; they are by layer name, one per channel")
+    if macs_budget is not None and not 0 < macs_budget <= 1:
+        raise AFDSError(f"macs_budget must be in (0, 1], got {macs_budget!r}")
+    if macs_budget is not None and loader is None:
+        raise AFDSError("macs_budget needs a loader of training images to measure the expected MACs on")
+    if delta_m is not None and math.isnan(delta_m):
+        raise AFDSError("delta_m must be a number, got nan")
 
 
 def _units(model: nn.Module, found: dict[str, AFSConvBN], stream: str) -> list[tuple[str, ...]]:

@@ -6,15 +6,19 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
+from torch import nn
 
 from afdslib import afs, runs, training
 from afdslib.base.atomic import write_text
 from afdslib.base.errors import AFDSError
+from afdslib.data import ImageDataset
 from afdslib.experiments import Network, StudentRun
 from afdslib.experiments.student import tapped
 from afdslib.inference import maps
@@ -31,12 +35,6 @@ from afdslib.studies import engine, results, statistics
 from afdslib.training.features import Teacher, taps
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from matplotlib.figure import Figure
-    from torch import nn
-
-    from afdslib.data import ImageDataset
     from afdslib.studies.students import DistillationStudy
 
 __all__ = [
@@ -57,9 +55,6 @@ def beta_in_paper_scale(beta: float, norm: float, positions: int) -> float:
         positions: H x W of the map.
     """
     return 2 * beta * norm / positions
-
-
-# ------------------------------------------------------------------------------------------------------------ accuracy
 
 
 @dataclass(frozen=True)
@@ -180,9 +175,6 @@ def finished_gains(profile: str, scale: str) -> Text:
         f"On {p.data.name}, {p.teacher_training.steps} steps for a teacher and {p.student_training.steps} for a "
         f"student, batches of {p.student_training.batch_size}.\n\n{gains_text(study)}"
     )
-
-
-# ------------------------------------------------------------------------------------------- weights, curves and scale
 
 
 def weights_text(study: DistillationStudy) -> Text:
@@ -407,9 +399,6 @@ def scope(study: DistillationStudy) -> Text:
     return Text(f"{text} {p.not_run}".strip())
 
 
-# -------------------------------------------------------------------------------------------------------------- checks
-
-
 def terms_add_up(study: DistillationStudy, method: str, *, tolerance: float = 1e-3) -> bool:
     """Whether the logged loss of a student is hard x CE + soft x T^2 KL + weight x transfer, each at work.
 
@@ -499,9 +488,6 @@ def nst_memory(shape: Sequence[int] = (64, 1024, 14, 14), kernels: Iterable[str]
     avoided = batch * channels * channels * height * width * 4 / 1e9
     rows.append(["one (B, C, C, HW) tensor, never built", f"{avoided:.1f}"])
     return Table([f"B x C x H x W = {' x '.join(map(str, shape))}, float32", "GB beyond the maps"], rows)
-
-
-# ------------------------------------------------------------------------------------------------- networks and figures
 
 
 def _network(study: DistillationStudy, config: StudentRun) -> nn.Module | None:

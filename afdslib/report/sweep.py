@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PUBLISHED", "about_data", "accuracy_table", "budgets_of", "channels_left", "differences", "differences_text",
     "gates_text", "growing", "network_table", "networks", "run_text", "schedule", "scope_text", "settings",
-    "share_classes", "smallest", "sources_text", "stage_text", "strengths_text", "write_page",
+    "share_classes", "sources_text", "stage_text", "strengths_text", "write_page",
 ]  # fmt: skip
 
 PUBLISHED = "Published weights are taken as they are: this study reads no source image and trains no source network."
@@ -133,14 +133,6 @@ def differences_text(
     if not lines:
         raise AFDSError(f"the sweep has none of the budgets {', '.join(map(times, budgets))}")
     return Text(bullets(lines))
-
-
-def smallest(table: pd.DataFrame, method: str = "afd") -> pd.Series:
-    """The row of the smallest budget of a method, first seed."""
-    rows = table[table.method == method].sort_values(["budget", "seed"])
-    if rows.empty:
-        raise AFDSError(f"the sweep has no row of method {method!r}")
-    return rows.iloc[0]
 
 
 def growing(table: pd.DataFrame, column: str) -> bool:

@@ -7,9 +7,10 @@ from typing import Any
 
 import pandas as pd
 
+from afdslib.base.errors import AFDSError
 from afdslib.base.text import Text
 
-__all__ = ["Table", "Text", "at", "bullets", "mean_sd", "plural"]
+__all__ = ["Table", "Text", "at", "bullets", "mean_sd", "plural", "smallest"]
 
 
 class Table:
@@ -63,3 +64,11 @@ def bullets(lines: Iterable[str], head: str = "") -> str:
     """A Markdown list below a sentence; empty without lines."""
     listed = "\n".join(f"- {line}" for line in lines)
     return f"{head}\n\n{listed}" if head and listed else listed
+
+
+def smallest(table: pd.DataFrame, method: str = "afd") -> pd.Series:
+    """The row of the smallest budget of a method, first seed."""
+    rows = table[table.method == method].sort_values(["budget", "seed"])
+    if rows.empty:
+        raise AFDSError(f"the sweep has no row of method {method!r}")
+    return rows.iloc[0]

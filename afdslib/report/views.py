@@ -18,8 +18,7 @@ from afdslib import afs, runs
 from afdslib.experiments import OBJECTIVE, DataSource
 from afdslib.experiments.source import PUBLISHED_CLASSES
 from afdslib.losses.afd import AFDLoss
-from afdslib.report.sweep import smallest
-from afdslib.report.tables import Text
+from afdslib.report.tables import Text, smallest
 from afdslib.runs import MODEL
 from afdslib.training.features import Teacher, compared_shapes
 from afdslib.training.objective import Objective

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import nn
 
@@ -19,9 +19,6 @@ from afdslib.base.errors import AFDSError
 from afdslib.experiments import DataSource
 from afdslib.training import Optimisation
 
-if TYPE_CHECKING:
-    from afdslib.studies.sweep import Study
-
 __all__ = ["describe"]
 
 # Bytes per activation value kept for the backward pass, with autocast, and how often each convolution's output is kept:
@@ -30,7 +27,7 @@ _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _KEPT = 3
 
 
-def describe(study: Study) -> str:
+def describe(study: Any) -> str:  # a `sweep.Study`, which imports this module
     """The plan as text: network, data sets, stages with steps and training MACs, disk, memory, and what is missing."""
     p = study.profile
     size = p.targets[0].size or _default_size(p.targets[0].name)
@@ -90,7 +87,7 @@ def _default_size(name: str) -> int:
     return 32 if small else 224
 
 
-def _stages(study: Study) -> Iterator[tuple[str, int, Optimisation, float]]:
+def _stages(study: Any) -> Iterator[tuple[str, int, Optimisation, float]]:
     p = study.profile
     targets, seeds = len(p.targets), len(p.seeds)
     yield "source network", 1, p.source_training, 0
@@ -133,7 +130,7 @@ def _free() -> float:
     return stat.f_bavail * stat.f_frsize / 2**30
 
 
-def _missing(study: Study) -> Iterator[str]:
+def _missing(study: Any) -> Iterator[str]:
     """What a run would stumble over, in the words it would use."""
     p = study.profile
     if training.device().type == "cpu" and p.name == "paper":

@@ -8,6 +8,7 @@ import pytest
 from afdslib.base.errors import AFDSError
 from afdslib.data import load
 from afdslib.report import sweep as results
+from afdslib.report import tables
 from afdslib.studies import profiles
 
 
@@ -79,13 +80,13 @@ def test_missing_rows_are_one_sentence(sweep):
     with pytest.raises(AFDSError, match="no seed with both afd and at"):
         results.differences(sweep, "afd", "at")
     with pytest.raises(AFDSError, match="no row of method 'at'"):
-        results.smallest(sweep, "at")
+        tables.smallest(sweep, "at")
     with pytest.raises(AFDSError, match="none of the budgets 4x"):
         results.differences_text(sweep, budgets=(0.25,))
 
 
 def test_smallest_network_growing_and_budgets(sweep):
-    row = results.smallest(sweep)
+    row = tables.smallest(sweep)
     assert (row.budget, row.seed, row.method) == (0.1, 0, "afd")
     assert results.budgets_of(sweep) == [1.0, 0.1]
     assert results.growing(sweep, "removed") and not results.growing(sweep, "parameters")
