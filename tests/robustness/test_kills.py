@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 import zipfile
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import pytest
 import tiny
 from nbformat.v4 import new_code_cell, new_notebook
 from toy_runs import ToySource, ToyTrain
+from tqdm import tqdm
 
 from afdslib import data, runs
 from afdslib.base.errors import AFDSError
@@ -123,6 +125,8 @@ def start(work) -> int:
             silent = os.open(os.devnull, os.O_WRONLY)
             os.dup2(silent, 1)
             os.dup2(silent, 2)
+            # A fork shares tqdm's lock with its parent; killed while it holds it, it would stop all later ones.
+            tqdm.set_lock(threading.RLock())
             work()
             code = 0
         except (AFDSError, OSError) as error:
