@@ -199,6 +199,8 @@ def records(profile: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
         runs = _load(folder, _RUNS)
         with _reading(folder / _RUNS):
             found = [_record(runs, id) for id, line in runs["id"].items() if "metrics" in line]
+            if not all(isinstance(record.get("kind"), str) for record in found):
+                raise ValueError("a run without its kind")
         yield from ((folder.name, record) for record in found)
 
 
