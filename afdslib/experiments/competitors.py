@@ -35,10 +35,9 @@ from afdslib.losses.kd import Distil
 from afdslib.losses.sparsity import GateL1, ScaleL1
 from afdslib.losses.term import TERMS, Term
 from afdslib.pruning import boosted, choose, lower_density, scores
-from afdslib.pruning.budget import ROOM
+from afdslib.pruning.budget import ROOM, network_macs
 from afdslib.pruning.criteria import CRITERIA, NORMALISATIONS
 from afdslib.pruning.fbs import gates_alone
-from afdslib.pruning.narrow import network_macs
 from afdslib.runs import MODEL
 from afdslib.training import Optimisation
 from afdslib.training.features import Teacher, feature_names

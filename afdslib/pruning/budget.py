@@ -1,34 +1,40 @@
-"""One threshold for the whole network, set so that the MACs meet a budget; static networks and gated ones."""
+"""Budgets of MACs met by one threshold for the whole network, by a density, or by a width."""
 
 from __future__ import annotations
 
+import functools
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from afdslib import afs
+from afdslib import afs, backbones
 from afdslib.afs import macs
 from afdslib.afs.shrink import Cost, Group, Kept
 from afdslib.base.errors import UnreachableError
 
-__all__ = ["LEAST", "choose", "lower_density", "settle"]
+__all__ = ["LEAST", "ROOM", "choose", "fitting_width", "lower_density", "network_macs", "settle"]
 
 LEAST = 0.98
 """A budget counts as met between this share of it and all of it."""
 ROOM = 0.999
 
+Channel = tuple[float, int, int]  # score, group, position
+
+
+def _unreachable(macs_budget: float, why: str, share: float) -> UnreachableError:
+    """The error for a budget below `share`, what the smallest network costs."""
+    return UnreachableError(
+        f"the budget {macs_budget:g} cannot be reached: {why} {share:.4f} of the dense network; ask for at least that"
+    )
+
 
 def choose(
-    model: nn.Module,
-    found: list[Group],
-    scores: list[Tensor | None],
-    macs_budget: float,
-    size: tuple[int, int, int],
-    *,
-    dense: float | None = None,
-) -> Kept:
+    model: nn.Module, found: list[Group], scores: list[Tensor | None], macs_budget: float, size: tuple[int, int, int],
+    *, dense: float | None = None,
+) -> Kept:  # fmt: skip
     """The channels to keep: the least important ones of the whole network go until the MACs meet the budget.
 
     Each group keeps its most important channel. Where the last removal overshoots, the most important of the removed
@@ -48,14 +54,13 @@ def choose(
     price = Cost(model, found, size)
     dense = price.dense if dense is None else dense
     allowed = macs_budget * dense * (1 + 1e-9)
-    ranking: list[tuple[float, int, int]] = []
+    ranking: list[Channel] = []
     for position, values in enumerate(scores):
         if values is not None:
-            channels = sorted((float(v), position, c) for c, v in enumerate(values.tolist()))
-            ranking += channels[:-1]
+            ranking += sorted((float(v), position, c) for c, v in enumerate(values.tolist()))[:-1]
     ranking.sort()
 
-    def flags(gone: list[tuple[float, int, int]]) -> list[Tensor]:
+    def flags(gone: Iterable[Channel]) -> list[Tensor]:
         removed = [torch.zeros(group.width, dtype=torch.bool) for group in found]
         for _, position, channel in gone:
             removed[position][channel] = True
@@ -63,34 +68,19 @@ def choose(
 
     least = price(flags(ranking))
     if least > allowed:
-        raise UnreachableError(
-            f"the budget {macs_budget:g} cannot be reached: the layers that stay whole and one channel of each other "
-            f"layer cost {least / dense:.4f} of the dense network; ask for at least that"
-        )
-    low, high = 0, len(ranking)
-    while low < high:
-        middle = (low + high) // 2
-        if price(flags(ranking[:middle])) <= allowed:
-            high = middle
-        else:
-            low = middle + 1
-    gone = ranking[:high]
-    kept_back: list[tuple[float, int, int]] = []
-    for candidate in reversed(gone):
-        chosen = set(kept_back)
-        if price(flags([c for c in gone if c not in chosen])) >= LEAST * allowed:
+        why = "the layers that stay whole and one channel of each other layer cost"
+        raise _unreachable(macs_budget, why, least / dense)
+    fewest = bisect_left(range(len(ranking)), True, key=lambda count: price(flags(ranking[:count])) <= allowed)
+    gone = set(ranking[:fewest])
+    for candidate in reversed(ranking[:fewest]):
+        if price(flags(gone)) >= LEAST * allowed:
             break
-        chosen.add(candidate)
-        if price(flags([c for c in gone if c not in chosen])) <= allowed:
-            kept_back.append(candidate)
-    final = flags([c for c in gone if c not in set(kept_back)])
+        if price(flags(gone - {candidate})) <= allowed:
+            gone.remove(candidate)
     return {
-        group.name: tuple((~removed).nonzero().flatten().tolist()) for group, removed in zip(found, final, strict=True)
+        group.name: tuple((~removed).nonzero().flatten().tolist())
+        for group, removed in zip(found, flags(gone), strict=True)
     }
-
-
-def _share(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], meter: macs.Meter, dense: float) -> float:
-    return macs.expected(model, loader, meter=meter).total / dense
 
 
 def lower_density(
@@ -112,42 +102,28 @@ def lower_density(
         UnreachableError: where the density at `floor` (at least one channel per layer) costs more; it names that cost.
     """
     widest = max(layer.width for layer in afs.layers(model).values())
-    meter = macs.Meter(model)
-    low, high = max(1, math.floor(floor * widest + 1e-9)), widest  # every distinct k of the widest layer
+    low = max(1, math.floor(floor * widest + 1e-9))
+    meter, shares = macs.Meter(model), {}
 
-    def measure(step: int) -> float:
+    def fits(step: int) -> bool:
         afs.set_density(model, step / widest)
-        return _share(model, loader, meter, dense)
+        shares[step] = macs.expected(model, loader, meter=meter).total / dense
+        return shares[step] <= macs_budget
 
-    reached = measure(low)
-    if reached > macs_budget:
-        raise UnreachableError(
-            f"the budget {macs_budget:g} cannot be reached: at density {low / widest:g} the gated layers, the fixed "
-            f"ones and the predictors still cost {reached:.4f} of the dense network; ask for at least that"
-        )
-    best = low
-    while low < high:
-        middle = (low + high + 1) // 2
-        share = measure(middle)
-        if share <= macs_budget:
-            low, best, reached = middle, middle, share
-        else:
-            high = middle - 1
+    if not fits(low):
+        why = f"at density {low / widest:g} the gated layers, the fixed ones and the predictors still cost"
+        raise _unreachable(macs_budget, why, shares[low])
+    # Every distinct number of channels of the widest layer, from the largest down.
+    best = widest - bisect_left(range(widest, low, -1), True, key=fits)
     afs.set_density(model, best / widest)
-    return reached
+    return shares[best]
 
 
 def settle(
-    model: nn.Module,
-    macs_budget: float,
-    loader: Iterable[tuple[Tensor, Tensor]],
-    statistics: dict[str, afs.LayerStatistics],
-    dense: float,
-    *,
-    multiple: int = 1,
-    stream: str = "free",
+    model: nn.Module, macs_budget: float, loader: Iterable[tuple[Tensor, Tensor]],
+    statistics: dict[str, afs.LayerStatistics], dense: float, *, multiple: int = 1, stream: str = "free",
     scores: Callable[[], Mapping[str, Tensor]] | None = None,
-) -> float:
+) -> float:  # fmt: skip
     """Brings an AFS network back between `LEAST` and all of its budget after the last step of training.
 
     Gates move while they train. Above the budget a few more channels go; below it the density rises, as far as there
@@ -162,15 +138,54 @@ def settle(
         The share of the dense MACs that is reached.
     """
     meter = macs.Meter(model)
-    share = _share(model, loader, meter, dense)
+    share = macs.expected(model, loader, meter=meter).total / dense
     macs_budget *= ROOM
     if share > macs_budget:
         afs.update_masks(
             model, statistics, macs_budget=macs_budget, loader=loader, delta_s=0.0, multiple=multiple, stream=stream,
             scores=None if scores is None else scores(),
         )  # fmt: skip
-        share = _share(model, loader, meter, dense)
+        share = macs.expected(model, loader, meter=meter).total / dense
     if share < LEAST * macs_budget:
         density = next(iter(afs.layers(model).values())).density
         share = lower_density(model, macs_budget, loader, dense, floor=density)
     return share
+
+
+@functools.lru_cache(maxsize=4096)
+def network_macs(name: str, stem: str, width: float, classes: int, size: tuple[int, int, int]) -> float:
+    """MACs of a backbone at a width, for one image."""
+    state = torch.get_rng_state()
+    try:
+        return macs.count(backbones.build(name, classes, stem=stem, width=width), size).total
+    finally:
+        torch.set_rng_state(state)  # counting draws nothing
+
+
+def fitting_width(
+    name: str, stem: str, width: float, classes: int, size: tuple[int, int, int], macs_budget: float
+) -> float:
+    """The largest width whose MACs are within a share of those at the given width, a multiple of 1/1024 of it.
+
+    So the same network with fewer channels everywhere, the strongest simple rival. MACs grow in steps, as channel
+    counts are whole; the share that is reached can be some points below the budget.
+
+    Args:
+        name, stem: see `backbones.build`.
+        width: of the dense network.
+        classes: of the classifier.
+        size: (3, H, W).
+        macs_budget: in (0, 1].
+
+    Raises:
+        UnreachableError: where even one channel per layer costs more; it names that cost.
+    """
+    dense = network_macs(name, stem, width, classes, size)
+    least = network_macs(name, stem, width / 1024, classes, size) / dense
+    if least > macs_budget:
+        raise _unreachable(macs_budget, f"the narrowest {name} costs", least)
+
+    def fits(step: int) -> bool:
+        return network_macs(name, stem, width * step / 1024, classes, size) <= macs_budget * dense
+
+    return width * (1024 - bisect_left(range(1024, 1, -1), True, key=fits)) / 1024

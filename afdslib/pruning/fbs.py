@@ -16,14 +16,12 @@ __all__ = ["boosted", "gates_alone"]
 
 @torch.no_grad()
 def boosted(model: nn.Module, *, bias: float | None = 1.0) -> nn.Module:
-    """A gated copy of a plain network with the gates of FBS.
+    """A gated copy of a plain network with the gates of FBS, constant at first: predictors of weight 0. [ours]
 
     Args:
         model: the plain network; left as it is.
         bias: what every gate starts at: 1 is FBS's own recipe, which sets the trained scales aside and tunes the gates
             back first; None starts each gate at its trained scale, as AFS does, for which FBS is better off. [ours]
-
-    The predictors' weights start at 0, so the gates start constant. [ours]
     """
     gated = afs.convert(model)
     for layer in afs.layers(gated).values():
