@@ -269,10 +269,10 @@ def saved_text(study: DistillationStudy, share: float = 0.9) -> Text:
     """The report's measure of convergence, on training images over the table's seeds: one line per method."""
     pair = study.profile.pairs[0]
     curves: dict[str, dict[int, pd.DataFrame]] = {}
-    for job, result in study.results():
-        taught = job.config.network == pair.student and job.teacher in ("", pair.teacher.name)
-        if job.kind == "student" and taught and "diverged" not in result.metrics:
-            curves.setdefault(job.method, {})[job.config.seed] = result.history()
+    for cell, result in study.results():
+        taught = cell.config.network == pair.student and cell.keys.get("teacher") in ("", pair.teacher.name)
+        if cell.role == "student" and taught and "diverged" not in result.metrics:
+            curves.setdefault(cell.keys["method"], {})[cell.config.seed] = result.history()
     lines = []
     for method, by_seed in curves.items():
         if method != "alone" and set(by_seed) & set(curves.get("alone", {})):
@@ -404,8 +404,9 @@ def terms_add_up(study: DistillationStudy, method: str, *, tolerance: float = 1e
 
     Row means of products are compared with products of row means, so only a constant weight can be checked.
     """
-    job, result = next((j, r) for j, r in study.results() if j.kind == "student" and j.method == method)
-    d, log = job.config.method, result.history()
+    found = ((c, r) for c, r in study.results() if c.role == "student" and c.keys["method"] == method)
+    cell, result = next(found)
+    d, log = cell.config.method, result.history()
     columns = _terms(log, d)
     total = d.hard * log.cross_entropy
     if columns:
@@ -445,7 +446,7 @@ def stored_like_table(study: DistillationStudy) -> bool:
 
 def no_test_in_trials(study: DistillationStudy) -> bool:
     """Whether no trial and no curve has read a test image."""
-    return not any("test" in key for j, r in study.results() if not j.config.use_test for key in r.metrics)
+    return not any("test" in key for c, r in study.results() if not c.config.use_test for key in r.metrics)
 
 
 def falls(study: DistillationStudy, method: str, term: str) -> bool:
@@ -463,8 +464,8 @@ def taps_of(study: DistillationStudy, where: str) -> tuple[str, str]:
 
 def compared_sizes(study: DistillationStudy) -> str:
     """Height and width at which the maps of the first student with a layer-wise term are compared."""
-    for job, result in study.results():
-        if job.kind == "student" and result.metrics.get("compared"):
+    for cell, result in study.results():
+        if cell.role == "student" and result.metrics.get("compared"):
             return ", ".join(f"{height}x{width}" for height, width in result.metrics["compared"])
     return "nothing yet"
 

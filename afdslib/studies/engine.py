@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pandas as pd
 
@@ -22,7 +22,20 @@ from afdslib.runs import MODEL
 from afdslib.runs.networks import keep_networks
 from afdslib.studies import results, workers
 
-__all__ = ["Cell", "Plan", "Unfinished", "cells", "compute", "dry_run", "lookup", "pending", "publish", "run", "table"]
+__all__ = [
+    "Cell",
+    "Plan",
+    "Unfinished",
+    "cells",
+    "compute",
+    "dry_run",
+    "frame",
+    "lookup",
+    "pending",
+    "publish",
+    "run",
+    "table",
+]
 
 
 class Unfinished(AFDSError):
@@ -46,26 +59,17 @@ class Cell:
     reason: str = ""
 
 
-class Profile(Protocol):
-    """A profile, as far as a plan of any part needs one."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def scale(self) -> str: ...
-    @property
-    def committed(self) -> bool: ...
-
-
 class Plan:
     """The runs of one part of a study.
 
     Args:
-        profile: whose part it is.
+        profile: whose part it is; has at least name, scale and committed.
     """
 
     part = ""
     """Its name on the command line and in the table."""
+    of_trials: tuple[str, ...] = ("validation_accuracy",)
+    """Metrics of a trial that the table holds."""
 
     def __init__(self, profile: Any):
         self.profile = profile
@@ -78,8 +82,10 @@ class Plan:
         """
         raise NotImplementedError
 
-    def measured(self, cell: Cell, result: runs.Result) -> Mapping[str, Any]:
+    def measured(self, cell: Cell, result: runs.Result) -> dict[str, Any]:
         """What the table holds of a finished run beside its keys."""
+        if cell.role == "trial":
+            return {key: result.metrics.get(key, math.nan) for key in self.of_trials}
         return result.metrics
 
     def networks(self) -> Iterable[tuple[str, Any]]:
@@ -149,28 +155,44 @@ def _share(plan: Plan) -> None:
         workers.compute([cell.config for cell in batch if cell.config is not None])
 
 
-def pending(plan: Plan) -> float:
-    """How many runs are missing; infinite where what comes next is chosen from some of them."""
-    pending: float = 0
+def _planned(plan: Plan, why: type[AFDSError] = Unfinished) -> tuple[list[Cell], AFDSError | None]:
+    """The cells that are known so far, and why the next ones are not, if there are more."""
+    cells: list[Cell] = []
     try:
         for batch in plan.batches():
-            pending += sum(cell.config is not None and runs.lookup(cell.config) is None for cell in batch)
-    except Unfinished:
-        return math.inf
-    return pending
+            cells += batch
+    except why as error:
+        return cells, error
+    return cells, None
+
+
+def pending(plan: Plan) -> float:
+    """How many runs are missing; infinite where what comes next is chosen from some of them."""
+    cells, more = _planned(plan)
+    missing = sum(cell.config is not None and runs.lookup(cell.config) is None for cell in cells)
+    return math.inf if more else missing
 
 
 def cells(plan: Plan) -> Iterator[tuple[Cell, runs.Result | None]]:
     """What is known: each cell that is finished, with its result, and each that is out of reach. Trains nothing."""
-    try:
-        for batch in plan.batches():
-            for cell in batch:
-                if cell.config is None:
-                    yield cell, None
-                elif (result := runs.lookup(cell.config)) is not None:
-                    yield cell, result
-    except Unfinished:
-        return
+    for cell in _planned(plan)[0]:
+        result = None if cell.config is None else runs.lookup(cell.config)
+        if cell.config is None or result is not None:
+            yield cell, result
+
+
+def frame(found: Iterable[tuple[Mapping[str, Any], runs.Result]], columns: Sequence[str]) -> pd.DataFrame:
+    """A row per run, of its keys and metrics; `attrs["missing"]` has the keys and reasons of those that diverged."""
+    rows, missing = [], []
+    for keys, result in found:
+        row = {**keys, "run": result.id}
+        if "diverged" in result.metrics:
+            missing.append(row | {"reason": result.metrics["diverged"]})
+        else:
+            rows.append(result.metrics | row)
+    table = pd.DataFrame(rows, columns=list(columns))
+    table.attrs["missing"] = missing
+    return table
 
 
 def table(plan: Plan, *, train: bool = False) -> pd.DataFrame:
@@ -204,34 +226,25 @@ def publish(plan: Plan) -> Path:
     profile = plan.profile
     if not profile.committed:
         raise AFDSError(f"results and networks of the profile {profile.name} are never committed")
-    computed = [cell.config for cell, result in cells(plan) if result is not None]
-    known = map(runs.lookup, workers.with_needs(computed))
-    runs.publish([result for result in known if result is not None], profile.name)
+    computed = workers.with_needs(cell.config for cell, result in cells(plan) if result is not None)
+    runs.publish([result for config in computed if (result := runs.lookup(config)) is not None], profile.name)
     written = results.write(profile.name, table(plan))
     found = ((name, runs.lookup(config, needs=(MODEL,))) for name, config in plan.networks())
-    kept = [(name, result) for name, result in found if result is not None]
-    if kept:
+    if kept := [(name, result) for name, result in found if result is not None]:
         keep_networks(kept, profile.name)
     return written
 
 
 def dry_run(plan: Plan) -> str:
     """The runs of each role that are planned so far, how many are finished, and the steps of the others."""
-    counts: dict[str, list[int]] = {}
-    rest = ""
-    try:
-        for cell in (cell for batch in plan.batches() for cell in batch if cell.config is not None):
-            count = counts.setdefault(cell.role, [0, 0, 0])
-            done = runs.lookup(cell.config) is not None
-            steps = 0 if done else _steps(cell.config)
-            counts[cell.role] = [count[0] + 1, count[1] + done, count[2] + steps]
-    except AFDSError as error:  # also images that are not there
-        rest = f"what comes next is not known yet: {error}"
+    cells, more = _planned(plan, AFDSError)  # also images that are not there
     lines = [f"{plan.part} of {plan.profile.name}, scale {plan.profile.scale}"]
-    lines += [
-        f"{role:12}{n:>6} runs, {done} finished, {steps:,} steps to go" for role, (n, done, steps) in counts.items()
-    ]
-    return "\n".join([*lines, rest] if rest else lines)
+    configs = [(cell.role, cell.config) for cell in cells if cell.config is not None]
+    for role in dict.fromkeys(role for role, _ in configs):
+        missing = [config for name, config in configs if name == role and runs.lookup(config) is None]
+        n = sum(name == role for name, _ in configs)
+        lines.append(f"{role:12}{n:>6} runs, {n - len(missing)} finished, {sum(map(_steps, missing)):,} steps to go")
+    return "\n".join([*lines, f"what comes next is not known yet: {more}"] if more else lines)
 
 
 def _steps(config: Any) -> int:

@@ -19,7 +19,6 @@ from afdslib.experiments import (
     NarrowRun,
     PrunedRun,
     Selection,
-    SourceRun,
     TransferRun,
 )
 from afdslib.losses.term import Value
@@ -66,19 +65,10 @@ class Points:
     def __init__(self, profile: Profile, rules: Protocol, target: DataSource):
         self.profile, self.rules, self.target = profile, rules, target
 
-    # sources
-
-    @property
-    def source(self) -> SourceRun:
-        """The plain source network."""
-        p = self.profile
-        return SourceRun(p.source, p.network, p.source_training, p.source_weight_decay)
-
     @property
     def afs_source(self) -> AFSSourceRun:
         """The converted source, fine-tuned so that its predictors learn."""
-        p = self.profile
-        return AFSSourceRun(self.source, p.source, p.afs_training, p.gates)
+        return self.profile.afs_source_run
 
     def extended(self, budget: float | None = None) -> ExtendedSourceRun:
         """The competitors' start: as many more source steps as AFS got, at full width or at a budget's.
@@ -89,7 +79,7 @@ class Points:
         Raises:
             UnreachableError: no width has that budget, or the weights are published ones.
         """
-        p, source = self.profile, self.source
+        p, source = self.profile, self.profile.source_run
         if budget is not None:
             if p.network.weights is not None:
                 raise UnreachableError(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from afdslib import runs
-from afdslib.experiments import DataSource, Network
+from afdslib.experiments import AFSSourceRun, DataSource, Network, SourceRun
 from afdslib.training import Optimisation
 from afdslib.training.objective import Regulariser
 
@@ -21,12 +21,8 @@ BUDGETS = (1.0, 0.5, 0.25, 0.2, 0.125, 0.1, 0.05)
 
 @dataclass(frozen=True)
 class Candidates:
-    """A regulariser and the strengths among which validation images choose.
-
-    Attributes:
-        regulariser: with a strength that is replaced by the chosen one.
-        strengths: tried on the unpruned network; a single one is taken as it is.
-    """
+    """A regulariser, and the strengths among which validation images choose on the unpruned network; a single strength
+    is taken as it is."""
 
     regulariser: Regulariser
     strengths: tuple[float, ...]
@@ -37,20 +33,16 @@ class Profile:
     """A study.
 
     Attributes:
-        name: "demo", "imagenet32", "imagenet32-disjoint" or "paper".
-        scale: how much of it: "quick" or "standard".
-        source: source data set.
-        targets: target data sets; the first is the primary one.
+        name, scale: of the study, and how much of it is made: "quick" or "standard".
+        source, targets: data sets; the first target is the primary one.
         network: backbone of source and target.
-        source_training: of the plain source network; 0 steps with published weights.
-        source_weight_decay: of the plain source network.
+        source_training, source_weight_decay: of the plain source network; 0 steps with published weights.
         afs_training: fine-tuning of the converted source at density 1.
-        gates: "all" or "blocks".
         candidates: the regularisers compared, with the strengths that validation chooses from.
-        trial: optimisation of a trial that chooses a strength.
-        trial_seed: of the trials; none of the seeds below.
-        transfer: optimisation of the unpruned stage.
-        tuning: optimisation of each stage after it.
+        trial, trial_seed: of a trial that chooses a strength; the seed is none of `seeds`.
+        transfer, tuning: optimisation of the unpruned stage, and of each stage after it.
+        seeds: of the reported runs; each draws its own fitting images, initialisation and order.
+        gates: "all" or "blocks".
         budgets: shares of the dense MACs, decreasing from 1.
         delta_s: threshold below which gates become constant.
         density_floor: lowest density d; the masks do the rest.
@@ -59,7 +51,6 @@ class Profile:
         freeze_first: whether that update freezes gates, too; if not, only the later one does.
         settle_by: what channels are ranked by when the budget is met once more after the last step: "q", the mean gate,
             or "taylor"; "" for not meeting it once more.
-        seeds: of the reported runs; each draws its own fitting images, initialisation and order.
         committed: whether finished results go to data/results/ to be committed.
         left_out: numbers of the notebooks that `afds run` executes only where `--notebook` names them.
         not_run: what of this profile has never been run, said in the report.
@@ -92,6 +83,16 @@ class Profile:
     left_out: tuple[str, ...] = ()
     not_run: str = ""
     variant_of: str = ""
+
+    @property
+    def source_run(self) -> SourceRun:
+        """The plain source network."""
+        return SourceRun(self.source, self.network, self.source_training, self.source_weight_decay)
+
+    @property
+    def afs_source_run(self) -> AFSSourceRun:
+        """The converted source network, fine-tuned at density 1 so that its predictors learn."""
+        return AFSSourceRun(self.source_run, self.source, self.afs_training, self.gates)
 
 
 RECALLED_SCHEDULE: dict[str, Any] = {"first_update": 0.5, "freeze_first": True, "settle_by": ""}

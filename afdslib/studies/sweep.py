@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
 
 import pandas as pd
 
@@ -30,6 +28,9 @@ COLUMNS = [
 ]  # fmt: skip
 TRIALS = ["target", "method", "strength", "validation_accuracy", "train_accuracy", "run"]
 
+Chosen = dict[str, dict[str, Regulariser]]
+"""Regularisers at their chosen strengths, by target and name."""
+
 
 class Study(engine.Plan):
     """The runs of a profile's sweep, computed or looked up.
@@ -41,6 +42,7 @@ class Study(engine.Plan):
     """
 
     part = "sweep"
+    of_trials = ("validation_accuracy", "train_accuracy")
 
     def __init__(self, profile: Profile, *, workers: int | None = None):
         super().__init__(profile)
@@ -96,14 +98,12 @@ class Study(engine.Plan):
     @property
     def source_run(self) -> SourceRun:
         """Configuration of the plain source network."""
-        p = self.profile
-        return SourceRun(p.source, p.network, p.source_training, p.source_weight_decay)
+        return self.profile.source_run
 
     @property
     def afs_source_run(self) -> AFSSourceRun:
         """Configuration of the converted source network, fine-tuned at density 1."""
-        p = self.profile
-        return AFSSourceRun(self.source_run, p.source, p.afs_training, p.gates)
+        return self.profile.afs_source_run
 
     def transfer_run(
         self, regulariser: Regulariser, seed: int, *, budget: float = 1.0, target: DataSource | None = None
@@ -112,47 +112,27 @@ class Study(engine.Plan):
         p = self.profile
         check_budgets(p.budgets)
         if budget not in p.budgets:
-            raise AFDSError(
-                f"budget {budget!r} is not in the sweep, whose budgets are {', '.join(f'{b:g}' for b in p.budgets)}"
-            )
+            known = ", ".join(f"{b:g}" for b in p.budgets)
+            raise AFDSError(f"budget {budget!r} is not in the sweep, whose budgets are {known}")
         return TransferRun(
-            source=self.afs_source_run,
-            data=replace(target or p.targets[0], seed=seed),
-            regulariser=regulariser,
-            optimisation=p.transfer,
-            tuning=p.tuning,
-            budgets=p.budgets[: p.budgets.index(budget) + 1],
-            delta_s=p.delta_s,
-            density_floor=p.density_floor,
-            macs_images=p.macs_images,
-            seed=seed,
-            settle=bool(p.settle_by),
-            first=p.first_update,
-            freeze_first=p.freeze_first,
-            settle_by=p.settle_by or "q",
-        )
+            self.afs_source_run, replace(target or p.targets[0], seed=seed), regulariser, p.transfer, p.tuning,
+            p.budgets[: p.budgets.index(budget) + 1], delta_s=p.delta_s, density_floor=p.density_floor,
+            macs_images=p.macs_images, seed=seed, settle=bool(p.settle_by), first=p.first_update,
+            freeze_first=p.freeze_first, settle_by=p.settle_by or "q",
+        )  # fmt: skip
 
     # the plan
 
     def batches(self) -> Iterator[list[Cell]]:
         """The source networks, the trials, and every point at the strengths that these choose."""
         keys = {"target": self.profile.source.title, "network": self.profile.network.name}
-        yield [Cell(config, "source", keys | {"variant": name}) for name, config in self._sources()]
+        yield [Cell(config, "source", keys | {"variant": name}) for name, config in self.networks()]
         yield self._trials()
-        chosen = self._choose()
-        yield [cell for r in self._points() for cell in (self._cell(*r, chosen),)]
-
-    def measured(self, cell: Cell, result: runs.Result) -> Mapping[str, Any]:
-        """A point's figures; of a trial its accuracies alone."""
-        some = ("validation_accuracy", "train_accuracy")
-        return {key: result.metrics.get(key) for key in some} if cell.role == "trial" else result.metrics
+        yield self._points(self._choose())
 
     def networks(self) -> Iterator[tuple[str, SourceRun | AFSSourceRun]]:
         """The source networks, from which anyone can go on."""
-        yield from self._sources()
-
-    def _sources(self) -> list[tuple[str, SourceRun | AFSSourceRun]]:
-        return [("source", self.source_run), ("AFS source", self.afs_source_run)]
+        yield from (("source", self.source_run), ("AFS source", self.afs_source_run))
 
     def _trials(self) -> list[Cell]:
         p, cells = self.profile, []
@@ -163,42 +143,37 @@ class Study(engine.Plan):
                 cells.append(Cell(replace(run, optimisation=p.trial, use_test=False), "trial", keys))
         return cells
 
-    def _choose(self) -> dict[str, dict[str, Regulariser]]:
-        """By target and name: the strength of highest validation accuracy; the smaller one wins a tie."""
-        best: dict[tuple[str, str], tuple[float, float]] = {}
-        for cell in sorted(self._trials(), key=lambda cell: float(cell.keys["strength"])):
-            key = (cell.keys["target"], cell.keys["method"])
-            accuracy = engine.lookup(cell.config).metrics.get("validation_accuracy", -1.0)  # a trial that diverged
-            if key not in best or accuracy > best[key][0]:
-                best[key] = (accuracy, cell.keys["strength"])
-        return {
+    def _choose(self) -> Chosen:
+        """The strengths of highest validation accuracy; the smaller one wins a tie."""
+        chosen: Chosen = {
             title: {
-                c.regulariser.name: replace(
-                    c.regulariser, strength=best.get((title, c.regulariser.name), (0.0, c.strengths[0]))[1]
-                )
-                for c in self.profile.candidates
+                c.regulariser.name: replace(c.regulariser, strength=c.strengths[0]) for c in self.profile.candidates
             }
             for title in self.targets
         }
+        best: dict[tuple[str, str], float] = {}
+        for cell in sorted(self._trials(), key=lambda cell: float(cell.keys["strength"])):
+            target, method = key = (cell.keys["target"], cell.keys["method"])
+            accuracy = engine.lookup(cell.config).metrics.get("validation_accuracy", -1.0)  # a trial that diverged
+            if key not in best or accuracy > best[key]:
+                best[key], chosen[target][method] = accuracy, cell.config.regulariser
+        return chosen
 
     def _points(
-        self, methods: Iterable[str] | None = None, budgets: Sequence[float] | None = None
-    ) -> list[tuple[DataSource, int, str, float]]:
-        p = self.profile
+        self, chosen: Chosen, methods: Iterable[str] | None = None, budgets: Sequence[float] | None = None
+    ) -> list[Cell]:
+        p, cells = self.profile, []
         names = list(methods or (c.regulariser.name for c in p.candidates))
         wanted = [b for b in p.budgets if budgets is None or b in budgets]
-        return list(itertools.product(p.targets, p.seeds, names, wanted))
-
-    def _cell(
-        self, target: DataSource, seed: int, name: str, budget: float, chosen: dict[str, dict[str, Regulariser]]
-    ) -> Cell:
-        regulariser = chosen[target.title][name]
-        keys = {
-            "target": target.title, "method": name, "regulariser": name, "selection": "afs",
-            "strength": regulariser.strength, "seed": seed, "budget": budget,
-        }  # fmt: skip
-        config = self.transfer_run(regulariser, seed, budget=budget, target=target)
-        return Cell(config, Method(name, "afs").role, keys)
+        for target, seed, name, budget in itertools.product(p.targets, p.seeds, names, wanted):
+            regulariser = chosen[target.title][name]
+            keys = {
+                "target": target.title, "method": name, "regulariser": name, "selection": "afs",
+                "strength": regulariser.strength, "seed": seed, "budget": budget,
+            }  # fmt: skip
+            config = self.transfer_run(regulariser, seed, budget=budget, target=target)
+            cells.append(Cell(config, Method(name, "afs").role, keys))
+        return cells
 
     def describe(self) -> str:
         """What the study would do here: stages, steps, MACs, disk, memory, and what is missing on this machine."""
@@ -227,16 +202,12 @@ class Study(engine.Plan):
         No test image is read.
         """
         cells = self._trials()
-        found = self._compute([cell.config for cell in cells])
-        rows = [
-            {**cell.keys, "run": result.id}
-            | {key: result.metrics.get(key, math.nan) for key in ("validation_accuracy", "train_accuracy")}
-            for cell, result in zip(cells, found, strict=True)
-        ]
+        found = zip(cells, self._compute([cell.config for cell in cells]), strict=True)
+        rows = [self.measured(cell, result) | dict(cell.keys) | {"run": result.id} for cell, result in found]
         return pd.DataFrame(rows, columns=TRIALS)
 
     @cached_property
-    def _chosen(self) -> dict[str, dict[str, Regulariser]]:
+    def _chosen(self) -> Chosen:
         self._compute([cell.config for cell in self._trials()])
         return self._choose()
 
@@ -258,18 +229,9 @@ class Study(engine.Plan):
             methods: regularisers by name; default: all.
             budgets: default: all of the profile.
         """
-        cells = [self._cell(*point, self._chosen) for point in self._points(methods, budgets)]
+        cells = self._points(self._chosen, methods, budgets)
         found = self._compute([cell.config for cell in cells])
-        rows, missing = [], []
-        for cell, result in zip(cells, found, strict=True):
-            row = {**cell.keys, "run": result.id}
-            if "diverged" in result.metrics:
-                missing.append(row | {"reason": result.metrics["diverged"]})
-            else:
-                rows.append(result.metrics | row)
-        table = pd.DataFrame(rows, columns=COLUMNS)
-        table.attrs["missing"] = missing
-        return table
+        return engine.frame(zip([cell.keys for cell in cells], found, strict=True), COLUMNS)
 
     def point_run(
         self, method: str, seed: int, *, budget: float = 1.0, target: DataSource | None = None
@@ -278,14 +240,7 @@ class Study(engine.Plan):
         return self.transfer_run(self.chosen(target)[method], seed, budget=budget, target=target)
 
     def point(self, method: str, seed: int, budget: float, target: DataSource | None = None) -> runs.Result:
-        """One finished point of the sweep, with its learning curve, gates and confusion matrix.
-
-        Args:
-            method: a regulariser by name.
-            seed: of the profile.
-            budget: of the profile.
-            target: default: the primary one.
-        """
+        """One finished point of the sweep, with its learning curve, gates and confusion matrix; see `point_run`."""
         return self._compute([self.point_run(method, seed, budget=budget, target=target)])[0]
 
     def _compute(self, configs: Sequence[TransferRun]) -> list[runs.Result]:

@@ -1,8 +1,7 @@
 """The trials of a comparison, and the settings that they choose: on validation images, at quasi-random settings.
 
 Regularisers are tuned on the dense network; selections at the trial budget, with L2 at its best; then each pair's
-strength once more at the primary budget. The settings are the same for all workers, and a trial is a run of the store:
-workers share the trials as they share all runs.
+strength once more at the primary budget. A trial is a run of the store, so workers share trials as they share all runs.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from afdslib import runs
 from afdslib.base.errors import AFDSError, UnreachableError
@@ -23,76 +22,38 @@ from afdslib.studies.engine import Cell
 from afdslib.studies.points import Points, Settings, Tuned
 from afdslib.studies.protocol import Method, regulariser_space, selection_space
 
-if TYPE_CHECKING:
-    import optuna
-
-__all__ = ["Tuning", "draw", "settings"]
+__all__ = ["Tuning", "settings"]
 
 Trials = list[tuple[Settings, Cell]]
+L2 = Method("l2", "afs")
 
 
-def _distribution(axis: Axis) -> optuna.distributions.BaseDistribution:
-    from optuna.distributions import FloatDistribution
-
-    # Choices are cut from a unit interval: Optuna draws categories at random, not quasi-randomly.
-    return FloatDistribution(0.0, 1.0) if axis.choices else FloatDistribution(axis.low, axis.high, log=axis.log)
-
-
-def _value(axis: Axis, number: float) -> Value:
-    if not axis.choices:
-        return number
-    return axis.choices[min(int(number * len(axis.choices)), len(axis.choices) - 1)]
-
-
-def _number(axis: Axis) -> float:
+def _value(axis: Axis, share: float) -> Value:
+    """The value at a share of an axis."""
     if axis.choices:
-        return (axis.choices.index(axis.default) + 0.5) / len(axis.choices)
-    return float(axis.default)  # type: ignore[arg-type]
+        return axis.choices[min(int(share * len(axis.choices)), len(axis.choices) - 1)]
+    if not axis.log:
+        return axis.low + share * (axis.high - axis.low)
+    low, high = math.log(axis.low), math.log(axis.high)
+    return math.exp(low + share * (high - low))
 
 
-def draw(space: Sequence[Axis], count: int, *, seed: int = 0) -> list[dict[str, float]]:
-    """Optuna's numbers of `count` trials: the defaults, then a scrambled Sobol sequence. The same for a seed.
+def settings(space: Sequence[Axis], count: int, *, seed: int = 0) -> list[dict[str, Value]]:
+    """The settings of `count` trials: the defaults, then a scrambled Sobol sequence. The same for a seed.
 
     Raises:
         AFDSError: for an empty search space, or no trial.
     """
-    import optuna
-
     if not space or count < 1:
-        raise AFDSError(
-            f"the search space is empty: {len(space)} settings and {count} trials; give at least one of each"
-        )
+        tried = f"{len(space)} settings and {count} trials"
+        raise AFDSError(f"the search space is empty: {tried}; give at least one of each")
+    from scipy.stats import qmc
+
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # QMCSampler is marked experimental
-        sampler = optuna.samplers.QMCSampler(
-            qmc_type="sobol", scramble=True, seed=seed, warn_independent_sampling=False
-        )
-        study = _quiet(lambda: optuna.create_study(sampler=sampler, direction="maximize"))
-        distributions = {axis.name: _distribution(axis) for axis in space}
-        study.enqueue_trial({axis.name: _number(axis) for axis in space})
-        drawn = []
-        for _ in range(count):
-            trial = study.ask(distributions)
-            study.tell(trial, 0.0)
-            drawn.append({axis.name: float(trial.params[axis.name]) for axis in space})
-    return drawn
-
-
-def _quiet(make: Callable[[], Any]) -> Any:
-    import optuna
-
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        return make()
-    finally:
-        optuna.logging.set_verbosity(before)
-
-
-def settings(space: Sequence[Axis], count: int, *, seed: int = 0) -> list[dict[str, Value]]:
-    """The settings of `count` trials: the defaults, then quasi-random ones."""
-    drawn = draw(space, count, seed=seed)
-    return [{axis.name: _value(axis, numbers[axis.name]) for axis in space} for numbers in drawn]
+        warnings.simplefilter("ignore")  # a sequence is balanced at powers of two only
+        shares = qmc.Sobol(len(space), scramble=True, seed=seed).random(count)[: count - 1]
+    drawn = [{axis.name: _value(axis, float(u)) for axis, u in zip(space, row, strict=True)} for row in shares]
+    return [{axis.name: axis.default for axis in space}, *drawn]
 
 
 class Tuning:
@@ -105,7 +66,7 @@ class Tuning:
 
     def __init__(self, points: Points, methods: Sequence[Method]):
         self.points, self.rules, self.methods = points, points.rules, methods
-        self.seed = points.profile.trial_seed
+        self._make = functools.partial(points.point, seed=points.profile.trial_seed, trial=True)
         self._tuned: dict[Method, Tuned] = {}
 
     def _cell(self, stage: str, name: str, number: int, chosen: Settings, make: Callable[[], Any]) -> Cell:
@@ -121,33 +82,32 @@ class Tuning:
             raise RuntimeError("a trial must hold no test image")
         return Cell(config, "trial", keys)
 
-    def _trials(
-        self, stage: str, name: str, space: Sequence[Axis], make: Callable[[Settings], Callable[[], Any]]
-    ) -> Trials:
-        tried = settings(space, self.rules.trials, seed=self.seed)
-        return [(chosen, self._cell(stage, name, i, chosen, make(chosen))) for i, chosen in enumerate(tried)]
+    def _trials(self, stage: str, name: str, space: Sequence[Axis], make: Callable[[Settings], Any]) -> Trials:
+        tried = settings(space, self.rules.trials, seed=self.points.profile.trial_seed)
+        return [
+            (chosen, self._cell(stage, name, i, chosen, functools.partial(make, chosen)))
+            for i, chosen in enumerate(tried)
+        ]
 
     @functools.cached_property
     def _regularisers(self) -> dict[Method, Trials]:
         """Of each regulariser on the dense network, L2 first."""
 
         def trials(plain: Method) -> Trials:
-            space, dense = regulariser_space(plain.regulariser), self.points.dense
-            make = functools.partial(functools.partial, dense, plain, seed=self.seed, trial=True)
-            return self._trials("regulariser", plain.transfer, space, make)
+            dense = functools.partial(self.points.dense, plain, seed=self.points.profile.trial_seed, trial=True)
+            return self._trials("regulariser", plain.transfer, regulariser_space(plain.regulariser), dense)
 
-        every = (Method("l2", "afs"), *(replace(m, selection="afs") for m in self.methods))
+        every = (L2, *(replace(m, selection="afs") for m in self.methods))
         return {plain: trials(plain) for plain in dict.fromkeys(every)}
 
     @functools.cached_property
     def _selections(self) -> dict[str, Trials]:
         """Of each selection at the trial budget, with L2 at its best."""
-        best, chain = self.best_regulariser(Method("l2", "afs")), (1.0, self.rules.trial_budget)
+        best, chain = self.best_regulariser(L2), (1.0, self.rules.trial_budget)
 
         def trials(name: str) -> Trials:
-            def make(chosen: Settings) -> Callable[[], Any]:
-                tuned = Tuned(Method("l2", name), best, chosen)
-                return functools.partial(self.points.point, tuned, self.seed, chain, trial=True)
+            def make(chosen: Settings) -> Any:
+                return self._make(Tuned(Method("l2", name), best, chosen), budgets=chain)
 
             return self._trials("selection", name, selection_space(name, self.points.profile), make)
 
@@ -162,10 +122,10 @@ class Tuning:
             tried: Trials = []
             for i, multiplier in enumerate(self.rules.multipliers):
                 regulariser = {**tuned.regulariser, "strength": tuned.strength * multiplier}
-                one, chain = replace(tuned, regulariser=regulariser), self.rules.trial_chain
-                make = functools.partial(self.points.point, one, self.seed, chain, trial=True)
-                said = {"strength": regulariser["strength"]}
-                tried.append((regulariser, self._cell("strength", method.key, i, said, make)))
+                one = replace(tuned, regulariser=regulariser)
+                make = functools.partial(self._make, one, budgets=self.rules.trial_chain)
+                cell = self._cell("strength", method.key, i, {"strength": regulariser["strength"]}, make)
+                tried.append((regulariser, cell))
             return tried
 
         return {method: trials(method) for method in self.methods if not self.why_not(method)}
@@ -204,24 +164,28 @@ class Tuning:
         return self._tuned[method]
 
 
-def _accuracy(cell: Cell) -> tuple[float | None, str]:
-    """Of a trial on validation images; or why it has none. A trial that read a test image is a fault of the program."""
+def _accuracy(cell: Cell) -> tuple[float, str]:
+    """Of a trial on validation images; or -inf and why it has none.
+
+    Raises:
+        RuntimeError: the trial has read a test image, which is a fault of the program.
+    """
     if cell.config is None:
-        return None, cell.reason
+        return -math.inf, cell.reason
     result: runs.Result = engine.lookup(cell.config)
     if any(key.startswith("test") or key == "confusion" for key in result.metrics):
         raise RuntimeError(f"the trial {result.id} holds test results")
     if "diverged" in result.metrics:
-        return None, result.metrics["diverged"]
+        return -math.inf, result.metrics["diverged"]
     return float(result.metrics["validation_accuracy"]), ""
 
 
 def _best(what: str, trials: Trials) -> Settings:
-    outcomes = [_accuracy(cell) for _, cell in trials]
-    if all(value is None for value, _ in outcomes):
-        reason = next((why for _, why in outcomes if why), "no trial was made")
+    """The first settings of highest validation accuracy."""
+    accuracies, reasons = zip(*(_accuracy(cell) for _, cell in trials), strict=True) if trials else ((), ())
+    if max(accuracies, default=-math.inf) == -math.inf:
+        why = next(filter(None, reasons), "no trial was made")
         raise UnreachableError(
-            f"every trial of {what} is missing ({reason}); widen its search space or raise the trial budget"
+            f"every trial of {what} is missing ({why}); widen its search space or raise the trial budget"
         )
-    best = max(range(len(trials)), key=lambda i: (-math.inf if outcomes[i][0] is None else outcomes[i][0], -i))
-    return trials[best][0]
+    return trials[accuracies.index(max(accuracies))][0]

@@ -179,21 +179,17 @@ def test_every_profile_has_a_comparison_with_a_competitor_and_the_primary_budget
 # trials
 
 
-def test_points_are_the_defaults_and_then_spread_evenly_the_same_each_time():
-    drawn = tuning.draw(SPACE, 17, seed=3)
-    assert drawn == tuning.draw(SPACE, 17, seed=3) != tuning.draw(SPACE, 17, seed=4)
-    assert drawn[0] == {"lr": 1.0, "kind": pytest.approx(0.5)}
-    logs = np.log10([p["lr"] for p in drawn[1:]])
+def test_trials_are_the_defaults_and_then_spread_evenly_the_same_for_every_worker():
+    tried = tuning.settings(SPACE, 17, seed=3)
+    assert tried == tuning.settings(SPACE, 17, seed=3) != tuning.settings(SPACE, 17, seed=4)
+    assert tried[0] == {"lr": 1.0, "kind": "b"} and tried[:5] == tuning.settings(SPACE, 5, seed=3)
+    logs = np.log10([one["lr"] for one in tried[1:]])
     # Of 16 points of a Sobol sequence each quarter of an axis holds about four; random ones would seldom do so.
     assert all(3 <= n <= 5 for n in np.histogram(logs, bins=4, range=(-1, 1))[0])
     assert [tuning._value(SPACE[1], u) for u in (0.0, 0.4, 1.0)] == ["a", "b", None]
-
-
-def test_an_empty_space_is_one_sentence_and_trials_are_the_same_for_every_worker():
     for space, count in (((), 3), (SPACE, 0)):
         with pytest.raises(AFDSError, match="empty"):
             tuning.settings(space, count)
-    assert tuning.settings(SPACE, 3, seed=3) == tuning.settings(SPACE, 5, seed=3)[:3]
 
 
 def test_a_trial_that_diverged_is_kept_and_never_chosen(monkeypatch):

@@ -20,7 +20,7 @@ from afdslib.report import claims, quoted, students
 from afdslib.report import plots as figures
 from afdslib.studies import engine, results
 from afdslib.studies import students as distillation_study
-from afdslib.studies.students import DistillationProfile, DistillationStudy, Method, Pair, steps_to_reach
+from afdslib.studies.students import DistillationProfile, DistillationStudy, Method, Pair
 
 METHODS = (
     Method("alone", Distillation()),
@@ -61,15 +61,13 @@ def study(tmp_path_factory):
         yield made
 
 
-def test_every_run_is_computed_once_and_a_trial_comes_before_the_student_it_serves(study):
-    jobs = [job for job, _ in study.results()]
-    names = [runs.run_id(job.config) for job in jobs]
+def test_every_run_is_computed_once_and_students_come_seed_by_seed(study):
+    cells = [cell for cell, _ in study.results()]
+    names = [runs.run_id(cell.config) for cell in cells]
     assert len(names) == len(set(names))
-    kinds = [(job.kind, job.method) for job in jobs]
-    assert kinds[0] == ("teacher", "") and kinds.count(("trial", "at")) == 2
-    assert max(i for i, k in enumerate(kinds) if k[0] == "trial") < kinds.index(("student", "at"))
-    assert [j.config.seed for j in jobs if j.kind == "student"] == [0, 0, 0, 0, 1, 1, 1, 1, 0]
-    assert sum(kind == "teacher" for kind, _ in kinds) == 2
+    roles = [cell.role for cell in cells]
+    assert roles == ["teacher"] * 2 + ["trial"] * 2 + ["student"] * 9  # the trials choose the students' weight
+    assert [cell.config.seed for cell in cells[4:]] == [0, 0, 0, 0, 1, 1, 1, 1, 0]
 
 
 def test_the_table_has_a_row_per_network_and_equals_its_file(study):
@@ -98,35 +96,28 @@ def test_trials_and_curves_read_no_test_image(study):
 
 
 def test_curves_come_from_runs_of_their_own_where_the_reported_ones_hold_nothing_back():
-    whole = miniature(data=DataSource("tiny-target"))
-    jobs = [job for job in DistillationStudy(replace(whole, methods=(METHODS[0],), pairs=(
-        Pair(Network("wrn-10-2"), STUDENT, ("alone",), (0,)),), curves=("alone",))).jobs()]  # fmt: skip
-    assert [job.kind for job in jobs] == ["teacher", "student", "curve"]
-    assert jobs[2].config.data.name == "tiny-source" and jobs[1].config.data.name == "tiny-target"
+    pair = Pair(Network("wrn-10-2"), STUDENT, ("alone",), (0,))
+    whole = miniature(data=DataSource("tiny-target"), methods=METHODS[:1], pairs=(pair,), curves=("alone",))
+    student, curve = DistillationStudy(whole)._students()
+    assert (student.role, curve.role) == ("student", "curve")
+    assert curve.config.data.name == "tiny-source" and student.config.data.name == "tiny-target"
 
 
 def test_an_unfinished_study_shows_what_there_is_and_trains_nothing(study, monkeypatch):
     monkeypatch.setattr(runs, "get_or_run", lambda *_, **__: pytest.fail("something was trained"))
     lookup = runs.lookup
-    finished = {runs.run_id(job.config) for job, _ in study.results()[:5]}
+    finished = {runs.run_id(cell.config) for cell, _ in study.results()[:6]}
     monkeypatch.setattr(runs, "lookup", lambda c, **k: lookup(c, **k) if runs.run_id(c) in finished else None)
     part = DistillationStudy(miniature(), complete=False)
-    monkeypatch.setattr(part, "result", lambda config: lookup(config))
-    assert len(part.results()) == 5 and len(part.table()) < len(study.table())
-
-
-def test_steps_to_reach():
-    assert steps_to_reach([10, 20, 30], [0.1, 0.5, 0.9], 0.5) == 20
-    assert steps_to_reach([10, 20, 30], [0.6, 0.5, 0.9], 0.55) == 10  # the first time, even if it falls again
-    assert steps_to_reach([10, 20], [0.1, 0.2], 0.5) is None and steps_to_reach([], [], 0.5) is None
-    with pytest.raises(AFDSError, match="a learning curve has 1 steps and 2 accuracies"):
-        steps_to_reach([1], [0.1, 0.2], 0.5)
+    assert len(part.results()) == 6 and len(part.table()) == 4
+    finished.remove(study.trials().run[0])
+    assert len(DistillationStudy(miniature(), complete=False).results()) == 3  # no student before all trials
 
 
 def test_reach_measures_against_the_plain_students_final_accuracy(study, monkeypatch):
     curves = {
         "alone": pd.DataFrame({"step": [1, 2, 3, 4], "validation_accuracy": [0.2, 0.4, 0.73, 0.8]}),
-        "at": pd.DataFrame({"step": [1, 2, 3, 4], "validation_accuracy": [0.2, 0.75, 0.8, 0.8]}),
+        "at": pd.DataFrame({"step": [1, 2, 3, 4], "validation_accuracy": [0.2, 0.75, 0.7, 0.8]}),  # the first time
         "kd": pd.DataFrame({"step": [1, 2, 3, 4], "validation_accuracy": [0.2, 0.3, 0.3, 0.3]}),
     }
     monkeypatch.setattr(study, "curves", lambda: curves)
@@ -355,7 +346,7 @@ def test_a_variant_of_a_profile_has_the_students_of_the_profile():
     [
         (("relations", "demo"), "unknown study 'relations'; known are attention, selectivity"),
         (("attention", "cifar"), "unknown profile 'cifar'"),
-        (("attention", "demo", "huge"), "unknown scale 'huge'; known are quick and standard"),
+        (("attention", "demo", "huge"), "unknown scale 'huge'; known are quick, standard"),
     ],
 )
 def test_unknown_names_are_one_sentence(arguments, sentence):
