@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 from afdslib.base.errors import AFDSError
@@ -37,7 +37,7 @@ def number(
 
 def whole(name: str, value: Any, least: int) -> None:
     """A whole number of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
         raise AFDSError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
 

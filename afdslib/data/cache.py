@@ -10,18 +10,17 @@ import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from filelock import FileLock
 from tqdm import tqdm
 
 from afdslib.base import paths
-from afdslib.data.datasets import Source
-from afdslib.data.fetch import new_folder
+from afdslib.data.datasets import Files
+from afdslib.data.fetch import make_folder
 from afdslib.data.images import CorruptImageError, resized_to
 from afdslib.data.trees import Listing
 
@@ -56,38 +55,35 @@ def load_cache(name: str, size: int | None, content: str) -> Decoded | None:
             whole = (folder / "images.npy").stat().st_size == index["bytes"]
             if not whole or images.dtype != np.uint8 or images.shape != (len(index["targets"]), size, size, 3):
                 return None
-        listing = Listing(
-            index["relative"], np.array(index["targets"], dtype=np.int64), np.array(index["parts"], dtype=np.int8),
-            tuple(index["classes"]), tuple(index["captions"]), left_out=tuple(index["left_out"]),
-        )  # fmt: skip
+        targets, parts = np.array(index["targets"], np.int64), np.array(index["parts"], np.int8)
+        classes, captions, left_out = (tuple(index[key]) for key in ("classes", "captions", "left_out"))
+        listing = Listing(index["relative"], targets, parts, classes, captions, left_out=left_out)
         return Decoded(images, listing, dict(index["corrupt"]))
     except (OSError, ValueError, KeyError, TypeError, EOFError):
         return None
 
 
-def decode(name: str, size: int | None, content: str, source: Source, listing: Listing) -> Decoded:
+def decode(name: str, size: int | None, content: str, source: Files, listing: Listing) -> Decoded:
     """Decode every image of `listing`, or take what was decoded before.
 
     Args:
         name: of the data set; with `size` and `content` (a hash of the files) it names the cache
         size: side in pixels of the centre crops to keep; None to keep none
+
+    Raises:
+        AFDSError: the disk is full, or the cache cannot be written
     """
-    target = _folder(name, size, content)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):
-        decoded = load_cache(name, size, content)
-        if decoded is None:
-            with new_folder(target) as folder:
-                _build(folder, size, source, listing)
-            decoded = load_cache(name, size, content)
+
+    def is_made() -> bool:
+        return load_cache(name, size, content) is not None
+
+    make_folder(_folder(name, size, content), is_made, lambda folder: _build(folder, size, source, listing))
+    decoded = load_cache(name, size, content)
     assert decoded is not None
     return decoded
 
 
-def _pixels(source: Source, size: int | None) -> Iterator[np.ndarray | CorruptImageError | None]:
-    def some(start: int) -> list[np.ndarray | CorruptImageError | None]:
-        return [one(row) for row in range(start, min(start + _BATCH, len(source)))]
-
+def _pixels(source: Files, size: int | None, count: int) -> Iterator[np.ndarray | CorruptImageError | None]:
     def one(row: int) -> np.ndarray | CorruptImageError | None:
         try:
             image = source.read(row)
@@ -95,9 +91,12 @@ def _pixels(source: Source, size: int | None) -> Iterator[np.ndarray | CorruptIm
             return error
         return None if size is None else resized_to(image, size)
 
+    def some(start: int) -> list[np.ndarray | CorruptImageError | None]:
+        return [one(row) for row in range(start, min(start + _BATCH, count))]
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(source), _PENDING):  # bounded, so that results do not pile up
-            yield from chain.from_iterable(pool.map(some, range(start, min(start + _PENDING, len(source)), _BATCH)))
+        for start in range(0, count, _PENDING):  # bounded, so that results do not pile up
+            yield from chain.from_iterable(pool.map(some, range(start, min(start + _PENDING, count), _BATCH)))
 
 
 def _header(file: BinaryIO, count: int, size: int) -> None:
@@ -107,15 +106,14 @@ def _header(file: BinaryIO, count: int, size: int) -> None:
     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
 
 
-def _build(folder: Path, size: int | None, source: Source, listing: Listing) -> None:
-    rows: list[int] = []
-    corrupt: dict[str, str] = {}
+def _build(folder: Path, size: int | None, source: Files, listing: Listing) -> None:
+    rows, corrupt, count = [], {}, len(listing.targets)
     what = "look at every image" if size is None else f"decode to {size} px"
-    bar = tqdm(_pixels(source, size), total=len(source), desc=what, unit="image", mininterval=1, disable=None)
+    bar = tqdm(_pixels(source, size, count), total=count, desc=what, unit="image", mininterval=1, disable=None)
     # Plain writes, not a memory map: on a full disk these raise an error where a map kills the process.
     with (folder / "images.npy").open("wb") as file:
         if size is not None:
-            _header(file, len(source), size)
+            _header(file, count, size)
         for row, pixels in enumerate(bar):
             if isinstance(pixels, CorruptImageError):
                 corrupt[listing.relative[row] if listing.relative else f"image {row}"] = str(pixels)
@@ -125,15 +123,7 @@ def _build(folder: Path, size: int | None, source: Source, listing: Listing) -> 
                 file.write(pixels.tobytes())
         if size is not None:
             _header(file, len(rows), size)
-    kept = replace(listing, images=None) if not corrupt else listing.take(np.array(rows, dtype=np.int64))
-    index = {
-        "bytes": (folder / "images.npy").stat().st_size,
-        "relative": kept.relative,
-        "targets": kept.targets.tolist(),
-        "parts": kept.parts.tolist(),
-        "classes": kept.classes,
-        "captions": kept.captions,
-        "left_out": kept.left_out,
-        "corrupt": corrupt,
-    }
+    kept = listing.take(np.array(rows, dtype=np.int64)) if corrupt else replace(listing, images=None)
+    index = asdict(kept) | {"targets": kept.targets.tolist(), "parts": kept.parts.tolist(), "corrupt": corrupt}
+    index["bytes"] = (folder / "images.npy").stat().st_size
     (folder / "index.json").write_text(json.dumps(index))

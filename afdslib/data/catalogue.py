@@ -14,49 +14,31 @@ from afdslib.data import imagenet, trees
 from afdslib.data.sources import FILES, Remote
 from afdslib.data.trees import TEST, TRAIN, Listing
 
-__all__ = ["Layout", "DataSet", "SETS", "NAMES", "target_40"]
+__all__ = ["DataSet", "Layout", "NAMES", "SETS", "target_40"]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One form in which a data set is found.
+    """One form in which a data set is found."""
 
-    Attributes:
-        remotes: its files
-        markers: paths below the folder of the extracted set, by which it is recognised
-        read: from that folder to a Listing
-        note: what a reader of results has to know about this form
-    """
-
-    remotes: tuple[Remote, ...]
-    markers: tuple[str, ...]
-    read: trees.Reader
-    note: str = ""
+    remotes: tuple[Remote, ...]  # its files
+    markers: tuple[str, ...]  # paths below the folder of the extracted set, by which it is recognised
+    read: trees.Reader  # from that folder to a Listing
+    note: str = ""  # what a reader of results has to know about this form
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """A named data set.
+    """A named data set."""
 
-    Attributes:
-        base: name of the set whose files and caches it uses
-        layouts: forms it may have, the preferred first; the last with addresses is the one downloaded
-        size: default image side in pixels
-        flip: whether a mirrored image still shows its class
-        border: grey level of the padding in augmentation; None for the mean colour
-        parts: from a Listing to parts; the Listing's own where None
-        choose: from all class names to those used; all where None
-        validation_per_class: validation images per class when `per_class` is given
-    """
-
-    base: str
-    layouts: tuple[Layout, ...]
-    size: int = 224
-    flip: bool = True
-    border: int | None = None
-    parts: Callable[[Listing], np.ndarray] | None = None
-    choose: Callable[[tuple[str, ...]], list[str]] | None = None
-    validation_per_class: int = 100
+    base: str  # name of the set whose files and caches it uses
+    layouts: tuple[Layout, ...]  # forms it may have, the preferred first; the last with addresses is downloaded
+    size: int = 224  # default image side in pixels
+    flip: bool = True  # whether a mirrored image still shows its class
+    border: int | None = None  # grey level of the padding in augmentation; None for the mean colour
+    parts: Callable[[Listing], np.ndarray] | None = None  # from a Listing to parts; the Listing's own where None
+    choose: Callable[[tuple[str, ...]], list[str]] | None = None  # from all class names to those used; None for all
+    validation_per_class: int = 100  # validation images per class when `per_class` is given
 
 
 def _cifar10_python(folder: Path) -> Listing:
@@ -66,9 +48,8 @@ def _cifar10_python(folder: Path) -> Listing:
     try:
         both = [CIFAR10(folder, train=train, download=False) for train in (True, False)]
     except (RuntimeError, OSError) as error:
-        raise AFDSError(
-            f"the folder {folder / 'cifar-10-batches-py'} is incomplete or damaged: fetch the data set again"
-        ) from error
+        place = folder / "cifar-10-batches-py"
+        raise AFDSError(f"the folder {place} is incomplete or damaged: fetch the data set again") from error
     targets = np.concatenate([np.asarray(b.targets, dtype=np.int64) for b in both])
     parts = np.repeat(np.array([TRAIN, TEST], dtype=np.int8), [len(b.targets) for b in both])
     return Listing([], targets, parts, tuple(both[0].classes), images=np.concatenate([b.data for b in both]))
@@ -80,8 +61,7 @@ def digits() -> Listing:
 
     bunch = load_digits()
     grey = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
-    parts = np.full(len(grey), trees.UNSPLIT, dtype=np.int8)
-    images = np.repeat(grey[..., None], 3, axis=3)
+    parts, images = np.full(len(grey), trees.UNSPLIT, dtype=np.int8), np.repeat(grey[..., None], 3, axis=3)
     return Listing([], bunch.target.astype(np.int64), parts, tuple("0123456789"), images=images)
 
 
@@ -91,13 +71,9 @@ def target_40(classes: tuple[str, ...]) -> list[str]:
     return sorted(ranked[:40])
 
 
-def _source_160(classes: tuple[str, ...]) -> list[str]:
-    return sorted(set(classes) - set(target_40(classes)))
-
-
-def _set(name: str, markers: tuple[str, ...], read: trees.Reader, *, note: str = "", **rules) -> DataSet:
+def _set(name: str, markers: tuple[str, ...], read: trees.Reader, **rules) -> DataSet:
     """A set of one layout."""
-    return DataSet(name, (Layout(FILES[name], markers, read, note),), **rules)
+    return DataSet(name, (Layout(FILES[name], markers, read),), **rules)
 
 
 def _tree(name: str, test: str, note: str = "", files: str = "") -> Layout:
@@ -110,16 +86,13 @@ def _tree(name: str, test: str, note: str = "", files: str = "") -> Layout:
     return Layout(FILES[files or name], (f"{name}/train", f"{name}/{test}"), read, note)
 
 
+_CIFAR10 = (
+    _tree("cifar10", "test", "stored as JPEG, so not bit-identical to the original arrays", "cifar10-jpeg"),
+    Layout(FILES["cifar10"], ("cifar-10-batches-py",), _cifar10_python, "the original arrays"),
+)
 _TINY = DataSet("tiny-imagenet-32", (_tree("tiny-imagenet-32", "val", "stored as 32 px JPEG"),), size=32)
-
-
-def _digits(chosen: str | None) -> DataSet:
-    """All or some digits. A mirrored digit is another glyph. Writers are not known, so one may be in both halves."""
-    return DataSet(
-        "digits", (), size=32, flip=False, border=0, parts=trees.alternate_test, validation_per_class=20,
-        choose=None if chosen is None else lambda classes: list(chosen),
-    )  # fmt: skip
-
+# A mirrored digit is another glyph. Writers are not known, so one may be in both halves.
+_DIGITS = DataSet("digits", (), 32, flip=False, border=0, parts=trees.alternate_test, validation_per_class=20)
 
 SETS: dict[str, DataSet] = {
     "stanford-dogs": _set("stanford-dogs", ("Images", "train_list.mat", "test_list.mat"), trees.stanford_dogs),
@@ -131,21 +104,14 @@ SETS: dict[str, DataSet] = {
     "cub-200-2011": _set("cub-200-2011", ("CUB_200_2011/images", "CUB_200_2011/images.txt"), trees.cub_200_2011),
     "food-101": _set("food-101", ("food-101/images", "food-101/meta"), trees.food_101),
     "imagenet": _set("imagenet", ("train", "val"), imagenet.tree),
-    "cifar10": DataSet(
-        "cifar10",
-        (
-            _tree("cifar10", "test", "stored as JPEG, so not bit-identical to the original arrays", "cifar10-jpeg"),
-            Layout(FILES["cifar10"], ("cifar-10-batches-py",), _cifar10_python, "the original arrays"),
-        ),
-        size=32,
-    ),
+    "cifar10": DataSet("cifar10", _CIFAR10, size=32),
     "tiny-imagenet-32": _TINY,
-    "tiny-imagenet-32-source160": replace(_TINY, choose=_source_160),
+    "tiny-imagenet-32-source160": replace(_TINY, choose=lambda classes: sorted(set(classes) - set(target_40(classes)))),
     "tiny-imagenet-32-target40": replace(_TINY, choose=target_40),
     "hymenoptera-160": DataSet("hymenoptera-160", (_tree("hymenoptera-160", "test"),)),
-    "digits": _digits(None),
-    "digits-0-4": _digits("01234"),
-    "digits-5-9": _digits("56789"),
+    "digits": _DIGITS,
+    "digits-0-4": replace(_DIGITS, choose=lambda classes: list("01234")),
+    "digits-5-9": replace(_DIGITS, choose=lambda classes: list("56789")),
 }
 
 NAMES = tuple(sorted(SETS))

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,26 +16,14 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from afdslib.base.errors import AFDSError
+from afdslib.base.checks import whole
 from afdslib.data.images import MEAN, STD, centre_box, read_rgb, resize_shorter, resized_to
 
-__all__ = [
-    "PAD", "ArrayImages", "Arrays", "FileImages", "Files", "ImageDataset", "Source", "check_whole", "collate",
-    "generator", "loader",
-]  # fmt: skip
+__all__ = ["ArrayImages", "FileImages", "Files", "ImageDataset", "collate", "generator", "loader"]
 
-PAD = 4
-
+_PAD = 4
 _SCALE = torch.tensor([1.0 / (255.0 * s) for s in STD]).view(1, 3, 1, 1)
 _SHIFT = torch.tensor([-m / s for m, s in zip(MEAN, STD, strict=True)]).view(1, 3, 1, 1)
-
-
-def check_whole(name: str, value: object, least: int, *, none: bool = False) -> None:
-    """Refuses what is no whole number of at least `least` (or None, where that is allowed)."""
-    if none and value is None:
-        return
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)) or value < least:
-        raise AFDSError(f"{name} must be a whole number of at least {least}{' or None' if none else ''}, not {value!r}")
 
 
 def generator(*key: int) -> np.random.RandomState:
@@ -51,7 +38,7 @@ def _normalise(images: np.ndarray) -> Tensor:
 
 
 def _sharpened(images: Tensor, amounts: Tensor) -> Tensor:
-    """x + a (x - blur(x)) within the range of colours, a 3x3 binomial blur. images (B, 3, H, W), amounts a (B,)."""
+    """x + a (x - blur(x)) within the range of colours, a 3x3 binomial blur; images (B, 3, H, W), amounts a (B,)."""
     binomial = torch.tensor([1.0, 2.0, 1.0]) / 4
     kernel = torch.outer(binomial, binomial).expand(3, 1, 3, 3)
     padded = nn.functional.pad(images, (1, 1, 1, 1), mode="reflect")
@@ -75,10 +62,7 @@ class ImageDataset(Dataset):
     ) -> None:
         self.targets = np.asarray(targets, dtype=np.int64)
         self.classes = tuple(classes)
-        self.size = size
-        self.augment = augment
-        self.flip = flip
-        self.seed = seed
+        self.size, self.augment, self.flip, self.seed = size, augment, flip, seed
         self.set_epoch(0)
 
     def __len__(self) -> int:
@@ -166,15 +150,15 @@ class ArrayImages(ImageDataset):
             self._amounts = torch.from_numpy(amounts * self.sharpness).float()
 
     def _augmented(self, images: Tensor, uniforms: np.ndarray) -> Tensor:
-        side = self.size + 2 * PAD
+        side = self.size + 2 * _PAD
         padded = np.zeros((len(images), 3, side, side), dtype=np.float32)
         if self.border is not None:
             padded += (self.border * _SCALE + _SHIFT).numpy()
-        padded[:, :, PAD:-PAD, PAD:-PAD] = images
+        padded[:, :, _PAD:-_PAD, _PAD:-_PAD] = images
         if self.reflect:
-            padded = np.pad(images.numpy(), ((0, 0), (0, 0), (PAD, PAD), (PAD, PAD)), mode="reflect")
+            padded = np.pad(images.numpy(), ((0, 0), (0, 0), (_PAD, _PAD), (_PAD, _PAD)), mode="reflect")
         windows = np.lib.stride_tricks.sliding_window_view(padded, (self.size, self.size), axis=(2, 3))
-        corner = (uniforms[:, :2] * (2 * PAD + 1)).astype(np.int64)
+        corner = (uniforms[:, :2] * (2 * _PAD + 1)).astype(np.int64)
         out = windows[np.arange(len(padded)), :, corner[:, 0], corner[:, 1]]
         if self.flip:
             mirrored = uniforms[:, 2] < 0.5
@@ -185,39 +169,17 @@ class ArrayImages(ImageDataset):
         return np.array(self._images[self._rows[self._check([index])[0]]])
 
 
-class Source(Protocol):
-    """Something that gives the i-th image of a data set as RGB."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, row: int) -> Image.Image: ...
-
-
 @dataclass(frozen=True)
 class Files:
-    """Image files below a folder."""
+    """The images of a data set: files below a folder or, where it is given, one uint8 array (M, H, W, 3)."""
 
     folder: Path
-    relative: list[str]
-
-    def __len__(self) -> int:
-        return len(self.relative)
+    relative: Sequence[str]
+    array: np.ndarray | None = None
 
     def read(self, row: int) -> Image.Image:
-        return read_rgb(self.folder / self.relative[row])
-
-
-@dataclass(frozen=True)
-class Arrays:
-    """Images that come as one uint8 array (M, H, W, 3)."""
-
-    images: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def read(self, row: int) -> Image.Image:
-        return Image.fromarray(self.images[row])
+        """One image as RGB."""
+        return read_rgb(self.folder / self.relative[row]) if self.array is None else Image.fromarray(self.array[row])
 
 
 class FileImages(ImageDataset):
@@ -228,7 +190,7 @@ class FileImages(ImageDataset):
     """
 
     def __init__(
-        self, source: Source, rows: np.ndarray, targets: np.ndarray, classes: Sequence[str], *, size: int,
+        self, source: Files, rows: np.ndarray, targets: np.ndarray, classes: Sequence[str], *, size: int,
         augment: bool, flip: bool = True, seed: int = 0,
     ) -> None:  # fmt: skip
         self._source = source
@@ -249,9 +211,7 @@ class FileImages(ImageDataset):
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         index = self._check(indices)
-        pixels = np.empty((len(index), self.size, self.size, 3), dtype=np.uint8)
-        for row, i in enumerate(index):
-            pixels[row] = self._crop(i)
+        pixels = np.stack([self._crop(i) for i in index])
         return _normalise(pixels), torch.from_numpy(self.targets[index])
 
     def raw(self, index: int) -> np.ndarray:
@@ -266,8 +226,6 @@ def collate(batch):
 
 def loader(ds: ImageDataset, batch_size: int, *, workers: int = 0, drop_last: bool = False) -> DataLoader:
     """Batches in order, for statistics and evaluation."""
-    check_whole("batch_size", batch_size, 1)
-    check_whole("workers", workers, 0)
-    return DataLoader(
-        ds, batch_size=batch_size, shuffle=False, num_workers=workers, drop_last=drop_last, collate_fn=collate
-    )
+    whole("batch_size", batch_size, 1)
+    whole("workers", workers, 0)
+    return DataLoader(ds, batch_size, num_workers=workers, drop_last=drop_last, collate_fn=collate)

@@ -15,11 +15,11 @@ import shutil
 import stat
 import sys
 import tarfile
-import uuid
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from filelock import FileLock
 from tqdm import tqdm
@@ -30,8 +30,8 @@ from afdslib.base.errors import AFDSError
 from afdslib.data.sources import Remote
 
 __all__ = [
-    "SUFFIXES", "check_size", "digest", "download", "extract", "find", "fingerprint", "is_archive", "missing_sentence",
-    "new_folder", "pin", "places", "unpack", "verify",
+    "SUFFIXES", "check_size", "digest", "download", "extract", "find", "fingerprint", "is_archive", "make_folder",
+    "missing_sentence", "pin", "places", "unpack", "verify",
 ]  # fmt: skip
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".zip")
@@ -47,13 +47,9 @@ def is_archive(path: str | Path) -> bool:
     return str(path).lower().endswith(SUFFIXES)
 
 
-# ------------------------------------------------------------------------------------------------ finding and verifying
-
-
 def places(name: str, root: str | Path | None) -> list[Path]:
     """The folders in which files of the set `name` are looked for, the caller's first."""
-    raw = paths.raw_data()
-    given = []
+    raw, given = paths.raw_data(), []
     if root is not None:
         root = Path(root).expanduser()
         if not root.is_dir():
@@ -84,11 +80,12 @@ def digest(path: Path, algorithm: str = "sha256") -> str:
     status = path.stat()
     state = [str(path), status.st_size, status.st_mtime_ns]
     memo = paths.cache() / "checksums" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:24]}.json"
+    known = {"file": state}
     try:
-        known = json.loads(memo.read_text())
-        known = known if known["file"] == state else {"file": state}
+        stored = json.loads(memo.read_text())
+        known = stored if stored["file"] == state else known
     except (OSError, ValueError, KeyError, TypeError):
-        known = {"file": state}
+        pass
     if algorithm not in known:
         with path.open("rb") as file:
             known[algorithm] = hashlib.file_digest(file, algorithm).hexdigest()
@@ -100,10 +97,7 @@ def fingerprint(folder: Path, relative: list[str]) -> str:
     """Hash of names, sizes and modification times of files that were not extracted by this project."""
     state = hashlib.sha256(os.fsencode(folder.resolve()))
     for name in relative:
-        try:
-            status = os.stat(folder / name)
-        except OSError as error:
-            raise AFDSError(f"the image {folder / name} is listed but missing: fetch the data set again") from error
+        status = os.stat(folder / name)
         state.update(os.fsencode(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n"))
     return state.hexdigest()[:12]
 
@@ -120,10 +114,8 @@ def pin(file: Path, remote: Remote) -> None:
     if remote.checksum is not None or _pin_path(file).exists():
         return
     note = {"file": file.name, "sha256": digest(file), "size": file.stat().st_size, "url": remote.url}
-    try:
+    with suppress(AFDSError):
         write_json(_pin_path(file), note | {"note": "first seen here, not given by a source"})
-    except AFDSError:
-        pass
 
 
 def check_size(file: Path, remote: Remote) -> None:
@@ -138,25 +130,30 @@ def check_size(file: Path, remote: Remote) -> None:
 def verify(file: Path, remote: Remote) -> None:
     """Check size and checksum where a source gives them, else the pin."""
     check_size(file, remote)
-    if remote.checksum is not None:
-        algorithm, expected = remote.checksum.split(":")
+    checksum, place, origin = remote.checksum, _pin_path(file), ""
+    if checksum is None and place.exists():
+        try:
+            checksum = f"sha256:{json.loads(place.read_text())['sha256']}"
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise AFDSError(f"the pinned checksum {place} cannot be read ({error}): delete it to pin anew") from error
+        origin = f", as {place} pinned it at its first use"
+    if checksum is not None:
+        algorithm, expected = checksum.split(":")
         if (actual := digest(file, algorithm)) != expected:
-            raise AFDSError(
-                f"the file {file} is damaged, {algorithm} {actual} instead of {expected}: delete it and fetch it again"
-            )
-        return
-    place = _pin_path(file)
-    if not place.exists():
-        return
+            differ = f"{algorithm} {actual} instead of {expected}{origin}"
+            raise AFDSError(f"the file {file} is damaged, {differ}: delete it and fetch it again")
+
+
+@contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    """Keeps other processes out while `target` is made, and turns what a full disk leads to into one sentence."""
     try:
-        pinned = json.loads(place.read_text())["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AFDSError(f"the pinned checksum {place} cannot be read ({error}): delete it to pin anew") from error
-    if pinned != (actual := digest(file)):
-        raise AFDSError(
-            f"the file {file} has sha256 {actual}, not {pinned} as pinned when it was first used: fetch it again, or "
-            f"delete {place} if the change is meant"
-        )
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{target}.lock"):
+            yield
+    except OSError as error:
+        advice = "free space there or mend its permissions"
+        raise AFDSError(f"cannot write {target}: {error.strerror or error}; {advice}") from error
 
 
 def download(name: str, remote: Remote, missing: list[Remote]) -> None:
@@ -164,55 +161,42 @@ def download(name: str, remote: Remote, missing: list[Remote]) -> None:
     import pooch  # only a download needs it, and it imports requests
 
     folder = paths.raw_data() / name
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f".{remote.file}.lock"):
+    with _locked(folder / remote.file):
         if (folder / remote.file).is_file():
             return
-        log = pooch.get_logger()
-        level = log.level
-        log.setLevel("ERROR")  # its own lines would stand before our sentence
+        pooch.get_logger().setLevel("ERROR")  # its own lines would stand before our sentence
         try:
             # pooch writes to a temporary name and renames it after the checksum was found right.
-            pooch.retrieve(
-                remote.url, known_hash=remote.checksum, fname=remote.file, path=folder,
-                downloader=pooch.HTTPDownloader(progressbar=sys.stderr.isatty()),
-            )  # fmt: skip
+            loader = pooch.HTTPDownloader(progressbar=sys.stderr.isatty())
+            pooch.retrieve(remote.url, remote.checksum, remote.file, folder, downloader=loader)
         except ValueError as error:
-            raise AFDSError(
-                f"the download {remote.url} has not the checksum {remote.checksum}: try again, or fetch it by hand"
-            ) from error
+            wrong = f"has not the checksum {remote.checksum}: try again, or fetch it by hand"
+            raise AFDSError(f"the download {remote.url} {wrong}") from error
         except OSError as error:  # requests' exceptions are OSErrors
             if error.errno in _DISK:
                 raise
             raise missing_sentence(name, missing, f" and its download failed ({type(error).__name__})") from error
-        finally:
-            log.setLevel(level)
 
 
-# ----------------------------------------------------------------------------------------------------------- extraction
+def make_folder(target: Path, is_made: Callable[[], bool], fill: Callable[[Path], None]) -> None:
+    """Fill a temporary folder beside `target`, which takes its place when it is complete, unless `is_made()` says so.
 
-
-def _check_entry(archive: Path, name: str, count: int, size: int) -> None:
-    """Refuses an entry that leads out of its folder (Windows spellings included), or one too many.
-
-    Args:
-        count, size: entries and their bytes, up to this one
+    Raises:
+        AFDSError: the disk is full or cannot be written; nothing is left half made
     """
-    spelled = name.replace("\\", "/")
-    if spelled.startswith("/") or ".." in PurePosixPath(spelled).parts or spelled[1:3] == ":/":
-        raise _outside(archive, name)
-    if size > max(ALLOWED, GROWTH * archive.stat().st_size) or count > ENTRIES:
-        raise AFDSError(
-            f"the archive {archive} grows to more than {size:,} bytes in {count:,} entries, as no archive of images "
-            "does: nothing was extracted, get it from a source you trust"
-        )
-
-
-def _outside(archive: Path, name: str) -> AFDSError:
-    return AFDSError(
-        f"the archive {archive} holds the entry {name!r}, which would be written outside its folder: "
-        "nothing was extracted, get the archive from a source you trust"
-    )
+    with _locked(target):
+        temporary = target.with_name(f".{target.name}.part")
+        shutil.rmtree(temporary, ignore_errors=True)  # of a killed process
+        if is_made():
+            return
+        try:
+            temporary.mkdir()
+            fill(temporary)
+            if target.exists():  # damaged or half made
+                shutil.rmtree(target)
+            os.replace(temporary, target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 class _Entry(tarfile.TarInfo):
@@ -227,93 +211,76 @@ class _Entry(tarfile.TarInfo):
             raise
 
 
-def _extract_tar(archive: Path, folder: Path) -> int:
-    count = size = 0
-    with tarfile.open(archive, "r:*", tarinfo=_Entry) as tar:
-        for member in tqdm(tar, desc=f"extract {archive.name}", unit="file", mininterval=1, disable=None):
-            count, size = count + 1, size + member.size
-            _check_entry(archive, member.name, count, size)
-            try:
-                # The data filter refuses links and special files that reach outside, and drops owners and set-id bits.
-                tar.extract(member, folder, filter="data")
-            except tarfile.FilterError as error:
-                raise _outside(archive, member.name) from error
-        if not getattr(tar, "ended", False):
-            raise tarfile.ReadError("its end is missing")
-    return count
-
-
-def _extract_zip(archive: Path, folder: Path) -> int:
-    size = 0
-    with zipfile.ZipFile(archive) as file:
-        members = file.infolist()
-        for count, member in enumerate(members, 1):
-            size += member.file_size
-            _check_entry(archive, member.filename, count, size)
-            if stat.S_ISLNK(member.external_attr >> 16):
-                raise _outside(archive, member.filename)
-        for member in tqdm(members, desc=f"extract {archive.name}", unit="file", mininterval=1, disable=None):
-            file.extract(member, folder)  # reads to the end, so the entry's CRC is checked
-    return len(members)
-
-
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its place if the block ends without an error.
-
-    Call it with the lock `{target}.lock` held: what a killed process left is removed.
-    """
-    for stale in target.parent.glob(f".{target.name}.*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    temporary.mkdir()
-    try:
-        yield temporary
-        if target.exists():  # damaged or half made
-            shutil.rmtree(target)
-        os.replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def extract(files: tuple[Path, ...], target: Path, *, stamp: dict | None = None) -> Path:
-    """Extract archives, in order, and copy plain files into a new folder `target`, all or nothing.
-
-    `target/.afds.json` records `stamp`; a folder that has it is returned as it is. A lock keeps other processes out.
-    """
-    done = target / ".afds.json"
-    if done.is_file():  # perhaps in a read-only folder, which takes no lock
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):
-        if not done.is_file():
-            with new_folder(target) as folder:
-                entries = sum(_extract_one(file, folder) for file in files)
-                (folder / done.name).write_text(json.dumps({**(stamp or {}), "entries": entries}))
-    return target
-
-
 def _extract_one(file: Path, folder: Path) -> int:
+    """Extracts an archive or copies a plain file, and says how many entries it had."""
     try:
         if not is_archive(file):
             shutil.copyfile(file, folder / file.name)
             return 0
         if zipfile.is_zipfile(file) or file.name.lower().endswith(".zip"):
-            return _extract_zip(file, folder)
-        return _extract_tar(file, folder)
-    except AFDSError:
-        raise
+            with zipfile.ZipFile(file) as pack:
+                entries = [(e, e.filename, e.file_size, stat.S_ISLNK(e.external_attr >> 16)) for e in pack.infolist()]
+                return _extract_entries(file, entries, lambda entry: pack.extract(entry, folder))
+        with tarfile.open(file, "r:*", tarinfo=_Entry) as tar:
+            # The data filter refuses links and special files that reach outside, and drops owners and set-id bits.
+            members = ((member, member.name, member.size, False) for member in tar)
+            count = _extract_entries(file, members, lambda member: tar.extract(member, folder, filter="data"))
+            if not getattr(tar, "ended", False):
+                raise tarfile.ReadError("its end is missing")
+            return count
     # Besides their own errors, the readers of archives raise EOFError, KeyError, struct.error, RuntimeError, ...
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in _DISK:
+        if isinstance(error, AFDSError) or getattr(error, "errno", None) in _DISK:
             raise
         reason = str(error).partition("\n")[0].rstrip(":") or type(error).__name__
         raise AFDSError(f"the archive {file} is truncated or damaged ({reason}): fetch it again") from error
+
+
+def _extract_entries(
+    archive: Path, entries: Iterable[tuple[Any, str, int, bool]], extract_entry: Callable[[Any], object]
+) -> int:
+    """Extracts (entry, name, bytes, whether to refuse it), unless one leads out of its folder or fills the disk."""
+    count = size = 0
+    bar = tqdm(entries, f"extract {archive.name}", unit="file", mininterval=1, disable=None)
+    for entry, name, length, refused in bar:
+        count, size = count + 1, size + length
+        spelled = name.replace("\\", "/")  # Windows spellings included
+        refused |= spelled.startswith("/") or ".." in PurePosixPath(spelled).parts or spelled[1:3] == ":/"
+        if size > max(ALLOWED, GROWTH * archive.stat().st_size) or count > ENTRIES:
+            raise AFDSError(
+                f"the archive {archive} grows to more than {size:,} bytes in {count:,} entries, as no archive of "
+                "images does: nothing was extracted, get it from a source you trust"
+            )
+        try:
+            if refused:
+                raise tarfile.FilterError
+            extract_entry(entry)
+        except tarfile.FilterError as error:
+            raise AFDSError(
+                f"the archive {archive} holds the entry {name!r}, which would be written outside its folder: "
+                "nothing was extracted, get the archive from a source you trust"
+            ) from error
+    return count
+
+
+def extract(files: tuple[Path, ...], target: Path, *, stamp: dict | None = None) -> Path:
+    """Extract archives, in order, and copy plain files into a new folder `target`, all or nothing.
+
+    `target/.afds.json` records `stamp`; a folder that has it is returned as it is.
+    """
+    done = target / ".afds.json"
+
+    def fill(folder: Path) -> None:
+        entries = sum(_extract_one(file, folder) for file in files)
+        (folder / done.name).write_text(json.dumps({**(stamp or {}), "entries": entries}))
+
+    if not done.is_file():  # perhaps in a read-only folder, which takes no lock
+        make_folder(target, done.is_file, fill)
+    return target
 
 
 def unpack(name: str, files: list[Path]) -> tuple[Path, str]:
     """Extract verified files into `raw/<name>/x-<content hash>`; gives that folder and the hash."""
     digests = {file.name: digest(file) for file in files}
     content = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:12]
-    target = paths.raw_data() / name / f"x-{content}"
-    return extract(tuple(files), target, stamp={"files": digests}), content
+    return extract(tuple(files), paths.raw_data() / name / f"x-{content}", stamp={"files": digests}), content

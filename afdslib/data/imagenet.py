@@ -4,8 +4,7 @@ ILSVRC2012_img_val.tar holds 50,000 files without folders. Which class each belo
 
 - `ILSVRC2012_devkit_t12.tar.gz`, or the folder `ILSVRC2012_devkit_t12` it unpacks to: line n of its file
   `data/ILSVRC2012_validation_ground_truth.txt` is the ILSVRC2012_ID (1 to 1000) of `ILSVRC2012_val_{n:08d}.JPEG`, and
-  its `data/meta.mat` says which WordNet id (n01440764, ...) that is. The order of the IDs is not that of the WordNet
-  ids, so the text file alone is not enough;
+  its `data/meta.mat` says which WordNet id (n01440764, ...) that is, in an order that is not that of the WordNet ids;
 - `LOC_val_solution.csv` of the Kaggle copy, or any CSV whose first column is the image (with or without suffix) and
   whose second begins with the WordNet id.
 
@@ -15,15 +14,14 @@ Tried on small trees of the same form; never on the real 50,000 images.
 from __future__ import annotations
 
 import csv
-import io
 import os
 import re
-import tarfile
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from afdslib.base.errors import AFDSError
-from afdslib.data.fetch import digest
+from afdslib.data.fetch import digest, extract, is_archive
 from afdslib.data.trees import Listing, folders, image_folder, images
 
 __all__ = ["IMAGENET", "Counts", "arrange", "find_tree", "read_labels", "sort_validation", "tree"]
@@ -51,14 +49,9 @@ IMAGENET = Counts(1000, 1_281_167, 50_000)
 def tree(folder: Path) -> Listing:
     """The listing of `train/` and `val/`, refused while `val/` is flat; validation images are the test part."""
     if loose := images(folder / "val"):
-        raise AFDSError(
-            f"the folder {folder / 'val'} holds {len(loose):,} images outside class folders: sort them with "
-            f"afds data imagenet --root {folder}"
-        )
+        many = f"{len(loose):,} images outside class folders"
+        raise AFDSError(f"the folder {folder / 'val'} holds {many}: sort them with afds data imagenet --root {folder}")
     return image_folder(folder)
-
-
-# ------------------------------------------------------------------------------------------------------------- labels
 
 
 def read_labels(path: str | Path) -> dict[str, str]:
@@ -66,42 +59,35 @@ def read_labels(path: str | Path) -> dict[str, str]:
     path = Path(path).expanduser()
     if path.name == GROUND_TRUTH:  # its meaning is in meta.mat beside it
         path = path.parent
-    if path.is_dir():
-        data = path / "data" if (path / "data").is_dir() else path
-        return _devkit({n: (data / n).read_bytes() for n in (GROUND_TRUTH, META) if (data / n).is_file()}, path)
     kinds = f"{DEVKIT}, the folder it unpacks to, or a CSV such as {KAGGLE}"
-    if not path.is_file():
+    if not path.exists():
         raise AFDSError(f"there is no file {path}: give {kinds}")
+    if path.is_dir():
+        return _devkit(path, path)
     if path.suffix == ".csv":
         return _csv(path)
-    if not path.name.endswith((".tar.gz", ".tgz", ".tar")):
+    if not is_archive(path):
         raise AFDSError(f"{path} says no classes: give {kinds}")
     if path.name == DEVKIT and digest(path, "md5") != DEVKIT_MD5:
         raise AFDSError(f"{path} has another md5 than {DEVKIT_MD5}: fetch it again from image-net.org")
-    contents: dict[str, bytes] = {}
-    try:
-        with tarfile.open(path) as archive:
-            for member in archive:
-                name = member.name.rsplit("/", 1)[-1]
-                if name in (GROUND_TRUTH, META) and (file := archive.extractfile(member)) is not None:
-                    contents[name] = file.read()
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise AFDSError(f"the archive {path} is damaged ({error}): fetch it again from image-net.org") from error
-    return _devkit(contents, path)
+    with TemporaryDirectory() as folder:
+        return _devkit(extract((path,), Path(folder) / "devkit"), path)
 
 
-def _devkit(contents: dict[str, bytes], path: Path) -> dict[str, str]:
+def _devkit(folder: Path, origin: Path) -> dict[str, str]:
+    """From the two files somewhere below a folder."""
     from scipy.io import loadmat
 
-    if missing := [name for name in (GROUND_TRUTH, META) if name not in contents]:
-        raise AFDSError(f"{path} is no ImageNet devkit: it lacks {' and '.join(missing)}")
+    files = {name: next(folder.rglob(name), None) for name in (GROUND_TRUTH, META)}
+    if missing := [name for name, file in files.items() if file is None]:
+        raise AFDSError(f"{origin} is no ImageNet devkit: it lacks {' and '.join(missing)}")
     try:
-        synsets = loadmat(io.BytesIO(contents[META]), squeeze_me=True)["synsets"]
+        synsets = loadmat(files[META], squeeze_me=True)["synsets"]
         names = {int(i): str(wnid) for i, wnid in zip(synsets["ILSVRC2012_ID"], synsets["WNID"], strict=True)}
-        labels = [names[int(line)] for line in contents[GROUND_TRUTH].split()]
+        labels = [names[int(line)] for line in files[GROUND_TRUTH].read_text().split()]
     except Exception as error:  # scipy raises many kinds for a damaged .mat
         reason = f"{type(error).__name__}: {error}"
-        raise AFDSError(f"the devkit {path} cannot be read ({reason}): fetch it again") from error
+        raise AFDSError(f"the devkit {origin} cannot be read ({reason}): fetch it again") from error
     return {f"ILSVRC2012_val_{number:08d}": wnid for number, wnid in enumerate(labels, start=1)}
 
 
@@ -114,16 +100,12 @@ def _csv(path: Path) -> dict[str, str]:
         raise AFDSError(f"the list {path} cannot be read ({error}): fetch it again") from error
     for number, row in enumerate(rows, start=1):
         name, words = Path(row[0].strip()), row[1].split() if len(row) > 1 else []
-        header = not name.suffix and not re.search(r"\d", row[0]) and not re.match(r"n\d{8}", " ".join(words))
-        if number == 1 and header:
-            continue
+        if number == 1 and not re.search(r"\d|\.", "".join(row)):
+            continue  # a header
         if not words or "/" in words[0] or words[0] in (".", ".."):
             raise AFDSError(f"line {number} of {path} is {','.join(row)[:60]!r}: it needs an image and its class")
         labels[name.stem] = words[0]
     return labels
-
-
-# ------------------------------------------------------------------------------------------------------------ sorting
 
 
 def find_tree(root: str | Path) -> Path:
@@ -141,24 +123,19 @@ def find_tree(root: str | Path) -> Path:
 def sort_validation(folder: Path, labels: dict[str, str]) -> int:
     """Moves each loose image of `val/` of a tree into the folder of its class, and says how many.
 
-    An interrupted sort goes on where it stopped.
-
-    Args:
-        folder: the tree.
-        labels: class by image name; see `read_labels`.
+    An interrupted sort goes on where it stopped. `labels` is from `read_labels`.
 
     Raises:
         AFDSError: an image without a label, a class without a folder in `train/`, or an image that lies in the folder
-            of another class; nothing is moved then.
+            of another class; nothing is moved then
     """
     validation, known = folder / "val", set(folders(folder / "train"))
     loose = images(validation)
     if unlabelled := [name for name in loose if Path(name).stem not in labels]:
-        raise AFDSError(
-            f"{len(unlabelled):,} images of {validation} have no class in the list, first {unlabelled[0]}: give the "
-            "list of this data set"
-        )
-    if strange := sorted({labels[Path(name).stem] for name in loose} - known):
+        many = f"{len(unlabelled):,} images of {validation} have no class in the list, first {unlabelled[0]}"
+        raise AFDSError(f"{many}: give the list of this data set")
+    targets = {name: validation / labels[Path(name).stem] for name in loose}
+    if strange := sorted({target.name for target in targets.values()} - known):
         raise AFDSError(
             f"the class {strange[0]!r} of the list has no folder in {folder / 'train'} ({len(strange):,} in all): "
             "complete train/, or give the list of this data set"
@@ -168,16 +145,14 @@ def sort_validation(folder: Path, labels: dict[str, str]) -> int:
             if labels.get(Path(name).stem, one) != one:
                 raise AFDSError(f"{validation / one / name} is of the class {labels[Path(name).stem]}: move it there")
     try:
-        for name in loose:
-            target = validation / labels[Path(name).stem]
+        for name, target in targets.items():
             target.mkdir(exist_ok=True)
             if (target / name).exists():
                 raise AFDSError(f"{name} lies both in {validation} and in {target}: delete one of them")
             os.rename(validation / name, target / name)
     except OSError as error:
-        raise AFDSError(
-            f"cannot sort {validation} ({error.strerror}): the command moves files, so the folder must be writable"
-        ) from error
+        advice = "the command moves files, so the folder must be writable"
+        raise AFDSError(f"cannot sort {validation} ({error.strerror}): {advice}") from error
     return len(loose)
 
 
@@ -187,15 +162,12 @@ def arrange(
     """Sorts the validation images if they are not sorted yet, and checks the counts (the command `afds data imagenet`).
 
     Args:
-        root: the tree, or the folder it lies in; see `find_tree`.
-        labels: see `read_labels`; looked for in the tree's folder and up to three above it where it is not given.
-        expected: what the tree must hold; None to accept a part of ImageNet.
+        root: the tree, or the folder it lies in; see `find_tree`
+        labels: see `read_labels`; looked for in the tree's folder and up to three above it where it is not given
+        expected: what the tree must hold; None to accept a part of ImageNet
 
     Returns:
         The tree, how many images were moved, and what it holds.
-
-    Raises:
-        AFDSError: what is missing, damaged or miscounted.
     """
     folder, moved = find_tree(root), 0
     if images(folder / "val"):
@@ -203,16 +175,12 @@ def arrange(
         beside = [place / name for place in (folder, *list(folder.resolve().parents)[:3]) for name in names]
         labels = labels or next((file for file in beside if file.exists()), None)
         if labels is None:
-            raise AFDSError(
-                f"the images of {folder / 'val'} are not sorted into classes: put {DEVKIT} or {KAGGLE} beside it, or "
-                "name such a file by --labels"
-            )
+            advice = f"put {DEVKIT} or {KAGGLE} beside it, or name such a file by --labels"
+            raise AFDSError(f"the images of {folder / 'val'} are not sorted into classes: {advice}")
         moved = sort_validation(folder, read_labels(labels))
     train, validation = ([len(images(folder / part / c)) for c in folders(folder / part)] for part in ("train", "val"))
     counts = Counts(len(train), sum(train), sum(validation))
     if expected is not None and counts != expected:
-        raise AFDSError(
-            f"{folder} holds {counts}, where ImageNet has {expected}: fetch what is missing, or accept a part of it "
-            "with --subset"
-        )
+        advice = "fetch what is missing, or accept a part of it with --subset"
+        raise AFDSError(f"{folder} holds {counts}, where ImageNet has {expected}: {advice}")
     return folder, moved, counts

@@ -3,11 +3,8 @@
 Whatever the file holds comes out as RGB [ours]: grey is repeated, a palette is looked up, transparency is composited
 over white, CMYK is converted, an animation shows its first frame. A picture is turned as its EXIF orientation says
 (photographs from phones; torchvision's loaders ignore it). Each kind of file has one scale, whatever an image holds:
-
-- 16-bit and 32-bit integers: 0 to 65535 become 0 to 255;
-- float: 0.0 to 1.0 become 0 to 255.
-
-Values beyond are clipped. An image most of whose values are beyond is on another scale and is refused.
+integers of 16 and 32 bits from 0 to 65535, floats from 0.0 to 1.0. Values beyond are clipped; an image most of whose
+values are beyond is on another scale and is refused.
 """
 
 from __future__ import annotations
@@ -19,9 +16,7 @@ from PIL import Image, ImageOps
 
 from afdslib.base.errors import AFDSError
 
-__all__ = [
-    "MEAN", "SMALL", "STD", "CorruptImageError", "centre_box", "read_rgb", "resize_shorter", "resized_to", "to_rgb",
-]  # fmt: skip
+__all__ = ["MEAN", "SMALL", "STD", "CorruptImageError", "centre_box", "read_rgb", "resize_shorter", "resized_to"]
 
 # ImageNet statistics for every set: a source network and its targets must share one normalisation. [ours]
 MEAN = (0.485, 0.456, 0.406)
@@ -41,19 +36,15 @@ class CorruptImageError(AFDSError):
         super().__init__(message.rsplit("CorruptImageError: ", 1)[-1].strip())
 
 
-def _to_8_bit(values: np.ndarray) -> Image.Image:
-    """Grey values of 16 or 32 bits -> 8 bits, by the scale of their type."""
-    full = 1.0 if values.dtype.kind == "f" else 65535
-    scaled = np.nan_to_num(values.astype(np.float64)) * (255 / full)
-    if np.median(scaled) > 255:
-        raise ValueError(f"most of its {values.dtype} values are above {full}, which is read as white; scale them")
-    return Image.fromarray(np.clip(np.rint(scaled), 0, 255).astype(np.uint8))
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow image -> mode RGB, transparency composited over white; ValueError for values on another scale."""
     if image.mode.startswith(("I", "F")):
-        return _to_8_bit(np.asarray(image)).convert("RGB")
+        values = np.asarray(image)
+        full = 1.0 if values.dtype.kind == "f" else 65535
+        scaled = np.nan_to_num(values.astype(np.float64)) * (255 / full)
+        if np.median(scaled) > 255:
+            raise ValueError(f"most of its {values.dtype} values are above {full}, which is read as white; scale them")
+        return Image.fromarray(np.clip(np.rint(scaled), 0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -74,7 +65,7 @@ def read_rgb(path: str | Path) -> Image.Image:
                 ImageOps.exif_transpose(image, in_place=True)
             except Exception:  # a damaged EXIF block says nothing; the pixels are sound
                 pass
-            return to_rgb(image)
+            return _to_rgb(image)
     # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ... depending on the damage.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from afdslib.base.checks import choice, number, whole
 from afdslib.base.errors import AFDSError
 from afdslib.data import cache, fetch, trees
 from afdslib.data.catalogue import NAMES, SETS, DataSet, Layout, digits
-from afdslib.data.datasets import ArrayImages, Arrays, FileImages, Files, ImageDataset, Source, check_whole
+from afdslib.data.datasets import ArrayImages, FileImages, Files, ImageDataset
 from afdslib.data.images import SMALL, CorruptImageError, resized_to
 from afdslib.data.sources import Remote
 from afdslib.data.trees import Listing
@@ -53,22 +55,8 @@ class Splits:
 
     def __repr__(self) -> str:
         validation = 0 if self.validation is None else len(self.validation)
-        return (
-            f"Splits({self.name!r}: {len(self.train)} training, {validation} validation and {len(self.test)} test "
-            f"images, {len(self.classes)} classes, {self.train.size} px)"
-        )
-
-
-@dataclass(frozen=True)
-class _Located:
-    """A data set on disk: where, in which form, and a hash of its content (None for a loose tree not hashed yet)."""
-
-    folder: Path
-    layout: Layout
-    content: str | None
-
-
-# ------------------------------------------------------------------------------------------------------------- locating
+        counts = f"{len(self.train)} training, {validation} validation and {len(self.test)} test images"
+        return f"Splits({self.name!r}: {counts}, {len(self.classes)} classes, {self.train.size} px)"
 
 
 def _search(spec: DataSet, root: str | Path | None) -> tuple[Layout, Path | None, list[Path]] | None:
@@ -94,8 +82,8 @@ def _lacking(spec: DataSet, root: str | Path | None) -> list[Remote]:
     return [remote for remote in layout.remotes if fetch.find(remote, folders) is None]
 
 
-def _locate(spec: DataSet, root: str | Path | None, download: bool) -> _Located:
-    """Find the set in extracted or archive form, or download it."""
+def _locate(spec: DataSet, root: str | Path | None, download: bool) -> tuple[Layout, Path, str | None]:
+    """The set as it is found or else downloaded: its layout, folder, and content hash (None for a loose tree)."""
     there = _search(spec, root)
     if there is None:
         missing = _lacking(spec, root)
@@ -107,14 +95,13 @@ def _locate(spec: DataSet, root: str | Path | None, download: bool) -> _Located:
         assert there is not None
     layout, folder, files = there
     if folder is not None:
-        return _Located(folder, layout, None)
-    pairs = list(zip(files, layout.remotes, strict=True))
-    for file, remote in pairs:
+        return layout, folder, None
+    for file, remote in zip(files, layout.remotes, strict=True):
         fetch.verify(file, remote)
     folder, content = fetch.unpack(spec.base, files)
-    for file, remote in pairs:
+    for file, remote in zip(files, layout.remotes, strict=True):
         fetch.pin(file, remote)
-    return _Located(folder, layout, content)
+    return layout, folder, content
 
 
 def look(name: str, root: str | Path | None = None) -> None:
@@ -139,14 +126,12 @@ def look(name: str, root: str | Path | None = None) -> None:
 
 def _given_path(name: str, root: str | Path | None) -> Path:
     """The folder or archive that `name` means, if it is no known name."""
-    candidates = [Path(name).expanduser()] if name else []
-    if root is not None and name:
-        candidates.append(Path(root).expanduser() / name)
+    candidates = [Path(name).expanduser(), Path(root or "").expanduser() / name] if name else []
     path = next((p for p in candidates if p.exists()), None)
     kinds = ", ".join(fetch.SUFFIXES)
+    if path is None and (os.sep in name or fetch.is_archive(name)):
+        raise AFDSError(f"the data set path {name} does not exist: give a folder or an archive ({kinds})")
     if path is None:
-        if os.sep in name or fetch.is_archive(name):
-            raise AFDSError(f"the data set path {name} does not exist: give a folder or an archive ({kinds})")
         known = ", ".join(NAMES)
         raise AFDSError(f"there is no data set {name!r}: take one of {known}, or the path of an ImageFolder tree")
     if path.is_file() and not fetch.is_archive(path):
@@ -154,70 +139,71 @@ def _given_path(name: str, root: str | Path | None) -> Path:
     return path
 
 
-def _own_tree(path: Path) -> tuple[DataSet, _Located]:
-    base = "".join(c if c.isalnum() or c in "-_." else "-" for c in path.resolve().name) or "tree"
-    layout = Layout((), (), trees.image_folder)
-    spec = DataSet(f"tree-{base}", (layout,))
-    folder, content = fetch.unpack(spec.base, [path]) if path.is_file() else (path, None)
-    return spec, _Located(folder, layout, content)
+class _Images(NamedTuple):
+    """The images of a data set, one row per entry of the Listing."""
+
+    spec: DataSet
+    pixels: np.ndarray | Files  # an array up to 64 px
+    size: int
+    listing: Listing
+    note: str = ""
+    skipped: tuple[str, ...] = ()  # names left out
 
 
-# -------------------------------------------------------------------------------------------------------------- reading
-
-
-def _read(
-    name: str, spec: DataSet, located: _Located, size: int, skip_corrupt: bool
-) -> tuple[np.ndarray | Source, Listing, tuple[str, ...]]:
-    """Images (an array up to 64 px, else a source) with one row per entry of the Listing, and the names left out."""
-    own, content, kept = not located.layout.remotes, located.content, size if size <= SMALL else None
+def _read(name: str, root: str | Path | None, size: int | None, download: bool, skip_corrupt: bool) -> _Images:
+    spec = SETS.get(name)
+    if spec is not None and not spec.layouts:
+        listing, size = digits(), size or spec.size
+        source = Files(Path(), (), listing.images)
+        pixels = [resized_to(source.read(row), size) for row in range(len(listing.targets))] if size <= SMALL else []
+        return _Images(spec, np.stack(pixels) if pixels else source, size, listing, "scikit-learn's 8x8 digits")
+    if spec is None:
+        path, layout = _given_path(name, root), Layout((), (), trees.image_folder)
+        base = "".join(c if c.isalnum() or c in "-_." else "-" for c in path.resolve().name) or "tree"
+        spec = DataSet(f"tree-{base}", (layout,))
+        folder, content = fetch.unpack(spec.base, [path]) if path.is_file() else (path, None)
+    else:
+        layout, folder, content = _locate(spec, root, download)
+    own, size = not layout.remotes, size or spec.size
+    kept = size if size <= SMALL else None
     decoded = cache.load_cache(spec.base, kept, content) if content else None
     if decoded is None:
-        listing = located.layout.read(located.folder)
-        absent = next((one for one in listing.relative if not (located.folder / one).is_file()), None)
+        listing = layout.read(folder)
+        absent = next((one for one in listing.relative if not (folder / one).is_file()), None)
         if absent is not None:
-            raise AFDSError(f"the image {located.folder / absent} is listed but missing: fetch the data set again")
-        files = Files(located.folder, listing.relative)
-        source: Source = files if listing.images is None else Arrays(listing.images)
-        if kept is None and (source is not files or not (own or skip_corrupt)):
-            return source, listing, ()
+            raise AFDSError(f"the image {folder / absent} is listed but missing: fetch the data set again")
+        source = Files(folder, listing.relative, listing.images)
+        if kept is None and (listing.images is not None or not (own or skip_corrupt)):
+            return _Images(spec, source, size, listing, layout.note)
         if content is None:
             parts = hashlib.sha256(listing.parts.tobytes() + listing.targets.tobytes()).hexdigest()[:6]
-            names = listing.relative or sorted(
-                p.relative_to(located.folder).as_posix() for p in (located.folder / located.layout.markers[0]).iterdir()
-            )
-            content = f"{fetch.fingerprint(located.folder, names)}{parts}"
+            arrays = [] if listing.relative else (folder / layout.markers[0]).iterdir()
+            names = listing.relative or sorted(p.relative_to(folder).as_posix() for p in arrays)
+            content = f"{fetch.fingerprint(folder, names)}{parts}"
         decoded = cache.decode(spec.base, kept, content, source, listing)
-    images, listing, corrupt = decoded
+    array, listing, corrupt = decoded
     if listing.left_out:
         warnings.warn(f"{name}: left out, being no images of a class: {_several(listing.left_out)}", stacklevel=3)
     if corrupt and not skip_corrupt:
-        raise CorruptImageError(
-            f"{name}: cannot decode {_several(corrupt)}; {next(iter(corrupt.values())).removesuffix(': replace it')}: "
-            + ("replace or delete, or go on without, by --skip-corrupt" if own else "fetch the data set again")
-        )
+        mend = "replace or delete, or go on without, by --skip-corrupt" if own else "fetch the data set again"
+        reason = next(iter(corrupt.values())).removesuffix(": replace it")
+        raise CorruptImageError(f"{name}: cannot decode {_several(tuple(corrupt))}; {reason}: {mend}")
     if corrupt:
-        warnings.warn(f"{name}: left out, not decodable: {_several(corrupt)}", stacklevel=3)
-    return Files(located.folder, listing.relative) if images is None else images, listing, tuple(corrupt)
+        warnings.warn(f"{name}: left out, not decodable: {_several(tuple(corrupt))}", stacklevel=3)
+    pixels = Files(folder, listing.relative) if array is None else array
+    return _Images(spec, pixels, size, listing, layout.note, tuple(corrupt))
 
 
-def _several(names: dict[str, str] | tuple[str, ...]) -> str:
-    shown = ", ".join(list(names)[:10]) + (", ..." if len(names) > 10 else "")
+def _several(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
     return f"{len(names)} file{'' if len(names) == 1 else 's'} ({shown})"
 
 
 def load(
-    name: str,
-    root: str | Path | None = None,
-    *,
-    per_class: int | None = None,
-    seed: int = 0,
-    size: int | None = None,
-    download: bool = True,
-    skip_corrupt: bool = False,
-    holdout: bool = True,
-    padding: str = "constant",
+    name: str, root: str | Path | None = None, *, per_class: int | None = None, seed: int = 0, size: int | None = None,
+    download: bool = True, skip_corrupt: bool = False, holdout: bool = True, padding: str = "constant",
     sharpness: float = 0.0,
-) -> Splits:
+) -> Splits:  # fmt: skip
     """Ready-made splits of a data set: one of `NAMES`, or the path of an ImageFolder tree or of an archive of one.
 
     Splits: official train and test parts where the set has them (tiny-imagenet-32: `val` is the test part). Caltech-256
@@ -228,52 +214,37 @@ def load(
     by 4 (mean colour; black for digits), crops and mirrors (digits are never mirrored). Larger ones: shorter side to
     size*256/224, crop `size`, mirror. All are normalised with ImageNet's mean and deviation.
 
-    Every image of a tree given by its path is decoded once before this returns, whatever its size; the result is
-    remembered until the files change. Files of the tree that are no images of a class are named in a warning.
+    Every image of a tree given by its path is decoded once before this returns, whatever its size, and again only if
+    the files change. Files of the tree that are no images of a class are named in a warning.
 
     Args:
         name: a known name, or a path (see `trees.image_folder`)
         root: folder with archives or extracted trees, which may be read-only; the raw data folder is looked in too
-        per_class: fitting images per class, drawn by `seed`; validation then holds 100 (digits: 20) of the others of
-            each class. None: all training images but a tenth per class, which is for validation
+        per_class: fitting images per class; validation then holds 100 (digits: 20) of the others of each class. None:
+            all training images but a tenth per class, which is for validation
         seed: of the draws and of the augmentation
         size: side in pixels; default 32 for the 32 px sets and digits, else 224
         download: whether missing files may be fetched
         skip_corrupt: go on without images that cannot be decoded, with a warning that lists them. Known sets above 64
             px are looked through for that only if this is set; else such an image is an error when it is reached
-        holdout: False fits the images that would be held back for validation too, for a study whose schedule is fixed
-            beforehand and that chooses nothing; validation is then None, or the set's own validation part
+        holdout: False fits the images that would be held back for validation too, for a study that chooses nothing;
+            validation is then None, or the set's own validation part
         padding: of training crops up to 64 px: "constant" as above, or "reflect" [code: attention transfer]
         sharpness: training images up to 64 px are sharpened at random by up to this amount; see `ArrayImages`
 
     Raises:
-        AFDSError: an unknown name, a missing, truncated or wrong file, a corrupt image, too few images in a class
+        AFDSError: unknown name, missing or wrong file, corrupt image, too few images in a class, full disk
     """
-    check_whole("per_class", per_class, 1, none=True)
-    check_whole("seed", seed, 0)
-    check_whole("size", size, 8, none=True)
-    if padding not in ("constant", "reflect"):
-        raise AFDSError(f"padding must be 'constant' or 'reflect', not {padding!r}")
-    if not isinstance(sharpness, (int, float)) or isinstance(sharpness, bool) or not 0 <= sharpness <= 10:
-        raise AFDSError(f"sharpness must be a number from 0 to 10, not {sharpness!r}")
-    name = os.fspath(name) if isinstance(name, os.PathLike) else str(name)
-    spec = SETS.get(name)
-    skipped: tuple[str, ...] = ()
-    images: np.ndarray | Source
-    if spec is not None and not spec.layouts:
-        note, listing = "scikit-learn's 8x8 digits", digits()
-        images = source = Arrays(np.asarray(listing.images))
-        size = size or spec.size
-        if size <= SMALL:
-            images = np.stack([resized_to(source.read(row), size) for row in range(len(source))])
-    else:
-        spec, located = (spec, _locate(spec, root, download)) if spec else _own_tree(_given_path(name, root))
-        note, size = located.layout.note, size or spec.size
-        images, listing, skipped = _read(name, spec, located, size, skip_corrupt)
+    whole("per_class", 1 if per_class is None else per_class, 1)
+    whole("seed", seed, 0)
+    whole("size", 8 if size is None else size, 8)
+    choice("padding", padding, ("constant", "reflect"))
+    number("sharpness", sharpness, least=0, most=10)
+    name = str(name)
+    spec, pixels, size, listing, note, skipped = _read(name, root, size, download, skip_corrupt)
     if size > SMALL and (padding != "constant" or sharpness):
-        raise AFDSError(
-            f"padding={padding!r} and sharpness={sharpness!r} are for images up to {SMALL} px; larger ones are cropped"
-        )
+        options = f"padding={padding!r} and sharpness={sharpness!r}"
+        raise AFDSError(f"{options} are for images up to {SMALL} px; larger ones are cropped")
 
     rows = np.arange(len(listing.targets))
     if spec.choose is not None:
@@ -287,18 +258,16 @@ def load(
 
     def make(chosen: np.ndarray, augment: bool) -> ImageDataset:
         which = rows[chosen], listing.targets[chosen], listing.classes
-        if isinstance(images, np.ndarray):
-            return ArrayImages(
-                images, *which, augment=augment, flip=spec.flip, seed=int(seed), border=spec.border,
-                reflect=padding == "reflect", sharpness=float(sharpness),
-            )  # fmt: skip
-        return FileImages(images, *which, size=size, augment=augment, flip=spec.flip, seed=int(seed))
+        common: dict[str, Any] = {"augment": augment, "flip": spec.flip, "seed": int(seed)}
+        if isinstance(pixels, Files):
+            return FileImages(pixels, *which, size=size, **common)
+        edges: dict[str, Any] = {"border": spec.border, "reflect": padding == "reflect", "sharpness": float(sharpness)}
+        return ArrayImages(pixels, *which, **common, **edges)
 
     validation = make(drawn.validation, False) if len(drawn.validation) else None
-    return Splits(
-        make(drawn.train, True), validation, make(drawn.test, False), make(drawn.train, False), listing.classes,
-        name=name, note=note, skipped=skipped, captions=listing.captions or listing.classes,
-    )  # fmt: skip
+    train, test, statistics = make(drawn.train, True), make(drawn.test, False), make(drawn.train, False)
+    captions = listing.captions or listing.classes
+    return Splits(train, validation, test, statistics, listing.classes, name, note, skipped, captions)
 
 
 class Sealed(ImageDataset):

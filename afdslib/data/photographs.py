@@ -16,13 +16,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.random import RandomState as Random
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from afdslib.backbones.inputs import IMAGENET, InputStatistics
 from afdslib.base.errors import AFDSError
-from afdslib.data.datasets import FileImages, ImageDataset, Source, generator
+from afdslib.data.datasets import FileImages, Files, ImageDataset, generator
 from afdslib.data.load import Splits
 
 __all__ = ["AUGMENTATIONS", "Augmentation", "PhotoImages", "photographs"]
@@ -36,22 +37,15 @@ _JITTER = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How a training image is varied.
+    """How a training image is varied."""
 
-    Attributes:
-        area, aspect: smallest and largest share of the image's area that a crop takes, and width / height of a crop,
-            drawn evenly on a logarithmic scale.
-        flip: whether half of the crops are mirrored.
-        jitter: brightness, contrast and saturation are each multiplied by 1 - jitter to 1 + jitter, in random order;
-            values are clipped to 0..255, as torchvision does and the Torch code did not. [ours]
-        lighting: deviation of the steps along the three principal components of ImageNet's colours.
-    """
-
-    area: tuple[float, float] = (0.08, 1.0)
-    aspect: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: bool = True
+    area: tuple[float, float] = (0.08, 1.0)  # smallest and largest share of the image's area that a crop takes
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)  # width / height of a crop, drawn evenly on a logarithmic scale
+    flip: bool = True  # whether half of the crops are mirrored
+    # Brightness, contrast and saturation are each multiplied by 1 - jitter to 1 + jitter, in random order; values are
+    # clipped to 0..255, as torchvision does and the Torch code did not. [ours]
     jitter: float = 0.0
-    lighting: float = 0.0
+    lighting: float = 0.0  # deviation of the steps along the three principal components of ImageNet's colours
 
 
 AUGMENTATIONS = {
@@ -64,23 +58,19 @@ AUGMENTATIONS = {
 class PhotoImages(FileImages):
     """Image files as float32 (3, size, size), normalised by any input statistics.
 
-    Training: a random resized crop (bicubic), mirrored, jittered, lit. Otherwise the shorter side at size*256/224
-    (bicubic) and the centre crop.
-
-    `rows` (int64, N) are the images of `source` that are in this split; no `augmentation` is the test-time transform.
+    Training: a random resized crop (bicubic), mirrored, jittered, lit. Without `augmentation` the shorter side at
+    size*256/224 (bicubic) and the centre crop. `rows` (int64, N) are the images of `source` that are in this split.
     """
 
     def __init__(
-        self, source: Source, rows: np.ndarray, targets: np.ndarray, classes: Sequence[str], *, size: int,
+        self, source: Files, rows: np.ndarray, targets: np.ndarray, classes: Sequence[str], *, size: int,
         augmentation: Augmentation | None = None, statistics: InputStatistics = IMAGENET, seed: int = 0,
     ) -> None:  # fmt: skip
         self.augmentation = augmentation
         self._mean = torch.tensor(statistics.mean).view(3, 1, 1)
         self._deviation = torch.tensor(statistics.deviation).view(3, 1, 1)
-        super().__init__(
-            source, rows, targets, classes, size=size, augment=augmentation is not None,
-            flip=augmentation is not None and augmentation.flip, seed=seed,
-        )  # fmt: skip
+        augment, flip = augmentation is not None, augmentation is not None and augmentation.flip
+        super().__init__(source, rows, targets, classes, size=size, augment=augment, flip=flip, seed=seed)
 
     def set_epoch(self, epoch: int) -> None:
         """Another epoch draws other crops."""
@@ -88,9 +78,7 @@ class PhotoImages(FileImages):
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         index = self._check(indices)
-        images = torch.empty(len(index), 3, self.size, self.size)
-        for row, i in enumerate(index.tolist()):
-            images[row] = (self._pixels(i) - self._mean) / self._deviation
+        images = torch.stack([(self._pixels(i) - self._mean) / self._deviation for i in index.tolist()])
         return images, torch.from_numpy(self.targets[index])
 
     def _pixels(self, index: int) -> Tensor:
@@ -114,9 +102,7 @@ class PhotoImages(FileImages):
         return pixels
 
 
-def random_box(
-    width: int, height: int, augmentation: Augmentation, random: np.random.RandomState
-) -> tuple[int, int, int, int]:
+def random_box(width: int, height: int, augmentation: Augmentation, random: Random) -> tuple[int, int, int, int]:
     """(top, left, height, width) of a crop, pixels: ten tries, then the largest central one of an allowed aspect."""
     low, high = (math.log(a) for a in augmentation.aspect)
     for _ in range(10):
@@ -130,7 +116,7 @@ def random_box(
     return (height - h) // 2, (width - w) // 2, max(1, h), max(1, w)
 
 
-def _light(deviation: float, random: np.random.RandomState) -> Tensor:
+def _light(deviation: float, random: Random) -> Tensor:
     """(3, 1, 1): what is added to the channels, on the scale 0..255."""
     shift = 255 * _EIGENVECTORS @ (random.normal(0, deviation, 3) * _EIGENVALUES)
     return torch.tensor(shift, dtype=torch.float32).view(3, 1, 1)
@@ -142,11 +128,11 @@ def photographs(
     """The same splits with these transforms.
 
     Args:
-        splits: from `data.load` at a size above 64 px, where images stay files; decoded arrays are refused.
-        size: side of the crops, pixels.
-        augmentation: one of `AUGMENTATIONS`.
-        statistics: of the input; see `backbones.input_statistics`.
-        seed: of the augmentation; by default that of the splits.
+        splits: from `data.load` at a size above 64 px, where images stay files; decoded arrays are refused
+        size: side of the crops, pixels
+        augmentation: one of `AUGMENTATIONS`
+        statistics: of the input; see `backbones.input_statistics`
+        seed: of the augmentation; by default that of the splits
     """
     if augmentation not in AUGMENTATIONS:
         raise AFDSError(f"the augmentation {augmentation!r} is unknown; use one of {', '.join(AUGMENTATIONS)}")
@@ -154,14 +140,11 @@ def photographs(
     def again(split: ImageDataset, chosen: Augmentation | None) -> PhotoImages:
         if not isinstance(split, FileImages):
             raise AFDSError(f"the data set {splits.name!r} holds decoded arrays; load it at a size above 64 px")
-        return PhotoImages(
-            split._source, split._rows, split.targets, split.classes, size=size, augmentation=chosen,
-            statistics=statistics, seed=split.seed if seed is None else seed,
-        )  # fmt: skip
+        which = split._source, split._rows, split.targets, split.classes
+        drawn = split.seed if seed is None else seed
+        return PhotoImages(*which, size=size, augmentation=chosen, statistics=statistics, seed=drawn)
 
     return replace(
-        splits,
-        train=again(splits.train, AUGMENTATIONS[augmentation]), test=again(splits.test, None),
-        validation=None if splits.validation is None else again(splits.validation, None),
-        statistics=again(splits.statistics, None),
+        splits, train=again(splits.train, AUGMENTATIONS[augmentation]), test=again(splits.test, None),
+        validation=splits.validation and again(splits.validation, None), statistics=again(splits.statistics, None),
     )  # fmt: skip

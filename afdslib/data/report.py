@@ -16,9 +16,8 @@ __all__ = ["imbalance", "describe", "detail", "prepare"]
 def imbalance(split: ImageDataset) -> dict:
     """Images per class of one split.
 
-    Returns:
-        `counts`: class name -> images; `smallest`, `largest`: (class name, images); `ratio`: largest / smallest count,
-        infinite if a class has no image.
+    `counts`: class name -> images; `smallest`, `largest`: (class name, images); `ratio`: largest / smallest count,
+    infinite if a class has no image.
     """
     counts = np.bincount(split.targets, minlength=len(split.classes))
     low, high = int(counts.argmin()), int(counts.argmax())
@@ -46,10 +45,8 @@ def describe(splits: Splits) -> pd.DataFrame:
 
     `statistics` holds the images of `train`, so it has no row of its own.
     """
-    columns = ("split", "images", "classes", "smallest class", "largest class", "ratio", "detail")
     rows: list[tuple] = []
-    for name in ("train", "validation", "test"):
-        split = getattr(splits, name)
+    for name, split in (("train", splits.train), ("validation", splits.validation), ("test", splits.test)):
         if split is None:
             rows.append((name, 0, 0, 0, 0, float("nan"), float("nan")))
             continue
@@ -57,15 +54,12 @@ def describe(splits: Splits) -> pd.DataFrame:
         classes = int(np.count_nonzero(list(held["counts"].values())))
         numbers = held["smallest"][1], held["largest"][1], round(held["ratio"], 2), round(detail(split), 1)
         rows.append((name, len(split), classes, *numbers))
+    columns = ("split", "images", "classes", "smallest class", "largest class", "ratio", "detail")
     return pd.DataFrame(rows, columns=columns)
 
 
 def prepare(name: str, root: str | Path | None = None, **options) -> pd.DataFrame:
-    """Download, verify, extract and decode a data set, and print `describe` of it (the command `afds data NAME`).
-
-    Args:
-        name, root, options: as for `load`
-    """
+    """Load a data set (arguments as for `load`) and print `describe` of it (the command `afds data NAME`)."""
     splits = load(name, root, **options)
     table = describe(splits)
     note = f", {splits.note}" if splits.note else ""

@@ -13,47 +13,32 @@ __all__ = ["Remote", "FILES"]
 
 @dataclass(frozen=True)
 class Remote:
-    """One file of a data set.
+    """One file of a data set."""
 
-    Attributes:
-        file: name under which the file is kept
-        url: address to fetch it from; None where there is no public one
-        size: bytes, or None where no source gives it
-        checksum: `"md5:<hex>"` or `"sha256:<hex>"`, or None where no source gives it
-        source: where size and checksum were read
-        hint: for a file without an address, how to get it
-    """
-
-    file: str
-    url: str | None
-    size: int | None = None
-    checksum: str | None = None
-    source: str = "no source gives size or checksum"
-    hint: str = ""
+    file: str  # name under which the file is kept
+    url: str | None  # address to fetch it from; None where there is no public one
+    size: int | None = None  # bytes, or None where no source gives it
+    checksum: str | None = None  # "md5:<hex>" or "sha256:<hex>", or None where no source gives it
+    source: str = "no source gives size or checksum"  # where size and checksum were read
+    hint: str = ""  # for a file without an address, how to get it
 
 
 _TORCHVISION = "torchvision 0.29 source, datasets"
 _TFDS = "tensorflow/datasets, tensorflow_datasets/url_checksums"
 _DOGS = "http://vision.stanford.edu/aditya86/ImageNetDogs"
+_MIT = "https://web.mit.edu/torralba/www"
 _CALTECH = "https://data.caltech.edu/records"
 
 
 def _development(file: str, size: int, sha256: str) -> tuple[Remote, ...]:
-    return (
-        Remote(
-            file, None, size, f"sha256:{sha256}",
-            "the project's own list of development archives (ImageFolder trees of 32 px or 160 px JPEG)",
-            "it has no public address: ask the project's maintainers for it, or give the path of your own ImageFolder "
-            "tree",
-        ),
-    )  # fmt: skip
+    source = "the project's own list of development archives (ImageFolder trees of 32 px or 160 px JPEG)"
+    hint = "it has no public address: ask the project's maintainers for it, or give the path of an ImageFolder tree"
+    return (Remote(file, None, size, f"sha256:{sha256}", source, hint),)
 
 
 def _imagenet(folder: str, md5: str) -> Remote:
-    return Remote(
-        folder, None, source=f"the md5 of the archive: {_TORCHVISION}/imagenet.py",
-        hint=f"the folder that ILSVRC2012_img_{folder}.tar gives, md5 {md5}, from image-net.org after registration",
-    )  # fmt: skip
+    hint = f"the folder that ILSVRC2012_img_{folder}.tar gives, md5 {md5}, from image-net.org after registration"
+    return Remote(folder, None, source=f"the md5 of the archive: {_TORCHVISION}/imagenet.py", hint=hint)
 
 
 FILES: dict[str, tuple[Remote, ...]] = {
@@ -71,8 +56,7 @@ FILES: dict[str, tuple[Remote, ...]] = {
     # September 2026, so it may have to be fetched from a copy.
     "mit-indoors": (
         Remote("indoorCVPR_09.tar", "http://groups.csail.mit.edu/vision/LabelMe/NewImages/indoorCVPR_09.tar"),
-        Remote("TrainImages.txt", "https://web.mit.edu/torralba/www/TrainImages.txt"),
-        Remote("TestImages.txt", "https://web.mit.edu/torralba/www/TestImages.txt"),
+        *(Remote(file, f"{_MIT}/{file}") for file in ("TrainImages.txt", "TestImages.txt")),
     ),
     # The older vision.caltech.edu and Google Drive addresses are gone.
     "caltech-256": (
@@ -92,8 +76,7 @@ FILES: dict[str, tuple[Remote, ...]] = {
     "food-101": (
         Remote(
             "food-101.tar.gz", "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz", 4996278331,
-            "md5:85eeb15f3717b99a5da872d97d918f87",
-            f"md5: {_TORCHVISION}/food101.py; size: {_TFDS}/food101.txt",
+            "md5:85eeb15f3717b99a5da872d97d918f87", f"md5: {_TORCHVISION}/food101.py; size: {_TFDS}/food101.txt",
         ),
     ),
     # https://image-net.org/challenges/LSVRC/2012/2012-downloads.php, after registration; see data/imagenet.py.

@@ -1,4 +1,5 @@
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from afdslib import data
 from afdslib.base.errors import AFDSError
-from afdslib.data.datasets import ArrayImages, Arrays, FileImages, _normalise, _sharpened
+from afdslib.data.datasets import ArrayImages, FileImages, Files, _normalise, _sharpened
 from afdslib.data.images import STD
 
 CLASSES = ("a", "b")
@@ -23,8 +24,8 @@ def _array(augment, count=10, **options):
 
 
 def _files(augment, **options):
-    pixels = _pixels(6, 40)
-    return FileImages(Arrays(pixels), np.arange(6), np.arange(6) % 2, CLASSES, size=32, augment=augment, **options)
+    source = Files(Path(), (), _pixels(6, 40))
+    return FileImages(source, np.arange(6), np.arange(6) % 2, CLASSES, size=32, augment=augment, **options)
 
 
 def test_an_item_is_a_normalised_float_image_and_an_int():
@@ -159,7 +160,7 @@ def test_large_images_are_resized_to_256_of_224_and_cropped():
 
 def test_random_crops_of_large_images_stay_inside_and_move():
     pixels = np.broadcast_to(np.arange(37, dtype=np.uint8)[None, :, None, None] * 3, (200, 37, 37, 3)).copy()
-    ds = FileImages(Arrays(pixels), np.arange(200), np.zeros(200), CLASSES, size=32, augment=True)
+    ds = FileImages(Files(Path(), (), pixels), np.arange(200), np.zeros(200), CLASSES, size=32, augment=True)
     images, _ = ds.__getitems__(range(200))
     first = ((images[:, 0, 0, 0] * STD[0] + 0.485) * 255 / 3).round().int()  # the row at which the crop begins
     assert set(first.tolist()) == set(range(6))

@@ -129,7 +129,7 @@ def test_an_unknown_checksum_is_pinned_at_the_first_good_use_and_held_to(home, a
     pin = json.loads(place.read_text())
     assert f"sha256:{pin['sha256']}" == _sha(archive) and pin["size"] == archive.stat().st_size
     archive.write_bytes(content + bytes(512))
-    with pytest.raises(AFDSError, match="pinned"):
+    with pytest.raises(AFDSError, match="pinned it at its first use"):
         data.load(NAME, archive.parent)
     place.write_text("{")
     with pytest.raises(AFDSError, match="delete it to pin"):
@@ -252,8 +252,8 @@ def test_extracting_from_several_threads_happens_once_and_replaces_a_half_made_f
     (tmp_path / "out" / "a").mkdir(parents=True)
     (tmp_path / "out" / "a" / "half.jpg").write_bytes(b"")  # there is no stamp beside it
     calls = []
-    real = fetch._extract_tar
-    monkeypatch.setattr(fetch, "_extract_tar", lambda *a: (calls.append(1), real(*a))[1])
+    real = fetch._extract_one
+    monkeypatch.setattr(fetch, "_extract_one", lambda *a: (calls.append(1), real(*a))[1])
     threads = [threading.Thread(target=extract, args=((archive,), tmp_path / "out")) for _ in range(4)]
     for one in threads:
         one.start()

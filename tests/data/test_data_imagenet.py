@@ -150,7 +150,7 @@ def test_damaged_devkits_are_one_sentence(tmp_path):
     other = named.rename(tmp_path / "other.tar.gz")
     refused(other, "is no ImageNet devkit: it lacks")
     other.write_bytes(b"cut")
-    refused(other, "is damaged")
+    refused(other, "is truncated or damaged")
     refused(Path(__file__), "says no classes")
 
 

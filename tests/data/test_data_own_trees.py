@@ -186,10 +186,10 @@ def _captions(folder, text):
         (lambda f: _cub(f, images="1 a/1.jpg\n2\n"), "images.txt .* '2' is not of its form"),
         (lambda f: _cub(f, images="1 a/1.jpg\n1 b/1.jpg\n"), "images.txt .* 2 lines for 1 numbers"),
         (lambda f: _cub(f, images="1 a/1.jpg\n3 b/1.jpg\n"), "the image 3 of .* has no label or split"),
-        (lambda f: _dogs(f, labels=(1, 2, 2)), "it has 2 images and 3 labels"),
-        (lambda f: _dogs(f, labels=(1, 1)), "the label 1 is of n1-a and of n2-b"),
+        (lambda f: _dogs(f, labels=(1, 2, 2)), "its 3 labels are not the classes of its 2 images"),
+        (lambda f: _dogs(f, labels=(1, 1)), "its 2 labels are not the classes of its 2 images"),
         (lambda f: _dogs(f, files=("1.jpg", "n2-b/1.jpg")), "'1.jpg' is not of the form class/image"),
-        (lambda f: _captions(f, b"a\tapple\nb banana\n"), "'b banana' is not a class, a tab and its name"),
+        (lambda f: _captions(f, b"a\tapple\nb banana\n"), "'b banana' is not of its form"),
         (lambda f: _captions(f, "a\täpfel\n".encode("latin-1")), "classes.tsv cannot be read"),
     ],
 )

@@ -3,6 +3,7 @@
 import copy
 import math
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torchvision.transforms import v2
 from afdslib import data
 from afdslib.backbones.inputs import IMAGENET, RAW, InputStatistics
 from afdslib.base.errors import AFDSError
-from afdslib.data.datasets import Arrays
+from afdslib.data.datasets import Files
 from afdslib.data.photographs import (
     _EIGENVALUES,
     _EIGENVECTORS,
@@ -30,7 +31,7 @@ def images(pixels: np.ndarray | None = None, *, size: int = 24, **options) -> Ph
     if pixels is None:
         pixels = np.random.RandomState(0).randint(0, 256, (6, 40, 56, 3), dtype=np.uint8)
     rows = np.arange(len(pixels))
-    return PhotoImages(Arrays(pixels), rows, rows % 2, ("a", "b"), size=size, **options)
+    return PhotoImages(Files(Path(), (), pixels), rows, rows % 2, ("a", "b"), size=size, **options)
 
 
 def test_the_test_time_transform_is_torchvisions():

@@ -322,7 +322,7 @@ def test_reflected_crops_mirror_the_image_at_its_edge():
 
 
 def test_an_unknown_padding_is_one_sentence():
-    with pytest.raises(AFDSError, match="padding must be 'constant' or 'reflect', not 'zero'"):
+    with pytest.raises(AFDSError, match="padding must be one of constant, reflect, got 'zero'"):
         data.load("digits", padding="zero")
 
 
