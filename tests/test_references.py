@@ -125,6 +125,6 @@ def test_the_guide_has_every_command_of_the_old_readmes():
     for old in (
         "--depth 40 --width 1", "--depth 16 --width 2", "--depth 40 --width 2", "--beta 1e+3", "--alpha 0.9",
         "resnet-34-export.pth", "resnet-18-at-export.pth", "python imagenet.py", "bash init.sh", "config/cfgs.py",
-        "python train.py", "pip install -r requirements.txt", "pytorch/tnt",
+        "python train.py", "pip install -r requirements.txt", "pytorch/tnt"
     ):  # fmt: skip
         assert old in GUIDE, old

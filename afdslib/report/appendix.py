@@ -19,7 +19,7 @@ from afdslib.base import paths
 from afdslib.report import comparison
 from afdslib.report.plots import look
 from afdslib.report.sweep import accuracy_table
-from afdslib.report.tables import Table, Text
+from afdslib.report.tables import Table, Text, span
 from afdslib.studies import results
 
 __all__ = ["committed_text", "cost_table", "faults", "faults_table", "figures_table", "references"]
@@ -38,9 +38,6 @@ def faults_table() -> Table:
     return Table(header, rows, numbers=False)
 
 
-# ------------------------------------------------------------------------------------------------------------- results
-
-
 def _studies(*parts: str) -> Iterator[tuple[str, str, str, pd.DataFrame]]:
     """(profile and scale for readers, part, options of the command, points) of the committed tables of some parts."""
     for part, profile in itertools.product(parts, results.profiles()):
@@ -52,26 +49,21 @@ def _studies(*parts: str) -> Iterator[tuple[str, str, str, pd.DataFrame]]:
                 yield f"**{profile}, {scale}**", part, f"--profile {profile} --scale {scale} --data-dir DIR", table
 
 
-def _seeds_of(table: pd.DataFrame) -> str:
-    """How many seeds the methods of a table have: "3" or "3 to 10"."""
-    seeds = table.groupby("method").seed.nunique()
-    return f"{seeds.min()} to {seeds.max()}" if seeds.min() < seeds.max() else f"{seeds.max()}"
-
-
 def committed_text() -> Text:
     """Every committed sweep, comparison and study of students, each under its profile and scale with its command."""
     parts = []
     for name, part, options, table in _studies("sweep", "comparison", "attention", "selectivity"):
-        seeds = f"mean ± standard deviation over {_seeds_of(table)} seeds"
+        count = table.groupby("method").seed.nunique()
+        seeds = f"mean ± standard deviation over {span(count.min(), count.max())} seeds"
         command = f"`afds study --part {part} {options}`"
         if part == "sweep":
-            parts += [f"{name}: test accuracy, {seeds}. {command}", accuracy_table(table)._repr_markdown_()]
+            text, rows = f"{name}: test accuracy, {seeds}", accuracy_table(table)
         elif part == "comparison":
-            text = f"{name}, the comparison on {table.target.iloc[0]}: test accuracy in %, {seeds}. {command}"
-            parts += [text, comparison.accuracy_table(table)._repr_markdown_()]
+            text = f"{name}, the comparison on {table.target.iloc[0]}: test accuracy in %, {seeds}"
+            rows = comparison.accuracy_table(table)
         else:
-            text = f"{name}, students ({part}): test accuracy in %. {command}"
-            parts += [text, _students(table)._repr_markdown_()]
+            text, rows = f"{name}, students ({part}): test accuracy in %", _students(table)
+        parts += [f"{text}. {command}", rows._repr_markdown_()]
     return Text("\n\n".join(parts) or "No result is committed.")
 
 
@@ -86,19 +78,12 @@ def _students(table: pd.DataFrame) -> Table:
 
 
 KINDS = {
-    "SourceRun": "source networks",
-    "ExtendedSourceRun": "source networks, trained on",
-    "AFSSourceRun": "AFS source networks",
-    "TransferRun": "points with AFS",
-    "DenseRun": "competitors, unpruned",
-    "PrunedRun": "competitors, pruned",
-    "NarrowRun": "narrower networks",
-    "PhotoRun": "teachers and students on photographs",
-    "FBSGatesRun": "FBS, gates alone",
-    "FBSRun": "points with FBS",
-    "ChannelWeightsRun": "DELTA's weights",
-    "StudentRun": "teachers and students",
-}
+    "SourceRun": "source networks", "ExtendedSourceRun": "source networks, trained on",
+    "AFSSourceRun": "AFS source networks", "TransferRun": "points with AFS", "DenseRun": "competitors, unpruned",
+    "PrunedRun": "competitors, pruned", "NarrowRun": "narrower networks", "FBSGatesRun": "FBS, gates alone",
+    "PhotoRun": "teachers and students on photographs", "FBSRun": "points with FBS",
+    "ChannelWeightsRun": "DELTA's weights", "StudentRun": "teachers and students",
+}  # fmt: skip
 """Kinds of runs, for readers."""
 
 
@@ -136,12 +121,10 @@ def figures_table(profile: str, scale: str) -> Table:
     return Table(["figures", "command", "time of the notebook here"], rows, numbers=False)
 
 
-# ---------------------------------------------------------------------------------------------------------- references
-
 BIBLIOGRAPHY = Path(__file__).resolve().parents[2] / "references.bib"
 CITED = (
     "wang2020afds", "gao2019fbs", "li2018l2sp", "li2019delta", "li2016lwf", "zagoruyko2017at", "huang2017nst",
-    "hinton2015kd", "romero2015fitnets", "liu2017slimming", "molchanov2019taylor", "fang2023depgraph",
+    "hinton2015kd", "romero2015fitnets", "liu2017slimming", "molchanov2019taylor", "fang2023depgraph"
 )  # fmt: skip
 
 

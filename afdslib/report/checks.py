@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "about_conversion", "about_gates", "about_source", "adds_up", "gates_act", "learns", "obeys_gates",
-    "regulariser_acts", "source_costs", "sweep_learns",
+    "regulariser_acts", "source_costs", "sweep_learns"
 ]  # fmt: skip
 
 

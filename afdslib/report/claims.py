@@ -17,9 +17,8 @@ from __future__ import annotations
 import functools
 import math
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,42 +29,30 @@ from afdslib.report.numbers import Number
 from afdslib.report.plots import look
 from afdslib.report.students import steps_saved
 from afdslib.report.tables import Table, Text, at, bullets
-from afdslib.studies import profiles, statistics
-from afdslib.studies.protocol import Method, label_of, protocol
+from afdslib.studies import profiles, results, statistics
+from afdslib.studies.protocol import AFDS, Method, label_of, protocol
 from afdslib.studies.statistics import PRIMARY_BUDGET
 
 __all__ = [
     "INCONCLUSIVE", "NOT_REPLICATED", "REPLICATED", "UNTESTED", "VERDICTS", "Claim", "Found", "claims",
-    "conclusion_text", "judge", "matters", "of_interval", "of_times", "rules_text", "verdict_table", "verdicts_text",
+    "conclusion_text", "judge", "matters", "of_interval", "rules_text", "verdict_table", "verdicts_text"
 ]  # fmt: skip
 
 REPLICATED, NOT_REPLICATED, INCONCLUSIVE, UNTESTED = "[Re]", "[¬Re]", "[inconclusive]", "[?]"
-VERDICTS = {
-    REPLICATED: "replicated", NOT_REPLICATED: "not replicated", INCONCLUSIVE: "inconclusive", UNTESTED: "not tested"
-}  # fmt: skip
+WORDS = "replicated", "not replicated", "inconclusive", "not tested"
+VERDICTS = dict(zip((REPLICATED, NOT_REPLICATED, INCONCLUSIVE, UNTESTED), WORDS, strict=True))
 
-SEEDS = 5
-"""Of a sweep or a comparison of AFDS: with fewer, nothing is concluded. [ours]"""
-STUDENT_SEEDS = 3
-"""Of students, which are trained for hours each; Student's interval is as wide as so few seeds deserve. [ours]"""
-REPEATS = 5
-"""Of a measured time. [ours]"""
-TOLERANCE = 0.02
-"""By which measured MACs may exceed a budget, which is met on training images. [ours]"""
-
-AFDS = "afd+afs"
-BUDGETS = ("standard", "quick")
+# With fewer seeds (of AFDS; of students, which are trained for hours each) or repeats nothing is concluded. [ours]
+SEEDS, STUDENT_SEEDS, REPEATS = 5, 3, 5
+TOLERANCE = 0.02  # by which measured MACs may exceed a budget, which is met on training images [ours]
+ALL = f"all seeds of the protocol that the two have not lost, at least {SEEDS}"
+SCALES = ("standard", "quick")
+TEST, VALIDATION = "test_accuracy", "validation_accuracy"
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a rule found.
-
-    Attributes:
-        verdict: of `VERDICTS`.
-        why: one sentence with the numbers behind it.
-        files: result files read, below data/results.
-    """
+    """What a rule found: a verdict, a sentence with the numbers behind it, and the files read, below data/results."""
 
     verdict: str
     why: str
@@ -74,23 +61,14 @@ class Found:
 
 @dataclass(frozen=True)
 class Claim:
-    """One clause.
+    """One clause."""
 
-    Attributes:
-        number: in the report.
-        title: a few words.
-        text: what is claimed.
-        source: tag of `method.md`: who says so.
-        rule: in words, as `judge` follows it.
-        judge: from the result files.
-    """
-
-    number: int
-    title: str
-    text: str
-    source: str
-    rule: str
-    judge: Callable[[], Found]
+    number: int  # in the report
+    title: str  # a few words
+    text: str  # what is claimed
+    source: str  # tag of `method.md`: who says so
+    rule: str  # in words, as `judge` follows it
+    judge: Callable[[], Found]  # from the result files
 
 
 # --------------------------------------------------------------------------------------------------------- pure rules
@@ -113,24 +91,6 @@ def of_interval(difference: Number | None, *, margin: float = 0.0, seeds: int = 
     if difference.high < margin:
         return NOT_REPLICATED
     return REPLICATED if difference.low > 0 else INCONCLUSIVE
-
-
-def of_times(table: pd.DataFrame, *, repeats: int = REPEATS) -> str:
-    """The verdict on "faster": the network and its dense original, each in the runtime in which it is fastest.
-
-    Args:
-        table: rows of one network with columns file, device, threads, batch, variant ("dense" or "compact"), runtime,
-            q1_ms, median_ms, q3_ms, repeats.
-        repeats: with fewer, nothing is concluded.
-    """
-    pairs = _timed(table)
-    if not pairs:
-        return UNTESTED
-    if min(int(row.repeats) for pair in pairs for row in pair) < repeats:
-        return INCONCLUSIVE
-    if any(small.q1_ms > dense.q3_ms for dense, small in pairs):
-        return NOT_REPLICATED
-    return REPLICATED if all(small.q3_ms < dense.q1_ms for dense, small in pairs) else INCONCLUSIVE
 
 
 def matters(tried: Mapping[float, float], spread: float | None, *, seeds: int, least: int = STUDENT_SEEDS) -> str:
@@ -162,16 +122,13 @@ def _costs(tried: Mapping[float, float]) -> tuple[float, float]:
 # ------------------------------------------------------------------------------------ comparisons and sweeps, by file
 
 
-def _existing(names: Iterable[str]) -> list[str]:
-    return [name for name in names if numbers.exists(name)]
+def _tables(files: Sequence[str]) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Those of the committed tables that exist, with their addresses."""
+    return ((file, table) for file in files if not (table := results.named(file)).empty)
 
 
 def _untested(what: str) -> Found:
     return Found(UNTESTED, f"No committed result file has {what}.")
-
-
-def _no_comparison(profile: str, target: str, budgets: str = "at 10x") -> Found:
-    return _untested(f"AFDS and a competitor {budgets} on {target} in the profile {profile}")
 
 
 def _with_seeds(number: Number) -> str:
@@ -180,33 +137,33 @@ def _with_seeds(number: Number) -> str:
 
 def _comparisons(profile: str, target: str) -> Iterator[tuple[str, pd.DataFrame, str]]:
     """(file, table, rival) of every comparison that has AFDS and a competitor at 10x."""
-    for file in _existing(f"{profile}/{budget}/comparison-{target}" for budget in BUDGETS):
-        table = numbers.read(file)
+    for file, table in _tables([f"{profile}/{scale}/comparison-{target}" for scale in SCALES]):
         here = at(table, PRIMARY_BUDGET)
-        if (here.role == "competitor").any() and (here.method == AFDS).any():
+        if (here.role == "competitor").any() and (here.method == AFDS.key).any():
             rules = _protocol(file)
             yield file, table, statistics.rival(table, seeds=rules.seeds[: rules.rest])
 
 
+def _no_comparison(profile: str, target: str, budgets: str = "at 10x") -> Found:
+    return _untested(f"AFDS and a competitor {budgets} on {target} in the profile {profile}")
+
+
 def _protocol(file: str):
-    profile, budget = file.split("/")[:2]
-    return protocol(profiles.get(profile, budget))
+    return protocol(profiles.get(*file.split("/")[:2]))
 
 
-def _planned(file: str, methods: Sequence[str]) -> int:
-    """Seeds that a comparison must have before it is judged: the protocol's, but for those that a method lost at 10x.
+def _judged(file: str, number: Number, why: str, methods: Sequence[str], *, margin: float = 0.0) -> Found:
+    """The verdict of a comparison that has all of the protocol's seeds but for those that a method lost at 10x.
 
     A verdict on the way would depend on when one looks.
     """
-    return max(SEEDS, len(set(_protocol(file).seeds) - set(_missing(file, methods).seed)))
+    planned = max(SEEDS, len(set(_protocol(file).seeds) - set(_missing(file, methods).seed)))
+    return Found(of_interval(number, margin=margin, seeds=planned), why, (file,))
 
 
 def _missing(file: str, methods: Sequence[str]) -> pd.DataFrame:
-    """Rows at 10x of the table of missing points beside a file; none where there is no such table."""
-    missing = f"{file}/missing"
-    if not _existing([missing]):
-        return pd.DataFrame(columns=["target", "method", "seed"])
-    table = numbers.read(missing)
+    """The points at 10x without a network."""
+    table = results.named(f"{file}/missing")
     return at(table[table.method.isin(methods)], PRIMARY_BUDGET)
 
 
@@ -226,25 +183,28 @@ def reaches_budget(profile: str, target: str) -> Found:
     """Whether AFDS's measured MACs at 10x are a tenth of the dense network's."""
     limit = 100 * PRIMARY_BUDGET * (1 + TOLERANCE)
     for file, _, _ in _comparisons(profile, target):
-        share = numbers.mean(file, "macs", unit="%", method=AFDS, budget=PRIMARY_BUDGET)
+        share = numbers.mean(file, "macs", unit="%", method=AFDS.key, budget=PRIMARY_BUDGET)
         spare = Number(limit - share.value, low=limit - share.high, high=limit - share.low, n=share.n)
         why = f"AFDS costs {share} of the dense network's MACs on test images, {share.n} seeds."
-        return Found(of_interval(spare, seeds=_planned(file, [AFDS])), why, (file,))
+        return _judged(file, spare, why, [AFDS.key])
     return _no_comparison(profile, target)
 
 
 def beats_rival(profile: str, target: str, *, margin: float = 0.0) -> Found:
     """AFDS minus its rival at 10x, in points of test accuracy."""
     for file, table, rival in _comparisons(profile, target):
-        seeds = at(table, PRIMARY_BUDGET).groupby("method").seed
-        if not set(seeds.get_group(AFDS)) & set(seeds.get_group(rival)):
-            continue
-        one, other = {"method": AFDS}, {"method": rival}
-        found = numbers.difference(file, "test_accuracy", one, other, budget=PRIMARY_BUDGET)
-        why = f"AFDS minus its rival, {_label(rival)}, at 10x on {target}: {_with_seeds(found)}."
-        why += _lost(file, [AFDS, rival])
-        return Found(of_interval(found, margin=margin, seeds=_planned(file, [AFDS, rival])), why, (file,))
+        both = [AFDS.key, rival]
+        if number := _difference(file, at(table, PRIMARY_BUDGET), both):
+            why = f"AFDS minus its rival, {_label(rival)}, at 10x on {target}: {_with_seeds(number)}."
+            return _judged(file, number, why + _lost(file, both), both, margin=margin)
     return _no_comparison(profile, target)
+
+
+def _difference(file: str, here: pd.DataFrame, methods: Sequence[str], **row: Any) -> Number | None:
+    """The first method minus the second at 10x, in points; None where the table's rows have no seed with both."""
+    if not set.intersection(*(set(here[here.method == method].seed) for method in methods)):
+        return None
+    return numbers.difference(file, TEST, *({"method": method} for method in methods), budget=PRIMARY_BUDGET, **row)
 
 
 def saves_more(profile: str, target: str) -> Found:
@@ -255,80 +215,66 @@ def saves_more(profile: str, target: str) -> Found:
     """
     for file, table, rival in _comparisons(profile, target):
         seeds = table[table.role == "competitor"].groupby("method", sort=False).seed.nunique()
-        needed = {m: _shares(table, m, rival, "validation_accuracy") for m in seeds.index[seeds >= seeds[rival]]}
-        needed = {method: shares for method, shares in needed.items() if shares}
-        if not needed:
+        needed = {m: _shares(table, m, rival, VALIDATION) for m in seeds.index[seeds >= seeds[rival]]}
+        means = {method: sum(shares.values()) / len(shares) for method, shares in needed.items() if shares}
+        if not means:
             continue
-        frugal = min(needed, key=lambda method: sum(needed[method].values()) / len(needed[method]))
-        one, other = (_shares(table, method, rival, "test_accuracy") for method in (frugal, AFDS))
+        frugal = min(means, key=lambda method: means[method])
+        one, other = (_shares(table, method, rival, TEST) for method in (frugal, AFDS.key))
         if not set(one) & set(other):
             continue
-        found = _saved(one, other, "% of the dense MACs")
-        why = f"MACs that {_label(frugal)} needs minus those that AFDS needs: {_with_seeds(found)}."
-        if frugal != rival and (theirs := _shares(table, rival, rival, "test_accuracy")):
-            why += f" {_label(rival)}, the rival at 10x, minus AFDS: {_saved(theirs, other, '%')}."
-        why += _lost(file, [AFDS, frugal])
-        return Found(of_interval(found, seeds=_planned(file, [AFDS, frugal])), why, (file,))
+        number = _saved(one, other, "% of the dense MACs")
+        why = f"MACs that {_label(frugal)} needs minus those that AFDS needs: {_with_seeds(number)}."
+        if frugal != rival and (shares := _shares(table, rival, rival, TEST)):
+            why += f" {_label(rival)}, the rival at 10x, minus AFDS: {_saved(shares, other, '%')}."
+        both = [AFDS.key, frugal]
+        return _judged(file, number, why + _lost(file, both), both)
     return _no_comparison(profile, target, "from 1x to 10x")
 
 
 def _saved(one: Mapping[int, float], other: Mapping[int, float], unit: str) -> Number:
-    difference = statistics.paired(one, other).difference
-    return numbers.of_interval(difference, unit, scale=100, signed=True)
+    return numbers.of_interval(statistics.paired(one, other).difference, unit, scale=100, signed=True)
 
 
 def _shares(table: pd.DataFrame, method: str, rival: str, value: str) -> dict[int, float]:
     """By seed, the share of MACs at which a method has the rival's unpruned accuracy less one point; else 1."""
     dense = statistics.by_seed(table[(table.method == rival) & (table.budget == 1)], value)
-    found = {}
+    shares = {}
     for seed, rows in table[table.method == method].groupby("seed"):
-        curve = {float(r.budget): (float(r.macs), float(getattr(r, value))) for r in rows.itertuples()}
+        curve = {budget: (macs, accuracy) for budget, macs, accuracy in rows[["budget", "macs", value]].to_numpy()}
         if 1.0 in curve and seed in dense:
             share = statistics.macs_within(curve, dense=dense[seed])
-            found[int(seed)] = 1.0 if share is None else share
-    return found
+            shares[int(seed)] = 1.0 if share is None else share
+    return shares
 
 
-def same_selection(profile: str, target: str, other: str, *, budget: float = PRIMARY_BUDGET) -> Found:
-    """AFD minus another regulariser under the same AFS, in points of test accuracy."""
-    for file in _existing(f"{profile}/{b}/sweep" for b in BUDGETS):
-        table = numbers.read(file)
-        here = at(table[table.target == target], budget)
-        seeds = {m: set(here[here.method == m].seed) for m in ("afd", other)}
-        if not seeds["afd"] & seeds[other]:
-            continue
-        one, two = {"method": "afd"}, {"method": other}
-        found = numbers.difference(file, "test_accuracy", one, two, target=target, budget=budget)
-        why = f"AFD minus {label_of(other)}, both with AFS, at {1 / budget:g}x on {target}: {_with_seeds(found)}."
-        why += _lost(file, ["afd", other], target=target)
-        return Found(of_interval(found), why, (file,))
+def same_selection(profile: str, target: str, other: str) -> Found:
+    """AFD minus another regulariser under the same AFS at 10x, in points of test accuracy."""
+    both = ["afd", other]
+    for file, table in _tables([f"{profile}/{scale}/sweep" for scale in SCALES]):
+        here = at(table[table.target == target], PRIMARY_BUDGET)
+        if number := _difference(file, here, both, target=target):
+            why = f"AFD minus {label_of(other)}, both with AFS, at 10x on {target}: {_with_seeds(number)}."
+            return Found(of_interval(number), why + _lost(file, both, target=target), (file,))
     return _untested(f"AFD and {other} at 10x on {target} in the profile {profile}")
 
 
-# ------------------------------------------------------------------------------------------------------- times, by file
-
-
-def _timed(table: pd.DataFrame) -> list[tuple[Any, Any]]:
-    """(dense, compact), each in its fastest runtime, for each file, device, number of threads and batch size."""
-    found = []
-    for _, here in speed.best(table).groupby(["file", "device", "threads", "batch"]):
-        rows = {row.variant: row for row in here.itertuples()}
-        if {"dense", "compact"} <= set(rows):
-            found.append((rows["dense"], rows["compact"]))
-    return found
-
-
 def faster(times: int = 10) -> Found:
-    """Measured time of the network that AFDS pruned by its own masks, against the dense one."""
+    """Measured time of the network that AFDS pruned by its own masks, against the dense one.
+
+    Each in its fastest runtime, for each file, device, number of threads and batch size.
+    """
     table = speed.benchmarks()
     table = table[(table.network == f"resnet101-{times}x") & (table["size"] == 224) & (table.width == 1)]
     own = table.file[table.note.fillna("").str.startswith("masks of")]  # and not random ones
-    table = table[table.file.isin(own)]
-    pairs = _timed(table)
+    pairs = []
+    for _, here in speed.best(table[table.file.isin(own)]).groupby(["file", "device", "threads", "batch"]):
+        rows = {row.variant: row for row in here.itertuples()}
+        if {"dense", "compact"} <= set(rows):
+            pairs.append((rows["dense"], rows["compact"]))
     if not pairs:
-        return _untested(
-            f"times of a ResNet-101 that AFDS pruned {times}x by its own masks (smaller networks: Measured time)"
-        )
+        own_masks = f"times of a ResNet-101 that AFDS pruned {times}x by its own masks"
+        return _untested(f"{own_masks} (smaller networks: Measured time)")
     parts = [
         f"batch {dense.batch} on {dense.device}: {Number(small.faster)}x as fast, {_milliseconds(small)} in "
         f"{small.runtime} against {_milliseconds(dense)} in {dense.runtime}"
@@ -337,7 +283,13 @@ def faster(times: int = 10) -> Found:
     why = f"Medians and quartiles, {'; '.join(parts)}. What torch-pruning makes of it is in the same file."
     if accuracy := speed.trained_accuracies().get(times):
         why += f" Its test accuracy after a short training: {accuracy}."
-    return Found(of_times(table), why, tuple(dict.fromkeys(str(dense.file) for dense, _ in pairs)))
+    verdict = INCONCLUSIVE
+    if min(int(row.repeats) for pair in pairs for row in pair) >= REPEATS:
+        if any(small.q1_ms > dense.q3_ms for dense, small in pairs):
+            verdict = NOT_REPLICATED
+        elif all(small.q3_ms < dense.q1_ms for dense, small in pairs):
+            verdict = REPLICATED
+    return Found(verdict, why, tuple(dict.fromkeys(str(dense.file) for dense, _ in pairs)))
 
 
 def _milliseconds(row: Any) -> str:
@@ -346,27 +298,21 @@ def _milliseconds(row: Any) -> str:
 
 # ---------------------------------------------------------------------------------------------------- students, by file
 
-Pair = tuple[str, str]
-"""(teacher, student)."""
 
-
-def _students(files: Sequence[str], pair: Pair, methods: Sequence[str]) -> Iterator[tuple[str, list[int]]]:
-    """(file, seeds) of every table of students in which all methods have a seed in common; "alone" has no teacher."""
+def _students(files: Sequence[str], pair: Sequence[str], methods: Sequence[str]) -> Iterator[tuple[str, list[int]]]:
+    """(file, seeds) of the tables in which all ways of training a student of a (teacher, student) share a seed."""
     teacher, student = pair
-    for file in _existing(files):
-        table = numbers.read(file)
+    for file, table in _tables(files):
         rows = table[(table.student == student) & ((table.teacher == teacher) | (table.method == "alone"))]
         if seeds := set.intersection(*(set(rows[rows.method == m].seed) for m in methods)):
             yield file, sorted(map(int, seeds))
 
 
-def _row(pair: Pair, method: str) -> dict[str, str]:
+def _row(pair: Sequence[str], method: str) -> dict[str, str]:
     return {"method": method, "student": pair[1], "teacher": "" if method == "alone" else pair[0]}
 
 
-def student_gains(
-    files: Sequence[str], pair: Pair, methods: tuple[str, str], *, margin: float = 0.0, seeds: int = STUDENT_SEEDS
-) -> Found:
+def student_gains(files: Sequence[str], pair: Sequence[str], methods: Sequence[str], *, margin: float = 0.0) -> Found:
     """One way of training a student minus another, in points of test accuracy.
 
     Args:
@@ -374,26 +320,23 @@ def student_gains(
         pair: (teacher, student).
         methods: minuend and subtrahend; "alone" has no teacher.
         margin: the claimed size.
-        seeds: with fewer, nothing is concluded.
     """
     one, other = (look(method).label for method in methods)
     for file, _ in _students(files, pair, methods):
-        found = numbers.difference(file, "test_accuracy", *(_row(pair, method) for method in methods))
-        why = f"{one} minus {other}, {pair[0]} to {pair[1]}: {_with_seeds(found)}."
-        return Found(of_interval(found, margin=margin, seeds=seeds), why, (file,))
+        number = numbers.difference(file, TEST, *(_row(pair, method) for method in methods))
+        why = f"{one} minus {other}, {pair[0]} to {pair[1]}: {_with_seeds(number)}."
+        return Found(of_interval(number, margin=margin, seeds=STUDENT_SEEDS), why, (file,))
     return _untested(f"students {pair[1]} of a teacher {pair[0]}, {one} and {other}")
 
 
-def converges_faster(files: Sequence[str], pair: Pair, *, method: str = "at", share: float = 0.9) -> Found:
-    """Steps until a share of the plain student's final accuracy on training images: alone minus with the teacher."""
+def converges_faster(files: Sequence[str], pair: Sequence[str], *, method: str = "at") -> Found:
+    """Steps until 90 % of the plain student's final accuracy on training images: alone minus with the teacher."""
     label = look(method).label
     for file, seeds in _students(files, pair, ("alone", method)):
-        alone, taught = (
-            {seed: _curve(file, **_row(pair, name), seed=seed) for seed in seeds} for name in ("alone", method)
-        )
-        found = steps_saved(alone, taught, share=share)
-        why = f"{look('alone').label.capitalize()} minus {label}, {pair[0]} to {pair[1]}: {_with_seeds(found)}."
-        return Found(of_interval(found, seeds=STUDENT_SEEDS), why, (file,))
+        alone, taught = ({s: _curve(file, **_row(pair, name), seed=s) for s in seeds} for name in ("alone", method))
+        number = steps_saved(alone, taught)
+        why = f"{look('alone').label.capitalize()} minus {label}, {pair[0]} to {pair[1]}: {_with_seeds(number)}."
+        return Found(of_interval(number, seeds=STUDENT_SEEDS), why, (file,))
     return _untested(f"students {pair[1]} of a teacher {pair[0]}, {label} and alone")
 
 
@@ -403,43 +346,32 @@ def _curve(file: str, **row: Any) -> pd.DataFrame:
     return numbers.rows(f"{file.split('/')[0]}/curves.csv", "train_accuracy", run=run)
 
 
-def weights_matter(files: Sequence[str], pair: Pair, *, method: str = "at") -> Found:
+def weights_matter(files: Sequence[str], pair: Sequence[str], *, method: str = "at") -> Found:
     """What a factor of ten beside the best weight costs on validation images, against the spread between seeds."""
-    label = look(method).label
     for file, seeds in _students(files, pair, (method,)):
-        trials = f"{file}/trials"
-        if not _existing([trials]):
-            continue
-        table = numbers.read(trials)
-        rows = table[table.method == method]
-        tried = dict(zip(rows.strength.astype(float), rows.validation_accuracy.astype(float), strict=True))
-        if len(tried) < 3:
-            continue
-        accuracy = numbers.rows(file, "test_accuracy", **_row(pair, method)).test_accuracy
-        spread = float(accuracy.max() - accuracy.min())
-        beside, worst = (Number(100 * cost, "points") for cost in _costs(tried))
-        why = (
-            f"The worse neighbour of the best weight costs {beside}, the worst of {len(tried)} weights {worst}; "
-            f"{len(seeds)} seeds at one weight differ by {Number(100 * spread, 'points')}."
-        )
-        return Found(matters(tried, spread, seeds=len(seeds)), why, (trials, file))
-    return _untested(f"three weights of {label} and students {pair[1]} of a teacher {pair[0]}")
+        for trials, table in _tables([f"{file}/trials"]):
+            rows = table[table.method == method]
+            tried = dict(zip(rows.strength.astype(float), rows.validation_accuracy.astype(float), strict=True))
+            if len(tried) < 3:
+                continue
+            accuracy = numbers.rows(file, TEST, **_row(pair, method)).test_accuracy
+            spread = float(accuracy.max() - accuracy.min())
+            beside, worst = (Number(100 * cost, "points") for cost in _costs(tried))
+            why = (
+                f"The worse neighbour of the best weight costs {beside}, the worst of {len(tried)} weights {worst}; "
+                f"{len(seeds)} seeds at one weight differ by {Number(100 * spread, 'points')}."
+            )
+            return Found(matters(tried, spread, seeds=len(seeds)), why, (trials, file))
+    return _untested(f"three weights of {look(method).label} and students {pair[1]} of a teacher {pair[0]}")
 
 
 # ---------------------------------------------------------------------------------------------------------- the claims
 
-ALL = f"all seeds of the protocol that the two have not lost, at least {SEEDS}"
-"""Of a comparison, which is judged when it is finished."""
-
 RULES: dict[str, tuple[Callable[..., Found], str]] = {
-    "reaches_budget": (reaches_budget, ALL),
-    "beats_rival": (beats_rival, ALL),
-    "saves_more": (saves_more, ALL),
+    **{rule.__name__: (rule, ALL) for rule in (reaches_budget, beats_rival, saves_more)},
     "same_selection": (same_selection, f"at least {SEEDS} seeds"),
     "faster": (faster, f"at least {REPEATS} repeats"),
-    "student_gains": (student_gains, f"at least {STUDENT_SEEDS} seeds"),
-    "converges_faster": (converges_faster, f"at least {STUDENT_SEEDS} seeds"),
-    "weights_matter": (weights_matter, f"at least {STUDENT_SEEDS} seeds"),
+    **{r.__name__: (r, f"at least {STUDENT_SEEDS} seeds") for r in (student_gains, converges_faster, weights_matter)},
 }
 """Function by name, and what it needs before it concludes anything."""
 
@@ -451,21 +383,20 @@ def _written() -> dict[str, Any]:
 
 def _claim(number: int, row: Mapping[str, Any]) -> Claim:
     """A claim as it is written: its rule in words, and the function with its arguments."""
-    arguments = dict(row["judge"])
+    arguments, quoted = dict(row["judge"]), row.get("quoted", ())
     function, least = RULES[arguments.pop("by")]
     if "files" in row:
         arguments["files"] = row["files"]
-    if quoted := row.get("quoted"):
+    if quoted:
         arguments["margin"] = round(abs(float(quoted[0]) - float(quoted[1])), 2)
     if "sign" in row:
         rule = f"The sign of {row['sign']}; {least}. {row.get('more', '')}".strip()
     elif "size" in row:
         rule = f"The size of {row['size']}, {arguments['margin']:g} points; {least}."
     else:
-        facts = {"all": ALL, "tolerance": f"{TOLERANCE:.0%}", "repeats": REPEATS, "seeds": STUDENT_SEEDS}
-        rule = row["rule"].format(**facts)
-    text = row["text"].format(*(quoted or ()))
-    return Claim(number, row["title"], text, row["source"], rule, partial(function, **arguments))
+        rule = row["rule"].format(all=ALL, tolerance=f"{TOLERANCE:.0%}", repeats=REPEATS, seeds=STUDENT_SEEDS)
+    judge = functools.partial(function, **arguments)
+    return Claim(number, row["title"], row["text"].format(*quoted), row["source"], rule, judge)
 
 
 def claims() -> list[Claim]:
@@ -473,16 +404,13 @@ def claims() -> list[Claim]:
     return [_claim(number, row) for number, row in enumerate(_written()["afds"] + _written()["students"], 1)]
 
 
-def judge(made: Sequence[Claim] | None = None) -> dict[int, Found]:
+def judge() -> dict[int, Found]:
     """The verdict of every claim, by its number.
 
     Raises:
         AFDSError: a damaged result file.
     """
-    return {claim.number: claim.judge() for claim in (claims() if made is None else made)}
-
-
-# ----------------------------------------------------------------------------------------------------------- rendering
+    return {claim.number: claim.judge() for claim in claims()}
 
 
 def rules_text() -> Text:
@@ -493,12 +421,11 @@ def rules_text() -> Text:
 
 def verdict_table() -> Table:
     """Claims with their verdicts, the numbers behind them and the files these were read from."""
-    found = judge()
-    rows = [
-        (c.number, c.title, f"**{found[c.number].verdict}**", found[c.number].why,
-         ", ".join(f"`{file}`" for file in found[c.number].files) or "none")
-        for c in claims()
-    ]  # fmt: skip
+    rows = []
+    for claim in claims():
+        found = claim.judge()
+        files = ", ".join(f"`{file}`" for file in found.files) or "none"
+        rows.append((claim.number, claim.title, f"**{found.verdict}**", found.why, files))
     return Table(["no.", "claim", "verdict", "what was found", "file below data/results"], rows, numbers=False)
 
 
@@ -514,10 +441,11 @@ def conclusion_text() -> Text:
 def verdicts_text() -> Text:
     """Which claims got which verdict: the paper's, our own about AFDS, those about the systems around it."""
     found, of_afds, every = judge(), len(_written()["afds"]), claims()
+    paper = [c for c in every if c.source.startswith("[paper]")]
     groups = {
-        "claims of the paper": [c for c in every if c.source.startswith("[paper]")],
+        "claims of the paper": paper,
         "questions of our own about AFDS, where [Re] says that it is so here": [
-            c for c in every[:of_afds] if not c.source.startswith("[paper]")
+            c for c in every[:of_afds] if c not in paper
         ],
         "claims and questions about the systems around it": every[of_afds:],
     }

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -22,48 +20,28 @@ from afdslib.studies import ablations, engine, profiles, results, statistics
 from afdslib.studies.ablations import LABELS, WHOLE
 from afdslib.studies.comparison import MISSING, TIMES, Comparison, costs, macs_needed, points_of
 from afdslib.studies.profile import Profile
-from afdslib.studies.protocol import (
-    AFDS,
-    Axis,
-    Method,
-    Protocol,
-    label_of,
-    protocol,
-    regulariser_space,
-    selection_space,
-)  # fmt: skip
+from afdslib.studies.protocol import AFDS, Axis, Method, label_of, protocol, regulariser_space, selection_space
 
 __all__ = [
     "Compared", "Competitors", "Variants", "ablation_table", "accuracy_table", "better_text", "chosen_table",
     "costs_table", "missing_text", "paired_table", "rules_table", "size_table", "spaces_table", "statistics_text",
-    "untrained_text",
+    "untrained_text"
 ]  # fmt: skip
 
 
-@dataclass(frozen=True)
 class Compared:
     """The written tables of one finished comparison.
 
     Attributes:
-        comparison: what was compared.
+        comparison, rules, budget: what was compared, by which rules; the endpoint's budget.
+        points, table, missing: the points as text; those with a network, one row per method, seed and budget; the rest.
     """
 
-    comparison: Comparison
-
-    @cached_property
-    def points(self) -> pd.DataFrame:
-        """The points with and without a network, as text."""
-        return self.comparison.complete()
-
-    @cached_property
-    def table(self) -> pd.DataFrame:
-        """One row per method, seed and budget."""
-        return points_of(self.points)
-
-    @property
-    def missing(self) -> pd.DataFrame:
-        """The points without a network."""
-        return results.view(self.points[self.points.reason != ""], MISSING)
+    def __init__(self, comparison: Comparison):
+        self.comparison, self.rules, self.budget = comparison, comparison.rules, comparison.rules.primary_budget
+        self.points = comparison.complete()
+        self.table = points_of(self.points)
+        self.missing = results.view(self.points[self.points.reason != ""], MISSING)
 
     @cached_property
     def trials(self) -> pd.DataFrame:
@@ -81,16 +59,6 @@ class Compared:
         return ablations.attention_widths(self.comparison.profile.network, self.points, self.beside["detached"])
 
     @property
-    def rules(self) -> Protocol:
-        """The comparison's rules."""
-        return self.comparison.rules
-
-    @property
-    def budget(self) -> float:
-        """The endpoint's."""
-        return self.rules.primary_budget
-
-    @property
     def rival(self) -> str:
         """The best competitor on validation images."""
         return statistics.rival(self.table, budget=self.budget, seeds=self.rules.seeds[: self.rules.rest])
@@ -105,21 +73,17 @@ class Compared:
         """How far a comparison is whose tables were written before its end; empty for a finished one."""
         if self.comparison.finished:
             return ""
-        seeds = set(self.points[self.points.method == AFDS.key].seed)
-        return (
-            f"**Not finished**: {len(seeds)} of {len(self.rules.seeds)} seeds of AFDS. It goes on with "
-            f"`{self.comparison.command}`."
-        )
+        seeds = f"{self.points[self.points.method == AFDS.key].seed.nunique()} of {len(self.rules.seeds)}"
+        return f"**Not finished**: {seeds} seeds of AFDS. It goes on with `{self.comparison.command}`."
 
     def trials_read_no_test_image(self) -> bool:
         """Whether no trial's stored result holds a test metric."""
-        found = (runs.finished(id)[1].metrics for id in self.trials.run.dropna())
-        return not any(key.startswith("test") for metrics in found for key in metrics)
+        metrics = (runs.finished(id)[1].metrics for id in self.trials.run.dropna())
+        return not any(key.startswith("test") for one in metrics for key in one)
 
     def budgets_met(self) -> bool:
         """Whether every statically pruned network costs 98 to 100 % of its budget on training images."""
-        rows = self.table[(self.table.budget < 1) & self.table.selection.isin(list(CRITERIA))]
-        return bool(rows.met.all())
+        return bool(self.table[(self.table.budget < 1) & self.table.selection.isin(list(CRITERIA))].met.all())
 
 
 class Competitors:
@@ -127,9 +91,6 @@ class Competitors:
 
     One whose results are not committed, such as the demo's, is computed if need be. Any other takes hours and is only
     read: `afds study --part comparison` computes it, and until then every table and figure says so.
-
-    Args:
-        profile: from `profiles.get`.
     """
 
     def __init__(self, profile: Profile):
@@ -148,11 +109,8 @@ class Competitors:
     @property
     def not_run(self) -> str:
         """What to do where there is no comparison."""
-        p = self.profile
-        return (
-            f"The comparison of {p.name}, {p.scale}, has not been run to its end; "
-            f"it takes hours: {Comparison(p).command} --workers 2"
-        )
+        what = f"The comparison of {self.profile.name}, {self.profile.scale}, has not been run to its end"
+        return f"{what}; it takes hours: {Comparison(self.profile).command} --workers 2"
 
     def _each(self, make: Callable[[Compared], Table | str]) -> Text:
         parts = []
@@ -188,64 +146,39 @@ class Competitors:
 
     def costs(self) -> Text:
         """What the networks took."""
-
-        def table(c: Compared) -> Table:
-            seconds = results.view(c.points[c.points.reason == ""], TIMES)
-            return costs_table(costs(c.table, c.budget), seconds, macs_needed(c.table), c.budget)
-
-        return self._each(table)
+        return self._each(costs_table)
 
     def ablations(self) -> Text:
         """AFDS with one part changed, and the rival at equal wall-clock time."""
-
-        def text(c: Compared) -> str:
-            rest, table = f"`{ablations.Ablations(c.comparison).command}` does.", c.beside["ablations"]
-            if set(table.key) <= {WHOLE}:
-                return f"Not computed: {rest}"
-            time = f"The rest is not computed: {rest}" if c.beside["equal_time"].empty else _equal_time(c)
-            better = better_text(table, c.table, budget=c.budget, rival=c.rival)
-            return f"{ablation_table(table)._repr_markdown_()}\n\n{untrained_text(table)}{better}{time}"
-
-        return self._each(text)
+        return self._each(_ablations_text)
 
     def attention(self) -> Text:
         """What became of the attention on the way to the endpoint's budget."""
-
-        def text(c: Compared) -> str:
-            return ablations.attention_text(c.attention, c.table, budget=c.budget)
-
-        return self._each(text)
+        return self._each(lambda c: ablations.attention_text(c.attention, c.table, budget=c.budget))
 
     def attention_figures(self) -> dict[str, Figure]:
         """The attention's width at every budget, a figure per target."""
-
-        def draw(c: Compared, title: str) -> Figure:
-            if c.attention.empty:
-                return plots.sentence("No attention is stored.")
-            return plots.attention_width(c.attention, title=title)
-
-        return self.figures(draw)
+        none = "No attention is stored."
+        draw = plots.attention_width
+        return self.figures(lambda c, t: plots.sentence(none) if c.attention.empty else draw(c.attention, title=t))
 
     def confirmation(self) -> Text:
         """Whether detached attention is confirmed, in a comparison that was made to tell; else empty."""
 
         def text(c: Compared) -> str:
-            if not c.rules.settings_of:
-                return ""
-            common: dict[str, Any] = {"budget": c.budget, "rival": c.rival, "seeds": c.rules.seeds}
-            return ablations.confirmation_text(c.attention, c.table, **common)
+            tables, seeds = (c.attention, c.table), c.rules.seeds
+            return ablations.confirmation_text(*tables, budget=c.budget, rival=c.rival, seeds=seeds)
 
-        return self._each(text)
+        return self._each(lambda c: text(c) if c.rules.settings_of else "")
 
     def settled(self) -> Text:
         """What it changes when AFDS's budgets are met by Taylor importance."""
 
         def text(c: Compared) -> str:
-            said = ""
-            if not c.beside["settled"].empty:
-                tables = (c.beside["settled"], c.attention, c.table)
-                said = ablations.settled_text(*tables, budget=c.budget, rival=c.rival)
-            return said or f"Not computed: `{ablations.Ablations(c.comparison).command}` does."
+            tables, text = (c.beside["settled"], c.attention, c.table), ""
+            if not tables[0].empty:
+                text = ablations.settled_text(*tables, budget=c.budget, rival=c.rival)
+            return text or f"Not computed: `{ablations.Ablations(c.comparison).command}` does."
 
         return self._each(text)
 
@@ -255,23 +188,19 @@ class Competitors:
 
 
 class Variants:
-    """The comparisons of the profiles that ask a profile's question of other data, such as imagenet32-disjoint.
-
-    Args:
-        profile: from `profiles.get`.
-    """
+    """The comparisons of the profiles that ask a profile's question of other data, such as imagenet32-disjoint."""
 
     def __init__(self, profile: Profile):
         every = (profiles.get(name, profile.scale) for name in profiles.names())
         self.every = {p.name: Competitors(p) for p in every if p.variant_of == profile.name}
 
-    def _each(self, make: Callable[[Competitors], Text]) -> Text:
-        parts = [f"**{name}**: {text}" for name, found in self.every.items() if (text := make(found))]
+    def _each(self, make: Callable[[Competitors], str]) -> Text:
+        parts = [f"**{name}**: {text}" for name, variant in self.every.items() if (text := make(variant))]
         return Text("\n\n".join(parts) or ("" if self.every else "This profile has no variant."))
 
     def sentence(self) -> Text:
         """AFDS against its rival there, and whether detached attention is confirmed."""
-        return self._each(lambda found: Text(f"{found.sentence()} {found.confirmation()}".strip()))
+        return self._each(lambda variant: f"{variant.sentence()} {variant.confirmation()}".strip())
 
     def settled(self) -> Text:
         """What it changes there when budgets are met by Taylor importance."""
@@ -279,19 +208,14 @@ class Variants:
 
     def tables(self) -> Text:
         """Test accuracy at every budget, then AFDS minus every other method at the endpoint's."""
-        return self._each(lambda found: Text(f"\n\n{found.accuracy()}\n\n{found.paired()}" if found.by_target else ""))
+        return self._each(lambda v: f"\n\n{v.accuracy()}\n\n{v.paired()}" if v.by_target else "")
 
     def figures(self) -> dict[str, Figure]:
         """Every method's curve, a figure per target of each variant; a picture that says why where there is none."""
-
-        def draw(c: Compared, title: str) -> Figure:
-            return plots.competitors(c.table, title=title)
-
-        drawn = {title: fig for found in self.every.values() for title, fig in found.figures(draw).items()}
-        return drawn or {"": plots.sentence("This profile has no variant.")}
-
-
-# ---------------------------------------------------------------------------------------------------------------- rules
+        figures: dict[str, Figure] = {}
+        for variant in self.every.values():
+            figures |= variant.figures(lambda c, title: plots.competitors(c.table, title=title))
+        return figures or {"": plots.sentence("This profile has no variant.")}
 
 
 def statistics_text() -> Text:
@@ -330,12 +254,8 @@ def rules_table(profile: Profile) -> Table:
     return Table(["rule", "here"], rows, numbers=False)
 
 
-def _space(axes: Sequence[Axis]) -> str:
-    parts = []
-    for axis in axes:
-        values = "{" + ", ".join(map(str, axis.choices)) + "}" if axis.choices else f"{axis.low:g} to {axis.high:g}"
-        parts.append(f"{axis.name} {values}")
-    return "; ".join(parts)
+def _values(axis: Axis) -> str:
+    return f"{{{', '.join(map(str, axis.choices))}}}" if axis.choices else f"{axis.low:g} to {axis.high:g}"
 
 
 def spaces_table(profile: Profile) -> Table:
@@ -343,10 +263,8 @@ def spaces_table(profile: Profile) -> Table:
     methods = protocol(profile).methods
     spaces = {label_of(m.regulariser): regulariser_space(m.regulariser) for m in methods}
     spaces |= {label_of(m.selection): selection_space(m.selection, profile) for m in methods}
-    return Table(["method", "searched"], [(name, _space(axes)) for name, axes in spaces.items()], numbers=False)
-
-
-# -------------------------------------------------------------------------------------------------------------- results
+    rows = [(name, "; ".join(f"{axis.name} {_values(axis)}" for axis in axes)) for name, axes in spaces.items()]
+    return Table(["method", "searched"], rows, numbers=False)
 
 
 def _label(method: object) -> str:
@@ -379,24 +297,20 @@ def accuracy_table(table: pd.DataFrame) -> Table:
     return _by_method(table, list(map(times, budgets)), row)
 
 
+def _or_dash(value: float, form: str) -> str:
+    return "–" if math.isnan(value) else f"{value:{form}}"
+
+
 def _to(low: float, high: float) -> str:
     return "–" if math.isnan(low) else f"{low:+.1f} to {high:+.1f}"
 
 
-def _p(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.2g}"
-
-
 def paired_table(table: pd.DataFrame) -> Table:
-    """AFDS minus each method in points: paired, 95 % interval, and the Holm-corrected p value.
-
-    Args:
-        table: of `statistics.paired_table`.
-    """
+    """`statistics.paired_table`: AFDS minus each method in points, 95 % interval, Holm-corrected p value."""
     rows = [
         [
             _label(r.method), f"{round(r.validation, 6):.1f}", f"{round(r.mean, 6):.1f}", f"{r.difference:+.1f}",
-            _to(r.low, r.high), _p(r.p_holm), str(r.seeds),
+            _to(r.low, r.high), _or_dash(r.p_holm, ".2g"), str(r.seeds)
         ]
         for r in table.itertuples()
     ]  # fmt: skip
@@ -418,16 +332,16 @@ def size_table(table: pd.DataFrame, budget: float) -> Table:
     return _by_method(at(table, budget), header, row)
 
 
-def costs_table(costs: pd.DataFrame, times: pd.DataFrame, needed: pd.DataFrame, budget: float) -> Table:
+def costs_table(c: Compared) -> Table:
     """What a network at the endpoint's budget took: 10^12 training MACs and minutes, on the source and on the target.
 
     One row per method, mean over seeds; the source's work is shared by all that start from the same network. The last
     column is the share of MACs that a method needs to stay within one point of its own unpruned network.
     """
-    minutes = at(times, budget).groupby("method")[["source_seconds", "seconds"]].mean() / 60
-    shares = needed.set_index("method").macs
-    rows = []
-    for r in costs.itertuples():
+    seconds = results.view(c.points[c.points.reason == ""], TIMES)
+    minutes = at(seconds, c.budget).groupby("method")[["source_seconds", "seconds"]].mean() / 60
+    shares, rows = macs_needed(c.table).set_index("method").macs, []
+    for r in costs(c.table, c.budget).itertuples():
         share = float(shares.get(r.method, math.nan))
         work = f"{r.source_macs / 1e12:.3g}", f"{r.training_macs / 1e12:.3g}"
         spent = [f"{value:.1f}" for value in minutes.loc[r.method]]
@@ -458,19 +372,13 @@ def ablation_table(table: pd.DataFrame) -> Table:
         accuracy = found.test_accuracy
         rows.append([variant, times(budget), mean_sd(accuracy, 100), cell, f"{accuracy.notna().sum()} of {len(found)}"])
     for row, corrected in zip(rows, statistics.holm(p), strict=True):
-        row.insert(-1, _p(corrected))
+        row.insert(-1, _or_dash(corrected, ".2g"))
     return Table(["variant", "at", "test accuracy (%)", "minus AFDS (95 % interval)", "p (Holm)", "seeds"], rows)
 
 
 def better_text(table: pd.DataFrame, main: pd.DataFrame, *, budget: float, rival: str) -> str:
-    """Which variants at the primary budget beat AFDS by more than their interval, and how they stand to the rival.
-
-    Args:
-        table: of the ablations.
-        main: of the sweep, with the rival's rows.
-        budget: the primary one.
-        rival: its method.
-    """
+    """Which of the ablations at the primary budget beat AFDS by more than their interval, and how they stand to the
+    rival, a method of the main table."""
     there = at(table, budget)
     afds, other = there[there.key == WHOLE], at(main[main.method == rival], budget)
     lines = []
@@ -497,17 +405,25 @@ def untrained_text(table: pd.DataFrame) -> str:
     return f"{bullets(lines, 'Without a network:')}\n\n" if lines else ""
 
 
-def _equal_time(compared: Compared) -> str:
-    """The rival once more with as much time on the target as AFDS took."""
-    again = compared.beside["equal_time"]
+def _ablations_text(c: Compared) -> str:
+    """The variants, and the rival once more with as much time on the target as AFDS took."""
+    rest, table, again = (
+        f"`{ablations.Ablations(c.comparison).command}` does.",
+        c.beside["ablations"],
+        c.beside["equal_time"],
+    )
+    if set(table.key) <= {WHOLE}:
+        return f"Not computed: {rest}"
+    better = better_text(table, c.table, budget=c.budget, rival=c.rival)
+    text = f"{ablation_table(table)._repr_markdown_()}\n\n{untrained_text(table)}{better}"
     if again.empty:
-        return "The rival at equal wall-clock time has no network."
+        return f"{text}The rest is not computed: {rest}"
     rival, factor = again.method.iloc[0], float(again.steps_factor.iloc[0])
-    here = at(compared.table, compared.budget)
+    here = at(c.table, c.budget)
     here = here[here.seed.isin(set(again.seed))]
     ours, before = (mean_sd(here[here.method == m].test_accuracy, 100) for m in ("afd+afs", rival))
     return (
-        f"At equal wall-clock time on the target, {factor:g} times its steps, the rival {_label(rival)} "
+        f"{text}At equal wall-clock time on the target, {factor:g} times its steps, the rival {_label(rival)} "
         f"reaches {mean_sd(again.test_accuracy, 100)} % ({before} % before; AFDS {ours} %; "
         f"{again.seed.nunique()} seeds)."
     )

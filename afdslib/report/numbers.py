@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -17,32 +16,20 @@ from afdslib.base import paths
 from afdslib.base.errors import AFDSError
 from afdslib.studies import results, statistics
 
-__all__ = ["Number", "difference", "exists", "mean", "of_interval", "read", "rows"]
-
-SCALES = {"%": 100.0, "points": 100.0}
-"""Accuracies and MACs are stored as shares."""
+__all__ = ["Number", "difference", "mean", "of_interval", "read", "rows"]
 
 
 @dataclass(frozen=True)
 class Number:
-    """A number whose text has the unit and, where it is known, the 95 % interval.
-
-    Attributes:
-        value: in the unit.
-        unit: "%", "points", "steps" and so on; may be empty.
-        low, high: limits of the interval; NaN where there is none.
-        n: seeds behind it.
-        digits: after the point.
-        signed: whether a plus is shown.
-    """
+    """A number in a unit, with its 95 % interval where it has one, and how it is shown."""
 
     value: float
-    unit: str = ""
+    unit: str = ""  # "%", "points", "steps" and so on
     low: float = math.nan
     high: float = math.nan
-    n: int = 1
-    digits: int = 1
-    signed: bool = False
+    n: int = 1  # seeds behind it
+    digits: int = 1  # after the point
+    signed: bool = False  # whether a plus is shown
 
     def __str__(self) -> str:
         text = self._show(self.value)
@@ -55,53 +42,34 @@ class Number:
         return f"{value:{'+' if self.signed else ''}.{self.digits}f}"
 
 
-def of_interval(found: statistics.Interval, unit: str, *, scale: float | None = None, **kwargs: Any) -> Number:
+def of_interval(interval: statistics.Interval, unit: str, *, scale: float | None = None, **kwargs: Any) -> Number:
     """The number of a mean with its interval; shares are shown in percent or points."""
-    scale = SCALES.get(unit, 1.0) if scale is None else scale
-    return Number(scale * found.mean, unit, scale * found.low, scale * found.high, found.n, **kwargs)
-
-
-def exists(file: str) -> bool:
-    """Whether there is such a table; see `read`."""
-    return _path(file).is_file() if file.endswith(".csv") else not results.named(file).empty
-
-
-def _path(file: str) -> Path:
-    return paths.results("any").parent / file
+    scale = (100 if unit in ("%", "points") else 1) if scale is None else scale
+    return Number(scale * interval.mean, unit, scale * interval.low, scale * interval.high, interval.n, **kwargs)
 
 
 def read(file: str) -> pd.DataFrame:
-    """A table of results.
-
-    Args:
-        file: the address of a committed table, such as "imagenet32/quick/sweep" (see `results.named`), or a CSV below
-            data/results/.
+    """A committed table by its address (see `results.named`), or a CSV by its path below data/results/.
 
     Raises:
         AFDSError: it is missing or no table.
     """
     try:
-        if not file.endswith(".csv"):
-            if (table := results.named(file)).empty:
-                raise FileNotFoundError
+        table = pd.read_csv(paths.results(file)) if file.endswith(".csv") else results.named(file)
+        if file.endswith(".csv") or len(table):
             return table
-        return pd.read_csv(_path(file))
     except FileNotFoundError:
-        raise AFDSError(
-            f"the result file {file} does not exist; run the study that writes it or leave its number out"
-        ) from None
+        pass
     except (ValueError, OSError) as error:  # pandas' own errors are ValueErrors
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise AFDSError(f"the result file {file} is no table ({reason}); write it again") from None
+    raise AFDSError(f"the result file {file} does not exist; run the study that writes it or leave its number out")
 
 
 def rows(file: str, *columns: str, **row: Any) -> pd.DataFrame:
-    """The rows of a result file that have the given values.
+    """The rows of a table (see `read`), which must have some columns, that have the given values.
 
-    Args:
-        file: see `read`.
-        columns: that must exist.
-        row: value by column; numbers match up to rounding, "" matches an empty cell.
+    Numbers match up to rounding; "" matches an empty cell.
 
     Raises:
         AFDSError: no such file, column or row.
@@ -114,14 +82,14 @@ def rows(file: str, *columns: str, **row: Any) -> pd.DataFrame:
         cells = table[name]
         if value == "":
             table = table[cells.isna()]
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        elif isinstance(value, (int, float)):
             if cells.dtype.kind not in "iuf":
                 raise AFDSError(f"column {name!r} of {file} holds text, so no row has {name} = {value!r}; quote it")
             table = table[(cells - value).abs() <= 1e-9 * max(1.0, abs(value))]
         else:
             table = table[cells == value]
     if table.empty:
-        raise AFDSError(f"{file} has no row with {_said(row)}; run what writes it or correct the row")
+        raise AFDSError(f"{file} has no row with {_words(row)}; run what writes it or correct the row")
     return table
 
 
@@ -131,8 +99,7 @@ def mean(file: str, column: str, *, unit: str = "", **row: Any) -> Number:
     Raises:
         AFDSError: as `rows`; a seed has several rows, or no number.
     """
-    values = _by_seed(file, column, row)
-    return of_interval(statistics.interval(list(values.values())), unit)
+    return of_interval(statistics.interval(list(_by_seed(file, column, row).values())), unit)
 
 
 def difference(
@@ -157,12 +124,12 @@ def difference(
 def _by_seed(file: str, column: str, row: Mapping[str, Any]) -> dict[int, float]:
     table = rows(file, column, "seed", **row)
     if table.seed.duplicated().any():
-        raise AFDSError(f"{file} has several rows per seed with {_said(row)}; name more columns until one is left")
-    values = pd.to_numeric(table[column], errors="coerce")
-    if not values.map(math.isfinite).all():
-        raise AFDSError(f"{file} has no number in column {column!r} with {_said(row)}; run what writes it")
-    return {int(seed): float(value) for seed, value in zip(table.seed, values, strict=True)}
+        raise AFDSError(f"{file} has several rows per seed with {_words(row)}; name more columns until one is left")
+    table = table.assign(**{column: pd.to_numeric(table[column], errors="coerce")})
+    if not table[column].map(math.isfinite).all():
+        raise AFDSError(f"{file} has no number in column {column!r} with {_words(row)}; run what writes it")
+    return statistics.by_seed(table, column)
 
 
-def _said(row: Mapping[str, Any]) -> str:
+def _words(row: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} = {value!r}" for name, value in row.items()) or "any value"

@@ -25,7 +25,7 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -35,41 +35,24 @@ from afdslib.base.atomic import atomic_path, write_json, write_text
 from afdslib.base.errors import AFDSError
 
 __all__ = [
-    "STYLE",
-    "NotebookStage",
-    "convert",
-    "execute",
-    "kernel_manager",
-    "notebooks",
-    "parameters_of",
-    "plan",
-    "render",
-]
-
+    "STYLE", "NotebookStage", "convert", "execute", "kernel_manager", "notebooks", "parameters_of", "plan", "render"
+]  # fmt: skip
 
 STYLE = Path(__file__).with_name("report.css")
 """Added to nbconvert's style."""
+_LAST = "afds-last-cell"
 
 
 @dataclass(frozen=True)
 class NotebookStage:
-    """One notebook with the parameters of one profile.
-
-    Attributes:
-        notebook: The source.
-        parameters: Those given for this notebook, converted to the types of its defaults.
-        key: Identity of everything the stage depends on (see the module).
-        executed: The executed copy.
-        log: Text output of the cells, and the traceback of a failure.
-        marker: JSON file with the key, written when the stage is finished.
-    """
+    """One notebook with the parameters of one profile."""
 
     notebook: Path
-    parameters: dict[str, Any]
-    key: str
-    executed: Path
-    log: Path
-    marker: Path
+    parameters: dict[str, Any]  # those given for this notebook, converted to the types of its defaults
+    key: str  # identity of everything the stage depends on (see the module)
+    executed: Path  # the executed copy
+    log: Path  # text output of the cells, and the traceback of a failure
+    marker: Path  # JSON file with the key, written when the stage is finished
 
     @property
     def finished(self) -> bool:
@@ -82,19 +65,12 @@ class NotebookStage:
 
 
 def notebooks(folder: str | Path | None = None) -> list[Path]:
-    """The notebooks of the report in their order: `NN_name.ipynb`.
-
-    Raises:
-        AFDSError: There is none.
-    """
+    """The notebooks of the report in their order: `NN_name.ipynb`; without one an AFDSError."""
     folder = Path(folder) if folder is not None else paths.notebooks()
     found = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
     if not found:
         raise AFDSError(f"no notebook named like 01_name.ipynb in {folder}; use a complete checkout or set AFDS_HOME")
     return found
-
-
-# ------------------------------------------------------------------------------------------------------- parameters
 
 
 def parameters_of(notebook: str | Path) -> dict[str, Any]:
@@ -113,21 +89,15 @@ def parameters_of(notebook: str | Path) -> dict[str, Any]:
         raise AFDSError(f"the parameters cell of {notebook.name} is no Python (line {error.lineno}); mend it") from None
     defaults: dict[str, Any] = {}
     for statement in statements:
+        single = [statement.target] if isinstance(statement, ast.AnnAssign) else []
         try:
-            match statement:
-                case ast.Assign(targets=[ast.Name(id=name)], value=expression):
-                    value = ast.literal_eval(expression)
-                case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as expression):
-                    value = ast.literal_eval(expression)
-                case _:
-                    raise ValueError
-            json.dumps(value)  # sets, bytes and complex numbers cannot be recorded
-            defaults[name] = value
-        except (ValueError, TypeError):
+            (target,) = statement.targets if isinstance(statement, ast.Assign) else single
+            defaults[target.id] = ast.literal_eval(statement.value)  # type: ignore[attr-defined]
+            json.dumps(defaults)  # sets, bytes and complex numbers cannot be recorded
+        except (AttributeError, ValueError, TypeError):
             line = (ast.get_source_segment(cells[0].source, statement) or "?").splitlines()[0]
-            raise AFDSError(
-                f"the parameters cell of {notebook.name} may hold only lines like name = literal, not {line!r}"
-            ) from None
+            form = f"the parameters cell of {notebook.name} may hold only lines like name = literal"
+            raise AFDSError(f"{form}, not {line!r}") from None
     return defaults
 
 
@@ -143,10 +113,8 @@ def convert(name: str, default: Any, value: Any) -> Any:
     if isinstance(value, str) and kind is not str:
         truth = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
         try:
-            if kind is bool:
-                parsed = truth.get(value.strip().lower())
-            else:
-                parsed = kind(value) if kind in (int, float) else ast.literal_eval(value.strip())
+            read = {bool: lambda text: truth.get(text.strip().lower()), int: int, float: float}
+            parsed = read.get(kind, lambda text: ast.literal_eval(text.strip()))(value)
         except (ValueError, SyntaxError):
             parsed = value if default is None else None
     if kind is float and isinstance(parsed, int) and not isinstance(parsed, bool):
@@ -159,12 +127,9 @@ def convert(name: str, default: Any, value: Any) -> Any:
 
 
 def plan(
-    profile: str,
-    parameters: Mapping[str, Any] | None = None,
-    *,
-    only: Collection[str] | None = None,
-    folder: str | Path | None = None,
-) -> list[NotebookStage]:
+    profile: str, parameters: Mapping[str, Any] | None = None, *, only: Collection[str] | None = None,
+    folder: str | Path | None = None
+) -> list[NotebookStage]:  # fmt: skip
     """The stages of a profile, checked, in order. Starts nothing and writes nothing.
 
     Args:
@@ -179,15 +144,11 @@ def plan(
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", profile):
         raise AFDSError(f"{profile!r} cannot name a profile; use letters, digits, '-', '_' and '.'")
     given = {**(parameters or {}), "profile": profile}
-    target = paths.figures(profile) / "executed"
-    stages: list[NotebookStage] = []
-    known: set[str] = set()
-    key = _library_hash()
-    numbers = [notebook.name[:2] for notebook in notebooks(folder)]
+    target, key, known = paths.figures(profile) / "executed", _library_hash(), set[str]()
+    stages, numbers = [], [notebook.name[:2] for notebook in notebooks(folder)]
     if missing := sorted(set(only or ()) - set(numbers)):
         raise AFDSError(f"there is no notebook {missing[0]!r}; there are: {', '.join(numbers)}")
     for notebook in notebooks(folder):
-        node = _read(notebook)
         defaults = parameters_of(notebook)
         if "profile" not in defaults:
             raise AFDSError(f"{notebook.name} has no parameter 'profile'; add it to the cell tagged 'parameters'")
@@ -195,7 +156,7 @@ def plan(
         if only is not None and notebook.name[:2] not in only:
             continue
         values = {name: convert(name, defaults[name], value) for name, value in given.items() if name in defaults}
-        cells = [(cell.cell_type, cell.source) for cell in node.cells]
+        cells = [(cell.cell_type, cell.source) for cell in _read(notebook).cells]
         key = hashlib.sha256(json.dumps([key, notebook.name, cells, values], sort_keys=True).encode()).hexdigest()[:16]
         log, marker = (target / f"{notebook.stem}{suffix}" for suffix in (".log", ".json"))
         stages.append(NotebookStage(notebook, values, key, target / notebook.name, log, marker))
@@ -226,19 +187,10 @@ def _read(notebook: Path) -> Any:
         raise AFDSError(f"{notebook} is not a notebook ({_one_line(error, 80)}); restore it") from error
 
 
-# -------------------------------------------------------------------------------------------------------- execution
-
-
 def execute(
-    profile: str,
-    parameters: Mapping[str, Any] | None = None,
-    *,
-    only: Collection[str] | None = None,
-    fresh: bool = False,
-    verbose: bool = False,
-    folder: str | Path | None = None,
-    echo: Callable[[str], object] = print,
-) -> Path | None:
+    profile: str, parameters: Mapping[str, Any] | None = None, *, only: Collection[str] | None = None,
+    fresh: bool = False, verbose: bool = False, folder: str | Path | None = None, echo: Callable[[str], object] = print
+) -> Path | None:  # fmt: skip
     """Executes the stages that are not finished yet, then renders the report.
 
     Args:
@@ -256,30 +208,25 @@ def execute(
     """
     stages = plan(profile, parameters, only=only, folder=folder)
     with _only_one(profile):
-        again = fresh
         for number, stage in enumerate(stages, 1):
             name = f"[{number}/{len(stages)}] {stage.notebook.stem}"
-            again = again or not stage.finished
-            if not again:
+            fresh = fresh or not stage.finished
+            if not fresh:
                 echo(f"{name}: finished before")
                 continue
             for later in stages[number - 1 :]:  # what follows is out of date from here on
-                _forget(later)
+                try:
+                    later.marker.unlink(missing_ok=True)
+                except OSError as error:
+                    what = f"cannot write {later.marker.parent}: {error.strerror}"
+                    raise AFDSError(f"{what}; mend its permissions") from error
             echo(f"{name}: log in {_short(stage.log)}")
-            seconds = _execute_stage(stage, verbose)
-            echo(f"{name}: done in {seconds:.0f} s")
+            echo(f"{name}: done in {_execute_stage(stage, verbose):.0f} s")
         if stages[-1].notebook != notebooks(folder)[-1]:
             return None
         report = render(profile, folder=folder)
     echo(f"report: {_short(report)}")
     return report
-
-
-def _forget(stage: NotebookStage) -> None:
-    try:
-        stage.marker.unlink(missing_ok=True)
-    except OSError as error:
-        raise AFDSError(f"cannot write {stage.marker.parent}: {error.strerror}; mend its permissions") from error
 
 
 @contextmanager
@@ -291,16 +238,13 @@ def _only_one(profile: str) -> Iterator[None]:
     file = paths.runs() / ".locks" / f"report-{name}.lock"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(file)
-        lock.acquire(timeout=0)
+        lock = filelock.FileLock(file).acquire(timeout=0)
     except filelock.Timeout:
         raise AFDSError(f"another process is executing profile {profile}; wait for it or set AFDS_FIGURES") from None
     except OSError as error:
         raise AFDSError(f"cannot lock {file}: {error.strerror}; set AFDS_RUNS to a folder you can write") from error
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()
 
 
 def _execute_stage(stage: NotebookStage, verbose: bool) -> float:
@@ -318,17 +262,10 @@ def _execute_stage(stage: NotebookStage, verbose: bool) -> float:
         with open(stage.log, "w", encoding="utf-8") as log:
             output: Any = _Tee(log, sys.stdout) if verbose else log
             papermill.execute_notebook(
-                _unformatted(source),
-                _unformatted(stage.executed),
-                parameters=stage.parameters,
-                kernel_name="python3",
-                kernel_manager_class=kernel_manager(),
-                progress_bar=False,
-                stdout_file=output,
-                stderr_file=output,
-                start_timeout=120,
-                iopub_timeout=60,  # a busy machine is no failure
-            )
+                _unformatted(source), _unformatted(stage.executed), parameters=stage.parameters, kernel_name="python3",
+                kernel_manager_class=kernel_manager(), progress_bar=False, stdout_file=output, stderr_file=output,
+                start_timeout=120, iopub_timeout=60,  # a busy machine is no failure
+            )  # fmt: skip
     except OSError as error:
         raise AFDSError(f"cannot write {stage.executed.parent}: {error.strerror or error}; free space there") from error
     except Exception as error:  # whatever stopped the kernel: papermill and nbclient have no common base class
@@ -338,15 +275,16 @@ def _execute_stage(stage: NotebookStage, verbose: bool) -> float:
     executed = _read(stage.executed)
     if not any(token in str(output.get("data", "")) for output in executed.cells[-1].get("outputs", [])):
         raise _failure(stage, RuntimeError("the notebook ended before its last cell"))
-    _clean(executed, stage)
+    # Without the added cell, and the folders and times that papermill notes: executed copies may be committed.
+    executed.cells.pop()
+    for cell in executed.cells:
+        cell.metadata.pop("papermill", None)
+        cell.metadata.pop("execution", None)
+    executed.metadata["papermill"] = {"input_path": stage.notebook.name, "parameters": stage.parameters}
     write_text(stage.executed, nbformat.writes(executed, version=4) + "\n")
     seconds = time.monotonic() - started
-    marker = {"key": stage.key, "parameters": stage.parameters, "seconds": round(seconds, 1)}
-    write_json(stage.marker, marker)
+    write_json(stage.marker, {"key": stage.key, "parameters": stage.parameters, "seconds": round(seconds, 1)})
     return seconds
-
-
-_LAST = "afds-last-cell"
 
 
 def _unformatted(path: Path) -> str:
@@ -392,15 +330,11 @@ def _failure(stage: NotebookStage, error: Exception) -> AFDSError:
     if isinstance(error, PapermillExecutionError):
         what, story = f"{error.ename}: {error.evalue}", str(error)
     elif type(error).__name__ == "DeadKernelError":
-        what = "the kernel died, often for lack of memory"
-        story = f"{error}\n"
+        what, story = "the kernel died, often for lack of memory", f"{error}\n"
     else:
         what = story = f"{type(error).__name__}: {error}"
-    try:
-        with open(stage.log, "a", encoding="utf-8") as log:
-            log.write(story)
-    except OSError:
-        pass  # the sentence must reach the user even if the disk is full
+    with suppress(OSError), open(stage.log, "a", encoding="utf-8") as log:  # the disk may be full
+        log.write(story)
     cell = f"code cell {number} ({line!r})" if number else "its kernel"
     return AFDSError(f"{stage.notebook.name} failed in {cell}: {_one_line(what)}; see the log {_short(stage.log)}")
 
@@ -426,15 +360,6 @@ def _failed_cell(stage: NotebookStage) -> tuple[int, str]:
     return found
 
 
-def _clean(node: Any, stage: NotebookStage) -> None:
-    """Drops the added last cell, and the folders and times that papermill notes: executed copies may be committed."""
-    node.cells = [cell for cell in node.cells if _LAST not in cell.metadata.get("tags", [])]
-    for cell in node.cells:
-        cell.metadata.pop("papermill", None)
-        cell.metadata.pop("execution", None)
-    node.metadata["papermill"] = {"input_path": stage.notebook.name, "parameters": stage.parameters}
-
-
 def _one_line(error: object, length: int = 300) -> str:
     text = re.sub(r"\s+", " ", re.sub("\x1b\\[[0-9;]*m", "", str(error))).strip()
     return text if len(text) <= length else text[: length - 3] + "..."
@@ -446,9 +371,6 @@ def _short(path: Path) -> str:
         return str(path.relative_to(Path.cwd()))
     except ValueError:
         return str(path)
-
-
-# ---------------------------------------------------------------------------------------------------------------- HTML
 
 
 def render(profile: str, *, folder: str | Path | None = None) -> Path:

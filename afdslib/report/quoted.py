@@ -7,42 +7,30 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from afdslib.report.plots import look
 from afdslib.report.tables import Table, Text
-
-if TYPE_CHECKING:
-    from afdslib.studies.students import DistillationStudy
+from afdslib.studies.students import DistillationStudy
 
 __all__ = ["Quotation", "gains_text", "quotations", "reported", "table"]
 
 
 @dataclass(frozen=True)
 class Quotation:
-    """Numbers of others about one teacher and student.
+    """Numbers of others about one teacher and student."""
 
-    Attributes:
-        data: the data set.
-        networks: teacher and student.
-        measure: "accuracy" or "error"; in percent.
-        numbers: by method, as they are printed; of an error top-1/top-5.
-        source: who reports them.
-    """
-
-    data: str
-    networks: str
-    measure: str
-    numbers: Mapping[str, str]
-    source: str
+    data: str  # the data set
+    networks: str  # teacher and student
+    measure: str  # "accuracy" or "error"; in percent
+    numbers: Mapping[str, str]  # by method, as they are printed; of an error top-1/top-5
+    source: str  # who reports them
 
     @property
     def gains(self) -> dict[str, float]:
         """What each method gains over the student alone, percentage points of (top-1) accuracy."""
         sign = 1 if self.measure == "accuracy" else -1
-        first = {method: float(text.partition("/")[0]) for method, text in self.numbers.items()}
+        first = {method: float(text.partition("/")[0]) for method, text in self.numbers.items() if method != "teacher"}
         alone = first.pop("alone", None)
-        first.pop("teacher", None)
         return {} if alone is None else {method: round(sign * (value - alone), 2) for method, value in first.items()}
 
 

@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "COLUMNS", "benchmarks", "best", "measure", "networks_text", "others_text", "sentence", "stored", "times",
-    "trained_accuracies", "write_times",
+    "trained_accuracies", "write_times"
 ]  # fmt: skip
 
 COLUMNS = [
     "target", "method", "seed", "budget", "test_accuracy", "macs", "macs_predictors", "computed", "runtime", "batch",
-    "median_ms", "q1_ms", "q3_ms", "speedup", "speedup_q1", "speedup_q3", "threads", "device", "run",
+    "median_ms", "q1_ms", "q3_ms", "speedup", "speedup_q1", "speedup_q3", "threads", "device", "run"
 ]  # fmt: skip
 DENSE = "dense"
 SETTINGS = bench.Settings(batches=(1, 16), threads=1, repeats=40, warmup=5, steady=0.0)  # one thread, none that spins
@@ -223,7 +223,7 @@ def networks_text(table: pd.DataFrame) -> Text:
         lines = [
             [
                 _network(row), str(row.batch), row.variant, f"{row.reduction:.1f}x", f"{row.median_ms:.1f}",
-                row.runtime, f"{row.faster:.2f}x", f"{row.faster / row.reduction:.2f}",
+                row.runtime, f"{row.faster:.2f}x", f"{row.faster / row.reduction:.2f}"
             ]
             for row in here.itertuples()
         ]  # fmt: skip

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 
 from afdslib import afs, runs, training
@@ -21,28 +20,25 @@ from afdslib.base.errors import AFDSError
 from afdslib.data import ImageDataset
 from afdslib.experiments import Network, StudentRun
 from afdslib.experiments.student import tapped
-from afdslib.inference import maps
+from afdslib.inference import bench, maps
 from afdslib.losses import attention_map
-from afdslib.report import plots, views
+from afdslib.report import views
 from afdslib.report.numbers import Number, of_interval
-from afdslib.report.plots import Picture, look, save
+from afdslib.report.plots import look
 from afdslib.report.quoted import reported
 from afdslib.report.sweep import stage_text
 from afdslib.report.tables import Table, Text, bullets
 from afdslib.report.views import NOT_STORED
 from afdslib.runs import MODEL
 from afdslib.studies import engine, results, statistics
+from afdslib.studies.students import DistillationStudy, get
 from afdslib.training.features import Teacher, taps
-
-if TYPE_CHECKING:
-    from afdslib.studies.students import DistillationStudy
 
 __all__ = [
     "NOT_STORED", "Gain", "beta_in_paper_scale", "beta_table", "better_than_guessing", "command", "compared_sizes",
-    "decays", "draw", "falls", "finished_gains", "first_pair", "gain", "gains_text", "networks", "no_test_in_trials",
-    "nst_memory", "pull_text", "reach_text", "saved_text", "scope", "seen_text",
-    "settings", "steps_saved", "steps_until", "stored_like_table", "student_table", "taps_of", "terms_add_up", "view",
-    "weights_text", "write_page",
+    "decays", "falls", "finished_gains", "first_pair", "gain", "gains_text", "networks", "no_test_in_trials",
+    "nst_memory", "pull_text", "reach_text", "saved_text", "scope", "seen_text", "settings", "steps_saved",
+    "steps_until", "stored_like_table", "student_table", "taps_of", "terms_add_up", "view", "weights_text", "write_page"
 ]  # fmt: skip
 
 
@@ -57,27 +53,19 @@ def beta_in_paper_scale(beta: float, norm: float, positions: int) -> float:
     return 2 * beta * norm / positions
 
 
-@dataclass(frozen=True)
-class Gain:
-    """A method against the student alone.
+class Gain(NamedTuple):
+    """A method against the student alone."""
 
-    Attributes:
-        gain: difference of the medians over seeds, percentage points.
-        spread: the larger of the two ranges (largest minus smallest) over seeds; NaN with a single seed.
-        exceeds: whether the gain's size is larger than the spread; None if the spread is not known.
-    """
-
-    gain: float
-    spread: float
-    exceeds: bool | None
+    gain: float  # difference of the medians over seeds, percentage points
+    spread: float  # the larger of the two ranges (largest minus smallest) over seeds; NaN with a single seed
+    exceeds: bool | None  # whether the gain's size is larger than the spread; None if the spread is not known
 
 
 def gain(method: Sequence[float], alone: Sequence[float]) -> Gain:
     """The gain of a method over the student alone, and whether it exceeds the spread between seeds. [ours]
 
     Args:
-        method: test accuracies, one per seed.
-        alone: those of the student alone.
+        method, alone: test accuracies, one per seed.
 
     Raises:
         AFDSError: one of them is empty.
@@ -86,7 +74,7 @@ def gain(method: Sequence[float], alone: Sequence[float]) -> Gain:
         raise AFDSError("a gain needs at least one accuracy of the method and one of the student alone")
     one, two = (pd.Series(values, dtype=float) * 100 for values in (method, alone))
     difference = float(one.median() - two.median())
-    if len(one) < 2 or len(two) < 2:
+    if min(len(one), len(two)) < 2:
         return Gain(difference, math.nan, None)
     spread = float(max(one.max() - one.min(), two.max() - two.min()))
     return Gain(difference, spread, abs(difference) > spread)
@@ -114,37 +102,28 @@ def first_pair(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def student_table(study: DistillationStudy) -> Table:
-    """Teachers and students: median over seeds, spread (largest minus smallest), gain; and, where there is one, the
-    number that the original paper reports."""
+    """Teachers and students: median over seeds, spread (largest minus smallest), gain over the student alone; and,
+    where there is one, the number that the original paper reports."""
     table, name = study.table(), study.profile.data.name
-
-    rows = [
-        [f"teacher {row.student}", "", f"{100 * row.test_accuracy:.1f}", "–", "1", "",
-         reported(name, "", row.student, "teacher")]
-        for row in table[table.method == "teacher"].itertuples()
-    ]  # fmt: skip
-    plain = set()
-    for teacher, student, method, found, alone in _methods(table):
-        if method == "alone" and student in plain:
-            continue
-        plain |= {student} if method == "alone" else set()
-        values, source = found.test_accuracy, "" if method == "alone" else teacher
-        better = "" if method == "alone" or alone.empty else f"{gain(values, alone).gain:+.1f}"
-        label = f"{student}, {look(method).label}{f' ({source})' if source else ''}"
-        weight = "" if not found.weight.iloc[0] else f"{found.weight.iloc[0]:g}"
-        spread = "–" if len(values) < 2 else f"{100 * (values.max() - values.min()):.1f}"
-        cells = [
-            f"{100 * values.median():.1f}",
-            spread,
-            str(len(values)),
-            better,
-            reported(name, source, student, method),
-        ]
-        rows.append([label, weight, *cells])
+    rows = {}
+    for row in table[table.method == "teacher"].itertuples():
+        cells = ["", f"{100 * row.test_accuracy:.1f}", "–", "1", "", reported(name, "", row.student, "teacher")]
+        rows[f"teacher {row.student}"] = cells
+    for teacher, student, method, here, alone in _methods(table):
+        values, teacher = here.test_accuracy, "" if method == "alone" else teacher
+        weight = f"{here.weight.iloc[0]:g}" if here.weight.iloc[0] else ""
+        spread = f"{100 * (values.max() - values.min()):.1f}" if len(values) > 1 else "–"
+        better = f"{gain(values, alone).gain:+.1f}" if teacher and len(alone) else ""
+        cells = [weight, f"{100 * values.median():.1f}", spread, str(len(values)), better]
+        label = f"{student}, {look(method).label}{f' ({teacher})' if teacher else ''}"
+        rows[label] = [*cells, reported(name, teacher, student, method)]
     header = ["network, method (teacher)", "weight", "median (%)", "spread", "seeds", "gain over alone"]
-    if not any(row[-1] for row in rows):
-        return Table(header, [row[:-1] for row in rows])
-    return Table([*header, "reported at 200 epochs (%)"], rows)
+    width = len(header) + any(cells[-1] for cells in rows.values())
+    lines = [[label, *cells][:width] for label, cells in rows.items()]
+    return Table([*header, "reported at 200 epochs (%)"][:width], lines)
+
+
+_NONE = "No student with a teacher is finished yet."
 
 
 def gains_text(study: DistillationStudy) -> Text:
@@ -162,19 +141,15 @@ def gains_text(study: DistillationStudy) -> Text:
         lines.append(f"**{look(method).label}** from {teacher} to {student}: {g.gain:+.1f} points, {verdict}.")
     for gap in table.attrs.get("missing", ()):
         lines.append(f"Missing: {gap['student']}, {gap['method']}, seed {gap['seed']}, because {gap['reason']}.")
-    return Text(bullets(lines) or "No student with a teacher is finished yet.")
+    return Text(bullets(lines) or _NONE)
 
 
 def finished_gains(profile: str, scale: str) -> Text:
     """Scale and `gains_text` of what is finished of a profile's study of attention transfer; nothing is trained."""
-    from afdslib.studies.students import DistillationStudy, get
-
     study = DistillationStudy(get("attention", profile, scale), complete=False)
-    p = study.profile
-    return Text(
-        f"On {p.data.name}, {p.teacher_training.steps} steps for a teacher and {p.student_training.steps} for a "
-        f"student, batches of {p.student_training.batch_size}.\n\n{gains_text(study)}"
-    )
+    teacher, student = study.profile.teacher_training, study.profile.student_training
+    steps = f"{teacher.steps} steps for a teacher and {student.steps} for a student, batches of {student.batch_size}"
+    return Text(f"On {study.profile.data.name}, {steps}.\n\n{gains_text(study)}")
 
 
 def weights_text(study: DistillationStudy) -> Text:
@@ -218,20 +193,13 @@ def reach_text(study: DistillationStudy, share: float = 0.9) -> Text:
         if text != "never" and row.method != "alone" and not alone.isna().all():
             text += f", {100 * (row.steps / alone.iloc[0] - 1):+.0f} % of them"
         lines.append(f"{look(row.method).label}: {text}.")
-    head = (
-        f"Steps until {100 * share:.0f} % of the plain student's final validation accuracy "
-        f"({100 * found.target.iloc[0]:.1f} %), of {found.total.iloc[0]} steps:"
-    )
+    head = f"Steps until {100 * share:.0f} % of the plain student's final validation accuracy "
+    head += f"({100 * found.target.iloc[0]:.1f} %), of {found.total.iloc[0]} steps:"
     return Text(f"{bullets(lines, head)}\n\nOne seed; the curve is looked at as often as its figure has signs.")
 
 
 def steps_until(curve: pd.DataFrame, target: float) -> float:
-    """Optimiser steps until a learning curve reaches an accuracy, linear between its rows; its last step if never.
-
-    Args:
-        curve: columns step and train_accuracy.
-        target: the accuracy.
-    """
+    """Optimiser steps until the train_accuracy of a curve reaches a target, linear between rows; its last if never."""
     steps, accuracy = (curve[name].to_numpy(float) for name in ("step", "train_accuracy"))
     above = np.flatnonzero(accuracy >= target)
     if not len(above):
@@ -246,8 +214,7 @@ def steps_saved(alone: Mapping[int, pd.DataFrame], method: Mapping[int, pd.DataF
     This is the measure by which the report judges whether a student converges faster. [ours]
 
     Args:
-        alone: learning curve of the plain student by seed: columns step and train_accuracy.
-        method: that of the student with a teacher.
+        alone, method: learning curves (columns step and train_accuracy) by seed, without and with a teacher.
         share: of the final accuracy of the plain student of the same seed.
 
     Returns:
@@ -256,12 +223,11 @@ def steps_saved(alone: Mapping[int, pd.DataFrame], method: Mapping[int, pd.DataF
     Raises:
         AFDSError: the two share no seed.
     """
-    steps: tuple[dict[int, float], dict[int, float]] = ({}, {})
+    steps: list[dict[int, float]] = [{}, {}]
     for seed in sorted(set(alone) & set(method)):
-        curves = [curve[seed].dropna(subset=["train_accuracy"]) for curve in (alone, method)]
-        target = share * float(curves[0].train_accuracy.iloc[-1])
-        for found, curve in zip(steps, curves, strict=True):
-            found[seed] = steps_until(curve, target)
+        curves = [by_seed[seed].dropna(subset=["train_accuracy"]) for by_seed in (alone, method)]
+        for one, curve in zip(steps, curves, strict=True):
+            one[seed] = steps_until(curve, share * float(curves[0].train_accuracy.iloc[-1]))
     return of_interval(statistics.paired(*steps).difference, "steps", digits=0, signed=True)
 
 
@@ -279,12 +245,10 @@ def saved_text(study: DistillationStudy, share: float = 0.9) -> Text:
             found = steps_saved(curves["alone"], by_seed, share=share)
             names = f"{look('alone').label} minus {look(method).label}"
             lines.append(f"{names}: {found}, {statistics.paired_seeds(found.n)}.")
-    head = (
-        f"Steps until {100 * share:.0f} % of the plain student's final accuracy on training images, of "
-        f"{study.profile.student_training.steps}: mean difference with its 95 % interval, above 0 where the method is "
-        "faster."
-    )
-    return Text(bullets(lines, head) or "No student with a teacher is finished yet.")
+    head = f"Steps until {100 * share:.0f} % of the plain student's final accuracy on training images, of "
+    head += f"{study.profile.student_training.steps}: mean difference with its 95 % interval, above 0 where the method "
+    head += "is faster."
+    return Text(bullets(lines, head) or _NONE)
 
 
 def _pixels(images: ImageDataset) -> list[int]:
@@ -327,13 +291,7 @@ def seen_text(study: DistillationStudy) -> Text:
 
 
 def pull_text(study: DistillationStudy, method: str = "at", *, hardly: float = 0.05) -> Text:
-    """How much of a student's loss its layer-wise terms are, so that a reader knows whether they can show.
-
-    Args:
-        study: the study.
-        method: of the first pair.
-        hardly: below this share of the loss the sentence warns. [ours]
-    """
+    """How much of the loss a student's layer-wise terms are; below a share of it the sentence warns. [ours]"""
     log, label = study.histories().get(method), look(method).label
     if log is None:
         return Text(f"No student with {label} is finished yet.")
@@ -356,11 +314,8 @@ def settings(study: DistillationStudy) -> Table:
     """The settings that a reader needs to judge the numbers; `afds study --part attention --show` prints them all."""
     p = study.profile
     used = {name for pair in p.pairs for name in pair.methods}
-    grids = [
-        f"{look(m.name).label} {{{', '.join(f'{w:g}' for w in m.weights)}}}"
-        for m in p.methods
-        if m.weights and m.name in used
-    ]
+    tried = [m for m in p.methods if m.weights and m.name in used]
+    grids = [f"{look(m.name).label} {{{', '.join(f'{w:g}' for w in m.weights)}}}" for m in tried]
     held = "a tenth held back for validation" if p.data == p.trial_data else "all training images"
     rows = [
         ("data", f"{p.data.name}, {held}{', reflected crops' if p.data.padding == 'reflect' else ''}"),
@@ -408,11 +363,8 @@ def terms_add_up(study: DistillationStudy, method: str, *, tolerance: float = 1e
     cell, result = next(found)
     d, log = cell.config.method, result.history()
     columns = _terms(log, d)
-    total = d.hard * log.cross_entropy
-    if columns:
-        total = total + log.beta * log[columns].sum(axis=1)
-    if d.soft:
-        total = total + d.soft * log.soft
+    total = d.hard * log.cross_entropy + (log.beta * log[columns].sum(axis=1) if columns else 0)
+    total += d.soft * log.soft if d.soft else 0
     working = bool((log[columns] > 0).all(axis=None)) and (d.transfer == "none" or bool(columns))
     return working and bool(((log.loss - total).abs() <= tolerance * log.loss.abs()).all())
 
@@ -477,8 +429,6 @@ def nst_memory(shape: Sequence[int] = (64, 1024, 14, 14), kernels: Iterable[str]
         shape: (B, C, H, W) of the student's and the teacher's maps; by default ResNet-101's third stage at 224 px.
         kernels: each is measured, forward and backward, in a process of its own.
     """
-    from afdslib.inference import bench
-
     batch, channels, height, width = shape
     kernels, rows = tuple(kernels), []
     with ThreadPoolExecutor() as pool:
@@ -492,21 +442,17 @@ def nst_memory(shape: Sequence[int] = (64, 1024, 14, 14), kernels: Iterable[str]
 
 
 def _network(study: DistillationStudy, config: StudentRun) -> nn.Module | None:
-    found: runs.Result | None = views.network(study, config)  # type: ignore[arg-type]
-    return None if found is None else afs.load(found.artifact(MODEL))
+    result = views.network(study, config)
+    return None if result is None else afs.load(result.artifact(MODEL))
 
 
 def networks(study: DistillationStudy, *methods: str) -> dict[str, nn.Module] | None:
-    """The first teacher and the students of its pair at the first seed, by label.
-
-    Returns:
-        None if one of them is not stored here.
-    """
+    """The first teacher and the students of its pair at the first seed, by label; None if one is not stored here."""
     pair = study.profile.pairs[0]
     configs = {"teacher": study.teacher_run(pair.teacher)}
     configs |= {look(m).label: study.student_run(pair, m, pair.seeds[0]) for m in methods}
-    found = {name: _network(study, config) for name, config in configs.items()}
-    return None if None in found.values() else {name: model for name, model in found.items() if model is not None}
+    models = {name: model for name, config in configs.items() if (model := _network(study, config)) is not None}
+    return models if len(models) == len(configs) else None
 
 
 def view(study: DistillationStudy, *methods: str, index: int = 0) -> maps.MapsView | None:
@@ -521,11 +467,8 @@ def view(study: DistillationStudy, *methods: str, index: int = 0) -> maps.MapsVi
 
 @torch.no_grad()
 def beta_table(study: DistillationStudy, *, images: int = 128) -> Table | None:
-    """AT's loss of the first AT student in both scales on training images, and the code's beta in the paper's scale.
-
-    Returns:
-        None if the networks are not stored.
-    """
+    """AT's loss of the first AT student in both scales on training images, and the code's beta in the paper's scale;
+    None if the networks are not stored."""
     found = networks(study, "at")
     if found is None:
         return None
@@ -545,27 +488,6 @@ def beta_table(study: DistillationStudy, *, images: int = 128) -> Table | None:
         size = f"group {group}, {features[name].shape[2]}x{features[name].shape[3]}"
         rows.append([size, *loss, f"{beta:g}", f"{paper:.2g}"])
     return Table(["maps", "loss, code", "loss, paper", "β, code", "β, paper, of the same size"], rows)
-
-
-def draw(study: DistillationStudy) -> list[Picture]:
-    """Saves the figures of a study, those that its finished runs allow, under the names that the notebooks use."""
-    p, table, kind = study.profile, study.table(), {"attention": "at", "selectivity": "nst"}[study.profile.study]
-    found: dict[str, Figure] = {}
-    if (table.method != "teacher").any():
-        found["accuracy"] = plots.student_accuracy(first_pair(table), title=f"{p.data.name}, {p.study} study")
-    trials, methods = study.trials(), list(study.methods)
-    tuned = [m for m in methods if (trials.method == m).sum() == len(study.methods[m].weights) > 1]
-    for method in sorted(tuned, key=lambda m: -len(study.methods[m].weights))[:1]:
-        rows, label = trials[trials.method == method], f"weight of {look(method).label} (log scale)"
-        found["betas"] = plots.trials(rows, {method: study.weight(method)}, xlabel=label)
-    if p.curves and study.curves():
-        reach = study.reach()
-        found["curves"] = plots.student_curves(study.curves(), target=float(reach.target.iloc[0]))
-    elif not p.curves and study.histories():
-        found["curves"] = plots.student_curves(study.histories(), column="train_accuracy")
-    if {"alone", "at"} <= set(table.method) and (seen := view(study, "alone", "at")):
-        found["maps"] = plots.attention_maps(seen)
-    return [cast("Picture", save(figure, p.name, f"{kind}_{name}")) for name, figure in found.items()]
 
 
 def write_page(study: DistillationStudy) -> Path:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -11,27 +13,20 @@ from afdslib import data
 from afdslib.base.atomic import write_text
 from afdslib.base.errors import AFDSError
 from afdslib.base.text import Text, times
+from afdslib.data import Splits
 from afdslib.report.plots import look
 from afdslib.report.tables import Table, at, bullets, mean_sd
 from afdslib.studies import statistics
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from afdslib.data import Splits
-    from afdslib.studies.profile import Profile
-    from afdslib.studies.sweep import Study
+from afdslib.studies.profile import Profile
+from afdslib.studies.sweep import Study
 
 __all__ = [
     "PUBLISHED", "about_data", "accuracy_table", "budgets_of", "channels_left", "differences", "differences_text",
     "gates_text", "growing", "network_table", "networks", "run_text", "schedule", "scope_text", "settings",
-    "share_classes", "sources_text", "stage_text", "strengths_text", "write_page",
+    "share_classes", "sources_text", "stage_text", "strengths_text", "write_page"
 ]  # fmt: skip
 
 PUBLISHED = "Published weights are taken as they are: this study reads no source image and trains no source network."
-
-
-# ----------------------------------------------------------------------------------------------------------- the sweep
 
 
 def budgets_of(table: pd.DataFrame) -> list[float]:
@@ -51,12 +46,9 @@ def _by_target(table: pd.DataFrame, header: Sequence[str], row: Callable[[pd.Dat
 
 
 def accuracy_table(table: pd.DataFrame, *, value: str = "test_accuracy", target: str | None = None) -> Table:
-    """Mean and standard deviation over seeds, in percent: one row per target and budget, one column per method.
+    """An accuracy of a sweep (on a target or on all), mean and standard deviation over seeds, in percent.
 
-    Args:
-        table: of a sweep.
-        value: an accuracy.
-        target: of the table; default: all.
+    One row per target and budget, one column per method.
     """
     table = table if target is None else table[table.target == target]
     methods = list(dict.fromkeys(table.method))
@@ -75,7 +67,7 @@ def network_table(table: pd.DataFrame, method: str) -> Table:
         mean = here.mean(numeric_only=True)
         return [
             f"{mean.density:.2f}", f"{100 * mean.macs:.1f} %", f"{100 * mean.macs_predictors:.1f} %",
-            f"{mean.parameters / 1000:.0f}", *(f"{mean[state]:.0f}" for state in ("dynamic", "static", "removed")),
+            f"{mean.parameters / 1000:.0f}", *(f"{mean[state]:.0f}" for state in ("dynamic", "static", "removed"))
         ]  # fmt: skip
 
     header = ["density d", "measured MACs", "of them predictors", "parameters (thousands)"]
@@ -96,10 +88,10 @@ def differences(
     paired = (one - two).dropna() * 100
     if paired.empty:
         raise AFDSError(f"the sweep has no seed with both {method} and {other}; compute both")
-    rows = []
-    for (target, budget), values in paired.groupby(["target", "budget"], sort=False):
-        d = statistics.interval(values.to_list())
-        rows.append((target, budget, d.mean, d.sd, d.low, d.high, d.n))
+    rows = [
+        (*place, *astuple(statistics.interval(values.to_list())))
+        for place, values in paired.groupby(["target", "budget"], sort=False)
+    ]
     found = pd.DataFrame(rows, columns=["target", "budget", "difference", "sd", "low", "high", "seeds"])
     return found.sort_values(["target", "budget"], ascending=[True, False], ignore_index=True)
 
@@ -155,11 +147,7 @@ def gates_text(table: pd.DataFrame) -> Text:
 
 
 def channels_left(layers: Mapping[str, Mapping[str, Any]]) -> float:
-    """Share of all channels that are not removed.
-
-    Raises:
-        AFDSError: if a layer has none left, or its dynamic, static and removed channels are not all of its channels.
-    """
+    """Share of all channels that are not removed; AFDSError for a layer without any, or whose states do not add up."""
     for name, layer in layers.items():
         if layer["removed"] >= layer["channels"]:
             raise AFDSError(f"layer {name} has lost all its channels")
@@ -169,17 +157,10 @@ def channels_left(layers: Mapping[str, Mapping[str, Any]]) -> float:
     return 1 - removed / channels
 
 
-# ----------------------------------------------------------------------------------------------------------- the study
-
-
-def _accuracy(metrics: Mapping[str, Any], split: str) -> str:
-    return f"{100 * metrics[f'{split}_accuracy']:.1f} %"
-
-
 def run_text(metrics: Mapping[str, Any]) -> Text:
     """Accuracies of a source run in one sentence."""
-    splits = [split for split in ("validation", "test") if f"{split}_accuracy" in metrics]
-    parts = [f"{_accuracy(metrics, split)} of the {split} images" for split in splits]
+    accuracies = {split: metrics.get(f"{split}_accuracy") for split in ("validation", "test")}
+    parts = [f"{100 * share:.1f} % of the {split} images" for split, share in accuracies.items() if share is not None]
     if not parts:
         return Text("Published weights were taken; nothing was trained.")
     return Text(f"Right on {' and '.join(parts)} after {metrics['steps']} steps.")
@@ -190,7 +171,7 @@ def sources_text(study: Study) -> Text:
     if study.source_run.published:
         return Text(PUBLISHED)
     networks = {"The source network": study.source(), "with gates, trained on,": study.afs_source()}
-    parts = [f"{name} is right on {_accuracy(result.metrics, 'test')}" for name, result in networks.items()]
+    parts = [f"{name} is right on {100 * r.metrics['test_accuracy']:.1f} %" for name, r in networks.items()]
     return Text(f"{'; '.join(parts)} of the source's test images. One network of each: seeds do not vary them.")
 
 
@@ -243,16 +224,8 @@ def write_page(study: Study) -> Path:
     return page
 
 
-# ----------------------------------------------------------------------------------------------- profiles and data sets
-
-
 def about_data(splits: Splits | None, source: Splits | None = None) -> str:
-    """What a data set holds, line by line, to be printed.
-
-    Args:
-        splits: the data set; None for one that is not read.
-        source: for a target: the source, with which it may share classes.
-    """
+    """What a data set holds (None: it is not read), line by line; of a target, too, what it shares with the source."""
     if splits is None:
         return PUBLISHED
     lines = [
@@ -270,10 +243,7 @@ def about_data(splits: Splits | None, source: Splits | None = None) -> str:
 
 def share_classes(one: Splits, other: Splits) -> list[str]:
     """Class names that two data sets have in common, by their readable names."""
-    names = [
-        {part.strip().lower() for caption in splits.captions for part in str(caption).split(",")}
-        for splits in (one, other)
-    ]
+    names = ({n.strip().lower() for caption in s.captions for n in str(caption).split(",")} for s in (one, other))
     return sorted(set.intersection(*names))
 
 
@@ -290,10 +260,8 @@ def _targets(profile: Profile) -> str:
 def scope_text(profile: Profile) -> Text:
     """What a reader must know about the scale before looking at any number."""
     p = profile
-    text = (
-        f"This report is of profile **{p.name}**, scale {p.scale}: a {p.network.name} of width {p.network.width:g}, "
-        f"from {p.source.name} to {_targets(p)}; {len(p.seeds)} seeds."
-    )
+    text = f"This report is of profile **{p.name}**, scale {p.scale}: a {p.network.name} of width {p.network.width:g}, "
+    text += f"from {p.source.name} to {_targets(p)}; {len(p.seeds)} seeds."
     if not any(t.name == "stanford-dogs" for t in p.targets):
         text += " Stanford Dogs is not among the targets, so the paper's 11.07 points are **not tested** here."
     if p.name == "demo":

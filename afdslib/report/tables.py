@@ -10,17 +10,11 @@ import pandas as pd
 from afdslib.base.errors import AFDSError
 from afdslib.base.text import Text
 
-__all__ = ["Table", "Text", "at", "bullets", "mean_sd", "plural", "smallest"]
+__all__ = ["Table", "Text", "at", "bullets", "mean_sd", "plural", "smallest", "span"]
 
 
 class Table:
-    """Rows of text that a notebook renders as a table.
-
-    Args:
-        header: column names.
-        rows: of as many cells each; numbers are formatted by the caller.
-        numbers: whether all columns but the first hold numbers, which are aligned to the right.
-    """
+    """Rows of text that a notebook renders as a table; with `numbers` all columns but the first are right-aligned."""
 
     def __init__(self, header: Sequence[str], rows: Iterable[Sequence[Any]], *, numbers: bool = True):
         self.numbers = numbers
@@ -58,6 +52,11 @@ def at(table: pd.DataFrame, budget: float) -> pd.DataFrame:
 def plural(count: int, noun: str) -> str:
     """ "1 seed", "2 seeds"."""
     return f"{count} {noun}{'s' if count > 1 else ''}"
+
+
+def span(low: Any, high: Any) -> str:
+    """ "3" or "3 to 10"."""
+    return f"{low} to {high}" if low < high else f"{high}"
 
 
 def bullets(lines: Iterable[str], head: str = "") -> str:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "NOT_STORED", "NOT_TUNED", "AttentionView", "Confusion", "attention", "attentions", "confusions",
     "conversion_error", "entropy_bounds", "entropy_text", "feature_sizes", "histories", "layers_by_budget", "network",
-    "source_architecture", "source_gates",
+    "source_architecture", "source_gates"
 ]  # fmt: skip
 
 NOT_STORED = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 import pandas as pd
@@ -14,9 +14,7 @@ from afdslib.report import plots, views
 from afdslib.report.plots.pictures import DPI, shown_width
 from afdslib.report.sweep import budgets_of
 from afdslib.report.tables import at
-
-if TYPE_CHECKING:
-    from afdslib.studies.sweep import Study
+from afdslib.studies.sweep import Study
 
 __all__ = ["explore", "view"]
 

@@ -221,10 +221,7 @@ def test_ten_times_fewer_macs_are_measured():
 
 @pytest.mark.parametrize(
     ("title", "profile", "target"),
-    [
-        ("computation at the same accuracy", "paper", DOGS),
-        ("MACs at the same accuracy, 32 px", "imagenet32", CIFAR),
-    ],
+    [("computation at the same accuracy", "paper", DOGS), ("MACs at the same accuracy, 32 px", "imagenet32", CIFAR)],
 )
 def test_macs_at_the_same_accuracy(title, profile, target):
     seen = [verdict(title)]
@@ -298,12 +295,12 @@ GAINS = {  # title: file, pair, methods, margin
     "AT on ImageNet": ("paper/quick/attention", ("resnet34", "resnet18"), ("at", "alone"), 0.011),
     "NST on ImageNet": ("paper/standard/selectivity", ("resnet101", "inception_bn"), ("nst-poly", "alone"), 0.0093),
     "NST + KD on ImageNet": (
-        "paper/quick/selectivity", ("resnet101", "inception_bn"), ("nst-poly+kd", "nst-poly"), 0.0047,
+        "paper/quick/selectivity", ("resnet101", "inception_bn"), ("nst-poly+kd", "nst-poly"), 0.0047
     ),
     "NST, CIFAR-10": ("imagenet32/standard/attention", ("wrn-16-2", "wrn-16-1"), ("nst", "alone"), 0),
     "NST + KD, CIFAR-10": (
-        "imagenet32/quick/selectivity", ("wrn-16-2", "inception_bn"), ("nst-poly+kd", "nst-poly"), 0,
-    ),
+        "imagenet32/quick/selectivity", ("wrn-16-2", "inception_bn"), ("nst-poly+kd", "nst-poly"), 0
+    )
 }  # fmt: skip
 
 

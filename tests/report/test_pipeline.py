@@ -92,8 +92,8 @@ def test_parameters_cell_must_exist_once_and_be_python():
         ("a", "1", "1"), (1, "3", 3), (1, 3, 3), (1.0, "1e-3", 0.001), (1.0, 2, 2.0), (0.5, "2", 2.0),
         (False, "true", True), (True, "No", False), (True, False, False), ([1], "[2, 3]", [2, 3]),
         ((1,), "(2,)", (2,)), (None, "0.5", 0.5),
-        (None, "text", "text"), (None, 3, 3),
-    ],
+        (None, "text", "text"), (None, 3, 3)
+    ]
 )  # fmt: skip
 def test_values_take_the_type_of_the_default(default, value, expected):
     converted = pipeline.convert("x", default, value)
@@ -104,8 +104,8 @@ def test_values_take_the_type_of_the_default(default, value, expected):
     "default, value",
     [
         (1, "1.5"), (1, "one"), (1, True), (1, 1.0), (1.0, "fast"), (1.0, "nan"), (1.0, float("inf")), (1.0, False),
-        (False, "maybe"), (False, 1), ("a", 1), ("a", None), ([1], "(1,)"), ([1], "x y"), (1.0, ""),
-    ],
+        (False, "maybe"), (False, 1), ("a", 1), ("a", None), ([1], "(1,)"), ([1], "x y"), (1.0, "")
+    ]
 )  # fmt: skip
 def test_values_of_another_type_are_refused(default, value):
     with pytest.raises(AFDSError) as info:

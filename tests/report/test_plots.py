@@ -28,7 +28,7 @@ def sweep():
                 "target": "toy", "method": method, "seed": seed, "budget": budget, "macs": budget * 0.98,
                 "test_accuracy": 0.5 + 0.3 * budget + 0.02 * seed, "test_mean_class_accuracy": 0.5 + 0.2 * budget,
                 "parameters": int(1e5 * budget), "density": max(0.5, budget**0.5), "removed": int(100 * (1 - budget)),
-                "static": 10, "dynamic": int(100 * budget),
+                "static": 10, "dynamic": int(100 * budget)
             }
         )  # fmt: skip
     return pd.DataFrame(rows)
@@ -101,7 +101,7 @@ def test_a_figure_of_one_target_says_which(sweep):
     for fig in (
         plots.density_and_masks(sweep, title="toy"), plots.parameters_budget(sweep, title="toy"),
         plots.attention(view, title="toy"), plots.attention_entropy({"joint": [curve]}, {"a": (4, 2, 2)}, title="toy"),
-        plots.gates_heatmap({"10x": layers()}, title="toy"), plots.channel_states({1.0: layers()}, title="toy"),
+        plots.gates_heatmap({"10x": layers()}, title="toy"), plots.channel_states({1.0: layers()}, title="toy")
     ):  # fmt: skip
         parts = [fig, *getattr(fig, "subfigs", [])]
         titles = [part.get_suptitle() for part in parts] + [ax.get_title(loc="left") for ax in fig.get_axes()]

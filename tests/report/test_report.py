@@ -31,7 +31,7 @@ NUMBERS = ("01", "02", "03", "04", "05", "08")
 FILES = [file for file in pipeline.notebooks(Path(__file__).parents[2] / "notebooks") if file.name[:2] in NUMBERS]
 PER_TARGET = (
     "latency", "samples_target", "augmentation", "trials", "transfer_curves", "attention", "attention_entropy",
-    "density_and_masks", "channel_states", "active_heatmap", "parameters", "confusion",
+    "density_and_masks", "channel_states", "active_heatmap", "parameters", "confusion"
 )  # fmt: skip
 FIRST_ONLY = ("competitors", "paired", "competitor_trials", "attention_width")  # of the first target
 WHOLE = (
@@ -76,11 +76,11 @@ def home(tmp_path_factory):
         source=DataSource("nowhere"),
         targets=(
             DataSource(str(tiny.tree(folder / "colours")), per_class=6, size=tiny.SIZE),
-            DataSource(str(tiny.tree(folder / "pair", ("warm", "cold"))), per_class=6, size=tiny.SIZE),
+            DataSource(str(tiny.tree(folder / "pair", ("warm", "cold"))), per_class=6, size=tiny.SIZE)
         ),
         network=Network("resnet14", stem="cifar", width=tiny.WIDTH, weights=str(folder / "weights.pth")),
         source_training=replace(fit, steps=0), afs_training=replace(fit, steps=0), trial=fit, transfer=fit, tuning=fit,
-        candidates=tuple(candidates), budgets=(1.0, 0.5, 0.1), seeds=(0,), macs_images=6,
+        candidates=tuple(candidates), budgets=(1.0, 0.5, 0.1), seeds=(0,), macs_images=6
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AFDS_HOME", str(folder))

@@ -20,7 +20,7 @@ def table(accuracy):
         rows.append({
             "target": "t", "method": key, "role": method.role, "regulariser": method.regulariser,
             "selection": method.selection, "seed": seed, "budget": budget, "macs": budget, "test_accuracy": value,
-            "validation_accuracy": value,
+            "validation_accuracy": value
         })  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -76,7 +76,7 @@ def test_the_paired_figure_has_a_row_per_method_at_its_difference(compared):
     found = statistics.paired_table(compared)
     (axis,) = plots.paired(found).axes
     assert [label.get_text() for label in axis.get_yticklabels()] == [
-        "L2 + narrower network with KD (2)", "L2 + narrower network (2)", "L2 + Taylor (2)",
+        "L2 + narrower network with KD (2)", "L2 + narrower network (2)", "L2 + Taylor (2)"
     ]  # fmt: skip
     shown = [line.get_xdata() for line in axis.lines if line.get_marker() == "o"]
     assert list(shown[0]) == pytest.approx([-12, -10, 10])

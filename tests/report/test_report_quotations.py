@@ -20,7 +20,7 @@ ERROR = {
 RECIPES = {
     "wrn-16-2": "93.69", "wrn-16-1": "91.23", "wrn-16-1-at": "92.07", "resnet18": "30.4/10.8",
     "resnet18-at": "29.3/10.0", "inception-bn": "25.74/8.07", "inception-bn-nst": "24.81/7.55",
-    "inception-bn-nst-kd": "24.34/7.11", "resnet50-senet-nst-kd": "21.05/5.56",
+    "inception-bn-nst-kd": "24.34/7.11", "resnet50-senet-nst-kd": "21.05/5.56"
 }  # fmt: skip
 NOTEBOOKS = [file for file in pipeline.notebooks(paths.root() / "notebooks") if file.name[:2] in ("06", "07")]
 

@@ -31,7 +31,7 @@ def study(tmp_path_factory):
             demo, name="imagenet32", committed=True, seeds=(0,), budgets=(1.0, 0.2), macs_images=20,
             network=replace(demo.network, width=0.0625), source_training=replace(demo.source_training, **few),
             afs_training=replace(demo.afs_training, **few), transfer=replace(demo.transfer, **few),
-            tuning=replace(demo.tuning, **few), candidates=(Candidates(Regulariser("l2", 1e-4), (1e-4,)),),
+            tuning=replace(demo.tuning, **few), candidates=(Candidates(Regulariser("l2", 1e-4), (1e-4,)),)
         )  # fmt: skip
         yield Study(profile, workers=1)
 
@@ -109,7 +109,7 @@ def test_each_network_stands_in_its_fastest_runtime(write):
     write("a", [
         network("dense", "onnxruntime", 40.0), network("dense", "eager", 90.0), refused,
         network("compact", "onnxruntime", 8.0, 10.0, note="masks of x.json"), network("compact", "eager", 50.0, 10.0),
-        network("torch-pruning", "eager", 10.0, 10.4),
+        network("torch-pruning", "eager", 10.0, 10.4)
     ])  # fmt: skip
     rows = speed.best(speed.benchmarks()).set_index("variant")
     assert rows.faster.to_dict() == pytest.approx({"dense": 1.0, "compact": 5.0, "torch-pruning": 4.0})

@@ -28,7 +28,7 @@ def sweep():
                     "target": "toy", "method": method, "seed": seed, "budget": budget, "test_accuracy": accuracy,
                     "macs": budget, "macs_predictors": 0.01, "density": max(0.5, budget), "parameters": 1000 * budget,
                     "dynamic": 10 * budget, "static": 1, "removed": 10 - 10 * budget, "dead_gates": 0.1,
-                    "gate_variance": 0.2,
+                    "gate_variance": 0.2
                 }
             )  # fmt: skip
     return pd.DataFrame(rows)

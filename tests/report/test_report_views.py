@@ -36,7 +36,7 @@ def study(tmp_path_factory):
         demo, source=DataSource(tree, size=16), targets=(DataSource(tree, per_class=6, size=16),),
         network=Network("resnet14", stem="cifar", width=1 / 16), source_training=fit, afs_training=fit, trial=fit,
         transfer=fit, tuning=fit, budgets=(1.0, 0.5), seeds=(0, 1), macs_images=18,
-        candidates=tuple(Candidates(Regulariser(name, 1e-3), (1e-3,)) for name in ("l2", "feature-map", "afd")),
+        candidates=tuple(Candidates(Regulariser(name, 1e-3), (1e-3,)) for name in ("l2", "feature-map", "afd"))
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AFDS_HOME", str(home))

@@ -22,5 +22,5 @@ __all__ = [
     "attention_maps", "attention_width", "augmentations", "channel_states", "competitor_trials", "competitors",
     "confusion", "density_and_masks", "diagram", "gates_heatmap", "gates_histogram", "latency", "learning_curves",
     "look", "paired", "parameters_budget", "samples", "save", "sentence", "speed", "stored", "student_accuracy",
-    "student_curves", "trials",
+    "student_curves", "trials"
 ]  # fmt: skip

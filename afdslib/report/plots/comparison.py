@@ -11,8 +11,6 @@ from matplotlib.ticker import MaxNLocator
 from afdslib.report.plots.style import canvas, drawn_as, labelled, percent, styled
 from afdslib.studies.protocol import RECALLED, Method, label_of
 
-__all__ = ["competitor_trials", "paired", "student_accuracy"]
-
 ROLES = {"competitor": ("competitor", "#000000", "o"), "part": ("AFD or AFS alone", "#7F7F7F", "s")}
 STAGES = {
     "regulariser": "regularisers, on the dense network",
@@ -40,7 +38,7 @@ def paired(table: pd.DataFrame, *, title: str = "") -> Figure:
         rows, x="points", y="name", order=names, hue="role", hue_order=[role[0] for role in roles],
         palette=[role[1] for role in roles], markers=[role[2] for role in roles], estimator="median",
         errorbar=("pi", 100), linestyle="none", capsize=0.3, markersize=5, err_kws={"linewidth": 1.4}, ax=ax,
-        legend="auto" if len(roles) > 1 else False,
+        legend="auto" if len(roles) > 1 else False
     )  # fmt: skip
     ax.set(
         ylabel="", xlabel="AFDS minus the method, points of test accuracy\n(95 % interval; in brackets: paired seeds)"
@@ -62,7 +60,7 @@ def _strip(ax: Axes, table: pd.DataFrame, *, chosen: bool) -> None:
         if lost := int((table["name"] == name).sum() - (rows["name"] == name).sum()):
             ax.annotate(
                 f"{lost} without a value", (1, row), xycoords=("axes fraction", "data"), xytext=(-3, 0),
-                textcoords="offset points", ha="right", va="center", fontsize=7.5, color="#555555",
+                textcoords="offset points", ha="right", va="center", fontsize=7.5, color="#555555"
             )  # fmt: skip
     ax.set(xlabel="", ylabel="", ylim=(len(names) - 0.5, -0.5))
     ax.set_yticks(range(len(names)), names)  # also where no trial has a value
@@ -115,7 +113,7 @@ def student_accuracy(table: pd.DataFrame, *, title: str = "") -> Figure:
         ax.axvline(row.test_accuracy, color="black", linewidth=1, linestyle=(0, (4, 2)))
         ax.annotate(
             f"teacher {row.student}", (row.test_accuracy, 1), xycoords=("data", "axes fraction"), xytext=(-3, 3),
-            textcoords="offset points", ha="right", fontsize=8,
+            textcoords="offset points", ha="right", fontsize=8
         )  # fmt: skip
     ax.set_ylim(len(looks) - 0.4, -0.6)
     ax.margins(x=0.06)

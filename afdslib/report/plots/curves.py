@@ -11,28 +11,13 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from afdslib.base.errors import AFDSError
-from afdslib.report.plots.style import Look, canvas, drawn_as, handles, labelled, level, look, note, percent, styled
-
-__all__ = ["attention_entropy", "learning_curves", "student_curves", "trials"]
+from afdslib.report.plots.style import Look, canvas, drawn_as, handles, labelled, level, looks_of, note, percent, styled
 
 PANELS = {
     "cross_entropy": "cross-entropy, training images (nats)",
     "train_accuracy": "accuracy, training images (%)",
     "validation_accuracy": "accuracy, validation images (%)",
 }
-# For curves that are no methods, such as the source network's stages.
-_OTHERS = (("#0072B2", "o"), ("#D55E00", "D", (5, 1.5)), ("#009E73", "^", (1, 1)))
-
-
-def _looks(names: Sequence[str]) -> list[Look]:
-    found = []
-    for index, name in enumerate(names):
-        try:
-            found.append(look(name))
-        except AFDSError:
-            found.append(Look(name, *_OTHERS[index % len(_OTHERS)]))
-    return found
 
 
 def _bands(
@@ -60,14 +45,14 @@ def _bands(
 def learning_curves(histories: Mapping[str, Sequence[pd.DataFrame]], *, title: str = "") -> Figure:
     """Loss and accuracy over the steps, one line per method or stage, bands of one standard deviation over seeds.
 
+    The second panel shows validation images where they were evaluated during training, else training images.
+
     Args:
         histories: logged rows of each seed (`Result.history()`), by method or by any label.
-
-    The second panel shows validation images where they were evaluated during training, else training images.
     """
     validated = any("validation_accuracy" in frame for many in histories.values() for frame in many)
     second = "validation_accuracy" if validated else "train_accuracy"
-    looks = _looks(list(histories))
+    looks = looks_of(histories)
     fig, (panels,) = canvas(8.4, 3.3, 1, 2, title=title)
     for ax, column in zip(panels, ("cross_entropy", second), strict=True):
         if not _bands(ax, histories, column, looks):
@@ -90,7 +75,7 @@ def attention_entropy(
         histories: logged rows of each seed, by variant ("joint", "detached").
         shapes: (C, H, W) of the tapped layers.
     """
-    uniform = float(np.mean([math.log(shape[0]) for shape in shapes.values()]))
+    uniform = np.mean([math.log(shape[0]) for shape in shapes.values()])
     looks = [Look("joint", "#D55E00", "D"), Look("detached", "#0072B2", "o", (5, 1.5))][: len(histories)]
     fig, ((ax,),) = canvas(5.2, 3.1, title=title)
     _bands(ax, histories, "entropy", looks, 100 / uniform)
@@ -107,18 +92,12 @@ def attention_entropy(
 @styled
 def student_curves(
     curves: Mapping[str, pd.DataFrame], *, column: str = "validation_accuracy", target: float | None = None,
-    title: str = "",
+    title: str = ""
 ) -> Figure:  # fmt: skip
-    """Accuracy over the steps, one line per method, and the accuracy that is to be reached.
-
-    Args:
-        curves: logged rows with step and the column, by method; those without it are left out.
-        column: "validation_accuracy" or "train_accuracy".
-        target: drawn as a line, such as 90 % of the plain student's final accuracy.
-    """
+    """Accuracy over the steps by method, where it was logged; the target, 90 % of the student alone, is a line."""
     fig, ((ax,),) = canvas(6.6, 3.4, title=title)
     shown = {method: [curve] for method, curve in curves.items() if column in curve}
-    looks = _looks(list(shown))
+    looks = looks_of(shown)
     if not _bands(ax, shown, column, looks):
         note(ax, "no curve is stored yet")
         return fig
@@ -131,7 +110,7 @@ def student_curves(
 @styled
 def trials(
     table: pd.DataFrame, chosen: Mapping[str, float], *, xlabel: str = "strength of the regulariser (log scale)",
-    title: str = "",
+    title: str = ""
 ) -> Figure:  # fmt: skip
     """Validation accuracy of every strength or weight tried, one line per method; the chosen one is ringed.
 
@@ -147,13 +126,12 @@ def trials(
     fig, ((ax,),) = canvas(5.8, 3.3, title=title)
     sns.lineplot(table, x="x", y="validation_accuracy", ax=ax, **drawn_as(looks))
     best = table[np.isclose(table.strength, table.method.map(chosen))]
-    colours = [look(method).colour for method in best.method]
+    colours = best.label.map({one.label: one.colour for one in looks})
     ax.scatter(best.x, best.validation_accuracy, s=170, facecolors="none", edgecolors=colours, linewidths=1.6)
     ax.set_xscale("log")
     ax.set(xlabel=xlabel, ylabel=PANELS["validation_accuracy"])
     ax.margins(0.12)
     percent(ax.yaxis)
-    beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5), "alignment": "left"}
     words = "ringed: chosen" + (";\nshifted to be seen" if len(looks) > 1 else "")
-    ax.legend(handles=handles(looks), title=words, **beside)
+    ax.legend(handles=handles(looks), title=words, loc="center left", bbox_to_anchor=(1.0, 0.5), alignment="left")
     return fig

@@ -11,8 +11,6 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from afdslib.report.plots.style import canvas, styled
 
-__all__ = ["diagram"]
-
 _FEATURE, _DENSE, _GATE, _LOSS = "#EAF3FA", "#F2F2F2", "#FDEBD0", "#F8D9CC"
 _Y, _G, _S, _T = 10, 26, 34.5, 8  # heights: a layer, its gate; the source network, the target network
 
@@ -31,11 +29,11 @@ _AFS_BOXES = (
 _AFS_ARROWS = (
     [(11, _Y), (28, _Y)], [(44, _Y), (49.5, _Y)], [(64.5, _Y), (69.5, _Y)], [(82.5, _Y), (89, _Y)],
     [(17, _Y), (17, _G - 4.5)], [(23.5, _G), (28, _G)], [(44, _G), (49.5, _G)], [(64.5, _G), (69.5, _G)],
-    [(76, _G - 4.5), (76, _Y + 4.5)],
+    [(76, _G - 4.5), (76, _Y + 4.5)]
 )  # fmt: skip
 _AFS_LABELS = (
     (67, _Y + 1, "y", "center"), (77, 18, "scale η, active channels a", "left"),
-    (46.5, 18.7, "which channels to compute", "center"),
+    (46.5, 18.7, "which channels to compute", "center")
 )  # fmt: skip
 _AFD_BOXES = (
     (5, 20.5, 8, 9, "image x", _FEATURE),
@@ -52,7 +50,7 @@ _AFD_ARROWS = (
     [(31, _S), (39, _S)], [(5, 25), (5, _S), (15, _S)], [(31, _T), (39, _T)], [(5, 16), (5, _T), (15, _T)],
     [(51, _S), (59, _S)], [(70, _S - 5), (70, 25)], [(45, _S - 4), (45, 22), (60, 22)],
     [(45, _T + 4), (45, 19), (60, 19)], [(51, _T), (60, _T)], [(80, 20.5), (83.5, 20.5), (83.5, 16), (87, 16)],
-    [(80, _T), (83.5, _T), (83.5, 12.5), (87, 12.5)],
+    [(80, _T), (83.5, _T), (83.5, 12.5), (87, 12.5)]
 )  # fmt: skip
 _AFD_LABELS = ((43.5, 26.5, "no gradient", "right"), (71, 27.3, "weights ρ", "left"))
 

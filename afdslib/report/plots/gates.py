@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,11 @@ from matplotlib.patches import Patch
 from afdslib.base.text import times
 from afdslib.report.plots.style import STATES, canvas, percent, styled
 
-__all__ = ["channel_states", "gates_heatmap", "gates_histogram"]
-
 Layers = Mapping[str, Mapping[str, Any]]
+QUANTITIES = {
+    "gate_quantiles": ("mean gate of a channel, E[η]", 1),
+    "active_quantiles": ("share of images computed (%)", 100),
+}
 
 
 def _density(layers: Layers, edges: np.ndarray) -> np.ndarray:
@@ -35,38 +37,22 @@ def _density(layers: Layers, edges: np.ndarray) -> np.ndarray:
 
 
 @styled
-def gates_histogram(before: Layers, after: Layers, *, labels: Sequence[str] = ("before", "after")) -> Figure:
-    """Histogram of the mean gate E[eta] over all living channels, from eleven quantiles per layer.
-
-    Args:
-        before, after: by layer: channels, removed, gate_quantiles (of a run's metrics).
-        labels: of the two.
-    """
+def gates_histogram(before: Layers, after: Layers) -> Figure:
+    """Histogram of the mean gate E[eta] over all living channels, from the eleven gate_quantiles of each layer."""
     top = max(max(layer["gate_quantiles"]) for layers in (before, after) for layer in layers.values())
     edges = np.linspace(0, top * 1.001, 41)
     fig, ((ax,),) = canvas(6.2, 3.1)
-    ax.stairs(_density(before, edges), edges, color="#7F7F7F", fill=True, alpha=0.45, label=labels[0])
-    ax.stairs(_density(after, edges), edges, color="#D55E00", linewidth=1.8, label=labels[1])
+    ax.stairs(_density(before, edges), edges, color="#7F7F7F", fill=True, alpha=0.45, label="before")
+    ax.stairs(_density(after, edges), edges, color="#D55E00", linewidth=1.8, label="after")
     ax.set(xlabel="mean gate of a channel, E[η]", ylabel="share of channels (%)")
     percent(ax.yaxis)
     ax.legend()
     return fig
 
 
-QUANTITIES = {
-    "gate_quantiles": ("mean gate of a channel, E[η]", 1),
-    "active_quantiles": ("share of images computed (%)", 100),
-}
-
-
 @styled
 def gates_heatmap(layers: Mapping[str, Layers], *, quantity: str = "gate_quantiles", title: str = "") -> Figure:
-    """Per layer (rows, input first) the deciles over its living channels, one panel per state of the network.
-
-    Args:
-        layers: by caption, for instance {"before": ..., "after": ...}.
-        quantity: "gate_quantiles", the mean gate, or "active_quantiles", the share of images a channel is computed for.
-    """
+    """Per layer (rows, input first) deciles of one of `QUANTITIES` over its living channels, a panel per caption."""
     label, scale = QUANTITIES[quantity]
     panels = {
         caption: scale * pd.DataFrame.from_dict({n: layer[quantity] for n, layer in one.items()}, orient="index")
@@ -78,9 +64,8 @@ def gates_heatmap(layers: Mapping[str, Layers], *, quantity: str = "gate_quantil
     fig, (axes,) = canvas(*size, 1, len(panels), title=title, sharey=True)
     for ax, (caption, panel) in zip(axes, panels.items(), strict=True):
         ax.grid(False)
-        sns.heatmap(
-            panel.rename(columns=lambda i: 10 * i), ax=ax, vmin=0, vmax=top, cmap="cividis", cbar=False, xticklabels=2
-        )
+        panel = panel.rename(columns=lambda i: 10 * i)
+        sns.heatmap(panel, ax=ax, vmin=0, vmax=top, cmap="cividis", cbar=False, xticklabels=2)
         ax.tick_params(axis="x", labelrotation=0)
         ax.set(xlabel="channels below (%)")
         ax.set_title(caption)
@@ -92,20 +77,16 @@ def gates_heatmap(layers: Mapping[str, Layers], *, quantity: str = "gate_quantil
 
 @styled
 def channel_states(layers: Mapping[float, Layers], *, title: str = "") -> Figure:
-    """Which channels are dynamic, static and removed, by layer: one row of stacked bars per budget.
-
-    Args:
-        layers: by budget; by layer: channels, dynamic, static, removed (of a run's metrics).
-    """
-    names = list(next(iter(layers.values())))
+    """Which channels are dynamic, static and removed, by layer: one row of stacked bars per budget."""
+    names, white = list(next(iter(layers.values()))), {"edgecolor": "white", "linewidth": 0}
+    drawn = {state: {"facecolor": colour, "hatch": hatch, **white} for state, (colour, hatch) in STATES.items()}
     size = max(6.4, min(11, 1.5 + 0.3 * len(names))), 1.25 * len(layers) + 1.5
     fig, axes = canvas(*size, len(layers), title=title, sharex=True)
     for (ax,), (budget, one) in zip(axes, layers.items(), strict=True):
         table = pd.DataFrame(one).T[["channels", *STATES]].astype(float)
         bottom = np.zeros(len(table))
-        for state, (colour, hatch) in STATES.items():
+        for state, signs in drawn.items():
             share = (table[state] / table.channels).to_numpy()
-            signs = {"color": colour, "hatch": hatch, "edgecolor": "white", "linewidth": 0}
             ax.bar(range(len(table)), share, bottom=bottom, width=0.86, **signs)
             bottom += share
         ax.grid(False)
@@ -118,9 +99,6 @@ def channel_states(layers: Mapping[float, Layers], *, title: str = "") -> Figure
     axes[-1, 0].set_xticks(range(0, len(names), step), names[::step])
     axes[-1, 0].tick_params(axis="x", labelrotation=90, labelsize=7)
     axes[-1, 0].set_xlabel("layer, input first")
-    entries = [
-        Patch(facecolor=colour, hatch=hatch, edgecolor="white", linewidth=0, label=state)
-        for state, (colour, hatch) in STATES.items()
-    ]
+    entries = [Patch(**signs, label=state) for state, signs in drawn.items()]
     fig.legend(handles=entries, loc="outside upper right", ncols=3)
     return fig

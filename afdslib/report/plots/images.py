@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from afdslib.inference.maps import MapsView
     from afdslib.report.views import AttentionView
 
-__all__ = ["attention", "attention_maps", "augmentations", "samples"]
-
 
 def _show(ax: Axes, image: np.ndarray | None, caption: str = "", heat: np.ndarray | None = None, **kwargs) -> None:
     """An image under its caption; with a map, from 0 to 1, the image in grey under the map, enlarged to its size."""
@@ -44,13 +42,11 @@ def _short(text: str, length: int = 13) -> str:
 def samples(
     dataset: ImageDataset, *, captions: Sequence[str] = (), classes: int = 10, per_class: int = 4, title: str = ""
 ) -> Figure:
-    """A grid of images: one column per class, its name above.
+    """A grid of images, resized but neither augmented nor normalised: a column per class, its name above.
 
     Args:
-        dataset: shown as `raw` gives it: resized, but neither augmented nor normalised.
         captions: readable class names; default: the data set's own.
         classes: columns at most, evenly spaced over the classes.
-        per_class: rows.
     """
     names = captions or dataset.classes
     count = min(classes, len(names))
@@ -81,12 +77,7 @@ def augmentations(dataset: ImageDataset, index: int = 0, *, epochs: int = 8, tit
 
 @styled
 def attention(view: AttentionView, *, top: int = 4, title: str = "") -> Figure:
-    """The attention of one image: every channel's weight against uniform, and where the top channels respond.
-
-    Args:
-        view: from `views.attention`.
-        top: channels shown as overlays.
-    """
+    """`views.attention` of one image: every channel's weight against uniform, and where the top channels respond."""
     living = int((view.weights > 0).sum())
     order = np.argsort(-view.weights, kind="stable")[:living]
     fig = Figure(figsize=(9.6, 4.5), layout="constrained")
@@ -98,8 +89,8 @@ def attention(view: AttentionView, *, top: int = 4, title: str = "") -> Figure:
     ax.axhline(0, color="black", linewidth=1)
     ax.set_xlim(-1, living)
     ax.margins(y=0.12)
-    ax.set_xlabel(f"the {living} channels of {view.layer}, largest attention first (coloured: shown below)")
-    ax.set_ylabel("attention ρ against\nuniform attention (%)")
+    label = f"the {living} channels of {view.layer}, largest attention first (coloured: shown below)"
+    ax.set(xlabel=label, ylabel="attention ρ against\nuniform attention (%)")
     axes = lower.subplots(1, top + 2)
     _show(axes[0], view.image, f"image, class {view.caption}")
     heats = [(f"channel {channel}", view.maps[channel]) for channel in order[:top]]
@@ -114,11 +105,7 @@ def attention(view: AttentionView, *, top: int = 4, title: str = "") -> Figure:
 
 @styled
 def attention_maps(view: MapsView, *, title: str = "") -> Figure:
-    """One image, one row per network: the activation map of each stage, then the gradient map.
-
-    Args:
-        view: from `maps.look_at`.
-    """
+    """`maps.look_at` of one image, one row per network: the activation map of each stage, then the gradient map."""
     columns, rows = max(len(seen.stages) for seen in view.networks.values()) + 2, len(view.networks)
     title = title or f"image of class {view.caption}"
     fig, axes = canvas(1.55 * columns + 0.2, 1.62 * rows + 0.4, rows, columns, title=title)

@@ -17,8 +17,6 @@ from afdslib.base.atomic import atomic_path
 from afdslib.base.text import Text
 from afdslib.report.plots.style import STYLE, canvas, note, styled
 
-__all__ = ["DPI", "Gallery", "Picture", "save", "sentence", "shown_width", "stored"]
-
 DPI = 150
 
 
@@ -28,11 +26,7 @@ def shown_width(png: bytes) -> int:
 
 
 class Picture:
-    """A saved figure; a notebook shows it as an image.
-
-    Attributes:
-        path: the PNG.
-    """
+    """A saved figure, the PNG at `path`; a notebook shows it as an image."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -46,11 +40,7 @@ class Picture:
 
 
 class Gallery:
-    """Several saved figures, one per target; a notebook shows them below each other.
-
-    Attributes:
-        pictures: in the order of the targets.
-    """
+    """Several saved figures, one per target; a notebook shows them below each other."""
 
     def __init__(self, pictures: Sequence[Picture]):
         self.pictures = list(pictures)
@@ -81,7 +71,7 @@ def save(figure: Figure | Mapping[str, Figure], profile: str, name: str) -> Pict
     """Writes a figure to the profile's folder of figures, atomically: the same figure gives the same bytes.
 
     Args:
-        figure: from one of this package's functions; or one per target, by the target's title.
+        figure: one, or one per target, by the target's title.
         profile: the profile's name.
         name: of the file, without suffix; a target's title is added to it.
     """
@@ -99,13 +89,7 @@ def save(figure: Figure | Mapping[str, Figure], profile: str, name: str) -> Pict
 
 
 def stored(profile: str, name: str, targets: Iterable[str] = ("",)) -> Picture | Gallery | Text:
-    """A figure that an earlier notebook saved, or a sentence that it is not there.
-
-    Args:
-        profile: the profile's name.
-        name: as it was saved.
-        targets: titles of the targets, for a figure of which each target has its own.
-    """
+    """A figure that an earlier notebook saved (see `save`), one per target; else a sentence that there is none."""
     files = [file for target in targets if (file := _file(profile, name, target)).is_file()]
     if not files:
         return Text(f"Figure {name} is not drawn yet; draw it with: afds run --profile {profile}")

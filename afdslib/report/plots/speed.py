@@ -12,8 +12,6 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from afdslib.report.plots.pictures import sentence
 from afdslib.report.plots.style import Look, canvas, drawn_as, handles, look, percent, styled
 
-__all__ = ["latency", "speed"]
-
 _VARIANTS = {
     "compact": Look("AFDS, compact", "#0072B2", "o"),
     "torch-pruning": Look("torch-pruning, L1", "#D55E00", "s"),

@@ -17,72 +17,41 @@ from matplotlib.ticker import FuncFormatter
 from afdslib.base.errors import AFDSError
 from afdslib.studies.protocol import label_of
 
-__all__ = [
-    "METHODS", "STATES", "STYLE", "STUDENTS", "Look", "canvas", "drawn_as", "handles", "labelled", "level", "look",
-    "note", "percent", "styled",
-]  # fmt: skip
-
-STYLE: Any = {  # the names are matplotlib's rcParams
-    "font.family": "DejaVu Sans",  # ships with matplotlib, so figures are the same everywhere
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "legend.title_fontsize": 8.5,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 5.5,
-    "errorbar.capsize": 3,
-    "image.cmap": "cividis",
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
-    "svg.hashsalt": "afds",
-}
+STYLE: Any = {  # matplotlib's rcParams; the font ships with matplotlib, so figures are the same everywhere
+    "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold",
+    "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+    "axes.axisbelow": True, "grid.color": "#dddddd", "grid.linewidth": 0.6, "legend.frameon": False,
+    "legend.fontsize": 8.5, "legend.title_fontsize": 8.5, "lines.linewidth": 1.6, "lines.markersize": 5.5,
+    "errorbar.capsize": 3, "image.cmap": "cividis", "figure.facecolor": "white", "savefig.facecolor": "white",
+    "svg.hashsalt": "afds"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Look:
-    """How a method is drawn, everywhere.
+    """How a method is drawn, everywhere: marker and dashes are for readers of grey copies."""
 
-    Attributes:
-        label: in legends and tables.
-        colour: of the Okabe-Ito palette, which colour-blind readers can tell apart.
-        marker, dashes: a second and a third sign, for readers of grey copies; no dashes are a whole line.
-    """
-
-    label: str
-    colour: str
+    label: str  # in legends and tables
+    colour: str  # of the Okabe-Ito palette, which colour-blind readers can tell apart
     marker: str
-    dashes: tuple[float, ...] = ()
+    dashes: tuple[float, ...] = ()  # none: a whole line
+
+    @property
+    def line(self) -> Any:
+        """matplotlib's line style."""
+        return (0, self.dashes) if self.dashes else "-"
 
 
 _BLACK, _ORANGE, _SKY, _GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 _BLUE, _RED, _PINK, _GREY = "#0072B2", "#D55E00", "#CC79A7", "#7F7F7F"
 _DASH, _DOT, _DASHDOT = (5, 1.5), (1.2, 1.2), (5, 1.5, 1.2, 1.5)
 
-_SIGNS: dict[str, tuple] = {  # regularisers and selections: one line each
-    "l2": (_BLACK, "o", _DASH),
-    "l2sp": (_ORANGE, "s", _DASHDOT),
-    "feature-map": (_SKY, "^", _DOT),
-    "afd": (_RED, "D"),
-    "delta": (_GREEN, "v", _DASH),
-    "lwf": (_BLUE, "P", _DASHDOT),
-    "at": (_PINK, "X"),
-    "fbs": (_BLUE, "h"),
-    "slimming": (_PINK, "p", _DASH),
-    "taylor": (_GREEN, "*", _DASHDOT),
-    "l1": (_GREY, "d", _DASHDOT),
-    "random": (_GREY, "X", _DOT),
-    "width": (_BLUE, "8", _DOT),
-    "width-kd": (_ORANGE, "H", _DASH),
-}
+_SIGNS: dict[str, tuple] = {  # regularisers and selections
+    "l2": (_BLACK, "o", _DASH), "l2sp": (_ORANGE, "s", _DASHDOT), "feature-map": (_SKY, "^", _DOT), "afd": (_RED, "D"),
+    "delta": (_GREEN, "v", _DASH), "lwf": (_BLUE, "P", _DASHDOT), "at": (_PINK, "X"), "fbs": (_BLUE, "h"),
+    "slimming": (_PINK, "p", _DASH), "taylor": (_GREEN, "*", _DASHDOT), "l1": (_GREY, "d", _DASHDOT),
+    "random": (_GREY, "X", _DOT), "width": (_BLUE, "8", _DOT), "width-kd": (_ORANGE, "H", _DASH)
+}  # fmt: skip
 STUDENTS = {
     "teacher": Look("teacher", _BLACK, "*"),
     "alone": Look("student alone", _BLACK, "o", _DASH),
@@ -100,25 +69,27 @@ STUDENTS = {
 }
 """Ways of training a student."""
 
-METHODS = {name: Look(label_of(name), *signs) for name, signs in _SIGNS.items()} | {
-    k: STUDENTS[k] for k in ("kd", "nst")
-}
+METHODS = {name: Look(label_of(name), *signs) for name, signs in _SIGNS.items()}
+METHODS |= {name: STUDENTS[name] for name in ("kd", "nst")}
 
 STATES = {"dynamic": (_BLUE, ""), "static": (_ORANGE, "///"), "removed": ("#E4E4E4", "...")}
 """Channel states: colour and hatch."""
 
 
 def look(method: str) -> Look:
-    """The look of a regulariser, a selection or a way of training a student.
-
-    Raises:
-        AFDSError: for a method without one.
-    """
+    """The look of a regulariser, a selection or a way of training a student; AFDSError for a method without one."""
     found = METHODS.get(method) or STUDENTS.get(method)
     if found is None:
         known = ", ".join(dict.fromkeys([*METHODS, *STUDENTS]))
         raise AFDSError(f"no colour and marker for method {method!r}; known are {known}")
     return found
+
+
+def looks_of(names: Iterable[str]) -> list[Look]:
+    """The looks of methods, and of curves that are none, such as the source network's stages."""
+    others = ((_BLUE, "o"), (_RED, "D", _DASH), (_GREEN, "^", (1, 1)))
+    known = METHODS | STUDENTS
+    return [known.get(name) or Look(name, *others[index % len(others)]) for index, name in enumerate(names)]
 
 
 def labelled(table: pd.DataFrame) -> tuple[pd.DataFrame, list[Look]]:
@@ -134,22 +105,14 @@ def drawn_as(looks: Iterable[Look], *, lines: bool = True) -> dict[str, Any]:
     dashes = {one.label: one.dashes or "" for one in looks}
     return ({"dashes": dashes, "markeredgecolor": "auto"} if lines else {}) | {
         "hue": "label", "style": "label", "hue_order": labels, "style_order": labels, "legend": False,
-        "palette": {one.label: one.colour for one in looks}, "markers": {one.label: one.marker for one in looks},
+        "palette": {one.label: one.colour for one in looks}, "markers": {one.label: one.marker for one in looks}
     }  # fmt: skip
 
 
 def handles(looks: Iterable[Look], **kwargs: Any) -> list[Line2D]:
     """Entries of a legend."""
     return [
-        Line2D(
-            [],
-            [],
-            color=one.colour,
-            marker=one.marker,
-            linestyle=(0, one.dashes) if one.dashes else "-",
-            label=one.label,
-            **kwargs,
-        )
+        Line2D([], [], color=one.colour, marker=one.marker, linestyle=one.line, label=one.label, **kwargs)
         for one in looks
     ]
 
@@ -188,7 +151,7 @@ def level(ax: Axes, y: float, text: str = "", *, below: bool = False, end: float
     ax.axhline(y, color="#555555", linewidth=0.9, linestyle=(0, (2, 2)))
     ax.annotate(
         text, (end, y), xycoords=("axes fraction", "data"), xytext=(0, -3 if below else 2), textcoords="offset points",
-        ha="right" if end > 0.5 else "left", va="top" if below else "bottom", fontsize=8, color="#555555",
+        ha="right" if end > 0.5 else "left", va="top" if below else "bottom", fontsize=8, color="#555555"
     )  # fmt: skip
 
 

@@ -16,8 +16,6 @@ from afdslib.base.text import times
 from afdslib.report.plots.style import Look, canvas, drawn_as, handles, labelled, level, look, percent, styled
 from afdslib.studies.protocol import Method, label_of
 
-__all__ = ["accuracy_macs", "attention_width", "competitors", "confusion", "density_and_masks", "parameters_budget"]
-
 QUANTITIES = {
     "test_accuracy": "accuracy, test images (%)",
     "test_mean_class_accuracy": "mean class accuracy, test images (%)",
@@ -210,7 +208,7 @@ def competitors(table: pd.DataFrame, *, chance: float | None = None, title: str 
     )
     fig.legend(
         handles=entries, loc="outside lower center", ncols=min(4, len(entries)),
-        title=_seeds(table) + ("; dashed grey: chance" if chance is not None else ""),
+        title=_seeds(table) + ("; dashed grey: chance" if chance is not None else "")
     )  # fmt: skip
     return fig
 
@@ -227,7 +225,7 @@ def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str], *, title:
     sns.heatmap(
         pd.DataFrame(share, classes, classes) if few else share, ax=ax, vmin=0, vmax=100, cmap="cividis", square=True,
         annot=few, fmt=".0f", annot_kws={"fontsize": 8},
-        cbar_kws={"label": "share of the true class (%)", "shrink": 0.85, "pad": 0.03},
+        cbar_kws={"label": "share of the true class (%)", "shrink": 0.85, "pad": 0.03}
     )  # fmt: skip
     ax.set(xlabel="predicted class", ylabel="true class")
     return fig
