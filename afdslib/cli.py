@@ -89,9 +89,6 @@ def _options(
         raise AFDSError(f"{shared}; start afds {command} without a launcher")
 
 
-# the study
-
-
 @app.command()
 def run(
     profile: ProfileName, scale: Scale = None, data_dir: DataDir = None, show: Show = False, dry_run: DryRun = False,
@@ -246,9 +243,6 @@ def report(profile: ProfileName) -> None:
     echo(pipeline.render(profile, folder=_notebooks(profile)))
 
 
-# teachers and students
-
-
 @app.command()
 def distill(
     recipe: Annotated[str, Option(help="resnet18-at, inception-bn-nst-kd, scenes-at, ...")],
@@ -325,9 +319,6 @@ def maps(
     echo(f"written to {draw(views, output)}")
 
 
-# the run store
-
-
 @runs_app.command("list")
 def list_runs(
     require_training: RequireTraining = False,
@@ -371,9 +362,6 @@ def resume(id: RunId) -> None:
     from afdslib import runs
 
     echo(json.dumps(runs.resume(id).metrics, indent=2))
-
-
-# data and machine
 
 
 @app.command()

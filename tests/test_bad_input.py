@@ -17,7 +17,7 @@ from afdslib.experiments import DataSource, Network
 from afdslib.studies import profiles
 from afdslib.studies.profile import Candidates, Profile
 from afdslib.studies.sweep import Study
-from afdslib.training import features, loop
+from afdslib.training import loop
 from afdslib.training.objective import Regulariser
 
 
@@ -31,7 +31,7 @@ def home(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def refused(capsys, monkeypatch, tmp_path):
+def refused(capsys):
     """Runs a command that must be refused; gives its sentence."""
 
     def run(*arguments: str) -> str:
@@ -42,7 +42,8 @@ def refused(capsys, monkeypatch, tmp_path):
         assert code == 2 and not output and len(lines) == 1 and lines[0].startswith("afds: "), (code, output, errors)
         return lines[0]
 
-    return run
+    with tiny.served():
+        yield run
 
 
 def small(**changes) -> Profile:
@@ -50,8 +51,8 @@ def small(**changes) -> Profile:
     stage = tiny.settings(2, log_rows=2)
     profile = Profile(
         name="small", scale="quick", source=DataSource("tiny-source"), targets=(DataSource("tiny-target"),),
-        network=Network("resnet14", width=tiny.WIDTH), source_training=stage, source_weight_decay=0.0,
-        afs_training=stage, candidates=(Candidates(Regulariser("l2", 1e-4), (1e-4,)),), trial=stage, trial_seed=9,
+        network=NETWORK, source_training=stage, source_weight_decay=0.0, afs_training=stage,
+        candidates=(Candidates(Regulariser("l2", 1e-4), (1e-4,)),), trial=stage, trial_seed=9,
         transfer=stage, tuning=stage, seeds=(0,), budgets=(1.0, 0.5), committed=False,
     )  # fmt: skip
     return replace(profile, **changes)
@@ -59,22 +60,20 @@ def small(**changes) -> Profile:
 
 @pytest.fixture
 def profile(monkeypatch):
-    """`afds study --profile small` with some settings changed."""
+    """`afds study --profile small` with some settings changed; a function makes a setting when it is asked for."""
 
     def make(**changes) -> None:
-        monkeypatch.setitem(profiles._PROFILES, "small", lambda scale: small(**{k: v() for k, v in changes.items()}))
+        def get(scale):
+            return small(**{name: value() if callable(value) else value for name, value in changes.items()})
 
+        monkeypatch.setitem(profiles._PROFILES, "small", get)
+
+    make()
     return make
 
 
+NETWORK = Network("resnet14", width=tiny.WIDTH)
 TRAIN = ("study", "--profile", "small")
-
-
-def test_the_study_as_it_is_is_fine(profile, capsys):
-    profile()
-    with tiny.served():
-        assert cli.main(list(TRAIN)) == 0
-    assert "test_accuracy" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["run", "study"])
@@ -87,29 +86,28 @@ def test_unknown_profiles_and_scales(refused, command, home):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"density_floor": lambda: 0.0}, r"density_floor.*\(0, 1\].*0.0"),
-        ({"density_floor": lambda: 1.5}, r"density_floor.*\(0, 1\].*1.5"),
-        ({"density_floor": lambda: "half"}, "density_floor.*'half'"),
-        ({"budgets": lambda: (1.0, 0.0)}, "budgets must decrease from 1"),
-        ({"budgets": lambda: (2.0, 1.0)}, "budgets must decrease from 1"),
-        ({"budgets": lambda: ("1", "0.5")}, "budgets must decrease from 1"),
-        ({"delta_s": lambda: -1.0}, "delta_s"),
+        ({"density_floor": 0.0}, r"density_floor.*\(0, 1\].*0.0"),
+        ({"density_floor": 1.5}, r"density_floor.*\(0, 1\].*1.5"),
+        ({"density_floor": "half"}, "density_floor.*'half'"),
+        ({"budgets": (1.0, 0.0)}, "budgets must decrease from 1"),
+        ({"budgets": (2.0, 1.0)}, "budgets must decrease from 1"),
+        ({"budgets": ("1", "0.5")}, "budgets must decrease from 1"),
+        ({"delta_s": -1.0}, "delta_s"),
         ({"candidates": lambda: (Candidates(Regulariser("afd", -1.0), (-1.0,)),)}, "lambda.*-1.0"),
         ({"candidates": lambda: (Candidates(Regulariser("afd", 0.1, features="layer9"), (0.1,)),)}, "'layer9'"),
         ({"transfer": lambda: tiny.settings(batch_size=0)}, "batch_size.*at least 1, got 0"),
         ({"transfer": lambda: tiny.settings(batch_size="8")}, "batch_size.*'8'"),
         ({"transfer": lambda: tiny.settings(steps=-5)}, "steps.*-5"),
-        ({"network": lambda: Network("resnet15")}, "resnet15"),
-        ({"network": lambda: Network("resnet14", width=-1.0)}, "width.*-1.0"),
-        ({"network": lambda: Network("resnet14", width=tiny.WIDTH, weights="gone.pth")}, "gone.pth"),
-        ({"gates": lambda: "some"}, "'some'"),
+        ({"network": Network("resnet15")}, "resnet15"),
+        ({"network": Network("resnet14", width=-1.0)}, "width.*-1.0"),
+        ({"network": replace(NETWORK, weights="gone.pth")}, "gone.pth"),
+        ({"gates": "some"}, "'some'"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_settings_of_the_wrong_type_or_out_of_range(refused, profile, changes, words, home):
     profile(**changes)
-    with tiny.served():
-        sentence = refused(*TRAIN)
+    sentence = refused(*TRAIN)
     assert re.search(words, sentence), sentence
     assert all(run.state == "interrupted" for run in runs.list_runs()) or "gates" in changes
     assert not list(home.glob("figures/**/*.csv"))
@@ -155,76 +153,53 @@ def test_a_weight_file_that_is_damaged_or_of_another_network(refused, profile, h
         torch.save(backbones.build("resnet18", 3, width=tiny.WIDTH).state_dict(), home / "net.pth")
     else:
         (home / "net.pth").write_bytes(content)
-    profile(
-        network=lambda: Network("resnet14", width=tiny.WIDTH, weights=str(home / "net.pth")),
-        source_training=lambda: tiny.settings(0, log_rows=1),
-    )
-    with tiny.served():
-        assert "net.pth" in refused(*TRAIN)
+    network = replace(NETWORK, weights=str(home / "net.pth"))
+    profile(network=network, source_training=tiny.settings(0, log_rows=1))
+    assert "net.pth" in refused(*TRAIN)
     assert all(run.state == "interrupted" for run in runs.list_runs())
 
 
 def test_a_loss_that_is_not_finite_names_step_and_term(refused, profile):
-    profile(source_training=lambda: tiny.settings(6, lr=1e15))
-    with tiny.served():
-        sentence = refused(*TRAIN)
+    profile(source_training=tiny.settings(6, lr=1e15))
+    sentence = refused(*TRAIN)
     assert "'cross_entropy' is" in sentence and " at step " in sentence and "lower the learning rate" in sentence
     assert not any(run.state == "finished" for run in runs.list_runs())
 
 
-def test_a_checkpoint_of_another_architecture(refused, profile):
-    profile()
+def test_a_checkpoint_of_another_architecture(refused, profile, capsys):
     id = runs.run_id(Study(small()).source_run)
     folder = paths.runs() / id
     folder.mkdir(parents=True)
     other = backbones.build("resnet18", 3, width=tiny.WIDTH)
     runs.Run(id, folder, paths.runs()).save_checkpoint({"step": 1, "model": other.state_dict()})
     before = (folder / "checkpoint.pt").read_bytes()
-    with tiny.served():
-        sentence = refused(*TRAIN)
+    sentence = refused(*TRAIN)
     assert "does not fit this network" in sentence and f"afds runs rm {id}" in sentence
     assert (folder / "checkpoint.pt").read_bytes() == before  # nothing is lost
-    with tiny.served():
-        assert cli.main(["runs", "rm", id]) == 0 and cli.main(list(TRAIN)) == 0
+    assert cli.main(["runs", "rm", id]) == 0 and cli.main(list(TRAIN)) == 0  # the study as it is is fine
+    assert "test_accuracy" in capsys.readouterr().out
 
 
 def test_an_output_folder_that_cannot_be_made(refused, profile, home, monkeypatch):
-    profile()
     (home / "file").write_text("in the way")
     monkeypatch.setenv("AFDS_RUNS", str(home / "file" / "runs"))
-    with tiny.served():
-        sentence = refused(*TRAIN)
+    sentence = refused(*TRAIN)
     assert "cannot make the folder" in sentence and "AFDS_RUNS" in sentence
 
 
 @pytest.mark.parametrize("what", ["model", "checkpoint"])
 def test_a_full_disk_leaves_no_half_file_and_the_next_call_goes_on(refused, profile, home, monkeypatch, what):
-    profile()
-
-    def full(*_, **__):
-        raise OSError(28, os.strerror(28))
-
-    def write_some(state, path):
+    def write_some(state, path, **_):
         Path(path).write_bytes(b"half")
-        full()
+        raise OSError(28, os.strerror(28))
 
     with monkeypatch.context() as patch:
         if what == "model":
-            patch.setattr("afdslib.afs.io.save_file", lambda tensors, path, **_: write_some(tensors, path))
+            patch.setattr("afdslib.afs.io.save_file", write_some)
         else:
             patch.setattr(loop.Throttle, "due", lambda self: True)
             patch.setattr("afdslib.runs.run._torch_save", write_some)
-        with tiny.served():
-            assert "No space left on device" in refused(*TRAIN)
-    left = [path for path in home.rglob("*") if path.is_file() and path.read_bytes() == b"half"]
-    assert not left, left
-    with tiny.served():
-        assert cli.main(list(TRAIN)) == 0
+        assert "No space left on device" in refused(*TRAIN)
+    assert not [path for path in home.rglob("*") if path.is_file() and path.read_bytes() == b"half"]
+    assert cli.main(list(TRAIN)) == 0
     assert all(run.state == "finished" for run in runs.list_runs())
-
-
-def test_an_unknown_layer(home):
-    with pytest.raises(AFDSError, match="no layer 'layer9'"), features.taps(tiny.network(), ["layer9"]):
-        pass
-    with pytest.raises(AFDSError, match="no layer 'layer9'"):
-        features.feature_shapes(tiny.network(), ["layer9"], (3, 16, 16))

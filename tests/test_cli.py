@@ -3,11 +3,11 @@
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import nbformat
 import pytest
@@ -47,15 +47,9 @@ class Recorded:
 
     def __init__(self, profile):
         self.profile = profile
-
-    def describe(self) -> str:
-        return f"planned {self.profile}"
-
-    def show(self) -> str:
-        return f"shown {self.profile}"
-
-    def summary(self) -> str:
-        return f"summed up {self.profile}"
+        self.describe, self.show, self.summary = (
+            lambda said=said: f"{said} {profile}" for said in ("planned", "shown", "summed up")
+        )
 
 
 @pytest.fixture(autouse=True)
@@ -82,9 +76,7 @@ def afds(capsys):
 
     def run(*arguments: str) -> tuple[int, str, str]:
         capsys.readouterr()  # what the test itself has printed
-        code = cli.main(list(arguments))
-        output, errors = capsys.readouterr()
-        return code, output, errors
+        return cli.main(list(arguments)), *capsys.readouterr()
 
     return run
 
@@ -152,15 +144,9 @@ def test_bugs_are_not_hidden(afds, monkeypatch):
 
 
 def test_operating_system_errors_and_interrupts_have_their_exit_codes(afds, monkeypatch):
-    def denied():
-        raise PermissionError(13, "Permission denied", "/some/folder")
-
-    def interrupted():
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(runs, "list_runs", denied)
+    denied = PermissionError(13, "Permission denied", "/some/folder")
+    monkeypatch.setattr(runs, "list_runs", mock.Mock(side_effect=[denied, KeyboardInterrupt]))
     assert afds("runs", "list") == (2, "", "afds: Permission denied: /some/folder\n")
-    monkeypatch.setattr(runs, "list_runs", interrupted)
     code, _, errors = afds("runs", "list")
     assert code == 130 and errors.count("\n") == 1 and "interrupted" in errors
 
@@ -173,13 +159,11 @@ def test_help_and_version(afds):
     assert afds("--version") == (0, f"afds {__version__}\n", "")
 
 
-# the study
-
-
 def test_show_and_dry_run_execute_nothing(afds, executed):
     assert afds("run", "--profile", "tiny", "--show")[:2] == (0, "shown ('tiny', 'quick', '')\n")
-    code, output, _ = afds("run", "--profile", "tiny", "--scale", "standard", "--data-dir", ".", "--dry-run")
-    assert (code, output) == (0, "planned ('tiny', 'standard', '.')\n") and not executed
+    options = ("--scale", "standard", "--data-dir", ".", "--dry-run")
+    assert afds("run", "--profile", "tiny", *options)[:2] == (0, "planned ('tiny', 'standard', '.')\n")
+    assert not executed
 
 
 def test_options_and_settings_become_notebook_parameters(afds, executed):
@@ -196,20 +180,18 @@ def test_run_executes_the_notebooks_and_report_renders_them_again(afds):
     assert output.count("41\n") == 2 and "[2/2] 02_last: done" in output
     report = paths.figures("tiny") / "report.html"
     report.unlink()
-    code, output, _ = afds("report", "--profile", "tiny")
-    assert code == 0 and output == f"{report}\n" and report.exists()
-    code, output, _ = afds("run", "--profile", "tiny", "--set", "seeds=41")
-    assert output.count("finished before") == 2
+    assert afds("report", "--profile", "tiny")[:2] == (0, f"{report}\n") and report.exists()
+    assert afds("run", "--profile", "tiny", "--set", "seeds=41")[1].count("finished before") == 2
 
 
 def test_required_training_must_have_happened_in_the_store(afds, executed):
-    code, _, errors = afds("run", "--profile", "tiny", "--require-training")
+    command = ("run", "--profile", "tiny", "--require-training")
+    code, _, errors = afds(*command)
     assert code == 2 and "no training step was taken" in errors
     runs.get_or_run(ToyTrain())
-    code, output, _ = afds("run", "--profile", "tiny", "--require-training")
-    assert code == 0 and output == "training steps: ToyTrain 6\n"
+    assert afds(*command)[:2] == (0, "training steps: ToyTrain 6\n")
     runs.get_or_run(ToySource(steps=0))
-    code, _, errors = afds("run", "--profile", "tiny", "--require-training")
+    code, _, errors = afds(*command)
     assert code == 2 and "ToySource took no training step" in errors
 
 
@@ -228,9 +210,6 @@ def test_the_command_that_is_printed_can_be_pasted(monkeypatch, capsys, tmp_path
     cli._export_mine(None)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("use it: ")]
     assert str(path) in shlex.split(line.removeprefix("use it: "))
-
-
-# the run store
 
 
 def test_runs_are_listed_shown_and_deleted(afds):
@@ -254,27 +233,16 @@ def test_runs_are_listed_shown_and_deleted(afds):
     assert code == 0 and output.count("deleted") == 3 and not runs.list_runs()
 
 
-def test_corrupted_result_is_one_line_and_rm_mends_it(afds):
-    first = runs.get_or_run(ToyTrain())
-    (first.path / "result.json").write_text("{")
-    code, _, errors = afds("resume", first.id)
-    assert code == 2 and errors.count("\n") == 1 and f"afds runs rm {first.id}" in errors
-    assert afds("runs", "list")[1].splitlines()[1].split()[2] == "corrupted"
-    assert afds("runs", "rm", first.id)[0] == 0
-    assert runs.get_or_run(ToyTrain()).metrics == first.metrics
-
-
 def test_resume_continues_a_run_and_prints_its_metrics(afds, monkeypatch):
     whole = runs.get_or_run(ToyTrain(), store=paths.root() / "whole")
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(runs.Run, "write_artifact", lambda *_: 1 / 0)
         runs.get_or_run(ToyTrain())
     code, output, _ = afds("resume", whole.id[:6])
-    printed = output[output.index("{") :]
-    assert code == 0 and json.loads(printed) == whole.metrics and "step 1\n" not in output
-
-
-# data and machine
+    assert code == 0 and json.loads(output[output.index("{") :]) == whole.metrics and "step 1\n" not in output
+    (paths.runs() / whole.id / "result.json").write_text("{")
+    code, _, errors = afds("resume", whole.id)
+    assert code == 2 and errors.count("\n") == 1 and f"afds runs rm {whole.id}" in errors
 
 
 def test_data_describes_the_splits(afds):
@@ -284,16 +252,11 @@ def test_data_describes_the_splits(afds):
 
 
 def test_doctor_tells_versions_device_kernel_folders_and_data(afds):
-    code, output, _ = afds("doctor")
-    assert code == 0
-    rows = {line.split()[0]: line for line in output.splitlines()}
+    rows = {line.split()[0]: line for line in afds("doctor")[1].splitlines()}
     assert rows["python"].split()[2] == sys.version.split()[0] and sys.executable in rows["python"]
     assert "embedded" in rows["digits"] and "missing" in rows["food-101"] and "afds data food-101" in rows["food-101"]
     assert str(paths.runs()) in rows["run"] and "ok" in rows["kernel"] and "cores" in rows["cpu"]
     assert not paths.runs().exists()
-
-
-# as a program
 
 
 def python(*arguments: str) -> subprocess.Popen:
@@ -323,10 +286,10 @@ def test_killed_report_goes_on_after_its_last_finished_notebook(project):
     nbformat.write(node, last)
     process = python("-c", "from afdslib.report import pipeline; pipeline.execute('tiny')")
     wait_for(lambda: (project / "kernel").exists() and (project / "kernel").read_text())
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.communicate()
-    kernel = int((project / "kernel").read_text())
-    wait_for(lambda: not alive(kernel))
+    status = Path("/proc", (project / "kernel").read_text(), "status")
+    wait_for(lambda: not status.exists() or "\nState:\tZ" in status.read_text())
     assert [stage.finished for stage in pipeline.plan("tiny")] == [True, False]
     (project / "go").touch()
     lines: list[str] = []
@@ -340,11 +303,3 @@ def wait_for(condition, seconds: float = 30.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.05)
-
-
-def alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-        return "\nState:\tZ" not in Path(f"/proc/{process}/status").read_text()
-    except OSError:
-        return False

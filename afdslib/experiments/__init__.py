@@ -5,33 +5,13 @@ Importing the package imports every kind of run, so that a stored configuration 
 
 from afdslib.experiments.afs import TransferRun
 from afdslib.experiments.competitors import DenseRun, FBSGatesRun, FBSRun, NarrowRun, PrunedRun, Selection
-from afdslib.experiments.config import DataSource, Network, check_budgets
-from afdslib.experiments.delta import ChannelWeightsRun, weights_run
-from afdslib.experiments.photo import Photographs, PhotoRun, Published
-from afdslib.experiments.source import AFSSourceRun, ExtendedSourceRun, SourceRun
+from afdslib.experiments.config import DataSource, Network, Photographs, Published, check_budgets
+from afdslib.experiments.source import AFSSourceRun, ChannelWeightsRun, ExtendedSourceRun, SourceRun, weights_run
 from afdslib.experiments.stage import OBJECTIVE
-from afdslib.experiments.student import Distillation, StudentRun
+from afdslib.experiments.student import Distillation, PhotoRun, StudentRun
 
 __all__ = [
-    "OBJECTIVE",
-    "AFSSourceRun",
-    "ChannelWeightsRun",
-    "DataSource",
-    "DenseRun",
-    "Distillation",
-    "ExtendedSourceRun",
-    "FBSGatesRun",
-    "FBSRun",
-    "NarrowRun",
-    "Network",
-    "PhotoRun",
-    "Photographs",
-    "PrunedRun",
-    "Published",
-    "Selection",
-    "SourceRun",
-    "StudentRun",
-    "TransferRun",
-    "check_budgets",
-    "weights_run",
-]
+    "OBJECTIVE", "AFSSourceRun", "ChannelWeightsRun", "DataSource", "DenseRun", "Distillation", "ExtendedSourceRun",
+    "FBSGatesRun", "FBSRun", "NarrowRun", "Network", "PhotoRun", "Photographs", "PrunedRun", "Published", "Selection",
+    "SourceRun", "StudentRun", "TransferRun", "check_budgets", "weights_run",
+]  # fmt: skip

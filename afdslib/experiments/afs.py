@@ -16,8 +16,8 @@ from afdslib.base.checks import choice, number, whole
 from afdslib.data import Splits
 from afdslib.experiments.config import DataSource, check_budgets
 from afdslib.experiments.measure import cost
-from afdslib.experiments.source import AFSSourceRun, network_of
-from afdslib.experiments.stage import OBJECTIVE, Event, Point, Stage, with_classifier
+from afdslib.experiments.source import AFSSourceRun, network_of, with_classifier
+from afdslib.experiments.stage import Event, Point, Stage
 from afdslib.pruning import settle
 from afdslib.runs import MODEL
 from afdslib.training import Optimisation
@@ -36,9 +36,7 @@ class TransferRun(Point):
     masks are updated once more, because gates move while they train. [recall; the last update ours]
 
     Attributes:
-        source: the AFS source network; also the reference of the regulariser.
-        data: the target data set; its seed draws the fitting images.
-        regulariser: and its strength.
+        source, data, regulariser, macs_images, seed, use_test: see `Point`.
         optimisation: of the unpruned stage.
         tuning: of each later stage.
         budgets: shares of the dense network's MACs, decreasing from 1.
@@ -46,9 +44,6 @@ class TransferRun(Point):
         density_exponent: d = max(density_floor, budget ** density_exponent). [ours]
         density_floor: see above.
         trim: share of a stage after which the masks are updated a second time.
-        macs_images: training images on which the budget is met; a fixed subset.
-        seed: of the classifier's initialisation, data order and augmentation.
-        use_test: whether the test set is read at the end; trials that choose something must not.
         settle: whether the budget is met once more after the last step, between 98 and 100 %; see `pruning.settle`.
         multiple: each layer keeps a multiple of channels, for kernels that like such shapes; see `afs.update_masks`.
         stream: "free", or "coupled" for residual streams that narrow as a whole; see `afs.update_masks`.
@@ -108,15 +103,14 @@ class TransferRun(Point):
 
     def start(self, run: runs.Run, splits: Splits) -> Stage:
         torch.manual_seed(self.seed)  # of the attention's weights, which are drawn after the network is built
-        source, settings, before = network_of(self.source, run), self.optimisation, None
+        source, smoothing = network_of(self.source, run), self.optimisation.label_smoothing
         if self.parent is None:
             model = with_classifier(copy.deepcopy(source), splits, self.seed)
-        else:
-            result, settings = self.point_before(run), self.tuning
-            model, before = afs.load(result.artifact(MODEL)), result.artifact(OBJECTIVE)
-            afs.set_density(model, self.density)
-        label = f"{self.regulariser.name} seed {self.seed} at {self.times}"
-        return Stage(model, source, settings, label, before, smoothing=self.optimisation.label_smoothing)
+            return Stage(model, source, self.optimisation, smoothing=smoothing)
+        before = self.point_before(run)
+        model = afs.load(before.artifact(MODEL))
+        afs.set_density(model, self.density)
+        return Stage(model, source, self.tuning, before, smoothing=smoothing)
 
     def select(self, stage: Stage) -> Mapping[int, Event]:
         """The masks meet the budget between the halves of the stage, and once more shortly before its end."""
@@ -132,21 +126,17 @@ class TransferRun(Point):
     def _update_masks(self, stage: Stage, freeze: bool = True) -> dict[str, float]:
         model, splits, settings = stage.model, stage.splits, stage.settings
         with training.autocast(next(model.parameters()).device, settings.precision):
-            statistics = afs.collect_statistics(model, data.loader(splits.statistics, 128))
             report = afs.update_masks(
-                model, statistics, macs_budget=self.budgets[-1], loader=self._subset(stage),
-                delta_s=self.delta_s if freeze else 0.0, multiple=self.multiple, stream=self.stream,
+                model, afs.collect_statistics(model, data.loader(splits.statistics, 128)),
+                macs_budget=self.budgets[-1], loader=self._subset(stage), delta_s=self.delta_s if freeze else 0.0,
+                multiple=self.multiple, stream=self.stream,
             )  # fmt: skip
         stage.objective.masks_changed(model)
         if settings.recalibrate:
             batches = training.first_batches(splits.train, settings.batch_size, self.seed, settings.recalibrate)
             training.recalibrate(model, batches, settings.precision)
-        return {
-            "mask_macs": cost(report).total / stage.dense,
-            "removed": report.removed,
-            "static": report.static,
-            "dynamic": report.dynamic,
-        }
+        counts = {kind: getattr(report, kind) for kind in ("removed", "static", "dynamic")}
+        return {"mask_macs": cost(report).total / stage.dense, **counts}
 
     def settle_budget(self, stage: Stage) -> None:
         """Where asked for, channels go or come back until the budget is met between 98 and 100 %."""

@@ -5,8 +5,7 @@ ExtendedSourceRun -> FBSGatesRun (gates alone) -> FBSRun (everything, d = 1) -> 
 ExtendedSourceRun (at a smaller width) -> NarrowRun
 
 All take the same fitting images, augmentation, steps and seeds as `TransferRun`, and report the same metrics. One
-budget is one round of pruning and tuning. A static network is pruned before the stage's first step, so that every step
-mends it.
+budget is one round of pruning and tuning; a static network is pruned first, so that every step of the stage mends it.
 """
 
 from __future__ import annotations
@@ -22,15 +21,15 @@ from torch import nn
 
 from afdslib import afs, data, runs, training
 from afdslib.afs import macs
-from afdslib.afs.shrink import groups, shrink
+from afdslib.afs.shrink import Kept, groups, shrink
 from afdslib.base.atomic import write_json
 from afdslib.base.checks import choice, number, whole
 from afdslib.base.errors import AFDSError
 from afdslib.data import Splits
 from afdslib.experiments.config import DataSource, Network, check_budgets
 from afdslib.experiments.measure import input_size
-from afdslib.experiments.source import ExtendedSourceRun, network_of
-from afdslib.experiments.stage import OBJECTIVE, Event, Point, Stage, with_classifier
+from afdslib.experiments.source import ExtendedSourceRun, network_of, with_classifier
+from afdslib.experiments.stage import Event, Point, Stage
 from afdslib.losses.kd import Distil
 from afdslib.losses.sparsity import GateL1, ScaleL1
 from afdslib.losses.term import TERMS, Term
@@ -49,12 +48,9 @@ __all__ = ["DenseRun", "FBSGatesRun", "FBSRun", "NarrowRun", "PrunedRun", "Selec
 KEPT = "kept.json"
 
 
-def _from(field: str, name: str) -> Any:
-    """A property that a point takes from the first one of its chain."""
-    return property(lambda self: getattr(getattr(self, field), name))
-
-
-# dense networks
+def _from(field: str, *names: str) -> tuple[Any, ...]:
+    """Properties that a point takes from the first one of its chain."""
+    return tuple(property(lambda self, name=name: getattr(getattr(self, field), name)) for name in names)
 
 
 @runs.register
@@ -62,15 +58,8 @@ def _from(field: str, name: str) -> Any:
 class DenseRun(Point):
     """The unpruned point of every static method: one run, shared by the criteria that need nothing else.
 
-    Attributes:
-        source: the plain network to start from; also the reference of the regulariser.
-        data: the target data set; its seed draws the fitting images.
-        regulariser: and its strength.
-        optimisation: of the stage.
-        scale_l1: network slimming's strength of the L1 term on batch norm scales; 0 for all others.
-        macs_images: training images whose accuracy and MACs are reported, as in `TransferRun`.
-        seed: of the classifier's initialisation, data order and augmentation.
-        use_test: whether the test set is read at the end; trials that choose something must not.
+    The fields are those of `Point` and `scale_l1`, network slimming's strength of the L1 term on batch norm scales; 0
+    for all others.
     """
 
     source: ExtendedSourceRun
@@ -96,11 +85,7 @@ class DenseRun(Point):
         source = network_of(self.source, run)
         model = with_classifier(network_of(self.source, run), splits, self.seed)
         torch.manual_seed(self.seed)  # of the attention's weights
-        label = f"{self.regulariser.name} seed {self.seed} dense"
-        return Stage(model, source, self.optimisation, label, terms=self.penalties)
-
-
-# static pruning
+        return Stage(model, source, self.optimisation, terms=self.penalties)
 
 
 @dataclass(frozen=True)
@@ -132,11 +117,8 @@ class Selection:
 class PrunedRun(Point):
     """One point of static pruning: channels removed from the point before, for good and physically, then tuned.
 
-    Attributes:
-        dense: the unpruned point, whose source, data, regulariser, seed and reading of the test set hold for the chain.
-        selection: which channels go.
-        tuning: of each stage.
-        budgets: shares of the dense network's MACs, decreasing below 1.
+    What `dense`, the unpruned point, says of source, data, regulariser, seed and reading of the test set holds for the
+    chain. The budgets decrease below 1.
     """
 
     dense: DenseRun
@@ -144,8 +126,8 @@ class PrunedRun(Point):
     tuning: Optimisation
     budgets: tuple[float, ...]
 
-    source, data, regulariser, seed, use_test, macs_images = (
-        _from("dense", name) for name in ("source", "data", "regulariser", "seed", "use_test", "macs_images")
+    source, data, regulariser, seed, use_test, macs_images = _from(
+        "dense", "source", "data", "regulariser", "seed", "use_test", "macs_images"
     )
 
     def __post_init__(self) -> None:
@@ -155,6 +137,10 @@ class PrunedRun(Point):
     def parent(self) -> PrunedRun | DenseRun:
         """The point before, whose network this one starts from."""
         return replace(self, budgets=self.budgets[:-1]) if len(self.budgets) > 1 else self.dense
+
+    @property
+    def selection_name(self) -> str:  # type: ignore[override]
+        return self.selection.name
 
     def start(self, run: runs.Run, splits: Splits) -> Stage:
         size, source, before = input_size(splits), network_of(self.source, run), self.point_before(run)
@@ -167,11 +153,9 @@ class PrunedRun(Point):
         torch.manual_seed(self.seed)
         compares = "layers" in TERMS[self.regulariser.name].needs
         names = feature_names(source, self.regulariser.features) if compares else []
-        label = f"{self.regulariser.name} {self.selection.name} seed {self.seed} at {self.times}"
         return Stage(
-            model, source, self.tuning, label, before.artifact(OBJECTIVE), dense=dense,
+            model, source, self.tuning, before, dense, forwards=self.taught / measured,
             channels=matching(source, _kept(model), names, size), terms=self.dense.penalties,
-            forwards=self.taught / measured,
         )  # fmt: skip
 
     def channel_counts(self, stage: Stage) -> dict[str, Any]:
@@ -184,22 +168,19 @@ class PrunedRun(Point):
         removed = sum(widths.values()) - static
         return {"density": 1.0, "removed": removed, "static": static, "dynamic": 0, "layers": layers}
 
-    def _chosen(self, run: runs.Run, model: nn.Module, splits: Splits, dense: float) -> Mapping[str, tuple[int, ...]]:
+    def _chosen(self, run: runs.Run, model: nn.Module, splits: Splits, dense: float) -> Kept:
         """The channels to keep, chosen once per run: a resumed run must not choose others on another machine."""
-        file, size = run.path / KEPT, input_size(splits)
-        if file.exists():
-            return {name: tuple(positions) for name, positions in json.loads(file.read_text(encoding="utf-8")).items()}
-        model = model.to(training.device())
-        found = groups(model, size)
-        shuffle = self.seed if self.selection.mixed else None
-        batches = data.loader(training.first(splits.statistics, self.selection.images, shuffle=shuffle), 48)
-        ranked = scores(
-            self.selection.name, model, found, batches=batches, seed=self.seed, normalise=self.selection.normalise
-        )
-        kept = choose(model, found, ranked, self.budgets[-1], size, dense=dense)
-        model.to("cpu")
-        write_json(file, {name: list(positions) for name, positions in kept.items()})
-        return kept
+        file, size, selection = run.path / KEPT, input_size(splits), self.selection
+        if not file.exists():
+            model = model.to(training.device())
+            layers = groups(model, size)
+            shuffle = self.seed if selection.mixed else None
+            batches = data.loader(training.first(splits.statistics, selection.images, shuffle=shuffle), 48)
+            options: dict[str, Any] = {"batches": batches, "seed": self.seed, "normalise": selection.normalise}
+            ranked = scores(selection.name, model, layers, **options)
+            write_json(file, choose(model, layers, ranked, self.budgets[-1], size, dense=dense))
+            model.to("cpu")
+        return {name: tuple(positions) for name, positions in json.loads(file.read_text(encoding="utf-8")).items()}
 
 
 def _kept(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -208,20 +189,16 @@ def _kept(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(positions) for name, positions in architecture["kept"].items()}
 
 
-# dynamic selection: FBS
-
-
 @runs.register
 @dataclass(frozen=True)
 class FBSGatesRun(Point):
     """FBS's first stage: the gates alone, with the new classifier, at density 1.
 
+    FBS has no source stage of its own, and these steps are taken from those of the unpruned stage.
+
     Attributes:
-        source, data, regulariser, optimisation, seed: see `DenseRun`; FBS has no source stage of its own, and the steps
-            are taken from those of the unpruned stage.
         gate_bias: what every gate starts at; None for the trained scales; see `pruning.boosted`.
         gate_l1: strength of the optional L1 term on the gates.
-        use_test: whether the chain reads the test set.
     """
 
     source: ExtendedSourceRun
@@ -234,8 +211,7 @@ class FBSGatesRun(Point):
     use_test: bool = True
 
     budgets = (1.0,)
-    gated = True
-    measured = False
+    gated, measured, selection_name = True, False, "gates of fbs"
 
     def __post_init__(self) -> None:
         if self.gate_bias is not None:
@@ -251,9 +227,8 @@ class FBSGatesRun(Point):
         source = network_of(self.source, run)
         model = with_classifier(boosted(source, bias=self.gate_bias), splits, self.seed)
         torch.manual_seed(self.seed)
-        label = f"{self.regulariser.name} fbs seed {self.seed} gates"
         # The reference has the same gates at their trained scales: the same function, and parameters by name.
-        return Stage(model, boosted(source, bias=None), self.optimisation, label, terms=self.penalties)
+        return Stage(model, boosted(source, bias=None), self.optimisation, terms=self.penalties)
 
     def select(self, stage: Stage) -> Mapping[int, Event]:
         gates_alone(stage.model, stage.objective.classifier(stage.model), True)
@@ -267,12 +242,9 @@ class FBSRun(Point):
 
     Attributes:
         gates: the stage before, with source, data, regulariser and seed of the chain.
-        optimisation: of the unpruned stage, less the steps of the gates alone.
-        tuning: of each later stage.
-        budgets: shares of the dense network's MACs, decreasing from 1.
+        optimisation, tuning: of the unpruned stage, less the steps of the gates alone, and of each later one.
         lowerings: in how many steps, over the first half of a stage, the density goes down.
         trim: share of a stage after which the density is set to the budget once more.
-        macs_images: training images on which a budget is met.
     """
 
     gates: FBSGatesRun
@@ -283,10 +255,8 @@ class FBSRun(Point):
     trim: float = 0.8
     macs_images: int = 256
 
-    gated = True
-    source, data, regulariser, seed, use_test = (
-        _from("gates", name) for name in ("source", "data", "regulariser", "seed", "use_test")
-    )
+    gated, selection_name = True, "fbs"
+    source, data, regulariser, seed, use_test = _from("gates", "source", "data", "regulariser", "seed", "use_test")
 
     def __post_init__(self) -> None:
         check_budgets(self.budgets)
@@ -302,10 +272,7 @@ class FBSRun(Point):
         model = afs.load(before.artifact(MODEL))
         torch.manual_seed(self.seed)
         settings = self.optimisation if len(self.budgets) == 1 else self.tuning
-        label = f"{self.regulariser.name} fbs seed {self.seed} at {self.times}"
-        return Stage(
-            model, boosted(source, bias=None), settings, label, before.artifact(OBJECTIVE), terms=self.gates.penalties
-        )
+        return Stage(model, boosted(source, bias=None), settings, before, terms=self.gates.penalties)
 
     def select(self, stage: Stage) -> Mapping[int, Event]:
         gates_alone(stage.model, stage.objective.classifier(stage.model), False)
@@ -331,24 +298,18 @@ class FBSRun(Point):
         return {"mask_macs": reached, "density": next(iter(afs.layers(stage.model).values())).density}
 
 
-# narrower networks
-
-
 @runs.register
 @dataclass(frozen=True)
 class NarrowRun(Point):
     """A narrower network, trained on the source at its width and then on the target, with or without distillation.
 
-    It takes as many target steps as a chain down to its budget takes in all.
+    It takes as many target steps as a chain down to its budget takes in all. The budget is for the record: the width of
+    the source decides the MACs.
 
     Attributes:
-        source: the narrow network trained on the source data; also the reference of the regulariser.
-        data, regulariser, optimisation, macs_images, seed, use_test: see `DenseRun`; there is one stage.
         full: the dense network, of whose MACs the budget is a share.
-        budget: for the record; the width decides the MACs.
         teacher: the tuned dense target network to distil; None for plain training.
-        temperature: T of the distillation.
-        alpha: share of its soft term.
+        temperature, alpha: T of the distillation, and the share of its soft term.
     """
 
     source: ExtendedSourceRun
@@ -363,6 +324,8 @@ class NarrowRun(Point):
     macs_images: int = 256
     seed: int = 0
     use_test: bool = True
+
+    selection_name = "narrow"
 
     def __post_init__(self) -> None:
         number("budget", self.budget, above=0, most=1)
@@ -388,5 +351,4 @@ class NarrowRun(Point):
             terms = (Distil(self.temperature, self.alpha, Teacher(network_of(self.teacher, run))),)
             forwards += dense / macs.count(model, size).total
         torch.manual_seed(self.seed)
-        label = f"{self.regulariser.name} narrow seed {self.seed} at {self.times}"
-        return Stage(model, source, self.optimisation, label, dense=dense, forwards=forwards, terms=terms)
+        return Stage(model, source, self.optimisation, dense=dense, forwards=forwards, terms=terms)

@@ -1,4 +1,4 @@
-"""Parts of the runs' configurations: a data set, a network, budgets."""
+"""Parts of the runs' configurations: data sets, networks, budgets."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from afdslib import backbones, data, runs
+from afdslib import afs, backbones, data, runs
+from afdslib.afs.io import weight_file
+from afdslib.backbones.inputs import IMAGENET, InputStatistics
 from afdslib.base.errors import AFDSError
 from afdslib.data import Splits
+from afdslib.data.fetch import digest
+from afdslib.data.images import SMALL
+from afdslib.data.photographs import photographs
 
-__all__ = ["DataSource", "Network", "check_budgets"]
+__all__ = ["DataSource", "Network", "Photographs", "Published", "check_budgets"]
 
 
 @dataclass(frozen=True)
 class DataSource:
-    """A data set, how it is split and augmented; see `data.load`. The folder it lies in and whether corrupt images
-    may be left out are recorded, not hashed.
-
-    `content` is a hash of a tree's images, so that a tree that was changed is another data set.
+    """A data set, how it is split and augmented; see `data.load`. Where it lies and whether corrupt images may be left
+    out is recorded, not hashed. `content` is a hash of a tree's images: a tree that was changed is another data set.
     """
 
     name: str
@@ -49,14 +52,36 @@ class DataSource:
 
 
 @dataclass(frozen=True)
-class Network:
-    """A backbone; see `backbones.build`.
+class Photographs:
+    """A data set of photographs and how its images are varied; all its training images are fitted.
 
     Attributes:
-        name, stem, width, weights: its arguments.
-        zero_init: whether the residual branches of a random ResNet start at zero, by the last batch norm of each block
-            (torchvision's zero_init_residual; Goyal et al. 2017). Without it, the gradient of a ResNet-101 at 64 px had
-            a norm of 772 at the first step, and 120 steps taught it nothing. [ours]
+        name: a data set by name, or the path of an ImageFolder tree; it lies in `root`.
+        size: side of the crops, pixels.
+        augmentation: "inception", "resnext" or "gentle"; see `data.photographs`.
+    """
+
+    name: str = "imagenet"
+    size: int = 224
+    augmentation: str = "inception"
+    root: str = runs.unhashed("")
+    skip_corrupt: bool = runs.unhashed(False)
+
+    def load(self, statistics: InputStatistics = IMAGENET, *, seed: int = 0, download: bool = True) -> Splits:
+        """The splits, their images normalised by `statistics`."""
+        size = max(self.size, SMALL + 1)  # above SMALL the images stay files; the crops may be smaller
+        splits = data.load(
+            self.name, self.root or None, size=size, holdout=False, download=download, skip_corrupt=self.skip_corrupt
+        )
+        return photographs(splits, self.size, self.augmentation, statistics, seed=seed)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A backbone; the fields are the arguments of `backbones.build`, and `zero_init`: whether the residual branches of
+    a random ResNet start at zero, by the last batch norm of each block (torchvision's zero_init_residual; Goyal et al.
+    2017). Without it, the gradient of a ResNet-101 at 64 px had a norm of 772 at the first step, and 120 steps taught
+    it nothing. [ours]
     """
 
     name: str
@@ -73,6 +98,29 @@ class Network:
                 if isinstance(block, (Bottleneck, BasicBlock)):
                     nn.init.zeros_((block.bn3 if isinstance(block, Bottleneck) else block.bn2).weight)
         return model
+
+
+@dataclass(frozen=True)
+class Published:
+    """A trained network that is not trained here: torchvision's ImageNet weights of the backbone `network`, or a
+    `file` as `afs.load_network` reads it, whose identity is its `sha256`.
+    """
+
+    network: str = ""
+    sha256: str = ""
+    file: str = runs.unhashed("")
+
+    @staticmethod
+    def of(what: str) -> Published:
+        """From a file's path, or the name of a backbone that torchvision has ImageNet weights of."""
+        if what in backbones.known_names():
+            return Published(what)
+        file = weight_file(what)
+        return Published(sha256=digest(file), file=str(file))
+
+    def build(self) -> nn.Module:
+        """The network, with `architecture`."""
+        return afs.load_network(self.file or self.network)
 
 
 def check_budgets(budgets: tuple[float, ...], *, pruned: bool = False) -> None:

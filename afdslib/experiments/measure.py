@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,26 +25,18 @@ def input_size(splits: Splits) -> tuple[int, int, int]:
 
 def cost(measured: training.Evaluation | afs.MaskReport) -> macs.MACs:
     """The counted MACs."""
-    if measured.macs is None:
-        raise RuntimeError("MACs were not counted")
+    assert measured.macs is not None, "MACs were not counted"
     return measured.macs
 
 
 def scores(prefix: str, evaluation: training.Evaluation) -> dict[str, float]:
     """Accuracies and loss of a split, as metrics."""
-    return {
-        f"{prefix}_accuracy": evaluation.accuracy,
-        f"{prefix}_mean_class_accuracy": evaluation.mean_class_accuracy,
-        f"{prefix}_loss": evaluation.loss,
-    }
+    names = ("accuracy", "mean_class_accuracy", "loss")
+    return {f"{prefix}_{name}": getattr(evaluation, name) for name in names}
 
 
 def validation(model: nn.Module, splits: Splits, settings: Optimisation) -> dict[str, float]:
-    """Scores of the validation images.
-
-    Raises:
-        AFDSError: there are none.
-    """
+    """Scores of the validation images; an AFDSError if there are none."""
     if splits.validation is None:
         raise AFDSError(f"the data set {splits.name!r} leaves no training image for validation; take fewer per class")
     return scores("validation", training.evaluate(model, splits.validation, precision=settings.precision))
@@ -59,23 +50,22 @@ def training_macs(model: nn.Module, size: tuple[int, int, int], settings: Optimi
 def gate_summary(model: nn.Module, images: data.ImageDataset, settings: Optimisation) -> dict[str, dict[str, Any]]:
     """Per layer: channel counts and eleven quantiles over channels of the mean gate and of the active rate."""
     with training.autocast(next(model.parameters()).device, settings.precision):
-        statistics: Mapping[str, afs.LayerStatistics] = afs.collect_statistics(model, data.loader(images, 128))
-    summary = {}
-    grid = torch.linspace(0, 1, 11, dtype=torch.float64)
+        statistics = afs.collect_statistics(model, data.loader(images, 128))
+    summary: dict[str, dict[str, Any]] = {}
     for name, layer in afs.layers(model).items():
-        alive = layer.m.bool().cpu()
+        alive, s = layer.m.bool().cpu(), statistics[name]
         dynamic = int((layer.m * layer.s).sum())
-        s = statistics[name]
+        variation = (s.p[alive] / s.q[alive].square().clamp_min(1e-12)).median()
         summary[name] = {
-            "channels": layer.m.numel(),
-            "removed": int((~alive).sum()),
-            "static": int(alive.sum()) - dynamic,
-            "dynamic": dynamic,
-            "gate_quantiles": [round(v, 4) for v in torch.quantile(s.q[alive], grid).tolist()],
-            "active_quantiles": [round(v, 4) for v in torch.quantile(s.active_rate[alive], grid).tolist()],
-            "variation": round(float((s.p[alive] / s.q[alive].square().clamp_min(1e-12)).median()), 6),
-        }
+            "channels": layer.m.numel(), "removed": int((~alive).sum()), "static": int(alive.sum()) - dynamic,
+            "dynamic": dynamic, "gate_quantiles": _deciles(s.q[alive]), "variation": round(float(variation), 6),
+            "active_quantiles": _deciles(s.active_rate[alive]),
+        }  # fmt: skip
     return summary
+
+
+def _deciles(values: torch.Tensor) -> list[float]:
+    return [round(v, 4) for v in torch.quantile(values, torch.linspace(0, 1, 11, dtype=torch.float64)).tolist()]
 
 
 def gate_metrics(model: nn.Module, splits: Splits, settings: Optimisation) -> dict[str, Any]:
@@ -102,10 +92,8 @@ def measure(
 
     Args:
         model: the network, with its masks.
-        splits: the data.
-        settings: of its training.
-        dense: MACs of the dense network, of which all others are shares.
-        budget: for the record.
+        splits, settings: of its training.
+        dense: MACs of the dense network, of which all others are shares; the `budget` is for the record.
         images: training images whose accuracy and MACs are reported.
         use_test: whether the test images are read.
     """
@@ -113,20 +101,13 @@ def measure(
     cut = _without_removed(model, size)
     fitted = training.evaluate(cut, training.first(splits.statistics, images), precision=precision, count_macs=True)
     metrics: dict[str, Any] = {
-        "budget": budget,
-        "dense_macs": dense,
-        "train_macs": cost(fitted).total / dense,
-        "parameters": macs.parameters(model, size),
-        **scores("train", fitted),
-        **training.monitor_gates(model, splits.statistics),
-    }
+        "budget": budget, "dense_macs": dense, "train_macs": cost(fitted).total / dense,
+        "parameters": macs.parameters(model, size), **scores("train", fitted),
+    } | training.monitor_gates(model, splits.statistics)  # fmt: skip
     if splits.validation is not None:
         metrics |= validation(cut, splits, settings)
     if use_test:
         test = training.evaluate(cut, splits.test, precision=precision, count_macs=True)
-        metrics |= scores("test", test) | {
-            "macs": cost(test).total / dense,
-            "macs_predictors": cost(test).predictors / dense,
-            "confusion": test.confusion,
-        }
+        shares = {"macs": cost(test).total / dense, "macs_predictors": cost(test).predictors / dense}
+        metrics |= scores("test", test) | shares | {"confusion": test.confusion}
     return metrics

@@ -7,29 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from afdslib import backbones, data, runs, training
+from afdslib import data, runs, training
 from afdslib.afs import macs
 from afdslib.afs.shrink import groups
 from afdslib.base.errors import DivergedError, UnreachableError
 from afdslib.data import Splits
 from afdslib.experiments.config import DataSource
-from afdslib.experiments.delta import weights_for, weights_run
 from afdslib.experiments.measure import gate_metrics, input_size, measure, training_macs
-from afdslib.experiments.source import AFSSourceRun, ExtendedSourceRun, keep
+from afdslib.experiments.source import AFSSourceRun, ExtendedSourceRun, keep, weights_for, weights_run
 from afdslib.losses.term import TAUGHT, TERMS, Term
 from afdslib.runs import MODEL
 from afdslib.training import Optimisation
 from afdslib.training.kept_channels import Channels
 from afdslib.training.objective import Objective, Regulariser
 
-__all__ = ["OBJECTIVE", "Event", "Point", "Stage", "train_stage", "with_classifier"]
+__all__ = ["OBJECTIVE", "Event", "Point", "Stage", "train_stage"]
 
 OBJECTIVE = "objective.safetensors"  # what an objective has learnt
 
@@ -38,33 +35,18 @@ Event = Callable[[], dict[str, float]]
 
 @dataclass
 class Stage:
-    """How a stage starts.
+    """How a stage starts."""
 
-    Attributes:
-        model: the network to train, on the CPU.
-        reference: the source network that the regulariser compares it with.
-        settings: of the training.
-        label: for progress.
-        before: the objective's state after the stage before; None for the first stage.
-        dense: MACs of the dense network; 0 where that is `model`.
-        forwards: passes of `model` that the teachers cost per image; None for those of the regulariser.
-        channels: which of the reference's channels a pruned network still has.
-        terms: of the loss, beside the regulariser.
-        smoothing: of the labels; None as `settings` say.
-        objective, splits: what is minimised and the data, once they are there.
-    """
-
-    model: nn.Module
-    reference: nn.Module
+    model: nn.Module  # the network to train, on the CPU
+    reference: nn.Module  # the source network that the regulariser compares it with
     settings: Optimisation
-    label: str
-    before: Path | None = None
-    dense: float = 0.0
-    forwards: float | None = None
-    channels: Channels | None = None
-    terms: tuple[Term, ...] = ()
-    smoothing: float | None = None
-    objective: Objective = field(init=False)
+    before: runs.Result | None = None  # the stage before, whose objective goes on
+    dense: float = 0.0  # MACs of the dense network; 0 where that is `model`
+    forwards: float | None = None  # passes of `model` that the teachers cost per image; None: those of the regulariser
+    channels: Channels | None = None  # which of the reference's channels a pruned network still has
+    terms: tuple[Term, ...] = ()  # of the loss, beside the regulariser
+    smoothing: float | None = None  # of the labels; None as `settings` say
+    objective: Objective = field(init=False)  # what is minimised, and the data, once they are there
     splits: Splits = field(init=False)
 
 
@@ -72,11 +54,13 @@ class Point:
     """A point of a chain. A point that diverges or cannot be reached, or follows such a one, says so as its result.
 
     Attributes:
-        source, data, regulariser, seed, use_test, macs_images: see the runs.
+        source: the network to start from; also the reference of the regulariser.
+        data: the target data set; its seed draws the fitting images.
+        regulariser: and its strength.
+        seed: of the classifier's initialisation, data order and augmentation.
+        use_test: whether the test set is read at the end; trials that choose something must not.
+        macs_images: training images whose accuracy and MACs are reported, and on which a budget is met.
         budgets: shares of the dense network's MACs down to this point's.
-        parent: the point before, if there is one.
-        gated: whether the network has gates.
-        measured: whether the point is one of the study's, and not only the start of others.
     """
 
     source: AFSSourceRun | ExtendedSourceRun
@@ -86,9 +70,10 @@ class Point:
     use_test: bool
     macs_images: int
     budgets: tuple[float, ...]
-    parent: Any = None
-    gated = False
-    measured = True
+    parent: Any = None  # the point before, if there is one
+    gated = False  # whether the network has gates
+    measured = True  # whether the point is one of the study's, and not only the start of others
+    selection_name = ""  # for the progress display
 
     @property
     def times(self) -> str:
@@ -138,12 +123,6 @@ class Point:
         return {"density": 1.0, "removed": 0, "static": channels, "dynamic": 0}
 
 
-def with_classifier(model: nn.Module, splits: Splits, seed: int) -> nn.Module:
-    """The network with a new classifier for the data set's classes."""
-    backbones.reset_classifier(model, len(splits.classes), generator=torch.Generator().manual_seed(seed))
-    return model
-
-
 def train_stage(point: Point, run: runs.Run) -> dict[str, Any]:
     """One stage on target data, from loading what it starts from to its metrics."""
     # The images. Those of a trial, or of a point that nothing is read off, hold no test image.
@@ -158,11 +137,12 @@ def train_stage(point: Point, run: runs.Run) -> dict[str, Any]:
     objective = stage.objective = Objective(
         model, point.regulariser, stage.reference, size,
         label_smoothing=settings.label_smoothing if stage.smoothing is None else stage.smoothing,
-        channels=stage.channels, weights=weights_for(point.regulariser, point.source, point.data, run),
+        channels=stage.channels, weights=weights_for(weights_run(point.regulariser, point.source, point.data), run),
         terms=stage.terms,
     )  # fmt: skip
     if stage.before is not None:
-        (objective.load_state_dict if stage.channels is None else objective.inherit)(load_file(stage.before))
+        state = load_file(stage.before.artifact(OBJECTIVE))
+        (objective.load_state_dict if stage.channels is None else objective.inherit)(state)
     model.to(training.device())
     objective.place(training.device())
     # A detached attention is trained before the first step of the first stage. A resumed run has done so.
@@ -176,16 +156,16 @@ def train_stage(point: Point, run: runs.Run) -> dict[str, Any]:
     stage.splits, stage.dense = splits, stage.dense or macs.count(model, size).total
     events = point.select(stage)
     training.fit(
-        model, splits.train, objective, settings, run, seed=point.seed, events=events, label=stage.label,
+        model, splits.train, objective, settings, run, seed=point.seed, events=events,
+        label=f"{point.regulariser.name} {point.selection_name} seed {point.seed} at {point.times}".replace("  ", " "),
         monitor=splits.statistics if point.gated else None,
     )  # fmt: skip
     point.settle_budget(stage)
     # What it has become. Nothing is measured of a stage that is no point of the study.
     metrics: dict[str, Any] = {}
     if point.measured:
-        metrics = measure(
-            model, splits, settings, stage.dense, point.budgets[-1], images=point.macs_images, use_test=point.use_test
-        )
+        budget, images = point.budgets[-1], point.macs_images
+        metrics = measure(model, splits, settings, stage.dense, budget, images=images, use_test=point.use_test)
         metrics |= point.channel_counts(stage)
     # The network and what its objective has learnt, for the next point and for readers.
     state = {name: tensor.cpu().contiguous() for name, tensor in objective.state_dict().items()}

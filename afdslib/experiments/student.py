@@ -1,6 +1,7 @@
 """Training a student beside a teacher: attention transfer, distillation, neuron selectivity transfer, hints.
 
 StudentRun (the teacher: a network trained alone) -> StudentRun (a student with that teacher)
+Published | PhotoRun (the teacher) -> PhotoRun (a student with that teacher), on photographs and by several processes
 
     loss = hard * CE + soft * T^2 KL + weight(t) * sum over layers of the transfer loss
 
@@ -18,20 +19,21 @@ from torch import nn
 
 from afdslib import backbones, runs, training
 from afdslib.afs import macs
+from afdslib.backbones.inputs import expect, input_of, input_statistics, set_input
 from afdslib.base.checks import number, whole
 from afdslib.base.errors import AFDSError, DivergedError
 from afdslib.data import Splits, sealed
-from afdslib.experiments.config import DataSource, Network
+from afdslib.experiments.config import DataSource, Network, Photographs, Published
 from afdslib.experiments.measure import input_size
 from afdslib.experiments.source import keep, network_of
 from afdslib.losses import BetaSchedule
 from afdslib.losses.kd import SoftLabels
 from afdslib.losses.term import TRANSFERS, Pair, Term, TermContext
-from afdslib.training import Optimisation
+from afdslib.training import Optimisation, distributed
 from afdslib.training.features import pair_layers
 from afdslib.training.objective import Objective
 
-__all__ = ["TAPS", "Distillation", "StudentRun", "paired", "student_objective", "tapped"]
+__all__ = ["TAPS", "Distillation", "PhotoRun", "StudentRun", "classes_of", "paired", "student_objective", "tapped"]
 
 TAPS = ("groups", "last", "before-relu", "after-relu")
 
@@ -52,8 +54,7 @@ class Distillation:
         mode: of AT: "code" or "paper"; see `losses.at_loss`.
         exponent: p of AT.
         kernel: of NST: "poly", "linear" or "gaussian".
-        degree: d of the polynomial kernel.
-        offset: c of the polynomial kernel.
+        degree, offset: d and c of the polynomial kernel.
         taps: which layers are compared; see `tapped`. Gradient attention has no layers.
     """
 
@@ -70,10 +71,8 @@ class Distillation:
     taps: str = "groups"
 
     def __post_init__(self) -> None:
-        known = {
-            "transfer": ("none", *TRANSFERS), "mode": ("code", "paper"), "taps": TAPS,
-            "kernel": ("poly", "linear", "gaussian"),
-        }  # fmt: skip
+        kernels = ("poly", "linear", "gaussian")
+        known = {"transfer": ("none", *TRANSFERS), "mode": ("code", "paper"), "taps": TAPS, "kernel": kernels}
         for name, choices in known.items():
             if getattr(self, name) not in choices:
                 raise AFDSError(f"{name} {getattr(self, name)!r} is unknown; use one of {', '.join(choices)}")
@@ -95,6 +94,14 @@ class Distillation:
         """Whether anything is compared with a teacher."""
         return self.transfer != "none" or self.soft > 0
 
+    def check(self, teacher: Any, steps: int) -> None:
+        """Refuses a missing or a needless teacher, and a schedule of the weight that is longer than the run."""
+        if self.needs_teacher and teacher is None:
+            raise AFDSError(f"the method {self.transfer!r} needs a teacher; give the run of one")
+        if teacher is not None and not self.needs_teacher:
+            raise AFDSError("a teacher is given but the method compares nothing with it; set its soft or its transfer")
+        self.weight.check(steps)
+
 
 def tapped(model: nn.Module, where: str) -> list[str]:
     """The layers of a network that are compared.
@@ -107,38 +114,25 @@ def tapped(model: nn.Module, where: str) -> list[str]:
             "after-relu" the block. NST's code takes the teacher's last batch norm and the student's in5b before the
             ReLU. [code]
     """
-    if where not in TAPS:
-        raise AFDSError(f"taps {where!r} is unknown; use one of {', '.join(TAPS)}")
     blocks = backbones.stages(model)
-    if where == "groups":
-        return blocks
-    last = blocks[-1]
-    if where == "last":
-        return [last]
-    modules = dict(model.named_modules())
+    if where in ("groups", "last"):
+        return blocks if where == "groups" else blocks[-1:]
+    last, modules, before = blocks[-1], dict(model.named_modules()), where == "before-relu"
     if f"{last}.before_relu" in modules:
-        return [f"{last}.before_relu" if where == "before-relu" else last]
+        return [f"{last}.before_relu" if before else last]
     if "bn" in modules and "relu" in modules:  # pre-activation networks
-        return ["bn" if where == "before-relu" else "relu"]
+        return ["bn" if before else "relu"]
     norms = [n for n, m in model.get_submodule(last).named_children() if isinstance(m, nn.BatchNorm2d)]
     if not norms:
         raise AFDSError(f"{type(model).__name__} has no batch norm at the end of {last!r}; use taps 'last'")
-    return [f"{last}.{norms[-1]}" if where == "before-relu" else last]
+    return [f"{last}.{norms[-1]}" if before else last]
 
 
 def paired(
     model: nn.Module, teacher: nn.Module, method: Distillation, input_size: tuple[int, int, int]
 ) -> tuple[Pair, ...]:
-    """The layers of a student and its teacher that a method compares, by one pass of an image through both.
-
-    Args:
-        model: the student.
-        teacher: the teacher.
-        method: what is minimised; without a transfer of maps there are no pairs.
-        input_size: (3, H, W).
-
-    Raises:
-        AFDSError: networks of unequally many stages.
+    """The layers of a student and its teacher that a method compares, by one pass of a (3, H, W) image through both;
+    none without a transfer of maps. An AFDSError refuses networks of unequally many stages.
     """
     if method.transfer == "none" or "layers" not in TRANSFERS[method.transfer].needs:
         return ()
@@ -153,17 +147,13 @@ def student_objective(
 
     Args:
         model: the student.
-        method: what is minimised.
-        teacher: the trained teacher; None where the method needs none.
+        method: what is minimised, beside the `teacher` where it needs one.
         input_size: (3, H, W).
         steps: length of the run, for the weight's schedule.
-        weight_decay: of every parameter, applied by the optimiser.
-        label_smoothing: of the cross-entropy.
+        weight_decay, label_smoothing: see `Objective`.
     """
-    method.weight.check(steps)
+    method.check(teacher, steps)
     terms: list[Term] = [SoftLabels(method.temperature, method.soft)] if method.soft else []
-    if method.needs_teacher and teacher is None:
-        raise AFDSError(f"{method.transfer if method.soft == 0 else 'distillation'} needs a teacher; give one")
     if method.transfer != "none":
         assert teacher is not None
         pairs = paired(model, teacher, method, input_size)
@@ -174,76 +164,70 @@ def student_objective(
     )  # fmt: skip
 
 
-def check_teacher(method: Distillation, teacher: Any, steps: int) -> None:
-    """Refuses a missing or a needless teacher, and a schedule of the weight that is longer than the run."""
-    if method.needs_teacher and teacher is None:
-        raise AFDSError(f"the method {method.transfer!r} needs a teacher; give the run of one")
-    if teacher is not None and not method.needs_teacher:
-        raise AFDSError(
-            "a teacher is given but the method compares nothing with it; set its soft weight or its transfer"
-        )
-    method.weight.check(steps)
+class _Trained:
+    """The common body of `StudentRun` and `PhotoRun`: a network is trained alone or beside its teacher."""
 
+    network: Network
+    optimisation: Optimisation
+    method: Distillation
+    teacher: Any
+    weight_decay: float
+    seed: int
 
-def train_student(
-    config: Any, run: runs.Run, model: nn.Module, splits: Splits, teacher: nn.Module | None,
-    size: tuple[int, int, int], evaluate: Callable[[], dict[str, float]], *, follow: bool = True,
-) -> dict[str, Any]:  # fmt: skip
-    """Trains a network, alone or beside its teacher: the body of `StudentRun` and `PhotoRun`.
+    def __post_init__(self) -> None:
+        self.method.check(self.teacher, self.optimisation.steps)
+        number("weight_decay", self.weight_decay, least=0)
 
-    Args:
-        config: either run.
-        run: with the checkpoints.
-        model: on the CPU.
-        splits: the data.
-        teacher: the trained teacher, if there is one.
-        size: (3, H, W).
-        evaluate: scores of the network, for the learning curve and the metrics.
-        follow: whether the learning curve has them.
-    """
-    settings, method = config.optimisation, config.method
-    # What is minimised. Adapters between layers of two widths start at random, by the run's seed.
-    torch.manual_seed(config.seed)
-    objective = student_objective(
-        model, method, teacher, size, steps=settings.steps, weight_decay=config.weight_decay,
-        label_smoothing=settings.label_smoothing,
-    )  # fmt: skip
-    # The steps.
-    model.to(training.device())
-    what = "alone" if teacher is None else f"{method.transfer}{'+kd' if method.soft else ''}"
-    training.fit(
-        model, splits.train, objective, settings, run, seed=config.seed, evaluation=evaluate if follow else None,
-        label=f"{config.network.name} {what} {method.weight.beta:g} seed {config.seed}",
-    )  # fmt: skip
-    # What it has become, and what it cost: per image three passes of the student and one of the teacher.
-    reached = evaluate()
-    own = macs.count(model, size).total
-    cost = 3 * own + (0.0 if teacher is None else macs.count(teacher, size).total)
-    return {
-        "steps": settings.steps,
-        "images": len(splits.train),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "macs": own,
-        "training_macs": cost * settings.steps * settings.batch_size,
-        "compared": [list(pair.size) for pair in objective.pairs],
-        **reached,
-    }
+    def execute(self, run: runs.Run) -> dict[str, Any]:
+        """Trains and measures; a run that diverges is a result with "diverged": why."""
+        try:
+            return self.train(run)
+        except DivergedError as error:
+            return {"diverged": str(error), "steps": 0}
+
+    def train(self, run: runs.Run) -> dict[str, Any]:
+        """Loads what it starts from, fits, and writes the network."""
+        raise NotImplementedError
+
+    def fit(
+        self, run: runs.Run, model: nn.Module, splits: Splits, teacher: nn.Module | None, size: tuple[int, int, int],
+        evaluate: Callable[[], dict[str, float]], *, follow: bool = True,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Trains a model, which is on the CPU; `evaluate` scores it, for the metrics and, to `follow` it, the curve."""
+        settings, method = self.optimisation, self.method
+        # What is minimised. Adapters between layers of two widths start at random, by the run's seed.
+        torch.manual_seed(self.seed)
+        objective = student_objective(
+            model, method, teacher, size, steps=settings.steps, weight_decay=self.weight_decay,
+            label_smoothing=settings.label_smoothing,
+        )  # fmt: skip
+        # The steps.
+        model.to(training.device())
+        what = "alone" if teacher is None else f"{method.transfer}{'+kd' if method.soft else ''}"
+        training.fit(
+            model, splits.train, objective, settings, run, seed=self.seed, evaluation=evaluate if follow else None,
+            label=f"{self.network.name} {what} {method.weight.beta:g} seed {self.seed}",
+        )  # fmt: skip
+        # What it has become, and what it cost: per image three passes of the student and one of the teacher.
+        reached = evaluate()
+        own = macs.count(model, size).total
+        cost = 3 * own + (0.0 if teacher is None else macs.count(teacher, size).total)
+        return {
+            "steps": settings.steps, "images": len(splits.train), "macs": own,
+            "parameters": sum(p.numel() for p in model.parameters()), **reached,
+            "training_macs": cost * settings.steps * settings.batch_size,
+            "compared": [list(pair.size) for pair in objective.pairs],
+        }  # fmt: skip
 
 
 @runs.register
 @dataclass(frozen=True)
-class StudentRun:
+class StudentRun(_Trained):
     """Trains a network alone (a teacher, or the baseline) or as the student of one that was.
 
-    Attributes:
-        data: the data set. Without validation images (`per_class` takes them all) the learning curve has none.
-        network: the backbone.
-        optimisation: of the training.
-        method: what is minimised.
-        teacher: the run whose network teaches; None for a network trained alone.
-        weight_decay: of every parameter.
-        seed: of initialisation, data order and augmentation.
-        use_test: whether the test set is read, once, at the end; trials that choose something must not.
+    Without validation images (`per_class` takes them all) the learning curve has no scores. The test set is read once,
+    at the end, and not with `use_test` False: trials that choose something must not. Weight decay is that of every
+    parameter; the seed is of initialisation, data order and augmentation.
     """
 
     data: DataSource
@@ -255,37 +239,64 @@ class StudentRun:
     seed: int = 0
     use_test: bool = True
 
-    def __post_init__(self) -> None:
-        check_teacher(self.method, self.teacher, self.optimisation.steps)
-        number("weight_decay", self.weight_decay, least=0)
-
-    def execute(self, run: runs.Run) -> dict[str, Any]:
-        """Trains and measures; a run that diverges is a result with "diverged": why."""
-        try:
-            return self._train(run)
-        except DivergedError as error:
-            return {"diverged": str(error), "steps": 0}
-
-    def _train(self, run: runs.Run) -> dict[str, Any]:
-        settings = self.optimisation
+    def train(self, run: runs.Run) -> dict[str, Any]:
         splits = self.data.load() if self.use_test else sealed(self.data.load())
         teacher = None if self.teacher is None else network_of(self.teacher, run)
         model = self.network.build(len(splits.classes), self.seed)
 
-        def validate() -> dict[str, float]:
-            if splits.validation is None:
+        def evaluate(name: str = "validation") -> dict[str, Any]:
+            if (images := getattr(splits, name)) is None:
                 return {}
-            return _scores("validation", training.evaluate(model, splits.validation, precision=settings.precision))
+            scores = training.evaluate(model, images, precision=self.optimisation.precision)
+            confusion = {"confusion": scores.confusion} if name == "test" else {}
+            return {f"{name}_accuracy": scores.accuracy, f"{name}_loss": scores.loss} | confusion
 
-        metrics = train_student(
-            self, run, model, splits, teacher, input_size(splits), validate, follow=splits.validation is not None
-        )
+        follow = splits.validation is not None
+        metrics = self.fit(run, model, splits, teacher, input_size(splits), evaluate, follow=follow)
         keep(run, model)
-        if self.use_test:
-            test = training.evaluate(model, splits.test, precision=settings.precision)
-            metrics |= _scores("test", test) | {"confusion": test.confusion}
-        return metrics
+        return metrics | (evaluate("test") if self.use_test else {})
 
 
-def _scores(prefix: str, found: training.Evaluation) -> dict[str, float]:
-    return {f"{prefix}_accuracy": found.accuracy, f"{prefix}_loss": found.loss}
+@runs.register
+@dataclass(frozen=True)
+class PhotoRun(_Trained):
+    """Trains a network on photographs, alone or as the student of a trained one, by one process or several.
+
+    The test part of the data (ImageNet's validation images) is measured along the way, and nothing is chosen by it: the
+    last network is the result.
+    """
+
+    data: Photographs
+    network: Network
+    optimisation: Optimisation
+    method: Distillation = field(default_factory=Distillation)
+    teacher: PhotoRun | Published | None = None
+    weight_decay: float = 1e-4
+    seed: int = 0
+
+    def train(self, run: runs.Run) -> dict[str, Any]:
+        statistics = input_statistics(self.network.name)
+        splits, teacher = self.data.load(statistics, seed=self.seed), None
+        classes = len(splits.classes)
+        if self.teacher is not None:
+            published = isinstance(self.teacher, Published)
+            teacher = self.teacher.build() if published else network_of(self.teacher, run)  # type: ignore[union-attr]
+            teacher = expect(teacher.eval(), statistics, input_of(teacher))  # it takes the student's images
+            if self.method.soft and classes_of(teacher) != classes:
+                known = f"the teacher knows {classes_of(teacher)} classes and {splits.name} has {classes}"
+                raise AFDSError(f"{known}; give another teacher")
+        model = self.network.build(classes, self.seed)
+        set_input(model, statistics)
+
+        def validate() -> dict[str, float]:
+            scores = training.evaluate(model, splits.test, precision=self.optimisation.precision)
+            return {f"test_{name}": getattr(scores, name) for name in ("accuracy", "top5_accuracy", "loss")}
+
+        metrics = self.fit(run, model, splits, teacher, (3, self.data.size, self.data.size), validate)
+        keep(run, model.float())
+        return metrics | {"processes": distributed.world()}
+
+
+def classes_of(model: nn.Module) -> int:
+    """How many classes a network tells apart."""
+    return int(model.get_submodule(backbones.classifier_name(model)).out_features)  # type: ignore[arg-type]

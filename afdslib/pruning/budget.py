@@ -41,12 +41,9 @@ def choose(
     channels that still fit come back until `LEAST` of the budget is used. [ours] Ties: (score, group, position).
 
     Args:
-        model: the plain network.
-        found: its groups.
+        found: the groups of the model, a plain network.
         scores: by group, from `criteria.scores`; a group without scores stays whole.
-        macs_budget: share of `dense`.
-        size: (3, H, W).
-        dense: MACs that the budget is a share of; default: the model's own.
+        macs_budget: share of `dense`, MACs per (3, H, W) image; default: the model's own.
 
     Raises:
         UnreachableError: for a budget below what one channel per group and the fixed layers cost; it names that.
@@ -88,15 +85,9 @@ def lower_density(
 ) -> float:
     """Sets the largest density at which a gated network's expected MACs are within the budget; FBS's only knob.
 
-    Args:
-        model: a gated network; its masks stay.
-        macs_budget: share of `dense`.
-        loader: a fixed subset of training images.
-        dense: MACs of the ungated network.
-        floor: density that is not gone below.
-
     Returns:
-        The share of the dense MACs that is reached.
+        The share of `dense`, the ungated network's MACs, that is reached on the loader, a fixed subset of training
+        images.
 
     Raises:
         UnreachableError: where the density at `floor` (at least one channel per layer) costs more; it names that cost.
@@ -126,13 +117,11 @@ def settle(
 ) -> float:  # fmt: skip
     """Brings an AFS network back between `LEAST` and all of its budget after the last step of training.
 
-    Gates move while they train. Above the budget a few more channels go; below it the density rises, as far as there
-    is something to select. [ours] Removed channels never return. A thousandth is left for rounding, since gates in
-    half precision depend a little on the batch. `multiple`, `stream` and `scores` are those of `afs.update_masks`, the
-    scores a function, called where channels have to go.
-
-    Nothing is trained afterwards, so what goes here is missed. By the mean of the gates, which says little across
-    layers, a channel of the stem went once, and half of the accuracy; `afs.taylor_importance` gives better scores.
+    Gates move while they train. Above the budget a few more channels go, never to return; below it the density rises,
+    as far as there is something to select. [ours] A thousandth is left for rounding, since gates in half precision
+    depend a little on the batch. `multiple`, `stream` and `scores` are those of `afs.update_masks`, the scores a
+    function, called where channels have to go. Nothing is trained afterwards: by the mean of the gates, which says
+    little across layers, a channel of the stem went once, and half of the accuracy; `afs.taylor_importance` is better.
 
     Returns:
         The share of the dense MACs that is reached.
@@ -168,14 +157,7 @@ def fitting_width(
     """The largest width whose MACs are within a share of those at the given width, a multiple of 1/1024 of it.
 
     So the same network with fewer channels everywhere, the strongest simple rival. MACs grow in steps, as channel
-    counts are whole; the share that is reached can be some points below the budget.
-
-    Args:
-        name, stem: see `backbones.build`.
-        width: of the dense network.
-        classes: of the classifier.
-        size: (3, H, W).
-        macs_budget: in (0, 1].
+    counts are whole; the share that is reached can be some points below the budget. `size` is (3, H, W).
 
     Raises:
         UnreachableError: where even one channel per layer costs more; it names that cost.

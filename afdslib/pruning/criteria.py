@@ -87,10 +87,8 @@ def scores(
 
     Args:
         criterion: of `CRITERIA`; "random" is an order of all channels, the same for a seed.
-        model: the plain network.
-        groups: of this network.
+        groups: of the model, a plain network.
         batches: training images, for the criterion that looks at the loss.
-        seed: for the random order.
         normalise: "none", as published, or "mean": divided by the group's mean, which makes layers alike. [ours]
 
     Raises:

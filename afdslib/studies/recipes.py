@@ -29,8 +29,7 @@ from afdslib.base.errors import AFDSError
 from afdslib.data.imagenet import IMAGENET as IMAGENET_COUNTS
 from afdslib.data.photographs import AUGMENTATIONS
 from afdslib.experiments import DataSource, Distillation, Network, Photographs, PhotoRun, Published, StudentRun
-from afdslib.experiments.photo import classes_of
-from afdslib.experiments.student import paired
+from afdslib.experiments.student import classes_of, paired
 from afdslib.losses import BetaSchedule
 from afdslib.losses.term import Pair
 from afdslib.training import Optimisation

@@ -1,10 +1,6 @@
-"""The runs of the study: real ones on a tiny image folder, killed and resumed to the same numbers."""
+"""The runs of the study: real ones on a tiny image folder, interrupted and resumed to the same numbers."""
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +10,7 @@ import tiny
 import torch
 from PIL import Image
 
-from afdslib import afs, cli, runs, training
+from afdslib import afs, runs, training
 from afdslib.base.errors import AFDSError, DivergedError
 from afdslib.experiments import OBJECTIVE, DataSource, Distillation, Network, StudentRun, TransferRun
 from afdslib.losses import BetaSchedule
@@ -22,29 +18,44 @@ from afdslib.runs import MODEL
 from afdslib.training import loop
 
 
-@pytest.fixture
-def home(tmp_path, monkeypatch) -> Path:
-    """An empty project with a folder of images, and a store of its own."""
-    monkeypatch.setenv("AFDS_HOME", str(tmp_path))
-    monkeypatch.setenv("AFDS_RUNS", str(tmp_path / "runs"))
-    monkeypatch.delenv("AFDS_FRESH", raising=False)
-    images = tiny.images(60)
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> DataSource:
+    """A folder of image files."""
+    images, home = tiny.images(60), tmp_path_factory.mktemp("photos")
     for index in range(60):
-        folder = tmp_path / "photos" / tiny.CLASSES[images.targets[index]]
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = home / tiny.CLASSES[images.targets[index]]
+        folder.mkdir(exist_ok=True)
         Image.fromarray(images.raw(index)).save(folder / f"{index:03d}.png")
-    return tmp_path
+    return DataSource(str(home), size=tiny.SIZE)
 
 
-def chain(home: Path, **kwargs) -> TransferRun:
+@pytest.fixture(scope="module", autouse=True)
+def home(tmp_path_factory):
+    """A project with a store of its own, in which what several tests ask for is trained once."""
+    with pytest.MonkeyPatch.context() as patch:
+        home = tmp_path_factory.mktemp("home")
+        patch.setenv("AFDS_HOME", str(home))
+        patch.setenv("AFDS_RUNS", str(home / "runs"))
+        patch.delenv("AFDS_FRESH", raising=False)
+        yield home
+
+
+def chain(photos: DataSource, **kwargs) -> TransferRun:
     """A run at half of the MACs on real image files, with mask updates before the steps 5 and 7 of 10, each in the
     middle of an epoch."""
-    photos = DataSource(str(home / "photos"), size=tiny.SIZE)
     source = replace(tiny.SOURCE, data=photos, optimisation=tiny.settings(2, lr=0.05))
     afs_source = replace(tiny.AFS_SOURCE, source=source, data=photos, optimisation=tiny.settings(2))
     stage = tiny.settings(10, log_rows=10, recalibrate=kwargs.pop("recalibrate", 0))
-    made = tiny.transfer(budgets=(1.0, 0.5), steps=4, features="convbn", **kwargs)
-    return replace(made, source=afs_source, data=replace(photos, per_class=7), tuning=stage, trim=0.7)
+    point = tiny.transfer(budgets=(1.0, 0.5), steps=4, features="convbn", **kwargs)
+    return replace(point, source=afs_source, data=replace(photos, per_class=7), tuning=stage, trim=0.7)
+
+
+def student(photos: DataSource) -> StudentRun:
+    """With a teacher, and a weight that decays."""
+    photos = replace(photos, per_class=7)
+    teacher = StudentRun(photos, Network("wrn-10-2"), tiny.settings(3))
+    method = Distillation("at", BetaSchedule("cosine", beta=100.0), hard=0.1, soft=0.9)
+    return StudentRun(photos, Network("wrn-10-1"), tiny.settings(8), method, teacher)
 
 
 def outcome(result: runs.Result) -> dict[str, bytes]:
@@ -53,55 +64,17 @@ def outcome(result: runs.Result) -> dict[str, bytes]:
     return {name: (result.path / name).read_bytes() for name in files if (result.path / name).exists()}
 
 
-def test_a_source_stage_that_diverges_is_a_result_of_the_ablation_only(home, monkeypatch):
+def test_a_source_stage_that_diverges_is_a_result_of_the_ablation_only(photos, tmp_path, monkeypatch):
     def diverge(*_, **__):
         raise DivergedError("the loss is nan at step 1")
 
-    config = chain(home)
-    runs.get_or_run(config.source.source)
+    config = chain(photos)
+    runs.get_or_run(config.source.source, store=tmp_path)
     monkeypatch.setattr(training, "fit", diverge)
-    random = replace(config, source=replace(config.source, predictors="random"))
-    result = runs.get_or_run(random)
+    result = runs.get_or_run(replace(config, source=replace(config.source, predictors="random")), store=tmp_path)
     assert result.metrics == {"diverged": "in the source stage, the loss is nan at step 1", "steps": 0}
     with pytest.raises(DivergedError):  # without a source network the study ends
-        runs.get_or_run(config.source)
-
-
-KILLER = """
-import json, os, signal, sys
-import torch
-torch.set_num_threads(1)
-import lightning.fabric
-from afdslib import afs, runs
-import afdslib.experiments  # registers the runs
-from afdslib.training import loop
-
-config, id, kills = runs.from_json(json.loads(sys.argv[1])), sys.argv[2], json.loads(sys.argv[3])
-loop.Throttle.due = lambda self: True
-saved, updated = runs.Run.save_checkpoint, afs.update_masks
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-for store, moment in kills.items():
-    def save(self, state):
-        saved(self, state)
-        if self.id == id and state["step"] == moment:
-            die()
-
-    def update(*args, **kwargs):
-        report = updated(*args, **kwargs)
-        if moment == "in the update":
-            die()
-        return report
-
-    runs.Run.save_checkpoint, afs.update_masks = save, update
-    child = os.fork()
-    if not child:
-        runs.get_or_run(config, store=store)
-        os._exit(0)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL, moment
-"""
+        runs.get_or_run(config.source, store=tmp_path)
 
 
 @pytest.mark.parametrize("name", ["resnet14", "resnet18"])
@@ -115,74 +88,53 @@ def test_residual_branches_may_start_at_zero(name):
     assert all(torch.equal(p, q) for p, q in zip(usual.parameters(), zero.parameters(), strict=True) if p.dim() > 1)
 
 
-def test_a_killed_run_resumes_to_the_same_numbers_bit_by_bit(home, capsys, monkeypatch):
-    """SIGKILL before, in and after the mask update; `afds resume` ends at the numbers of the undisturbed run."""
-    config = chain(home)
-    whole = runs.get_or_run(config)
-    kills = {}
-    for moment in (2, "in the update", 6):
-        store = home / f"killed {moment}"
-        shutil.copytree(home / "runs", store)
-        shutil.rmtree(store / whole.id)
-        kills[str(store)] = moment
-    root = str(Path(__file__).parents[2])
-    subprocess.run(
-        [sys.executable, "-c", KILLER, json.dumps(runs.to_json(config)), whole.id, json.dumps(kills)],
-        env={**os.environ, "PYTHONPATH": root}, check=True, timeout=900, capture_output=True,
-    )  # fmt: skip
-    for store, moment in kills.items():
-        killed = Path(store) / whole.id
-        assert (killed / "checkpoint.pt").exists() and not (killed / "result.json").exists()
-        monkeypatch.setenv("AFDS_RUNS", store)
-        capsys.readouterr()
-        assert cli.main(["resume", whole.id[:8]]) == 0
-        assert json.loads(capsys.readouterr().out) == whole.metrics, moment
-        assert outcome(runs.get_or_run(config)) == outcome(whole), moment
-
-
-def student(home: Path) -> StudentRun:
-    """With a teacher, and a weight that decays."""
-    photos = DataSource(str(home / "photos"), size=tiny.SIZE, per_class=7)
-    teacher = StudentRun(photos, Network("wrn-10-2"), tiny.settings(3))
-    method = Distillation("at", BetaSchedule("cosine", beta=100.0), hard=0.1, soft=0.9)
-    return StudentRun(photos, Network("wrn-10-1"), tiny.settings(8), method, teacher)
-
-
-RESUMED = {
-    "batch norms measured anew": lambda home: chain(home, recalibrate=2),
-    "an attention fitted beforehand": lambda home: chain(home, attention="detached").parent,
-    "a student": student,
+RESUMED = {  # and when it is interrupted
+    "mask updates": (chain, [1, 5, "in the update", 6]),
+    "batch norms measured anew": (lambda photos: chain(photos, recalibrate=2), [1, 5, "in the update", 6]),
+    "an attention fitted beforehand": (lambda photos: chain(photos, attention="detached").parent, [1]),
+    "a student": (student, [1, 5, 6]),
 }
 
 
 @pytest.mark.parametrize("case", RESUMED)
-def test_an_interrupted_run_resumes_to_the_same_numbers(home, monkeypatch, case):
-    """With what a run does beside its steps."""
+def test_an_interrupted_run_resumes_to_the_same_numbers_bit_by_bit(home, photos, tmp_path, monkeypatch, case):
+    """With what a run does beside its steps, interrupted before, in and after it."""
     monkeypatch.setattr(loop.Throttle, "due", lambda self: True)
-    config = RESUMED[case](home)
+    make, moments = RESUMED[case]
+    config, left = make(photos), list(moments)
     whole = runs.get_or_run(config)
-    expected = outcome(whole)
-    shutil.rmtree(whole.path)
-    saved, interrupted = runs.Run.save_checkpoint, []
+    store = Path(shutil.copytree(home / "runs", tmp_path / "runs"))
+    shutil.rmtree(store / whole.id)
+    saved, updated = runs.Run.save_checkpoint, afs.update_masks
+
+    def interrupt(moment):
+        if moment in left:
+            left.remove(moment)
+            raise KeyboardInterrupt
 
     def save(self, state):
         saved(self, state)
-        if self.id == whole.id and state["step"] in (1, 5, 6) and state["step"] not in interrupted:
-            interrupted.append(state["step"])
-            raise KeyboardInterrupt
+        if self.id == whole.id:
+            interrupt(state["step"])
+
+    def update(*args, **kwargs):
+        report = updated(*args, **kwargs)
+        interrupt("in the update")
+        return report
 
     monkeypatch.setattr(runs.Run, "save_checkpoint", save)
+    monkeypatch.setattr(afs, "update_masks", update)
     result = None
     while result is None:
         try:
-            result = runs.get_or_run(config)
+            result = runs.get_or_run(config, store=store)
         except KeyboardInterrupt:
-            assert len(interrupted) <= 3
-    assert interrupted and outcome(result) == expected
+            assert (store / whole.id / "checkpoint.pt").exists() and not (store / whole.id / "result.json").exists()
+    assert not left and outcome(result) == outcome(whole)
 
 
-def test_a_point_keeps_the_masks_of_the_point_before_and_meets_its_budget(home):
-    config = chain(home)
+def test_a_point_keeps_the_masks_of_the_point_before_and_meets_its_budget(photos):
+    config = chain(photos)
     result, before = runs.get_or_run(config), runs.get_or_run(config.parent)
     assert config.parent.parent is None and config.density == pytest.approx(0.5**0.5)
     assert before.metrics["train_macs"] > 0.9 and result.metrics["train_macs"] < 0.55
@@ -195,8 +147,8 @@ def test_a_point_keeps_the_masks_of_the_point_before_and_meets_its_budget(home):
     assert np.sum(result.metrics["confusion"]) > 0 and result.metrics["steps"] == 10
 
 
-def test_channels_may_go_early_and_gates_freeze_later(home):
-    early = replace(chain(home), first=0.1, freeze_first=False, delta_s=1e9)
+def test_channels_may_go_early_and_gates_freeze_later(photos):
+    early = replace(chain(photos), first=0.1, freeze_first=False, delta_s=1e9)
     rows = runs.get_or_run(early).history().dropna(subset=["removed"]).set_index("step")
     assert list(rows.index) == [2, 8]  # logged with the step after the update
     assert rows.removed[2] > 0 and rows.static[2] == 0 and rows.static[8] > 0 and rows.dynamic[8] == 0
@@ -212,34 +164,16 @@ def test_a_run_does_not_depend_on_what_the_process_drew_before(tmp_path, attenti
     for seed in (1, 2):
         torch.manual_seed(seed)
         with tiny.served():
-            result = runs.get_or_run(
-                tiny.transfer(steps=2, attention=attention), store=tiny.store(tmp_path / str(seed))
-            )
-        outcomes.append(outcome(result))
+            config = tiny.transfer(steps=2, attention=attention)
+            outcomes.append(outcome(runs.get_or_run(config, store=tiny.store(tmp_path / str(seed)))))
     assert outcomes[0] == outcomes[1]
 
 
-def test_the_run_ids_follow_what_changes_the_numbers():
-    ids = {
-        runs.run_id(config)
-        for config in (
-            tiny.transfer("afd", 0.01), tiny.transfer("afd", 0.02), tiny.transfer("l2", 0.01),
-            tiny.transfer("afd", 0.01, seed=1),
-            tiny.transfer("afd", 0.01, budgets=(1.0, 0.5)), tiny.transfer("afd", 0.01, features="convbn"),
-            tiny.transfer("afd", 0.01, use_test=False),
-        )
-    }  # fmt: skip
-    assert len(ids) == 7
-    rooted = replace(tiny.transfer("afd", 0.01), data=DataSource("tiny-target", root="/somewhere"))
-    assert runs.run_id(rooted) == runs.run_id(tiny.transfer("afd", 0.01))
-
-
-def test_published_weights_take_no_step_and_read_no_source_data(home, monkeypatch):
+def test_published_weights_take_no_step_and_read_no_source_data(tmp_path):
     model = tiny.network()
-    torch.save(model.state_dict(), home / "net.pth")
-    network = replace(tiny.SOURCE.network, weights=str(home / "net.pth"))
+    torch.save(model.state_dict(), tmp_path / "net.pth")
+    network = replace(tiny.SOURCE.network, weights=str(tmp_path / "net.pth"))
     source = replace(tiny.SOURCE, network=network, optimisation=tiny.settings(0), data=DataSource("nowhere"))
     result = runs.get_or_run(source)
     assert result.metrics["steps"] == 0
-    loaded = afs.load(result.artifact(MODEL))
-    assert torch.equal(loaded.conv1.weight, model.conv1.weight)
+    assert torch.equal(afs.load(result.artifact(MODEL)).conv1.weight, model.conv1.weight)

@@ -13,21 +13,12 @@ from torch import nn
 from afdslib import afs, data, runs
 from afdslib.afs import macs
 from afdslib.afs.shrink import groups, shrink
+from afdslib.base import hooks
 from afdslib.base.errors import AFDSError
-from afdslib.experiments import (
-    OBJECTIVE,
-    ChannelWeightsRun,
-    DataSource,
-    DenseRun,
-    ExtendedSourceRun,
-    FBSGatesRun,
-    FBSRun,
-    NarrowRun,
-    PrunedRun,
-    Selection,
-)
-from afdslib.experiments.competitors import KEPT
-from afdslib.experiments.delta import WEIGHTS
+from afdslib.experiments import ChannelWeightsRun, DataSource, DenseRun, ExtendedSourceRun, FBSGatesRun, FBSRun
+from afdslib.experiments import source as sources
+from afdslib.experiments.competitors import KEPT, NarrowRun, PrunedRun, Selection
+from afdslib.experiments.stage import OBJECTIVE
 from afdslib.losses import TERMS, Batch, DELTALoss, at_loss, lwf_loss
 from afdslib.losses.sparsity import GateL1, ScaleL1
 from afdslib.pruning import boosted, settle
@@ -47,25 +38,18 @@ def dense(name: str = "l2", strength: float = 1e-3, **kwargs) -> DenseRun:
     return DenseRun(START, TARGET, Regulariser(name, strength), STAGE, macs_images=12, **kwargs)
 
 
-@pytest.fixture
-def store(tmp_path):
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Shared, so that each dense network is trained once."""
     with tiny.served():
-        yield tiny.store(tmp_path)
-
-
-# regularisers
-
-
-def halves(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Every other channel of each group."""
-    return {g.name: tuple(range(0, g.width, 2)) for g in groups(model, SIZE)}
+        yield tiny.store(tmp_path_factory.mktemp("store"))
 
 
 @pytest.mark.parametrize("name", TERMS)
 def test_on_a_pruned_network_a_regulariser_compares_the_kept_channels(name):
     """Its term is the formula on the source's kept channels, and 0 (or nearly) for the pruned source itself."""
     source = tiny.network(1, stem="cifar").eval()
-    kept = halves(source)
+    kept = {group.name: tuple(range(0, group.width, 2)) for group in groups(source, SIZE)}
     model = shrink(tiny.network(2, stem="cifar"), kept, SIZE).eval()
     names = feature_names(source, "block")
     channels = matching(source, kept, names, SIZE)
@@ -77,7 +61,7 @@ def test_on_a_pruned_network_a_regulariser_compares_the_kept_channels(name):
         logits = model(images)
     old, reference = Teacher(source, names)(images)
     loss, terms, _ = objective(model, images, labels)
-    theirs = {n: x[:, channels.kept[n]] for n, x in reference.items()}
+    reference = {n: x[:, channels.kept[n]] for n, x in reference.items()}
     entropy = nn.functional.cross_entropy(logits, labels)
     if name == "l2":
         expected = torch.zeros(())
@@ -89,12 +73,10 @@ def test_on_a_pruned_network_a_regulariser_compares_the_kept_channels(name):
     elif name == "lwf":
         with taps(model, ["avgpool"]) as pooled:
             model(images)
-        head = nn.functional.linear(
-            pooled["avgpool"].flatten(1), source.fc.weight[:, channels.kept["fc"]], source.fc.bias
-        )
-        expected = 0.1 * lwf_loss(head, old)
+        weight = source.fc.weight[:, channels.kept["fc"]]
+        expected = 0.1 * lwf_loss(nn.functional.linear(pooled["avgpool"].flatten(1), weight, source.fc.bias), old)
     elif name == "at":
-        expected = 0.1 * sum(at_loss(student[n], theirs[n]) for n in names)
+        expected = 0.1 * sum(at_loss(student[n], reference[n]) for n in names)
     else:
         flat = {n: torch.full((s[0],), 1 / s[0]) for n, s in shapes.items()}
         # AFD's attention is uniform at the start, over the living channels.
@@ -103,39 +85,35 @@ def test_on_a_pruned_network_a_regulariser_compares_the_kept_channels(name):
         # C/(2HW) counts the source's channels, so that lambda means the same at every budget.
         factor = {n: s[0] / len(channels.kept[n]) for n, s in shapes.items()}
         loss_of = DELTALoss({n: w[n][channels.kept[n]] * factor[n] for n in names})
-        expected = 0.1 * loss_of(student, theirs)
+        expected = 0.1 * loss_of(student, reference)
     torch.testing.assert_close(loss - entropy, expected, rtol=1e-3, atol=1e-5)
     assert next(iter(terms)) == "cross_entropy" and all(bool(t.isfinite()) for t in terms.values())
 
 
-@pytest.mark.parametrize(("name", "key"), [("lwf", "lwf"), ("delta", "delta"), ("at", "at")])
-def test_the_new_terms_are_logged_and_add_up_to_the_loss(store, name, key):
+@pytest.mark.parametrize("name", ["lwf", "delta", "at"])
+def test_the_new_terms_are_logged_and_add_up_to_the_loss(store, name):
     result = runs.get_or_run(dense(name, 0.1), store=store)
     rows = result.history()
-    torch.testing.assert_close(
-        torch.tensor(rows.loss), torch.tensor(rows.cross_entropy + 0.1 * rows[key]), rtol=1e-4, atol=1e-5
-    )
-    assert (rows[key] > 0).any() and result.metrics["training_macs"] == macs.count(
-        afs.load(result.artifact(MODEL)), SIZE
-    ).total * 3 * 8 * (3 + 1)
+    assert rows.loss.tolist() == pytest.approx((rows.cross_entropy + 0.1 * rows[name]).tolist(), rel=1e-4, abs=1e-5)
+    network = macs.count(afs.load(result.artifact(MODEL)), SIZE)
+    assert (rows[name] > 0).any() and result.metrics["training_macs"] == network.total * 3 * 8 * (3 + 1)
 
 
-def test_delta_needs_weights_that_fit():
+@pytest.mark.parametrize(("weights", "words"), [(None, "needs its channel weights"), ({}, "do not fit layer")])
+def test_delta_needs_weights_that_fit(weights, words):
     model = tiny.network(stem="cifar")
-    for weights, words in ((None, "needs its channel weights"), ({"layer1.0": torch.ones(3)}, "do not fit layer")):
-        with pytest.raises(AFDSError, match=words):
-            Objective(model, Regulariser("delta", 0.1), model, SIZE, weights=weights)
+    weights = None if weights is None else {"layer1.0": torch.ones(3)}
+    with pytest.raises(AFDSError, match=words):
+        Objective(model, Regulariser("delta", 0.1), model, SIZE, weights=weights)
 
 
 def test_the_weight_stage_of_delta_goes_on_with_the_next_layer_after_a_kill(store, monkeypatch):
     config = ChannelWeightsRun(START, TARGET, images=6)
     whole = runs.get_or_run(config, store=store)
-    expected = load_file(whole.artifact(WEIGHTS))
+    expected = load_file(whole.artifact(sources.WEIGHTS))
     assert all(float(w.sum()) == pytest.approx(1) for w in expected.values()) and whole.metrics["training_macs"] > 0
     shutil.rmtree(whole.path)
-    from afdslib.experiments import delta as weighing
-
-    real, weighed = weighing.channel_weights, []
+    real, weighed = sources.channel_weights, []
 
     def weigh(model, names, loader, **kwargs):
         if len(weighed) == 2:
@@ -144,17 +122,14 @@ def test_the_weight_stage_of_delta_goes_on_with_the_next_layer_after_a_kill(stor
         weighed.append(*names)
         return real(model, names, loader, **kwargs)
 
-    monkeypatch.setattr(weighing, "channel_weights", weigh)
+    monkeypatch.setattr(sources, "channel_weights", weigh)
     with pytest.raises(KeyboardInterrupt):
         runs.get_or_run(config, store=store)
     result = runs.get_or_run(config, store=store)
-    found = load_file(result.artifact(WEIGHTS))
-    assert all(torch.equal(found[n], expected[n]) for n in expected) and result.metrics == whole.metrics
+    weights = load_file(result.artifact(sources.WEIGHTS))
+    assert all(torch.equal(weights[n], expected[n]) for n in expected) and result.metrics == whole.metrics
     weighed.remove("killed")
     assert sorted(weighed) == sorted(expected)  # each layer once
-
-
-# static pruning
 
 
 def test_a_pruned_point_resumes_to_the_same_numbers_with_the_channels_it_chose(store, monkeypatch):
@@ -171,16 +146,14 @@ def test_a_pruned_point_resumes_to_the_same_numbers_with_the_channels_it_chose(s
 
     def save(self, state):
         saved(self, state)
-        if self.id == whole.id and state["step"] == 1:
-            raise KeyboardInterrupt
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(runs.Run, "save_checkpoint", save)
         runs.get_or_run(config, store=store)
-    with monkeypatch.context() as patch:  # another machine might rank near ties otherwise
-        again_scored = "the channels are chosen once"
-        patch.setattr("afdslib.experiments.competitors.scores", lambda *a, **k: pytest.fail(again_scored))
-        again = runs.get_or_run(config, store=store)
+    # Chosen once: another machine might rank near ties otherwise.
+    monkeypatch.setattr("afdslib.experiments.competitors.scores", lambda *a, **k: pytest.fail("chosen again"))
+    again = runs.get_or_run(config, store=store)
     assert {name: (again.path / name).read_bytes() for name in files} == expected
 
 
@@ -221,25 +194,17 @@ def test_what_cannot_be_reached_and_what_follows_it_are_results(store):
         assert "at 100x, the budget 0.01 cannot be reached" in runs.get_or_run(point, store=store).metrics["diverged"]
 
 
-# FBS and narrow networks
-
-
 def test_fbs_tunes_its_gates_alone_first_and_meets_budgets_by_density_with_every_channel_alive(store):
     gates = FBSGatesRun(START, TARGET, Regulariser("l2", 0.0), STAGE, gate_l1=1e-6)
     alone = runs.get_or_run(gates, store=store)
     source = boosted(afs.load(runs.get_or_run(START, store=store).artifact(MODEL)))
     tuned = afs.load(alone.artifact(MODEL))
     assert all(float(layer.predictor.bias.detach().min()) == 1 for layer in afs.layers(source).values())
-    moved = {
-        name.split(".")[-2] if "predictor" in name else name.split(".")[0]
-        for name, p in tuned.named_parameters()
-        if name.startswith("fc") or not torch.equal(p, source.get_parameter(name))
-    }
-    assert moved == {"predictor", "fc"}
+    moved = [n for n, p in tuned.named_parameters() if n[:2] == "fc" or not torch.equal(p, source.get_parameter(n))]
+    assert {"predictor" if "predictor" in name else name.split(".")[0] for name in moved} == {"predictor", "fc"}
     result = runs.get_or_run(FBSRun(gates, STAGE, STAGE, (1.0, 0.5), macs_images=12), store=store)
     network = afs.load(result.artifact(MODEL))
-    layers = afs.layers(network).values()
-    assert all(bool(layer.m.all()) and bool(layer.s.all()) for layer in layers)
+    assert all(bool(layer.m.all()) and bool(layer.s.all()) for layer in afs.layers(network).values())
     assert 0.95 * 0.5 <= result.metrics["train_macs"] <= 0.5 and 0 < result.metrics["density"] < 1
     lowered = result.history()["mask_macs"].dropna()
     assert (lowered <= 0.5**0.25 + 1e-9).all() and "gate_l1" in result.history()
@@ -255,9 +220,8 @@ def test_the_exact_start_of_fbs_keeps_the_trained_function():
 
 def test_a_narrow_network_distils_the_tuned_dense_one_and_takes_its_share_of_the_dense_macs(store):
     narrow = replace(START, source=replace(tiny.SOURCE, network=replace(tiny.SOURCE.network, width=1 / 32)))
-    config = NarrowRun(
-        narrow, TARGET, Regulariser("l2", 1e-3), STAGE, tiny.SOURCE.network, 0.5, teacher=dense(), macs_images=12
-    )
+    options = {"teacher": dense(), "macs_images": 12}
+    config = NarrowRun(narrow, TARGET, Regulariser("l2", 1e-3), STAGE, tiny.SOURCE.network, 0.5, **options)
     result = runs.get_or_run(config, store=store)
     network = afs.load(result.artifact(MODEL))
     full = runs.get_or_run(dense(), store=store)
@@ -274,19 +238,13 @@ def test_the_penalties_are_their_formulas():
     loss, terms = ScaleL1(0.5).add(entropy, Batch(model, images, labels, logits))
     scales = sum(float(m.weight.detach().abs().sum()) for m in model.modules() if isinstance(m, nn.BatchNorm2d))
     assert float(terms["slimming"]) == pytest.approx(0.5 * scales, rel=1e-5) and loss == entropy + terms["slimming"]
-    penalty, expected, pooled = GateL1(0.5), 0.0, {}
-    hooks = [layer.register_forward_pre_hook(lambda m, a: pooled.update({m: a[0].mean((2, 3))}))
-             for layer in afs.layers(gated).values()]  # fmt: skip
-    with penalty.watch(gated):
+    layers, penalty = afs.layers(gated), GateL1(0.5)
+    with penalty.watch(gated), hooks.kept(layers, inputs=True) as inputs:
         gated(images)
-    for layer, x in pooled.items():
-        expected += float(layer.predictor(x).relu().sum(1).mean())
+    expected = sum(float(layers[n].predictor(x.mean((2, 3))).relu().sum(1).mean()) for n, x in inputs.items())
     _, terms = penalty.add(entropy, Batch(gated, images, labels, logits))
     assert float(terms["gate_l1"]) == pytest.approx(0.5 * expected, rel=1e-4)
-    assert len(hooks) == sum(len(layer._forward_pre_hooks) for layer in afs.layers(gated).values())  # none is left
-
-
-# budgets and sealed tests
+    assert not any(layer._forward_pre_hooks for layer in layers.values())
 
 
 def test_a_settled_budget_is_between_98_and_100_percent_whichever_way_the_gates_moved():
@@ -311,7 +269,7 @@ def test_a_trial_holds_no_test_image(store):
     assert splits.train is not None and len(splits.validation) == 12
     config = dense(use_test=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "load", lambda *_, **__: tiny.altered(tiny.splits(10, shift=1), test=splits.test))
+        patch.setattr(data, "load", lambda *_, **__: replace(tiny.splits(10, shift=1), test=splits.test))
         result = runs.get_or_run(config, store=store)
     assert not any(key.startswith("test") for key in result.metrics) and "confusion" not in result.metrics
     assert json.dumps(result.metrics) and runs.run_id(config) != runs.run_id(dense())

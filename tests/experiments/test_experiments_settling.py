@@ -79,22 +79,19 @@ def test_settling_by_importance_spares_a_channel_of_small_gates_that_the_network
 def test_scores_rank_channels_and_leave_freezing_to_the_gates():
     model = tiny.gated(stem="cifar").eval()
     statistics = afs.collect_statistics(model, BATCHES)
-    by_q, by_scores = copy.deepcopy(model), copy.deepcopy(model)
     settings = {"macs_budget": 0.6, "loader": BATCHES, "delta_s": 0.05}
+    q = {name: s.q.clone() for name, s in statistics.items()}
+    by_q, by_scores, turned = (copy.deepcopy(model) for _ in range(3))
     afs.update_masks(by_q, statistics, **settings)
-    one = {name: s.q.clone() for name, s in statistics.items()}
-    afs.update_masks(by_scores, statistics, scores=one, **settings)
-    assert all(
-        torch.equal(v, by_scores.state_dict()[k]) for k, v in by_q.state_dict().items() if v.dtype.is_floating_point
-    )
-    turned = copy.deepcopy(model)
-    afs.update_masks(turned, statistics, scores={name: 1 / (q + 1e-3) for name, q in one.items()}, **settings)
+    afs.update_masks(by_scores, statistics, scores=q, **settings)
+    assert all(torch.equal(v, by_scores.state_dict()[k]) for k, v in by_q.state_dict().items())
+    afs.update_masks(turned, statistics, scores={name: 1 / (mean + 1e-3) for name, mean in q.items()}, **settings)
     pairs = list(zip(afs.layers(by_q).values(), afs.layers(turned).values(), strict=True))
     assert all(torch.equal(a.s, b.s) for a, b in pairs) and any(not torch.equal(a.m, b.m) for a, b in pairs)
     with pytest.raises(AFDSError, match="scores belong to another network"):
         afs.update_masks(model, statistics, scores={}, **settings)
     with pytest.raises(AFDSError, match="threshold on q"):
-        afs.update_masks(model, statistics, scores=one, delta_m=0.1)
+        afs.update_masks(model, statistics, scores=q, delta_m=0.1)
 
 
 def test_networks_that_settle_in_different_ways_share_the_unpruned_one():
@@ -106,22 +103,20 @@ def test_networks_that_settle_in_different_ways_share_the_unpruned_one():
         replace(whole, settle_by="gates")
 
 
-def frame(attention: str, *accuracies: float) -> pd.DataFrame:
-    rows = [(attention, seed, 0.1, value) for seed, value in enumerate(accuracies)]
-    return pd.DataFrame(rows, columns=["attention", "seed", "budget", "test_accuracy"])
+def frame(name: str, *accuracies: float, column: str = "attention") -> pd.DataFrame:
+    rows = [(name, seed, 0.1, value) for seed, value in enumerate(accuracies)]
+    return pd.DataFrame(rows, columns=[column, "seed", "budget", "test_accuracy"])
 
 
 def test_the_text_has_the_gain_and_the_distance_from_the_rival_over_the_seeds_that_are_there():
     before = pd.concat([frame("joint", 0.5, 0.5, 0.5), frame("detached", 0.3, 0.4)])
-    main = pd.DataFrame(
-        [("l2+width", s, 0.1, 0.6) for s in range(3)], columns=["method", "seed", "budget", "test_accuracy"]
-    )
-    found = pd.concat([frame("joint", 0.51, 0.52, 0.53), frame("detached", 0.5)])
-    text = ablations.settled_text(found, before, main, budget=0.1, rival="l2+width")
+    main = frame("l2+width", 0.6, 0.6, 0.6, column="method")
+    settled = pd.concat([frame("joint", 0.51, 0.52, 0.53), frame("detached", 0.5)])
+    text = ablations.settled_text(settled, before, main, budget=0.1, rival="l2+width")
     assert "AFDS gains +2.0 [-0.5, +4.5] points by it, 3 paired seeds (seed by seed +1.0, +2.0, +3.0), and is" in text
     assert "is then -8.0 [-10.5, -5.5] from the rival, L2 + narrower network." in text
     assert "detached attention gains +20.0" in text and "1 paired seed (seed by seed +20.0)" in text
     assert "Detached minus joint attention, both so: -1.0" in text
-    text = ablations.settled_text(found[found.attention == "detached"], before, main, budget=0.1, rival="l2+width")
+    text = ablations.settled_text(settled[settled.attention == "detached"], before, main, budget=0.1, rival="l2+width")
     assert "AFDS gains" not in text and "by mean gates (two things differ): +0.0" in text
-    assert ablations.settled_text(found.head(0), before, main, budget=0.1, rival="l2+width") == ""
+    assert ablations.settled_text(settled.head(0), before, main, budget=0.1, rival="l2+width") == ""

@@ -13,8 +13,7 @@ from afdslib.base.errors import AFDSError, DivergedError
 from afdslib.experiments import DataSource, Distillation, Network, StudentRun
 from afdslib.experiments.student import student_objective, tapped
 from afdslib.losses import BetaSchedule, _checks, at_loss, kd_loss
-from afdslib.training import loop
-from afdslib.training.features import Teacher
+from afdslib.training import features, loop
 from afdslib.training.objective import Objective
 
 SIZE = (3, tiny.SIZE, tiny.SIZE)
@@ -46,9 +45,8 @@ def objective(method, model, teacher=None, steps=4):
     return student_objective(model, method, teacher, SIZE, steps=steps, weight_decay=1e-4)
 
 
-def batch(count=6):
-    images, labels = tiny.images(count).__getitems__(list(range(count)))
-    return images, labels
+def batch():
+    return tiny.images(6).__getitems__(list(range(6)))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -68,18 +66,14 @@ def test_the_loss_is_the_sum_of_its_logged_terms_and_trains_the_student_alone(na
     assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())  # no batch norm has learned
     if made.teacher is not None:
         assert made.teacher.model is not teacher
-        kept = made.teacher.model.state_dict()
-        assert all(torch.equal(v, before[k]) for k, v in kept.items())
+        assert all(torch.equal(v, before[k]) for k, v in made.teacher.model.state_dict().items())
 
 
 def test_kd_is_the_loss_of_that_name():
-    student, teacher = network(), network("wrn-10-2", 1)
-    made = objective(METHODS["kd"], student.eval(), teacher)
+    student, teacher = network().eval(), network("wrn-10-2", 1).eval()
     images, labels = batch()
-    loss, _, logits = made(student, images, labels)
-    with torch.no_grad():
-        theirs = teacher.eval()(images)
-    assert torch.allclose(loss, kd_loss(logits, theirs, labels, T=4.0, alpha=0.9))
+    loss, _, logits = objective(METHODS["kd"], student, teacher)(student, images, labels)
+    assert torch.allclose(loss, kd_loss(logits, teacher(images).detach(), labels, T=4.0, alpha=0.9))
 
 
 def test_the_papers_beta_counts_half_and_the_codes_does_not():
@@ -90,25 +84,21 @@ def test_the_papers_beta_counts_half_and_the_codes_does_not():
         loss, terms, _ = objective(method, student, teacher)(student, images, labels)
         at = sum(v for k, v in terms.items() if k.startswith("at_"))
         assert torch.allclose(loss - terms["cross_entropy"], share * 10 * at, rtol=1e-5)
-    layers = backbones.stages(student)
-    from afdslib.training.features import taps
-
-    with torch.no_grad(), taps(student, layers) as mine, taps(teacher, layers) as theirs:
+    layer = backbones.stages(student)[1]
+    with torch.no_grad(), features.taps(student, [layer]) as maps, features.taps(teacher, [layer]) as reference:
         student(images), teacher(images)
-    assert torch.allclose(terms["at_2"], at_loss(mine[layers[1]], theirs[layers[1]], mode="paper"), rtol=1e-5)
+    assert torch.allclose(terms["at_2"], at_loss(maps[layer], reference[layer], mode="paper"), rtol=1e-5)
 
 
 def test_a_decaying_weight_falls_step_by_step():
-    student, teacher = network(), network("wrn-10-2", 1)
-    method = Distillation("at", weighed(8.0, "linear"))
-    made = objective(method, student, teacher, steps=4)
-    seen = [float(made(student, *batch(), step)[1]["beta"]) for step in range(4)]
-    assert seen == [8.0, 6.0, 4.0, 2.0]
+    student = network()
+    made = objective(Distillation("at", weighed(8.0, "linear")), student, network("wrn-10-2", 1), steps=4)
+    assert [float(made(student, *batch(), step)[1]["beta"]) for step in range(4)] == [8.0, 6.0, 4.0, 2.0]
 
 
 def test_a_teacher_that_was_thawed_is_one_sentence():
-    student, teacher = network(), network("wrn-10-2", 1)
-    made = objective(METHODS["at"], student, teacher)
+    student = network()
+    made = objective(METHODS["at"], student, network("wrn-10-2", 1))
     made.teacher.model.train()
     with pytest.raises(AFDSError, match=r"^The teacher is in train mode.*call teacher.model.eval\(\)\.$"):
         made(student, *batch())
@@ -118,7 +108,7 @@ def test_a_teacher_that_was_thawed_is_one_sentence():
 
 
 def test_a_teachers_input_gradient_has_no_graph_and_leaves_no_gradient():
-    teacher = Teacher(network("wrn-10-2", 1))
+    teacher = features.Teacher(network("wrn-10-2", 1))
     images, labels = batch()
     with torch.no_grad():
         gradient = teacher.input_gradient(images, labels)
@@ -128,18 +118,14 @@ def test_a_teachers_input_gradient_has_no_graph_and_leaves_no_gradient():
 
 @pytest.mark.parametrize(
     ("name", "before", "after"),
-    [
-        ("wrn-10-1", "bn", "relu"),
-        ("inception_bn", "in5b.before_relu", "in5b"),
-        ("resnet14", "layer4.0.bn3", "layer4.0"),
-    ],
+    [("wrn-10-1", "bn", "relu"), ("inception_bn", "in5b.before_relu", "in5b"), ("resnet14", "layer4.0.bn3", "layer4.0")]
 )
 def test_taps_lie_before_and_after_the_last_relu(name, before, after):
     model = backbones.build(name, 3, stem="cifar", **({} if name.startswith("wrn") else {"width": 1 / 16}))
     assert tapped(model, "before-relu") == [before] and tapped(model, "after-relu") == [after]
     assert tapped(model, "groups") == backbones.stages(model) and tapped(model, "last") == backbones.stages(model)[-1:]
     made = objective(Distillation("nst", weighed(1.0), taps="after-relu"), model, network("wrn-10-2"))
-    assert made.pairs[0].size == min(made.pairs[0].size, (4, 4))
+    assert made.pairs[0].size <= (4, 4)
 
 
 def test_networks_of_different_families_and_map_sizes_are_compared_at_the_smaller_size(recwarn):
@@ -183,9 +169,8 @@ def test_networks_that_do_not_fit_are_one_sentence():
     with pytest.raises(AFDSError, match="a hint compares maps of one size, but the student's 'in5b' is 2x2 and "):
         objective(Distillation("hint", weighed(1.0), taps="last"), inception, network("wrn-10-2"))
     student = network()
-    of_five = objective(METHODS["kd"], student, backbones.build("wrn-10-1", 5))
     with pytest.raises(AFDSError, match="this loss needs equal shapes"):
-        of_five(student, *batch())
+        objective(METHODS["kd"], student, backbones.build("wrn-10-1", 5))(student, *batch())
 
 
 # runs
@@ -194,10 +179,9 @@ TEACHER = StudentRun(DataSource("tiny-source"), Network("wrn-10-2"), tiny.settin
 
 
 def student_run(method, steps=4, **kwargs):
-    return StudentRun(
-        DataSource("tiny-source"), Network("wrn-10-1"), tiny.settings(steps, log_rows=2), method,
-        TEACHER if method.needs_teacher else None, **kwargs,
-    )  # fmt: skip
+    teacher = TEACHER if method.needs_teacher else None
+    settings = tiny.settings(steps, log_rows=2)
+    return StudentRun(DataSource("tiny-source"), Network("wrn-10-1"), settings, method, teacher, **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -208,18 +192,20 @@ def store(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", ["alone", "at-kd", "gradient-at", "hint"])
+LOGGED = {
+    "alone": [], "at-kd": ["soft", "at_1", "at_2", "at_3", "beta"], "gradient-at": ["gradient_at", "beta"],
+    "hint": ["hint_1", "hint_2", "hint_3", "beta"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOGGED)
 def test_a_student_is_trained_once_and_every_term_is_logged(store, name):
     config = student_run(METHODS[name])
     with tiny.served():
         result = runs.get_or_run(config, store=store)
         assert runs.get_or_run(config, store=store).path == result.path
     log = result.history()
-    wanted = {
-        "alone": [], "at-kd": ["soft", "at_1", "at_2", "at_3", "beta"], "gradient-at": ["gradient_at", "beta"],
-        "hint": ["hint_1", "hint_2", "hint_3", "beta"],
-    }[name]  # fmt: skip
-    assert [c for c in log if c in {*wanted, "soft", "beta"}] == wanted
+    assert [column for column in log if column in {*LOGGED[name], "soft", "beta"}] == LOGGED[name]
     assert {"cross_entropy", "lr", "validation_accuracy", "l2"} <= set(log) and len(log) == 2
     m = result.metrics
     assert m["steps"] == 4 and 0 <= m["test_accuracy"] <= 1 and sum(map(sum, m["confusion"])) == 24
@@ -253,26 +239,21 @@ def test_a_map_that_is_not_finite_makes_a_result_that_says_so(store, monkeypatch
     assert result.metrics["diverged"] == "the loss cannot be computed at step 1: the loss cannot be computed"
 
 
-def test_nan_in_a_map_is_a_divergence():
-    student, teacher = network(), network("wrn-10-2", 1)
-    made = objective(METHODS["at"], student, teacher)
-    with torch.no_grad():
-        student.conv1.weight.fill_(float("nan"))
-    with pytest.raises(DivergedError, match="^Student map holds .* NaN or infinite"):
-        made(student, *batch())
-
-
 def test_the_training_loop_names_the_term_where_the_losses_do_not_look_for_nan(tmp_path, monkeypatch):
     """As on an accelerator, where a loss that is not finite is returned."""
-    student, teacher = network(), network("wrn-10-2", 1)
-    made = objective(METHODS["at"], student, teacher)
+    student = network()
+    made = objective(METHODS["at"], student, network("wrn-10-2", 1))
     with torch.no_grad():
         made.teacher.model.get_submodule(made.pairs[2].teacher).conv2.weight.fill_(float("nan"))
     with pytest.raises(DivergedError, match="cannot be computed at step 1: Teacher map holds"):
         tiny.fit(tmp_path / "cpu", student, made)
-    monkeypatch.setattr(_checks, "finite", lambda loss, **_: loss)
-    with pytest.raises(DivergedError, match="the loss term 'at_3' is nan at step 1 "):
+    with monkeypatch.context() as patch, pytest.raises(DivergedError, match="the loss term 'at_3' is nan at step 1 "):
+        patch.setattr(_checks, "finite", lambda loss, **_: loss)
         tiny.fit(tmp_path / "accelerator", student, made)
+    with torch.no_grad():
+        student.conv1.weight.fill_(float("nan"))
+    with pytest.raises(DivergedError, match="^Student map holds .* NaN or infinite"):
+        made(student, *batch())
 
 
 def test_runs_that_make_no_sense_are_one_sentence():
@@ -285,9 +266,6 @@ def test_runs_that_make_no_sense_are_one_sentence():
         student_run(longer)
     with pytest.raises(AFDSError, match="weight_decay must be a number of at least 0"):
         student_run(METHODS["at"], weight_decay=-1.0)
-
-
-# the recipe's schedule and crops
 
 
 def test_milestones_drop_the_rate_at_shares_of_the_run():
@@ -306,31 +284,22 @@ def test_milestones_out_of_range_are_one_sentence(milestones):
 
 def test_reflected_crops_mirror_the_image_at_its_edge():
     plain = tiny.images(40, augment=True)
-    mirrored = data.ArrayImages(
-        plain._images, plain._rows, plain.targets, plain.classes, augment=True, flip=False, reflect=True
-    )
-    still = data.ArrayImages(plain._images, plain._rows, plain.targets, plain.classes, augment=False)
+    parts = (plain._images, plain._rows, plain.targets, plain.classes)
+    mirrored = data.ArrayImages(*parts, augment=True, flip=False, reflect=True)
     corner = (mirrored._uniforms[:, :2] * 9).astype(int)
     index = int((corner[:, 0] == 0).nonzero()[0][0])  # four rows above the image
     shift = int(corner[index, 1]) - 4
     columns = slice(max(0, -shift), min(tiny.SIZE, tiny.SIZE - shift))
     source = slice(columns.start + shift, columns.stop + shift)
-    crop, image = mirrored[index][0], still[index][0]
-    assert torch.equal(crop[:, 4, columns], image[:, 0, source])
-    for above in range(1, 5):
+    crop, image = mirrored[index][0], data.ArrayImages(*parts, augment=False)[index][0]
+    for above in range(5):
         assert torch.equal(crop[:, 4 - above, columns], image[:, above, source])
-
-
-def test_an_unknown_padding_is_one_sentence():
-    with pytest.raises(AFDSError, match="padding must be one of constant, reflect, got 'zero'"):
-        data.load("digits", padding="zero")
 
 
 def test_student_parameters_and_adapters_are_optimised_and_the_teachers_are_not():
     student = network()
     made = objective(METHODS["hint"], student, network("wrn-10-2", 1))
-    groups = loop._groups(student, made, tiny.settings())
-    ids = {id(p) for group in groups for p in group["params"]}
-    assert {id(p) for p in student.parameters()} <= ids and {id(p) for p in made.term.parameters()} <= ids
+    ids = {id(p) for group in loop._groups(student, made, tiny.settings()) for p in group["params"]}
+    assert {id(p) for p in (*student.parameters(), *made.term.parameters())} <= ids
     assert not ids & {id(p) for p in made.teacher.model.parameters()}
     assert all(isinstance(m.adapter, nn.Conv2d) for m in made.term)

@@ -12,6 +12,7 @@ import shutil
 import signal
 import tarfile
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from toy_runs import ToySource, ToyTrain
 
 from afdslib import afs, cli, data, runs
 from afdslib.base.errors import AFDSError
+from afdslib.inference import bench
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="needs alarms")]
 
@@ -39,8 +41,7 @@ def bytes_of(content: bytes, draw: random.Random) -> bytes:
         to = min(len(changed), at + draw.choice([1, 4, 64, 1000]))
         kind = draw.randrange(5)
         if kind == 0:
-            for place in range(at, to):
-                changed[place] ^= 1 << draw.randrange(8)
+            changed[at:to] = bytes(byte ^ 1 << draw.randrange(8) for byte in changed[at:to])
         elif kind == 1:
             del changed[at : len(changed) if draw.random() < 0.3 else to]
         elif kind == 2:
@@ -103,20 +104,19 @@ def home(tmp_path, monkeypatch) -> Path:
 @pytest.mark.parametrize("kind", ["zip", "tar"])
 def test_archives(kind, home):
     tree = tiny.tree(home / "tree", train=3, test=2)
-    files = sorted(tree.rglob("*.png"))
+    files, file = sorted(tree.rglob("*.png")), home / f"images.{kind}"
     for seed in range(TRIES // 2):
-        draw, file = random.Random(f"{kind}{seed}"), home / f"images.{kind}"
+        draw = random.Random(f"{kind}{seed}")
         names = [str(one.relative_to(home)) for one in files]
         if draw.random() < 0.3:
             names[draw.randrange(len(names))] = draw.choice(["../x.png", "/x.png", "tree/../../x.png", "x" * 300])
         if kind == "zip":
-            with zipfile.ZipFile(file, "w", draw.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])) as archive:
-                for name, one in zip(names, files, strict=True):
-                    archive.write(one, name)
+            archive = zipfile.ZipFile(file, "w", draw.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED]))
         else:
-            with tarfile.open(file, draw.choice(["w", "w:gz"])) as archive:
-                for name, one in zip(names, files, strict=True):
-                    archive.add(one, name)
+            archive = tarfile.open(file, draw.choice(["w", "w:gz"]))
+        with archive:
+            for name, one in zip(names, files, strict=True):
+                (archive.write if kind == "zip" else archive.add)(one, name)
         file.write_bytes(bytes_of(file.read_bytes(), draw))
         with tells(home, seed):
             data.load(file, size=16, skip_corrupt=draw.random() < 0.5)
@@ -144,77 +144,80 @@ def test_weight_files(home):
             afs.load(home / "net.safetensors")
 
 
-def test_configurations_and_results_of_the_store(home):
-    config = ToyTrain(steps=2, source=ToySource())
-    first = runs.get_or_run(config)
-    whole = {name: (first.path / name).read_bytes() for name in os.listdir(first.path)}
+def mutated(content: bytes, name: str, draw: random.Random) -> bytes:
+    """A file with some bytes changed, or one value of its JSON, or of one line."""
+    if name.endswith("csv") or draw.random() < 0.3:
+        return bytes_of(content, draw)
+    lines = content.decode().splitlines() if name.endswith("jsonl") else [content.decode()]
+    at = draw.randrange(len(lines))
+    lines[at] = json.dumps(json_of(json.loads(lines[at]), draw), separators=(",", ":"))
+    return ("\n".join(lines) + "\n").encode()
+
+
+def check_files(home: Path, folder: Path, names: list[str], uses: list) -> None:
+    """Uses of a folder of which one of the named files is mutated: a more frequent name is mutated more often."""
+    whole = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
     for seed in range(TRIES):
         draw = random.Random(seed)
         for name, content in whole.items():
-            (first.path / name).write_bytes(content)
-        name = draw.choice(["config.json", "config.json", "result.json", "times.json", "environment.json"])
-        if draw.random() < 0.7:
-            changed = json.dumps(json_of(json.loads(whole[name]), draw)).encode()
-        else:
-            changed = bytes_of(whole[name], draw)
-        (first.path / name).write_bytes(changed)
-        for use in (runs.show, runs.finished, runs.load_config, lambda id: runs.publish([runs.lookup(config)], "tiny")):
+            (folder / name).write_bytes(content)
+        name = draw.choice(names)
+        (folder / name).write_bytes(mutated(whole[name], name, draw))
+        for use in uses:
             with tells(home, seed):
-                use(first.id)
-        with tells(home, seed):
-            assert len(runs.list_runs()) == 2
+                use()
+
+
+def test_configurations_and_results_of_the_store(home):
+    config = ToyTrain(steps=2, source=ToySource())
+    first = runs.get_or_run(config)
+
+    def listed():
         shutil.rmtree(home / "data", ignore_errors=True)
+        assert len(runs.list_runs()) == 2
+
+    uses = [partial(use, first.id) for use in (runs.show, runs.finished, runs.load_config)]
+    uses += [lambda: runs.publish([runs.lookup(config)], "tiny"), listed]
+    check_files(home, first.path, ["config.json", "config.json", "result.json", "times.json", "environment.json"], uses)
 
 
 def test_committed_results(home):
     configs = [ToySource(), ToyTrain(steps=2, source=ToySource(2)), ToyTrain(steps=3)]
     runs.publish([runs.get_or_run(config, store=home / "store") for config in configs], "tiny")
-    folder = home / "data/results/tiny"
-    whole = {name: (folder / name).read_bytes() for name in ("runs.jsonl", "curves.csv")}
     id = runs.run_id(configs[1])
-    for seed in range(TRIES):
-        draw = random.Random(seed)
-        for name, content in whole.items():
-            (folder / name).write_bytes(content)
-        name = draw.choice(["runs.jsonl", "runs.jsonl", "curves.csv"])
-        changed = bytes_of(whole[name], draw)
-        if name == "runs.jsonl" and draw.random() < 0.7:
-            lines = whole[name].decode().splitlines()
-            at = draw.randrange(len(lines))
-            lines[at] = json.dumps(json_of(json.loads(lines[at]), draw), separators=(",", ":"))
-            changed = ("\n".join(lines) + "\n").encode()
-        (folder / name).write_bytes(changed)
-        for use in (
-            lambda: runs.lookup(configs[1]),
-            lambda: runs.show(id),
-            lambda: runs.finished(id)[1].history(),
-            lambda: list(runs.records()),
-            runs.list_committed,
-            lambda: runs.publish([runs.get_or_run(configs[2], store=home / "store")], "tiny"),
-        ):
-            with tells(home, seed):
-                use()
+    uses = [
+        lambda: runs.lookup(configs[1]), lambda: runs.show(id), lambda: runs.finished(id)[1].history(),
+        lambda: list(runs.records()), runs.list_committed,
+        lambda: runs.publish([runs.get_or_run(configs[2], store=home / "store")], "tiny"),
+    ]  # fmt: skip
+    check_files(home, home / "data/results/tiny", ["runs.jsonl", "runs.jsonl", "curves.csv"], uses)
 
 
+PLANNED = ["run", "report", "study", "distill"]  # never begun: only what ends in seconds and downloads nothing is
+COMMANDS = [
+    *PLANNED, "runs", "list", "show", "rm", "resume", "export", "predict", "maps", "data", "bench", "evaluate",
+    "doctor",
+]  # fmt: skip
 WORDS = [
-    "runs", "list", "show", "rm", "resume", "export", "predict", "maps", "data", "run", "report", "--run", "--model",
-    "--format", "--out", "onnx", "torch", "net.safetensors", "image.png", "none", "--profile", "demo", "mine",
-    "--dry-run", "--set", "lr=x", "x=1", "--data-dir", "--committed", "-1", "1e400", "", "0" * 12, "abc", "é", "*",
-    "/nope/x", "--help", "--nope", "--", "-", "--device", "cuda:9", "--top", "--size", "0", "\x00",
+    *COMMANDS, "--run", "--model", "--format", "--out", "onnx", "torch", "net.safetensors", "image.png", "none",
+    "--profile", "demo", "mine", "--dry-run", "--set", "lr=x", "x=1", "--data-dir", "--committed", "-1", "1e400", "",
+    "0" * 12, "abc", "é", "*", "/nope/x", "--help", "--nope", "--", "-", "--device", "cuda:9", "--top", "--size", "0",
+    "\x00", "--part", "comparison", "--finished", "--workers", "--recipe", "resnet18-at", "--data", "tree", "--epochs",
+    "1", "--precision", "bf16", "--case", "toy", "--threads", "--width", "0.125",
 ]  # fmt: skip
 
 
-def test_command_lines(home):
-    """Whatever the words: 0, or 2 and one line on stderr. Only what ends in seconds and downloads nothing is begun."""
+def test_command_lines(home, monkeypatch):
+    """Whatever the words: 0, or 2 and one line on stderr."""
+    monkeypatch.setattr(bench, "CASES", {"toy": lambda settings: iter(())})
     runs.get_or_run(ToyTrain(steps=2))
     afs.save(tiny.network(), home / "net.safetensors")
     (home / "image.png").write_bytes(next(tiny.tree(home / "tree", train=1, test=1).rglob("*.png")).read_bytes())
     before = sorted(home.parent.iterdir())
     for seed in range(TRIES):
         draw = random.Random(seed)
-        words = [draw.choice(WORDS[:11])] + [draw.choice(WORDS) for _ in range(draw.randrange(7))]
-        if {"run", "report"} & set(words[:1]):
-            words.append("--dry-run")
+        words = [draw.choice(COMMANDS)] + [draw.choice(WORDS) for _ in range(draw.randrange(7))]
+        words[1:1] = ["--dry-run"] if words[0] in PLANNED else []
         output, errors = io.StringIO(), io.StringIO()
         with tells(home, seed), contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
             code = cli.main(words)

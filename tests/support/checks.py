@@ -42,9 +42,6 @@ def normed(one: afs.AFSConvBN, x: Tensor) -> Tensor:
     return (y - mean) / (var + one.norm.eps).sqrt()
 
 
-# ------------------------------------------------------------------------------------------------------------ selection
-
-
 def static_channel_is_scaled_by_gamma(folder: Path) -> None:
     one = layer()
     one.s[2], one.gamma[2] = 0, 0.7
@@ -106,9 +103,6 @@ def a_step_of_training_keeps_the_pretrained_function_near(folder: Path) -> None:
     x, y = tiny.images(12).__getitems__(list(range(12)))
     before, after = (nn.functional.cross_entropy(m(x), y) for m in (plain, afs.convert(plain)))
     assert close(before, after, 1e-5), "the loss at step 0 is not the pretrained network's"
-
-
-# ------------------------------------------------------------------------------------------------- statistics and masks
 
 
 def statistics_are_those_of_the_gates(folder: Path) -> None:
@@ -186,9 +180,6 @@ def a_stage_with_a_mask_update_finishes(folder: Path) -> None:
     assert len(seen) == 1 and seen[0] > 0, "the mask update did nothing"
 
 
-# ----------------------------------------------------------------------------------------------------------------- MACs
-
-
 def macs_are_those_of_each_image(folder: Path) -> None:
     torch.manual_seed(1)
     model = afs.convert(Tiny()).eval()
@@ -205,9 +196,6 @@ def macs_are_those_of_each_image(folder: Path) -> None:
     assert math.isclose(sum(measured.by_layer.values()), wanted), "MACs are not the mean of what each image costs"
     assert math.isclose(measured.predictors, predictors), "the predictors' MACs are wrong"
     assert math.isclose(measured.total, wanted + predictors), "the predictors are left out of the total"
-
-
-# ------------------------------------------------------------------------------------------------------------------ AFD
 
 
 def slow_afd(loss: AFDLoss, student: dict[str, Tensor], source: dict[str, Tensor]) -> tuple[float, float]:
@@ -257,9 +245,6 @@ def attention_bias_is_per_channel(folder: Path) -> None:
         assert float(attention.b2.grad.abs().max()) > 1e-6, "the attention's bias b2 gets no gradient"
 
 
-# ------------------------------------------------------------------------------------------------------------- features
-
-
 def hooks(model: nn.Module) -> int:
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
@@ -290,9 +275,6 @@ def taps_see_only_passes_inside_their_block(folder: Path) -> None:
     assert torch.equal(taken["layer2.0"], before), "an evaluation pass left its features behind"
 
 
-# ------------------------------------------------------------------------------------------------------------- training
-
-
 def the_same_seed_gives_the_same_numbers(folder: Path) -> None:
     states = []
     for repeat, seed in enumerate((3, 3, 4)):
@@ -303,9 +285,6 @@ def the_same_seed_gives_the_same_numbers(folder: Path) -> None:
         states.append(model.fc.weight.detach().clone())
     assert torch.equal(states[0], states[1]), "two runs with one seed differ"
     assert not torch.equal(states[0], states[2]), "another seed changes nothing"
-
-
-# ------------------------------------------------------------------------------------------------------------ the study
 
 
 class Unreadable(tiny.data.ArrayImages):

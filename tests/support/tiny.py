@@ -7,7 +7,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -146,7 +145,3 @@ def store(folder: Path) -> Path:
     copied = folder / "runs"
     shutil.copytree(_trained().name, copied)
     return copied
-
-
-def altered(target: data.Splits, **changes) -> data.Splits:
-    return replace(target, **changes)
