@@ -80,7 +80,7 @@ def digest(path: Path, algorithm: str = "sha256") -> str:
     status = path.stat()
     state = [str(path), status.st_size, status.st_mtime_ns]
     memo = paths.cache() / "checksums" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:24]}.json"
-    known = {"file": state}
+    known: dict[str, Any] = {"file": state}
     try:
         stored = json.loads(memo.read_text())
         known = stored if stored["file"] == state else known

@@ -78,8 +78,8 @@ def _devkit(folder: Path, origin: Path) -> dict[str, str]:
     """From the two files somewhere below a folder."""
     from scipy.io import loadmat
 
-    files = {name: next(folder.rglob(name), None) for name in (GROUND_TRUTH, META)}
-    if missing := [name for name, file in files.items() if file is None]:
+    files = {name: file for name in (GROUND_TRUTH, META) for file in folder.rglob(name)}
+    if missing := [name for name in (GROUND_TRUTH, META) if name not in files]:
         raise AFDSError(f"{origin} is no ImageNet devkit: it lacks {' and '.join(missing)}")
     try:
         synsets = loadmat(files[META], squeeze_me=True)["synsets"]

@@ -152,11 +152,13 @@ class _Images(NamedTuple):
 
 def _read(name: str, root: str | Path | None, size: int | None, download: bool, skip_corrupt: bool) -> _Images:
     spec = SETS.get(name)
+    pixels: np.ndarray | Files
     if spec is not None and not spec.layouts:
         listing, size = digits(), size or spec.size
-        source = Files(Path(), (), listing.images)
-        pixels = [resized_to(source.read(row), size) for row in range(len(listing.targets))] if size <= SMALL else []
-        return _Images(spec, np.stack(pixels) if pixels else source, size, listing, "scikit-learn's 8x8 digits")
+        pixels = source = Files(Path(), (), listing.images)
+        if size <= SMALL:
+            pixels = np.stack([resized_to(source.read(row), size) for row in range(len(listing.targets))])
+        return _Images(spec, pixels, size, listing, "scikit-learn's 8x8 digits")
     if spec is None:
         path, layout = _given_path(name, root), Layout((), (), trees.image_folder)
         base = "".join(c if c.isalnum() or c in "-_." else "-" for c in path.resolve().name) or "tree"
@@ -257,12 +259,12 @@ def load(
         raise AFDSError(f"the data set {name} has no test images: add test/, or at least 4 images to each class")
 
     def make(chosen: np.ndarray, augment: bool) -> ImageDataset:
-        which = rows[chosen], listing.targets[chosen], listing.classes
-        common: dict[str, Any] = {"augment": augment, "flip": spec.flip, "seed": int(seed)}
+        common: dict[str, Any] = {"rows": rows[chosen], "targets": listing.targets[chosen], "classes": listing.classes}
+        common |= {"augment": augment, "flip": spec.flip, "seed": int(seed)}
         if isinstance(pixels, Files):
-            return FileImages(pixels, *which, size=size, **common)
-        edges: dict[str, Any] = {"border": spec.border, "reflect": padding == "reflect", "sharpness": float(sharpness)}
-        return ArrayImages(pixels, *which, **common, **edges)
+            return FileImages(pixels, size=size, **common)
+        reflect = padding == "reflect"
+        return ArrayImages(pixels, border=spec.border, reflect=reflect, sharpness=float(sharpness), **common)
 
     validation = make(drawn.validation, False) if len(drawn.validation) else None
     train, test, statistics = make(drawn.train, True), make(drawn.test, False), make(drawn.train, False)

@@ -8,7 +8,6 @@
         root: str = runs.unhashed("")               # recorded, not part of the identity
 
         def execute(self, run: runs.Run) -> dict:
-            source = runs.get_or_run(self.parent, store=run.store, needs=("model.safetensors",))
             state = run.load_checkpoint()           # None on the first start
             ...
             return {"steps": 100, "accuracy": 0.9}
@@ -49,12 +48,11 @@ _ConfigClass = TypeVar("_ConfigClass", bound=type)
 class Config(Protocol):
     """A frozen dataclass of str, int, float, bool, None, tuples and nested frozen dataclasses that can be executed.
 
+    `execute` returns the metrics (JSON-able; training puts its optimiser steps under "steps").
     It may also define `needs(self) -> Iterable[Config]`; see `needs`.
     """
 
-    def execute(self, run: Run) -> dict[str, Any]:
-        """Computes the run and returns its metrics (JSON-able; training puts its optimiser steps under "steps")."""
-        ...
+    def execute(self, run: Run) -> dict[str, Any]: ...
 
 
 def is_kind_of_run(cls: Any) -> bool:
@@ -106,11 +104,8 @@ def added(default: Any) -> Any:
 def to_json(config: Any, *, hashed_only: bool = False) -> dict[str, Any]:
     """A configuration as JSON: `{"class": name, field: value, ...}`, nested dataclasses alike.
 
-    Integers in fields annotated as float become floats, so `1` and `1.0` are one configuration.
-
-    Args:
-        config: A frozen dataclass.
-        hashed_only: Leave out the fields made by `unhashed`, and those made by `added` that have their default.
+    Integers in fields annotated as float become floats, so `1` and `1.0` are one configuration. `hashed_only` leaves
+    out the fields made by `unhashed`, and those made by `added` that have their default.
 
     Raises:
         TypeError: A field holds a value that has no canonical form.
@@ -120,12 +115,10 @@ def to_json(config: Any, *, hashed_only: bool = False) -> dict[str, Any]:
     hints = typing.get_type_hints(type(config))
     encoded: dict[str, Any] = {"class": type(config).__name__}
     for field in dataclasses.fields(config):
-        if hashed_only and not field.metadata.get("hashed", True):
-            continue
-        if hashed_only and field.metadata.get("added") and getattr(config, field.name) == field.default:
-            continue
-        where = f"{type(config).__name__}.{field.name}"
-        encoded[field.name] = _encode(getattr(config, field.name), hints[field.name], where, hashed_only)
+        value, where = getattr(config, field.name), f"{type(config).__name__}.{field.name}"
+        unnamed = not field.metadata.get("hashed", True) or (field.metadata.get("added") and value == field.default)
+        if not (hashed_only and unnamed):
+            encoded[field.name] = _encode(value, hints[field.name], where, hashed_only)
     return encoded
 
 
@@ -148,11 +141,7 @@ def _encode(value: Any, hint: Any, where: str, hashed_only: bool) -> Any:
 
 
 def from_json(data: dict[str, Any], cls: type | None = None) -> Any:
-    """Rebuilds what `to_json` wrote.
-
-    Args:
-        data: A decoded JSON object with a key "class".
-        cls: The class to build; by default the registered class of that name.
+    """Rebuilds what `to_json` wrote, as `cls` or else the registered class of its name.
 
     Raises:
         AFDSError: Unknown class or fields.

@@ -31,17 +31,9 @@ trains it anew.
 
 
 def keep_networks(networks: Iterable[tuple[str, Result]], profile: str) -> Path:
-    """Copies networks to data/weights/<run id>.safetensors and adds them to the card of their profile.
+    """Copies networks to data/weights/<run id>.safetensors and adds them to the card of their profile, which it gives.
 
-    Args:
-        networks: name for readers and result, the network among its artifacts.
-        profile: whose networks these are.
-
-    Returns:
-        The card, data/weights/<profile>.md.
-
-    Raises:
-        AFDSError: A result has no network.
+    `networks` are a name for readers and a result each, the network among its artifacts.
     """
     card = paths.weights() / f"{profile}.md"
     text = card.read_text(encoding="utf-8") if card.exists() else ""

@@ -23,6 +23,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import filelock
+
 from afdslib.base import paths
 from afdslib.base.atomic import write_text
 from afdslib.base.errors import AFDSError
@@ -61,10 +63,11 @@ class Result:
         """The logged rows (learning curves), empty if the run logged none."""
         import pandas
 
+        if self.committed:
+            return _curve(self.id, self.path)
         file = self.path / "metrics.csv"
-        text = curve(self.id, self.path) if self.committed else file.read_text("utf-8") if file.exists() else ""
         with _reading(file):
-            return pandas.read_csv(io.StringIO(text)) if text else pandas.DataFrame()
+            return pandas.read_csv(file) if file.exists() and file.stat().st_size else pandas.DataFrame()
 
     def artifact(self, name: str) -> Path:
         """The path of a file that the run wrote.
@@ -77,9 +80,8 @@ class Result:
             return file
         if self.committed and name == MODEL:
             raise AFDSError(
-                f"the network of run {self.id} is not kept as {file}; its history may hold it (git log -- {file} names "
-                f"the commit that removed it, and git show 'COMMIT~:./{file.name}' there has it), else train it anew "
-                "with AFDS_FRESH=1"
+                f"the network of run {self.id} is not kept as {file}; git log -- {file} may name the commit that "
+                f"removed it (then git show 'COMMIT~:./{file.name}' has it), else train it anew with AFDS_FRESH=1"
             )
         raise AFDSError(f"run {self.id} has no {name} in {self.path}; recompute it with AFDS_FRESH=1")
 
@@ -94,15 +96,11 @@ class Result:
 def seconds(result: Result) -> float | None:
     """Wall-clock time of a run, all its sessions together; None where it was not kept."""
     try:
-        file = result.path / "times.json"
-        times = recorded(result)["times"] if result.committed else read_json(file, result.id)
+        times = recorded(result)["times"] if result.committed else read_json(result.path / "times.json", result.id)
         taken = float(times["seconds"])
         return taken if math.isfinite(taken) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-# ----------------------------------------------------------------------------------------------------------- reading
 
 
 @contextmanager
@@ -117,91 +115,77 @@ def _reading(file: Path) -> Iterator[None]:
 
 
 def _load(folder: Path, name: str) -> dict[str, Any]:
-    """One of the two files of a profile as it is now; see `_parse_runs` and `_parse_curves`."""
-    try:
-        stat = (folder / name).stat()
-    except FileNotFoundError:
+    """One of the two files of a profile as it is now.
+
+    Of the runs the lines by their first key (id, environment or columns) and its value; of the curves the lines of each
+    run, and under "run" the header.
+    """
+    file = folder / name
+    if not file.exists():
         return {"environment": {}, "columns": {}, "id": {}} if name == _RUNS else {}
-    with _reading(folder / name):
-        parse = _parse_runs if name == _RUNS else _parse_curves
-        return parse(folder / name, (stat.st_mtime_ns, stat.st_size, stat.st_ino))
+    stat = file.stat()
+    with _reading(file):
+        return _parse(file, (stat.st_mtime_ns, stat.st_size, stat.st_ino))
 
 
-@lru_cache(maxsize=16)
-def _parse_runs(file: Path, stamp: tuple[int, ...]) -> dict[str, dict[str, Any]]:
-    """The lines by their first key (id, environment or columns) and its value."""
-    parsed: dict[str, dict[str, Any]] = {"environment": {}, "columns": {}, "id": {}}
-    for text in _lines(file):
-        line = json.loads(text)
-        kind, *_ = line
-        if not isinstance(key := line.pop(kind), str):
-            raise ValueError("no key")
-        parsed[kind][key] = line
-    for line in parsed["id"].values():
-        parts = (line["config"], line.get("metrics", {}), line.get("times", {}))
-        if not all(isinstance(part, dict) for part in parts):
-            raise ValueError("no record")
-    return parsed
-
-
-@lru_cache(maxsize=16)
-def _parse_curves(file: Path, stamp: tuple[int, ...]) -> dict[str, list[str]]:
-    """The lines of each run, and under "run" the header."""
-    parsed: dict[str, list[str]] = {}
-    for line in _lines(file):
-        parsed.setdefault(line.partition(",")[0], []).append(line)
-    return parsed
-
-
-def _lines(file: Path) -> list[str]:
+@lru_cache(maxsize=32)
+def _parse(file: Path, stamp: tuple[int, ...]) -> dict[str, Any]:
     *lines, rest = file.read_text(encoding="utf-8").split("\n")
     if rest or not lines:
         raise ValueError("cut off")
-    return lines
+    parsed: dict[str, Any] = {}
+    if file.name == _CURVES:
+        for line in lines:
+            parsed.setdefault(line.partition(",")[0], []).append(line)
+        return parsed
+    parsed = {"environment": {}, "columns": {}, "id": {}}
+    for entry in map(json.loads, lines):
+        kind, *_ = entry
+        if not isinstance(key := entry.pop(kind), str):
+            raise ValueError("no key")
+        parsed[kind][key] = entry
+    parts = [part for line in parsed["id"].values() for part in (line["config"], line.get("metrics", {}))]
+    if not all(isinstance(part, dict) for part in parts):
+        raise ValueError("no record")
+    return parsed
 
 
 def _folders(profile: str | None = None) -> list[Path]:
     return sorted(file.parent for file in paths.results("any").parent.glob(f"{profile or '*'}/{_RUNS}"))
 
 
-def _record(runs: dict[str, dict[str, Any]], id: str) -> dict[str, Any]:
-    """What `publish` recorded of a run: id, kind, version, config, metrics, environment, times."""
-    record = {"id": id, **runs["id"][id], "config": _whole(runs, id)}
-    record["environment"] = runs["environment"][record["environment"]]["value"]
-    record["metrics"] = _unpack(record["metrics"])
-    record.pop("columns", None)
-    return record
+def _record(folder: Path, id: str) -> dict[str, Any]:
+    """What `publish` recorded of a run; see `records`."""
+    runs = _load(folder, _RUNS)
+    with _reading(folder / _RUNS):
+        record = {"id": id, **runs["id"][id], "config": _whole(runs["id"], {"run": id})}
+        record["environment"] = runs["environment"][record["environment"]]["value"]
+        record["metrics"] = _unpack(record["metrics"])
+        record.pop("columns", None)
+        if not isinstance(record["kind"], str) or not isinstance(record.get("times", {}), dict):
+            raise ValueError("no record")
+        return record
 
 
-def _whole(runs: dict[str, dict[str, Any]], id: str) -> dict[str, Any]:
-    """The whole configuration of a run, as `to_json(config, hashed_only=True)` gave it."""
-
-    def whole(value: Any) -> Any:
-        if isinstance(value, dict):
-            if set(value) == {"run"}:
-                return _whole(runs, value["run"])
-            return {key: whole(item) for key, item in value.items()}
-        return [whole(item) for item in value] if isinstance(value, list) else value
-
-    return {key: whole(value) for key, value in runs["id"][id]["config"].items()}
+def _whole(lines: dict[str, Any], value: Any) -> Any:
+    """A configuration with each reference replaced by what it names, as `to_json(config, hashed_only=True)` gave it."""
+    if isinstance(value, list):
+        return [_whole(lines, item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    value = lines[value["run"]]["config"] if set(value) == {"run"} else value
+    return {key: _whole(lines, item) for key, item in value.items()}
 
 
 def records(profile: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Profile and record (id, kind, version, config, metrics, environment, times) of each committed run.
-
-    Args:
-        profile: Only those of one profile.
+    """Profile and record (id, kind, version, config, metrics, environment, times) of each committed run (of a profile).
 
     Raises:
         AFDSError: A file is corrupted.
     """
     for folder in _folders(profile):
-        runs = _load(folder, _RUNS)
-        with _reading(folder / _RUNS):
-            found = [_record(runs, id) for id, line in runs["id"].items() if "metrics" in line]
-            if not all(isinstance(record.get("kind"), str) for record in found):
-                raise ValueError("a run without its kind")
-        yield from ((folder.name, record) for record in found)
+        ids = [id for id, line in _load(folder, _RUNS)["id"].items() if "metrics" in line]
+        yield from [(folder.name, _record(folder, id)) for id in ids]
 
 
 def committed(prefix: str, profile: str | None = None) -> list[Result]:
@@ -213,8 +197,7 @@ def committed(prefix: str, profile: str | None = None) -> list[Result]:
     results: dict[str, Result] = {}
     for folder in [] if os.environ.get("AFDS_FRESH", "") not in ("", "0") else _folders(profile):
         lines = _load(folder, _RUNS)["id"]
-        ids = [prefix] if len(prefix) == 12 else [id for id in lines if id.startswith(prefix)]
-        for id in ids:
+        for id in [prefix] if len(prefix) == 12 else [id for id in lines if id.startswith(prefix)]:
             if "metrics" in lines.get(id, ()):
                 with _reading(folder / _RUNS):
                     results.setdefault(id, Result(id, _unpack(lines[id]["metrics"]), folder))
@@ -223,28 +206,24 @@ def committed(prefix: str, profile: str | None = None) -> list[Result]:
 
 def recorded(result: Result) -> dict[str, Any]:
     """The record of a committed result; see `records`."""
-    runs = _load(result.path, _RUNS)
-    with _reading(result.path / _RUNS):
-        return _record(runs, result.id)
+    return _record(result.path, result.id)
 
 
-def curve(id: str, folder: Path) -> str:
+def _curve(id: str, folder: Path) -> pandas.DataFrame:
     """The `metrics.csv` of a committed run; empty if there is none."""
+    import pandas
+
     runs, curves = _load(folder, _RUNS), _load(folder, _CURVES)
     key = runs["id"].get(id, {}).get("columns")
     if key is None or id not in curves:
-        return ""
-    text = io.StringIO()
+        return pandas.DataFrame()
     with _reading(folder):
-        header, *rows = csv.reader([*curves["run"], *curves[id]])
-        writer = csv.DictWriter(text, runs["columns"][key]["value"], "", extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(dict(zip(header[1:], row[1:], strict=False)) for row in rows)
-    return text.getvalue()
+        text = io.StringIO("\n".join([*curves["run"], *curves[id]]))
+        return pandas.read_csv(text, index_col=False, dtype={"run": str})[runs["columns"][key]["value"]]
 
 
 def read_json(file: Path, id: str) -> dict[str, Any]:
-    """A JSON object of a run's folder.
+    """A JSON object of a run's folder, checked further if it is `result.json`.
 
     Raises:
         AFDSError: The file is missing or corrupted.
@@ -254,17 +233,12 @@ def read_json(file: Path, id: str) -> dict[str, Any]:
         json.dumps(value, allow_nan=False)  # infinity and NaN are no JSON
     except (FileNotFoundError, ValueError, RecursionError):  # ValueError: also invalid UTF-8
         value = None
-    if not isinstance(value, dict):
-        raise AFDSError(_damaged(file, id))
+    whole = isinstance(value, dict)
+    if whole and file.name == "result.json":
+        whole = value.get("id") == id and isinstance(value.get("metrics"), dict) and {"kind", "version"} <= set(value)
+    if not whole:
+        raise AFDSError(f"{file} is missing or corrupted; delete the run with: afds runs rm {id}")
     return value
-
-
-def read_result(path: Path, id: str) -> dict[str, Any]:
-    """The `result.json` of a run's folder; raises as `read_json`."""
-    record = read_json(path / "result.json", id)
-    if record.get("id") != id or not isinstance(record.get("metrics"), dict) or not {"kind", "version"} <= set(record):
-        raise AFDSError(_damaged(path / "result.json", id))
-    return record
 
 
 def read_config(path: Path, id: str) -> Any:
@@ -279,37 +253,24 @@ def read_config(path: Path, id: str) -> Any:
     return config
 
 
-def _damaged(file: Path, id: str) -> str:
-    return f"{file} is missing or corrupted; delete the run with: afds runs rm {id}"
-
-
-# ----------------------------------------------------------------------------------------------------------- writing
-
-
 def publish(results: Iterable[Result], profile: str) -> Path:
     """Adds finished results to `data/results/<profile>/runs.jsonl` and `curves.csv`, to be committed.
 
     Recorded are id, kind, version, configuration (without unhashed fields such as folders), metrics, device, versions
-    and wall-clock time. What is there stays: a run that is recorded is passed over (with AFDS_FRESH, which hides the
-    committed results, it is replaced), and so is a result that comes from the committed files.
-
-    Returns:
-        The file of the runs.
+    and wall-clock time. A run that is recorded already is passed over (with AFDS_FRESH, which hides the committed
+    results, it is replaced), and so is a result that comes from the committed files. Gives the file of the runs.
 
     Raises:
         AFDSError: A file is corrupted or cannot be written.
     """
-    import filelock
-
     folder = paths.results(profile)
     file = folder / _RUNS
     new = {result.id: result for result in results if not result.committed}
-    if not new:
-        return file
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(folder / ".lock"):
-            _merge(folder, [result for id, result in sorted(new.items()) if not committed(id, profile)])
+        if new:
+            folder.mkdir(parents=True, exist_ok=True)
+            with filelock.FileLock(folder / ".lock"):
+                _merge(folder, [result for id, result in sorted(new.items()) if not committed(id, profile)])
     except OSError as error:
         raise AFDSError(f"cannot write {folder}: {error.strerror}; mend its permissions") from error
     return file
@@ -342,7 +303,7 @@ def _merge(folder: Path, results: Sequence[Result]) -> None:
         return {"run": id}
 
     for result in results:
-        record = read_result(result.path, result.id)
+        record = read_json(result.path / "result.json", result.id)
         config = flat(configs.to_json(read_config(result.path, result.id), hashed_only=True), top=True)
         line = {"kind": record["kind"], "version": record["version"], "config": _sorted(config)}
         line["environment"] = shared("environment", read_json(result.path / "environment.json", result.id))
@@ -350,27 +311,25 @@ def _merge(folder: Path, results: Sequence[Result]) -> None:
             line["times"] = {"seconds": taken}
         curves.pop(result.id, None)
         log = result.path / "metrics.csv"
-        if log.exists():
+        if log.exists() and log.stat().st_size:
             columns, *rows = list(csv.reader(io.StringIO(log.read_text(encoding="utf-8"))))
             line["columns"] = shared("columns", columns)
             names += [name for name in columns if name not in names]
             cells = [dict(zip(columns, row, strict=False)) for row in rows]
-            curves[result.id] = [_row([result.id, *(row.get(name, "") for name in names)]) for row in cells]
+            curves[result.id] = _csv([result.id, *(row.get(name, "") for name in names)] for row in cells)
         lines["id"][result.id] = line | {"metrics": _sorted(_pack(record["metrics"]))}
     if curves:  # before the runs: a curve without its run counts for nothing
-        table = [_row(["run", *names]), *(row for id in sorted(curves) for row in curves[id])]
+        table = [*_csv([["run", *names]]), *(row for id in sorted(curves) for row in curves[id])]
         write_text(folder / _CURVES, "".join(f"{row}\n" for row in table))
     text = [_json({kind: key, **lines[kind][key]}) for kind in lines for key in sorted(lines[kind])]
     write_text(folder / _RUNS, "".join(f"{line}\n" for line in text))
 
 
-def _row(cells: list[str]) -> str:
-    """A line of `curves.csv`, up to the last cell that is filled."""
-    while cells[-1] == "":
-        cells.pop()
-    line = io.StringIO()
-    csv.writer(line, lineterminator="").writerow(cells)
-    return line.getvalue()
+def _csv(rows: Iterable[list[str]]) -> list[str]:
+    """Lines of `curves.csv`, each up to the last cell that is filled."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return [line.rstrip(",") for line in text.getvalue().split("\n")[:-1]]
 
 
 def _json(value: Any) -> str:
@@ -388,11 +347,10 @@ def _pack(value: Any) -> Any:
         return [_pack(item) for item in value]
     if not isinstance(value, dict):
         return value
-    first = next(iter(value.values()), None)
-    if len(value) > 1 and isinstance(first, dict) and len(first) > 1:
-        if all(isinstance(item, dict) and set(item) == set(first) for item in value.values()):
-            columns = sorted(first)
-            return {"columns": columns, "rows": {k: [item[c] for c in columns] for k, item in value.items()}}
+    rows = list(value.values())
+    if len(rows) > 1 and all(isinstance(row, dict) and len(row) > 1 and set(row) == set(rows[0]) for row in rows):
+        columns = sorted(rows[0])
+        return {"columns": columns, "rows": {key: [row[c] for c in columns] for key, row in value.items()}}
     return {key: _pack(item) for key, item in value.items()}
 
 

@@ -8,12 +8,12 @@ import importlib.metadata
 import io
 import json
 import os
-import pickle
 import platform
 import re
+import textwrap
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,16 +25,6 @@ from afdslib.base.errors import AFDSError
 __all__ = ["Run", "environment"]
 
 _OWN_FILES = {"config.json", "environment.json", "metrics.csv", "checkpoint.pt", "times.json", "result.json"}
-_DAMAGED = (  # what torch.load and zipfile raise for a damaged file
-    RuntimeError,
-    EOFError,
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    ValueError,
-    LookupError,
-    AttributeError,
-    TypeError,
-)
 
 
 class Run:
@@ -47,15 +37,11 @@ class Run:
     """
 
     def __init__(self, id: str, path: Path, store: Path) -> None:
-        self.id = id
-        self.path = path
-        self.store = store
-        self._columns: list[str] | None = None  # of metrics.csv; None until it has been read
+        self.id, self.path, self.store = id, path, store
+        self._rows: list[dict[str, Any]] | None = None  # of metrics.csv; None until it has been read
         self._since = time.monotonic()
         self._elsewhere = 0.0  # seconds in which it waited for runs that it needs; they have times of their own
         self._before = self._read_times()
-
-    # checkpoints
 
     @property
     def checkpoint_path(self) -> Path:
@@ -77,7 +63,9 @@ class Run:
             with zipfile.ZipFile(file) as archive:
                 damaged = archive.testzip()  # torch itself does not compare every checksum
             state = None if damaged else torch.load(file, map_location="cpu", weights_only=True)
-        except _DAMAGED:
+        except OSError:
+            raise
+        except Exception:  # torch.load and zipfile raise many kinds for a damaged file
             state = None
         if not isinstance(state, dict):
             raise AFDSError(f"the checkpoint {file} is corrupted; delete the run with: afds runs rm {self.id}")
@@ -89,7 +77,6 @@ class Run:
         Raises:
             AFDSError: The folder cannot be written or is full; the previous checkpoint is kept.
         """
-        self._sync_log()  # rows up to this checkpoint must be as durable as the checkpoint
         self._save(self.checkpoint_path, lambda part: _torch_save(state, part))
         self._write_times()
 
@@ -105,78 +92,40 @@ class Run:
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
             if isinstance(error, AFDSError):
                 raise
-            detail = re.sub(r"\s+", " ", str(error)).strip()
-            detail = detail if len(detail) <= 160 else detail[:157] + "..."
-            raise AFDSError(
-                f"the checkpoint {self.checkpoint_path} does not fit this network ({detail}); "
-                f"delete the run with: afds runs rm {self.id}"
-            ) from error
-
-    # the log
+            detail = textwrap.shorten(str(error), 160, placeholder="...")
+            misfit = f"the checkpoint {self.checkpoint_path} does not fit this network ({detail})"
+            raise AFDSError(f"{misfit}; delete the run with: afds runs rm {self.id}") from error
 
     def log(self, row: dict[str, Any]) -> None:
-        """Appends a row to `metrics.csv`; a new column extends the header, missing values stay empty.
+        """Adds a row to `metrics.csv`; a new column extends the header, missing values stay empty.
 
         Args:
             row: Scalars by name, with the optimiser step under "step".
         """
         if "step" not in row:
             raise ValueError("a logged row needs its 'step', or it could not be dropped when a killed run resumes")
-        row = {key: _cell(value) for key, value in row.items()}
-        if self._columns is None:
-            self._columns, _ = self._read_log(repair=True)
-        if new := [key for key in row if key not in self._columns]:
-            columns, rows = self._read_log()
-            self._columns = [*columns, *new]
-            self._write_log(self._columns, [*rows, row])
-            return
-        line = io.StringIO()
-        csv.DictWriter(line, self._columns, restval="", lineterminator="\n").writerow(row)
-        try:
-            with open(self._log_path, "a", encoding="utf-8") as file:
-                file.write(line.getvalue())
-        except OSError as error:
-            self._columns = None  # read and repair it before the next row
-            raise AFDSError(
-                f"cannot write {self._log_path}: {error.strerror}; free space there or mend its permissions"
-            ) from error
+        self._write_log([*self._logged(), {key: _cell(value) for key, value in row.items()}])
 
     def truncate_log(self, step: int) -> None:
         """Drops the rows after `step` (the step of the checkpoint), which the resumed run will log again."""
-        columns, rows = self._read_log()
-        self._columns = columns
-        if columns:
-            self._write_log(columns, [row for row in rows if float(row["step"]) <= step])
+        if rows := self._logged():
+            self._write_log([row for row in rows if float(row["step"]) <= step])
 
-    @property
-    def _log_path(self) -> Path:
-        return self.path / "metrics.csv"
+    def _logged(self) -> list[dict[str, Any]]:
+        """The whole rows: half a line that a killed process may have left at the end never counts."""
+        file = self.path / "metrics.csv"
+        if self._rows is None and file.exists():
+            text = file.read_text(encoding="utf-8", errors="replace")
+            self._rows = list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
+        return self._rows or []
 
-    def _read_log(self, *, repair: bool = False) -> tuple[list[str], list[dict[str, str]]]:
-        """Header and whole rows: a killed process may have left half a line at the end, which never counts."""
-        if not self._log_path.exists():
-            return [], []
-        text = self._log_path.read_text(encoding="utf-8", errors="replace")
-        whole = text[: text.rfind("\n") + 1]
-        if repair and whole != text:
-            write_text(self._log_path, whole)
-        reader = csv.DictReader(io.StringIO(whole))
-        rows = list(reader)
-        return list(reader.fieldnames or []), rows
-
-    def _write_log(self, columns: list[str], rows: Sequence[dict[str, Any]]) -> None:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    def _write_log(self, rows: list[dict[str, Any]]) -> None:
+        text, columns = io.StringIO(), dict.fromkeys(key for row in rows for key in row)
+        writer = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        write_text(self._log_path, text.getvalue())
-
-    def _sync_log(self) -> None:
-        if self._log_path.exists():
-            with open(self._log_path, "rb+") as file:
-                os.fsync(file.fileno())
-
-    # artifacts
+        write_text(self.path / "metrics.csv", text.getvalue() if rows else "")
+        self._rows = rows
 
     def artifact(self, name: str) -> Path:
         """Where the file `name` of this run is or will be. Write it with `write_artifact`.
@@ -208,8 +157,6 @@ class Run:
                 if re.search(r"unexpected pos|failed writing|I/O error|No space left", str(error)):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
                 raise
-
-    # wall clock
 
     def _read_times(self) -> dict[str, Any]:
         try:
@@ -243,24 +190,20 @@ def environment() -> dict[str, Any]:
 
     from afdslib.base.cpu import has_bf16_instructions
 
-    versions = {}
-    for package in ("afdslib", "lightning", "numpy", "pandas", "scikit-learn", "torch", "torchvision"):
+    def version(package: str) -> str:
         try:
-            versions[package] = importlib.metadata.version(package)
+            return importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
+            return "not installed"
+
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    packages = ("afdslib", "lightning", "numpy", "pandas", "scikit-learn", "torch", "torchvision")
     return {
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "bf16_instructions": has_bf16_instructions(),
-        "threads": torch.get_num_threads(),
-        "gpus": gpus,
-        "cuda": torch.version.cuda if gpus else None,
-        "versions": versions,
-    }
+        "python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}", "cpu": _cpu_name(),
+        "cores": os.cpu_count(), "bf16_instructions": has_bf16_instructions(), "threads": torch.get_num_threads(),
+        "gpus": gpus, "cuda": torch.version.cuda if gpus else None,
+        "versions": {package: version(package) for package in packages},
+    }  # fmt: skip
 
 
 def _cpu_name() -> str:

@@ -24,21 +24,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import filelock
+
 from afdslib.base import paths
 from afdslib.base.atomic import remove_leftovers, write_json
 from afdslib.base.errors import AFDSError, BusyError
 from afdslib.runs import config as configs
 from afdslib.runs.config import Config, run_id
-from afdslib.runs.results import (
-    Result,
-    committed,
-    read_config,
-    read_json,
-    read_result,
-    recorded,
-    records,
-    seconds,
-)
+from afdslib.runs.results import Result, committed, read_config, read_json, recorded, records, seconds
 from afdslib.runs.run import Run, environment
 
 __all__ = [
@@ -65,13 +58,9 @@ def _away_from(run: Run | None) -> Iterator[None]:
 
 
 def get_or_run(
-    config: Config,
-    *,
-    store: str | Path | None = None,
-    needs: Sequence[str] = (),
-    started: Callable[[], None] | None = None,
-    wait: bool = True,
-) -> Result:
+    config: Config, *, store: str | Path | None = None, needs: Sequence[str] = (),
+    started: Callable[[], None] | None = None, wait: bool = True,
+) -> Result:  # fmt: skip
     """The result of a run, computed if nobody has computed it yet and resumed if somebody started.
 
     Two processes that ask for the same run do not both compute it: the second waits for the first.
@@ -97,14 +86,15 @@ def get_or_run(
         if found := _stored(store, id, needs):  # computed while we waited
             return found
         path = store / id
-        _make_folder(path)
-        remove_leftovers(path)
-        _unlink(path / "result.json")  # finished once, but an artifact is gone: not finished any more
+        with _changing(path, "write"):
+            path.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(path)
+            (path / "result.json").unlink(missing_ok=True)  # finished once, but an artifact is gone
+            if not (path / "checkpoint.pt").exists():  # killed before the first one: everything will be logged again
+                (path / "metrics.csv").unlink(missing_ok=True)
         write_json(path / "config.json", configs.to_json(config))
         write_json(path / "environment.json", environment())
         run = Run(id, path, store)
-        if not run.checkpoint_path.exists():  # killed before its first checkpoint: everything will be logged again
-            _unlink(path / "metrics.csv")
         if started is not None:
             started()
         token = _executing.set(run)
@@ -115,7 +105,8 @@ def get_or_run(
         run._write_times()
         record = {"id": id, "kind": type(config).__name__, "version": configs.RESULTS_VERSION}
         write_json(path / "result.json", record | {"metrics": _plain(metrics)})
-        _unlink(run.checkpoint_path)  # of no use now, and as large as all else together
+        with _changing(run.checkpoint_path, "delete"):
+            run.checkpoint_path.unlink(missing_ok=True)  # of no use now, and as large as all else together
         result = _stored(store, id, needs)
         if result is None:
             raise AFDSError(f"run {id} ended without writing {', '.join(needs)} to {path}; it cannot be used here")
@@ -147,9 +138,12 @@ def load_config(id: str, *, store: str | Path | None = None) -> Any:
     """
     id = _find(id, store)
     path = folder(store) / id
-    if not path.is_dir() and (results := committed(id)):
-        return configs.from_json(recorded(results[0])["config"])
-    return read_config(path, id)
+    results = [] if path.is_dir() else committed(id)
+    return _config(results[0]) if results else read_config(path, id)
+
+
+def _config(result: Result) -> Any:
+    return configs.from_json(recorded(result)["config"]) if result.committed else read_config(result.path, result.id)
 
 
 def resume(id: str, *, store: str | Path | None = None) -> Result:
@@ -167,37 +161,26 @@ def finished(id: str, *, store: str | Path | None = None) -> tuple[Any, Result]:
         AFDSError: no such run, several, an unfinished or a corrupted one.
     """
     id = _find(id, store)
-    if result := _stored(folder(store), id, ()):
-        return read_config(result.path, id), result
-    for result in committed(id):
-        return configs.from_json(recorded(result)["config"]), result
+    if result := _stored(folder(store), id, ()) or next(iter(committed(id)), None):
+        return _config(result), result
     raise AFDSError(f"run {id} is not finished; finish it first with: afds resume {id}")
 
 
 @dataclass(frozen=True)
 class Summary:
-    """One line of `afds runs list`.
-
-    Attributes:
-        state: "finished", "running", "interrupted" (resumable), "corrupted" or "committed".
-        steps: Optimiser steps taken, as reported by a finished run, else None.
-        seconds: Wall clock up to the end or the last checkpoint.
-    """
+    """One line of `afds runs list`."""
 
     id: str
     kind: str
-    state: str
-    steps: int | None
-    seconds: float | None
+    state: str  # "finished", "running", "interrupted" (resumable), "corrupted" or "committed"
+    steps: int | None  # optimiser steps taken, as reported by a finished run
+    seconds: float | None  # wall clock up to the end or the last checkpoint
     path: Path
 
 
 def list_runs(store: str | Path | None = None) -> list[Summary]:
     """All runs of a store, oldest first. Runs of unknown kind and corrupted ones are listed, too."""
-    parent = folder(store)
-    if not parent.is_dir():
-        return []
-    found = [path for path in parent.iterdir() if _ID.fullmatch(path.name) and path.is_dir()]
+    found = [path for path in folder(store).glob("*") if _ID.fullmatch(path.name) and path.is_dir()]
     return [_summary(path) for path in sorted(found, key=lambda path: (path.stat().st_mtime, path.name))]
 
 
@@ -215,7 +198,7 @@ def _summary(path: Path) -> Summary:
         kind = str(read_json(path / "config.json", id).get("class", "?"))
         if (path / "result.json").exists():
             state = "finished"
-            steps = _steps(read_result(path, id))
+            steps = _steps(read_json(path / "result.json", id))
         elif _is_locked(path.parent, id):
             state = "running"
     except (AFDSError, OSError):
@@ -286,19 +269,8 @@ def _changing(path: Path, what: str) -> Iterator[None]:
     except TimeoutError:  # of a lock that another process holds
         raise
     except OSError as error:
-        raise AFDSError(
-            f"cannot {what} {path}: {error.strerror}; mend its permissions or set AFDS_RUNS to another folder"
-        ) from error
-
-
-def _make_folder(path: Path) -> None:
-    with _changing(path, "make the folder"):
-        path.mkdir(parents=True, exist_ok=True)
-
-
-def _unlink(path: Path) -> None:
-    with _changing(path, "delete"):
-        path.unlink(missing_ok=True)
+        advice = "mend its permissions or set AFDS_RUNS to another folder"
+        raise AFDSError(f"cannot {what} {path}: {error.strerror}; {advice}") from error
 
 
 def _lock_file(store: Path, id: str) -> Path:
@@ -308,13 +280,11 @@ def _lock_file(store: Path, id: str) -> Path:
 @contextmanager
 def _locked(store: Path, id: str, *, wait: bool = True) -> Iterator[None]:
     """Holds the run's lock, which the system releases when the process dies, however it dies."""
-    import filelock
-
     file = _lock_file(store, id)
-    _make_folder(file.parent)
     lock = filelock.FileLock(file)
     try:
         with _changing(file, "lock"):
+            file.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
     except filelock.Timeout:
         if not wait:
@@ -328,16 +298,14 @@ def _locked(store: Path, id: str, *, wait: bool = True) -> Iterator[None]:
 
 
 def _is_locked(store: Path, id: str) -> bool:
-    import filelock
-
     if not _lock_file(store, id).exists():
         return False
     try:
-        with filelock.FileLock(_lock_file(store, id), timeout=0):
+        with _locked(store, id, wait=False):
             return False
-    except filelock.Timeout:
+    except BusyError:
         return True
-    except OSError:  # a read-only store is not being written
+    except AFDSError:  # a read-only store is not being written
         return False
 
 
@@ -345,20 +313,21 @@ def _stored(store: Path, id: str, needs: Sequence[str]) -> Result | None:
     path = store / id
     if not (path / "result.json").exists() or not all((path / name).is_file() for name in needs):
         return None
-    return Result(id, read_result(path, id)["metrics"], path)
+    return Result(id, read_json(path / "result.json", id)["metrics"], path)
 
 
 def _find(id: str, store: str | Path | None, *, anywhere: bool = True) -> str:
     """The one run whose id begins with `id`, in the store, else (`anywhere`) among the committed results."""
     path = folder(store)
+    advice = "see the ids with: afds runs list"
     if not re.fullmatch(r"[0-9a-f]{1,12}", id):
-        raise AFDSError(f"{id!r} is not a run id; see the ids with: afds runs list")
-    found = {file.name for file in path.glob(f"{id}*") if _ID.fullmatch(file.name)} if path.is_dir() else set()
+        raise AFDSError(f"{id!r} is not a run id; {advice}")
+    found = {file.name for file in path.glob(f"{id}*") if _ID.fullmatch(file.name)}
     if anywhere and not found:
         found = {result.id for result in committed(id)}
     if len(found) != 1:
         what = "no run" if not found else f"{len(found)} runs"
-        raise AFDSError(f"{what} in {path} begin with {id!r}; see the ids with: afds runs list")
+        raise AFDSError(f"{what} in {path} begin with {id!r}; {advice}")
     return found.pop()
 
 
