@@ -20,14 +20,7 @@ from afdslib.studies.sweep import Study
 from afdslib.training import loop
 from afdslib.training.objective import Regulariser
 
-
-@pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("AFDS_HOME", str(tmp_path))
-    for name in ("AFDS_RUNS", "AFDS_FIGURES", "AFDS_FRESH"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("home")
 
 
 @pytest.fixture
@@ -53,7 +46,7 @@ def small(**changes) -> Profile:
         name="small", scale="quick", source=DataSource("tiny-source"), targets=(DataSource("tiny-target"),),
         network=NETWORK, source_training=stage, source_weight_decay=0.0, afs_training=stage,
         candidates=(Candidates(Regulariser("l2", 1e-4), (1e-4,)),), trial=stage, trial_seed=9,
-        transfer=stage, tuning=stage, seeds=(0,), budgets=(1.0, 0.5), committed=False,
+        transfer=stage, tuning=stage, seeds=(0,), budgets=(1.0,), committed=False,
     )  # fmt: skip
     return replace(profile, **changes)
 

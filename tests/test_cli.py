@@ -22,19 +22,15 @@ from afdslib.studies import engine, mine, parts, profiles, sweep
 
 
 @pytest.fixture(autouse=True)
-def project(tmp_path, monkeypatch):
-    """An empty project with two notebooks and a study of its own."""
-    monkeypatch.setenv("AFDS_HOME", str(tmp_path))
-    for name in ("AFDS_RUNS", "AFDS_FIGURES", "AFDS_FRESH"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "notebooks").mkdir()
+def project(home):
+    """A project with two notebooks and a study of its own."""
+    (home / "notebooks").mkdir()
     for name in ("01_first", "02_last"):
         node = new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "x", "language": "python"}})
         parameters = 'profile = "demo"\nscale = "quick"\ndata_dir = ""\nseeds = 1'
         node.cells = [new_code_cell(parameters, metadata={"tags": ["parameters"]}), new_code_cell("print(seeds)")]
-        nbformat.write(node, tmp_path / "notebooks" / f"{name}.ipynb")
-    return tmp_path
+        nbformat.write(node, home / "notebooks" / f"{name}.ipynb")
+    return home
 
 
 class Chosen(tuple):

@@ -14,21 +14,20 @@ from torch.utils.data import DataLoader
 from afdslib import afs, data, runs, training
 from afdslib.base.checks import choice, number, whole
 from afdslib.data import Splits
-from afdslib.experiments.config import DataSource, check_budgets
+from afdslib.experiments.config import check_budgets
 from afdslib.experiments.measure import cost
 from afdslib.experiments.source import AFSSourceRun, network_of, with_classifier
-from afdslib.experiments.stage import Event, Point, Stage
+from afdslib.experiments.stage import Event, FirstPoint, Stage
 from afdslib.pruning import settle
 from afdslib.runs import MODEL
 from afdslib.training import Optimisation
-from afdslib.training.objective import Regulariser
 
 __all__ = ["TransferRun"]
 
 
 @runs.register
 @dataclass(frozen=True)
-class TransferRun(Point):
+class TransferRun(FirstPoint):
     """One point of a pruning sweep: a target network at the last of its budgets, tuned from the point before.
 
     The first budget is 1, the unpruned network at its true cost. For each later one the density is set first, half of
@@ -54,9 +53,6 @@ class TransferRun(Point):
     """
 
     source: AFSSourceRun
-    data: DataSource
-    regulariser: Regulariser
-    optimisation: Optimisation
     tuning: Optimisation
     budgets: tuple[float, ...] = (1.0,)
     delta_s: float = 0.01

@@ -19,29 +19,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from afdslib import afs, data, runs, training
+from afdslib import afs, data, pruning, runs, training
 from afdslib.afs import macs
 from afdslib.afs.shrink import Kept, groups, shrink
 from afdslib.base.atomic import write_json
 from afdslib.base.checks import choice, number, whole
 from afdslib.base.errors import AFDSError
 from afdslib.data import Splits
-from afdslib.experiments.config import DataSource, Network, check_budgets
+from afdslib.experiments.config import Network, check_budgets
 from afdslib.experiments.measure import input_size
 from afdslib.experiments.source import ExtendedSourceRun, network_of, with_classifier
-from afdslib.experiments.stage import Event, Point, Stage
+from afdslib.experiments.stage import Event, FirstPoint, Point, Stage
 from afdslib.losses.kd import Distil
 from afdslib.losses.sparsity import GateL1, ScaleL1
 from afdslib.losses.term import TERMS, Term
-from afdslib.pruning import boosted, choose, lower_density, scores
-from afdslib.pruning.budget import ROOM, network_macs
-from afdslib.pruning.criteria import CRITERIA, NORMALISATIONS
-from afdslib.pruning.fbs import gates_alone
 from afdslib.runs import MODEL
 from afdslib.training import Optimisation
 from afdslib.training.features import Teacher, feature_names
 from afdslib.training.kept_channels import matching
-from afdslib.training.objective import Regulariser
 
 __all__ = ["DenseRun", "FBSGatesRun", "FBSRun", "NarrowRun", "PrunedRun", "Selection"]
 
@@ -55,7 +50,7 @@ def _from(field: str, *names: str) -> tuple[Any, ...]:
 
 @runs.register
 @dataclass(frozen=True)
-class DenseRun(Point):
+class DenseRun(FirstPoint):
     """The unpruned point of every static method: one run, shared by the criteria that need nothing else.
 
     The fields are those of `Point` and `scale_l1`, network slimming's strength of the L1 term on batch norm scales; 0
@@ -63,9 +58,6 @@ class DenseRun(Point):
     """
 
     source: ExtendedSourceRun
-    data: DataSource
-    regulariser: Regulariser
-    optimisation: Optimisation
     scale_l1: float = 0.0
     macs_images: int = 256
     seed: int = 0
@@ -106,9 +98,9 @@ class Selection:
     mixed: bool = runs.added(False)
 
     def __post_init__(self) -> None:
-        if self.name not in CRITERIA:
-            raise AFDSError(f"unknown selection {self.name!r}; static ones are {', '.join(CRITERIA)}")
-        choice("normalise", self.normalise, NORMALISATIONS)
+        if self.name not in pruning.CRITERIA:
+            raise AFDSError(f"unknown selection {self.name!r}; static ones are {', '.join(pruning.CRITERIA)}")
+        choice("normalise", self.normalise, pruning.NORMALISATIONS)
         whole("images", self.images, 1)
 
 
@@ -155,14 +147,14 @@ class PrunedRun(Point):
         names = feature_names(source, self.regulariser.features) if compares else []
         return Stage(
             model, source, self.tuning, before, dense, forwards=self.taught / measured,
-            channels=matching(source, _kept(model), names, size), terms=self.dense.penalties,
+            channels=matching(source, _tuples(model.architecture["kept"]), names, size), terms=self.dense.penalties,
         )  # fmt: skip
 
     def channel_counts(self, stage: Stage) -> dict[str, Any]:
         widths = {group.name: group.width for group in groups(stage.reference, input_size(stage.splits))}
         layers = {
             name: {"channels": widths[name], "removed": widths[name] - len(p), "static": len(p), "dynamic": 0}
-            for name, p in _kept(stage.model).items()
+            for name, p in stage.model.architecture["kept"].items()
         }
         static = sum(layer["static"] for layer in layers.values())
         removed = sum(widths.values()) - static
@@ -177,21 +169,20 @@ class PrunedRun(Point):
             shuffle = self.seed if selection.mixed else None
             batches = data.loader(training.first(splits.statistics, selection.images, shuffle=shuffle), 48)
             options: dict[str, Any] = {"batches": batches, "seed": self.seed, "normalise": selection.normalise}
-            ranked = scores(selection.name, model, layers, **options)
-            write_json(file, choose(model, layers, ranked, self.budgets[-1], size, dense=dense))
+            ranked = pruning.scores(selection.name, model, layers, **options)
+            write_json(file, pruning.choose(model, layers, ranked, self.budgets[-1], size, dense=dense))
             model.to("cpu")
-        return {name: tuple(positions) for name, positions in json.loads(file.read_text(encoding="utf-8")).items()}
+        return _tuples(json.loads(file.read_text(encoding="utf-8")))
 
 
-def _kept(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Positions among the source's channels, by group, that a pruned network has."""
-    architecture: Any = model.architecture
-    return {name: tuple(positions) for name, positions in architecture["kept"].items()}
+def _tuples(kept: Any) -> dict[str, tuple[int, ...]]:
+    """By group the positions of channels among the source's, read from JSON."""
+    return {name: tuple(positions) for name, positions in kept.items()}
 
 
 @runs.register
 @dataclass(frozen=True)
-class FBSGatesRun(Point):
+class FBSGatesRun(FirstPoint):
     """FBS's first stage: the gates alone, with the new classifier, at density 1.
 
     FBS has no source stage of its own, and these steps are taken from those of the unpruned stage.
@@ -202,9 +193,6 @@ class FBSGatesRun(Point):
     """
 
     source: ExtendedSourceRun
-    data: DataSource
-    regulariser: Regulariser
-    optimisation: Optimisation
     gate_bias: float | None = 1.0
     gate_l1: float = 0.0
     seed: int = 0
@@ -225,13 +213,13 @@ class FBSGatesRun(Point):
 
     def start(self, run: runs.Run, splits: Splits) -> Stage:
         source = network_of(self.source, run)
-        model = with_classifier(boosted(source, bias=self.gate_bias), splits, self.seed)
+        model = with_classifier(pruning.boosted(source, bias=self.gate_bias), splits, self.seed)
         torch.manual_seed(self.seed)
         # The reference has the same gates at their trained scales: the same function, and parameters by name.
-        return Stage(model, boosted(source, bias=None), self.optimisation, terms=self.penalties)
+        return Stage(model, pruning.boosted(source, bias=None), self.optimisation, terms=self.penalties)
 
     def select(self, stage: Stage) -> Mapping[int, Event]:
-        gates_alone(stage.model, stage.objective.classifier(stage.model), True)
+        pruning.gates_alone(stage.model, stage.objective.classifier(stage.model), True)
         return {}
 
 
@@ -272,10 +260,10 @@ class FBSRun(Point):
         model = afs.load(before.artifact(MODEL))
         torch.manual_seed(self.seed)
         settings = self.optimisation if len(self.budgets) == 1 else self.tuning
-        return Stage(model, boosted(source, bias=None), settings, before, terms=self.gates.penalties)
+        return Stage(model, pruning.boosted(source, bias=None), settings, before, terms=self.gates.penalties)
 
     def select(self, stage: Stage) -> Mapping[int, Event]:
-        gates_alone(stage.model, stage.objective.classifier(stage.model), False)
+        pruning.gates_alone(stage.model, stage.objective.classifier(stage.model), False)
         if len(self.budgets) == 1:
             return {}
         (start, budget), steps = self.budgets[-2:], stage.settings.steps
@@ -288,19 +276,19 @@ class FBSRun(Point):
 
     def settle_budget(self, stage: Stage) -> None:
         if len(self.budgets) > 1:
-            self._lower(stage, ROOM * self.budgets[-1])
+            self._lower(stage, pruning.ROOM * self.budgets[-1])
 
     def _lower(self, stage: Stage, share: float) -> dict[str, float]:
         """Lowers the density until the network costs a share of the dense one's MACs."""
         subset = data.loader(training.first(stage.splits.statistics, self.macs_images), 128)
         with training.autocast(next(stage.model.parameters()).device, stage.settings.precision):
-            reached = lower_density(stage.model, share, subset, stage.dense)
+            reached = pruning.lower_density(stage.model, share, subset, stage.dense)
         return {"mask_macs": reached, "density": next(iter(afs.layers(stage.model).values())).density}
 
 
 @runs.register
 @dataclass(frozen=True)
-class NarrowRun(Point):
+class NarrowRun(FirstPoint):
     """A narrower network, trained on the source at its width and then on the target, with or without distillation.
 
     It takes as many target steps as a chain down to its budget takes in all. The budget is for the record: the width of
@@ -313,9 +301,6 @@ class NarrowRun(Point):
     """
 
     source: ExtendedSourceRun
-    data: DataSource
-    regulariser: Regulariser
-    optimisation: Optimisation
     full: Network
     budget: float
     teacher: DenseRun | None = None
@@ -344,7 +329,7 @@ class NarrowRun(Point):
     def start(self, run: runs.Run, splits: Splits) -> Stage:
         size, source, network = input_size(splits), network_of(self.source, run), self.full
         model = with_classifier(network_of(self.source, run), splits, self.seed)
-        dense = network_macs(network.name, network.stem, network.width, len(splits.classes), size)
+        dense = pruning.network_macs(network.name, network.stem, network.width, len(splits.classes), size)
         terms: tuple[Term, ...] = ()
         forwards = self.taught
         if self.teacher is not None:

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from afdslib import afs, backbones, data, runs, training
@@ -31,9 +31,7 @@ from afdslib.training import Optimisation, distributed
 from afdslib.training.features import feature_names
 from afdslib.training.objective import Objective, Regulariser
 
-__all__ = [
-    "AFSSourceRun", "ChannelWeightsRun", "ExtendedSourceRun", "SourceRun", "network_of", "weights_for", "weights_run",
-]  # fmt: skip
+__all__ = ["AFSSourceRun", "ChannelWeightsRun", "ExtendedSourceRun", "SourceRun", "network_of", "weights_run"]
 
 PUBLISHED_CLASSES = 1000  # ImageNet's
 WEIGHTS = "weights.safetensors"
@@ -236,21 +234,18 @@ class ChannelWeightsRun:
 @contextmanager
 def _counted(model: nn.Module, size: tuple[int, int, int]) -> Iterator[list[float]]:
     """Adds up the dense MACs of every convolution and linear layer that runs inside the block."""
+    costs = {model.get_submodule(name): cost for name, cost in macs.count(model, size).by_layer.items()}
     total = [0.0]
 
-    def hook(cost: float):
-        def record(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            total[0] += cost * output.shape[0]
+    def record(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
+        if module in costs:
+            total[0] += costs[module] * output.shape[0]
 
-        return record
-
-    layers = macs.count(model, size).by_layer
-    handles = [model.get_submodule(name).register_forward_hook(hook(cost)) for name, cost in layers.items()]
+    handle = nn.modules.module.register_module_forward_hook(record)
     try:
         yield total
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
 
 
 def weights_run(
@@ -259,10 +254,3 @@ def weights_run(
     """The stage that DELTA needs before its training; None for the other regularisers."""
     needed = "weights" in TERMS[regulariser.name].needs
     return ChannelWeightsRun(source, target, regulariser.features) if needed else None
-
-
-def weights_for(config: ChannelWeightsRun | None, run: runs.Run) -> dict[str, Tensor] | None:
-    """The channel weights of `weights_run`, computed now if they are not stored."""
-    if config is None:
-        return None
-    return load_file(runs.get_or_run(config, store=run.store, needs=(WEIGHTS,)).artifact(WEIGHTS))

@@ -19,14 +19,14 @@ from afdslib.base.errors import DivergedError, UnreachableError
 from afdslib.data import Splits
 from afdslib.experiments.config import DataSource
 from afdslib.experiments.measure import gate_metrics, input_size, measure, training_macs
-from afdslib.experiments.source import AFSSourceRun, ExtendedSourceRun, keep, weights_for, weights_run
+from afdslib.experiments.source import WEIGHTS, AFSSourceRun, ExtendedSourceRun, keep, weights_run
 from afdslib.losses.term import TAUGHT, TERMS, Term
 from afdslib.runs import MODEL
 from afdslib.training import Optimisation
 from afdslib.training.kept_channels import Channels
 from afdslib.training.objective import Objective, Regulariser
 
-__all__ = ["OBJECTIVE", "Event", "Point", "Stage", "train_stage"]
+__all__ = ["OBJECTIVE", "Event", "FirstPoint", "Point", "Stage", "train_stage"]
 
 OBJECTIVE = "objective.safetensors"  # what an objective has learnt
 
@@ -123,6 +123,16 @@ class Point:
         return {"density": 1.0, "removed": 0, "static": channels, "dynamic": 0}
 
 
+@dataclass(frozen=True)
+class FirstPoint(Point):
+    """A point that starts from a source network."""
+
+    source: Any
+    data: DataSource
+    regulariser: Regulariser
+    optimisation: Optimisation
+
+
 def train_stage(point: Point, run: runs.Run) -> dict[str, Any]:
     """One stage on target data, from loading what it starts from to its metrics."""
     # The images. Those of a trial, or of a point that nothing is read off, hold no test image.
@@ -134,11 +144,12 @@ def train_stage(point: Point, run: runs.Run) -> dict[str, Any]:
     stage = point.start(run, splits)
     model, settings = stage.model, stage.settings
     # What is minimised; what the objective has learnt in the stage before goes on.
+    delta, weights = weights_run(point.regulariser, point.source, point.data), None
+    if delta is not None:
+        weights = load_file(runs.get_or_run(delta, store=run.store, needs=(WEIGHTS,)).artifact(WEIGHTS))
     objective = stage.objective = Objective(
-        model, point.regulariser, stage.reference, size,
+        model, point.regulariser, stage.reference, size, channels=stage.channels, weights=weights, terms=stage.terms,
         label_smoothing=settings.label_smoothing if stage.smoothing is None else stage.smoothing,
-        channels=stage.channels, weights=weights_for(weights_run(point.regulariser, point.source, point.data), run),
-        terms=stage.terms,
     )  # fmt: skip
     if stage.before is not None:
         state = load_file(stage.before.artifact(OBJECTIVE))

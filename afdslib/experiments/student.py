@@ -140,17 +140,16 @@ def paired(
 
 
 def student_objective(
-    model: nn.Module, method: Distillation, teacher: nn.Module | None, input_size: tuple[int, int, int], *,
-    steps: int, weight_decay: float = 0.0, label_smoothing: float = 0.0,
+    model: nn.Module, method: Distillation, teacher: nn.Module | None, input_size: tuple[int, int, int], *, steps: int,
+    **options: float,
 ) -> Objective:  # fmt: skip
     """The loss of a student, with every term under its name, unweighted; the transfer's weight is logged as "beta".
 
     Args:
-        model: the student.
         method: what is minimised, beside the `teacher` where it needs one.
         input_size: (3, H, W).
         steps: length of the run, for the weight's schedule.
-        weight_decay, label_smoothing: see `Objective`.
+        options: weight decay and label smoothing, of `Objective`.
     """
     method.check(teacher, steps)
     terms: list[Term] = [SoftLabels(method.temperature, method.soft)] if method.soft else []
@@ -158,21 +157,23 @@ def student_objective(
         assert teacher is not None
         pairs = paired(model, teacher, method, input_size)
         terms.append(TRANSFERS[method.transfer](TermContext(method, model, pairs, teacher, steps=steps)))
-    return Objective(
-        model, None, teacher, input_size, weight_decay=weight_decay, label_smoothing=label_smoothing, terms=terms,
-        hard=method.hard,
-    )  # fmt: skip
+    return Objective(model, None, teacher, input_size, terms=terms, hard=method.hard, **options)  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True)
 class _Trained:
-    """The common body of `StudentRun` and `PhotoRun`: a network is trained alone or beside its teacher."""
+    """The common body of `StudentRun` and `PhotoRun`: a network is trained alone or beside its teacher.
 
+    Weight decay is that of every parameter; the seed is of initialisation, data order and augmentation.
+    """
+
+    data: Any
     network: Network
     optimisation: Optimisation
-    method: Distillation
-    teacher: Any
-    weight_decay: float
-    seed: int
+    method: Distillation = field(default_factory=Distillation)
+    teacher: Any = None
+    weight_decay: float = 5e-4
+    seed: int = 0
 
     def __post_init__(self) -> None:
         self.method.check(self.teacher, self.optimisation.steps)
@@ -197,10 +198,8 @@ class _Trained:
         settings, method = self.optimisation, self.method
         # What is minimised. Adapters between layers of two widths start at random, by the run's seed.
         torch.manual_seed(self.seed)
-        objective = student_objective(
-            model, method, teacher, size, steps=settings.steps, weight_decay=self.weight_decay,
-            label_smoothing=settings.label_smoothing,
-        )  # fmt: skip
+        options = {"weight_decay": self.weight_decay, "label_smoothing": settings.label_smoothing}
+        objective = student_objective(model, method, teacher, size, steps=settings.steps, **options)
         # The steps.
         model.to(training.device())
         what = "alone" if teacher is None else f"{method.transfer}{'+kd' if method.soft else ''}"
@@ -226,17 +225,11 @@ class StudentRun(_Trained):
     """Trains a network alone (a teacher, or the baseline) or as the student of one that was.
 
     Without validation images (`per_class` takes them all) the learning curve has no scores. The test set is read once,
-    at the end, and not with `use_test` False: trials that choose something must not. Weight decay is that of every
-    parameter; the seed is of initialisation, data order and augmentation.
+    at the end, and not with `use_test` False: trials that choose something must not.
     """
 
     data: DataSource
-    network: Network
-    optimisation: Optimisation
-    method: Distillation = Distillation()
     teacher: StudentRun | None = None
-    weight_decay: float = 5e-4
-    seed: int = 0
     use_test: bool = True
 
     def train(self, run: runs.Run) -> dict[str, Any]:
@@ -267,12 +260,8 @@ class PhotoRun(_Trained):
     """
 
     data: Photographs
-    network: Network
-    optimisation: Optimisation
-    method: Distillation = field(default_factory=Distillation)
     teacher: PhotoRun | Published | None = None
     weight_decay: float = 1e-4
-    seed: int = 0
 
     def train(self, run: runs.Run) -> dict[str, Any]:
         statistics = input_statistics(self.network.name)

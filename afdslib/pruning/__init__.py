@@ -1,7 +1,10 @@
 """Selection methods beside AFS: static pruning by a criterion, FBS's dynamic gates, and narrower networks."""
 
-from afdslib.pruning.budget import choose, fitting_width, lower_density, settle
-from afdslib.pruning.criteria import CRITERIA, scores
-from afdslib.pruning.fbs import boosted
+from afdslib.pruning.budget import ROOM, choose, fitting_width, lower_density, network_macs, settle
+from afdslib.pruning.criteria import CRITERIA, NORMALISATIONS, scores
+from afdslib.pruning.fbs import boosted, gates_alone
 
-__all__ = ["CRITERIA", "boosted", "choose", "fitting_width", "lower_density", "scores", "settle"]
+__all__ = [
+    "CRITERIA", "NORMALISATIONS", "ROOM", "boosted", "choose", "fitting_width", "gates_alone", "lower_density",
+    "network_macs", "scores", "settle",
+]  # fmt: skip

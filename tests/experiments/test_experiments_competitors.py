@@ -152,7 +152,7 @@ def test_a_pruned_point_resumes_to_the_same_numbers_with_the_channels_it_chose(s
         patch.setattr(runs.Run, "save_checkpoint", save)
         runs.get_or_run(config, store=store)
     # Chosen once: another machine might rank near ties otherwise.
-    monkeypatch.setattr("afdslib.experiments.competitors.scores", lambda *a, **k: pytest.fail("chosen again"))
+    monkeypatch.setattr("afdslib.pruning.scores", lambda *a, **k: pytest.fail("chosen again"))
     again = runs.get_or_run(config, store=store)
     assert {name: (again.path / name).read_bytes() for name in files} == expected
 
@@ -164,7 +164,7 @@ def test_taylor_scores_are_taken_on_batches_of_mixed_classes_where_asked_for(sto
         seen.append(torch.cat([images.flatten(1).sum(1) for images, _ in batches]))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("afdslib.experiments.competitors.scores", look)
+    monkeypatch.setattr("afdslib.pruning.scores", look)
     for mixed in (False, True, True):
         config = PrunedRun(dense(), Selection("taylor", images=12, mixed=mixed), STAGE, (0.5,))
         with pytest.raises(KeyboardInterrupt):

@@ -90,17 +90,6 @@ def tells(folder: Path, seed: int):
     assert sorted(folder.parent.iterdir()) == before, f"try {seed} wrote beside its folder"
 
 
-@pytest.fixture
-def home(tmp_path, monkeypatch) -> Path:
-    folder = tmp_path / "outer" / "home"
-    folder.mkdir(parents=True)
-    monkeypatch.setenv("AFDS_HOME", str(folder))
-    for name in ("AFDS_RUNS", "AFDS_FIGURES", "AFDS_FRESH"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(folder)
-    return folder
-
-
 @pytest.mark.parametrize("kind", ["zip", "tar"])
 def test_archives(kind, home):
     tree = tiny.tree(home / "tree", train=3, test=2)
