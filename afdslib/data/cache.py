@@ -64,21 +64,14 @@ def load_cache(name: str, size: int | None, content: str) -> Decoded | None:
 
 
 def decode(name: str, size: int | None, content: str, source: Files, listing: Listing) -> Decoded:
-    """Decode every image of `listing`, or take what was decoded before.
+    """Decode every image of `listing`, or take what was decoded before; AFDSError on a full disk.
 
-    Args:
-        name: of the data set; with `size` and `content` (a hash of the files) it names the cache
-        size: side in pixels of the centre crops to keep; None to keep none
-
-    Raises:
-        AFDSError: the disk is full, or the cache cannot be written
+    The cache is named by the data set, `content` (a hash of the files) and `size`, the side in pixels of the centre
+    crops to keep, or None to keep none.
     """
-
-    def is_made() -> bool:
-        return load_cache(name, size, content) is not None
-
-    make_folder(_folder(name, size, content), is_made, lambda folder: _build(folder, size, source, listing))
-    decoded = load_cache(name, size, content)
+    key = name, size, content
+    make_folder(_folder(*key), lambda: bool(load_cache(*key)), lambda folder: _build(folder, size, source, listing))
+    decoded = load_cache(*key)
     assert decoded is not None
     return decoded
 

@@ -48,13 +48,9 @@ def _sharpened(images: Tensor, amounts: Tensor) -> Tensor:
 
 
 class ImageDataset(Dataset):
-    """Images with integer labels.
+    """Images with integer labels: `targets` is int64 (N,), `classes` their names, `size` the side in pixels.
 
-    Attributes:
-        targets: int64 array (N,)
-        classes: names, indexed by target
-        size: side of the images in pixels
-        augment, flip: whether crop and flip are random; whether augmentation may mirror an image
+    `augment` says whether crop and flip are random, `flip` whether augmentation may mirror an image.
     """
 
     def __init__(
@@ -72,11 +68,8 @@ class ImageDataset(Dataset):
         return f"{type(self).__name__}({len(self)} images, {len(self.classes)} classes, {self.size} px)"
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw the epoch's augmentation: uniforms (N, 3) for the crop's row, its column and the flip.
-
-        Call it before the epoch's loader is iterated: worker processes take a copy of the table when they start.
-        """
-        self.epoch = int(epoch)
+        """Draw the epoch's augmentation, before its loader is iterated: worker processes copy it when they start."""
+        self.epoch = int(epoch)  # and uniforms (N, 3) for the crop's row, its column and the flip
         self._uniforms = generator(self.seed, self.epoch, 0xA06).random_sample((len(self), 3)) if self.augment else None
 
     def _check(self, indices: Sequence[int] | Tensor | np.ndarray) -> np.ndarray:
@@ -102,13 +95,11 @@ class ArrayImages(ImageDataset):
     """Images decoded into one uint8 array (memory-mapped or not).
 
     Training: pad by 4 pixels, crop at random, mirror with probability 1/2. Otherwise the image as it is.
-    The padding is zeros AFTER the normalisation, so ImageNet's mean colour, unless `border` names a grey level or
-    `reflect` is set.
 
     Args:
         images: uint8 (M, size, size, 3), shared by the splits
         rows: int64 (N,): which of the M images are in this split
-        border: grey level 0..255 of the padding; None for the mean colour
+        border: grey level 0..255 of the padding; None for zeros AFTER the normalisation, so ImageNet's mean colour
         reflect: whether the padding mirrors the image instead, without repeating its edge
         sharpness: a training image x becomes x + a (x - blur(x)), a uniform in [0, sharpness], so that a network does
             not depend on the filter that scaled its training images down [ours]

@@ -107,15 +107,11 @@ def _pin_path(file: Path) -> Path:
 
 
 def pin(file: Path, remote: Remote) -> None:
-    """Record the sha256 of a file whose checksum no source gives beside it, after it was read without error.
-
-    A file in a read-only folder is used without a pin.
-    """
-    if remote.checksum is not None or _pin_path(file).exists():
-        return
-    note = {"file": file.name, "sha256": digest(file), "size": file.stat().st_size, "url": remote.url}
-    with suppress(AFDSError):
-        write_json(_pin_path(file), note | {"note": "first seen here, not given by a source"})
+    """Record the sha256 of a file whose checksum no source gives beside it, after it was read without error."""
+    if remote.checksum is None and not _pin_path(file).exists():
+        note = {"file": file.name, "sha256": digest(file), "size": file.stat().st_size, "url": remote.url}
+        with suppress(AFDSError):  # a file in a read-only folder is used without a pin
+            write_json(_pin_path(file), note | {"note": "first seen here, not given by a source"})
 
 
 def check_size(file: Path, remote: Remote) -> None:
@@ -179,11 +175,7 @@ def download(name: str, remote: Remote, missing: list[Remote]) -> None:
 
 
 def make_folder(target: Path, is_made: Callable[[], bool], fill: Callable[[Path], None]) -> None:
-    """Fill a temporary folder beside `target`, which takes its place when it is complete, unless `is_made()` says so.
-
-    Raises:
-        AFDSError: the disk is full or cannot be written; nothing is left half made
-    """
+    """Fill a temporary folder, which becomes `target` once complete, unless `is_made()`; AFDSError on a full disk."""
     with _locked(target):
         temporary = target.with_name(f".{target.name}.part")
         shutil.rmtree(temporary, ignore_errors=True)  # of a killed process
@@ -240,34 +232,27 @@ def _extract_entries(
     archive: Path, entries: Iterable[tuple[Any, str, int, bool]], extract_entry: Callable[[Any], object]
 ) -> int:
     """Extracts (entry, name, bytes, whether to refuse it), unless one leads out of its folder or fills the disk."""
-    count = size = 0
+    count, size, advice = 0, 0, "nothing was extracted, get it from a source you trust"
     bar = tqdm(entries, f"extract {archive.name}", unit="file", mininterval=1, disable=None)
     for entry, name, length, refused in bar:
         count, size = count + 1, size + length
         spelled = name.replace("\\", "/")  # Windows spellings included
         refused |= spelled.startswith("/") or ".." in PurePosixPath(spelled).parts or spelled[1:3] == ":/"
         if size > max(ALLOWED, GROWTH * archive.stat().st_size) or count > ENTRIES:
-            raise AFDSError(
-                f"the archive {archive} grows to more than {size:,} bytes in {count:,} entries, as no archive of "
-                "images does: nothing was extracted, get it from a source you trust"
-            )
+            growth = f"grows to more than {size:,} bytes in {count:,} entries, as no archive of images does"
+            raise AFDSError(f"the archive {archive} {growth}: {advice}")
         try:
             if refused:
                 raise tarfile.FilterError
             extract_entry(entry)
         except tarfile.FilterError as error:
-            raise AFDSError(
-                f"the archive {archive} holds the entry {name!r}, which would be written outside its folder: "
-                "nothing was extracted, get the archive from a source you trust"
-            ) from error
+            what = f"holds the entry {name!r}, which would be written outside its folder"
+            raise AFDSError(f"the archive {archive} {what}: {advice}") from error
     return count
 
 
 def extract(files: tuple[Path, ...], target: Path, *, stamp: dict | None = None) -> Path:
-    """Extract archives, in order, and copy plain files into a new folder `target`, all or nothing.
-
-    `target/.afds.json` records `stamp`; a folder that has it is returned as it is.
-    """
+    """Extract archives and copy plain files into a new folder `target`, all or nothing; `.afds.json` there says so."""
     done = target / ".afds.json"
 
     def fill(folder: Path) -> None:

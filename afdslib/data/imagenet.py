@@ -121,13 +121,10 @@ def find_tree(root: str | Path) -> Path:
 
 
 def sort_validation(folder: Path, labels: dict[str, str]) -> int:
-    """Moves each loose image of `val/` of a tree into the folder of its class, and says how many.
+    """Moves each loose image of `val/` of a tree into the folder of its class (of `read_labels`), and says how many.
 
-    An interrupted sort goes on where it stopped. `labels` is from `read_labels`.
-
-    Raises:
-        AFDSError: an image without a label, a class without a folder in `train/`, or an image that lies in the folder
-            of another class; nothing is moved then
+    An interrupted sort goes on where it stopped. Nothing is moved if an image has no label, a class no folder in
+    `train/`, or an image lies in the folder of another class: AFDSError.
     """
     validation, known = folder / "val", set(folders(folder / "train"))
     loose = images(validation)
@@ -136,10 +133,8 @@ def sort_validation(folder: Path, labels: dict[str, str]) -> int:
         raise AFDSError(f"{many}: give the list of this data set")
     targets = {name: validation / labels[Path(name).stem] for name in loose}
     if strange := sorted({target.name for target in targets.values()} - known):
-        raise AFDSError(
-            f"the class {strange[0]!r} of the list has no folder in {folder / 'train'} ({len(strange):,} in all): "
-            "complete train/, or give the list of this data set"
-        )
+        many = f"has no folder in {folder / 'train'} ({len(strange):,} in all)"
+        raise AFDSError(f"the class {strange[0]!r} of the list {many}: complete it, or give the list of this data set")
     for one in folders(validation):
         for name in images(validation / one):
             if labels.get(Path(name).stem, one) != one:
@@ -161,13 +156,8 @@ def arrange(
 ) -> tuple[Path, int, Counts]:
     """Sorts the validation images if they are not sorted yet, and checks the counts (the command `afds data imagenet`).
 
-    Args:
-        root: the tree, or the folder it lies in; see `find_tree`
-        labels: see `read_labels`; looked for in the tree's folder and up to three above it where it is not given
-        expected: what the tree must hold; None to accept a part of ImageNet
-
-    Returns:
-        The tree, how many images were moved, and what it holds.
+    `root` is the tree or the folder it lies in; `labels`, see `read_labels`, are looked for in the tree's folder and up
+    to three above it; `expected` is what the tree must hold. Gives the tree, the number of moved images, and counts.
     """
     folder, moved = find_tree(root), 0
     if images(folder / "val"):

@@ -26,29 +26,17 @@ __all__ = ["Sealed", "Splits", "load", "look", "sealed"]
 
 @dataclass(frozen=True, repr=False)
 class Splits:
-    """The data sets of one study; unpacks as (train, validation, test, statistics, classes).
+    """The data sets of one study; unpacks as (train, validation, test, statistics, classes)."""
 
-    Attributes:
-        train: fitting images, augmented
-        validation: images for choosing, or None if no training image is left over
-        test: images for reporting
-        statistics: the images of `train` under the test-time transform
-        classes: names, indexed by target
-        name: what was asked for
-        note: what a reader of results has to know, such as "stored as JPEG"
-        skipped: images left out because they could not be decoded (only with `skip_corrupt`)
-        captions: readable class names where `classes` are codes (wnids), else `classes`
-    """
-
-    train: ImageDataset
-    validation: ImageDataset | None
-    test: ImageDataset
-    statistics: ImageDataset
-    classes: tuple[str, ...]
-    name: str = ""
-    note: str = ""
-    skipped: tuple[str, ...] = ()
-    captions: tuple[str, ...] = ()
+    train: ImageDataset  # fitting images, augmented
+    validation: ImageDataset | None  # images for choosing, or None if no training image is left over
+    test: ImageDataset  # images for reporting
+    statistics: ImageDataset  # the images of `train` under the test-time transform
+    classes: tuple[str, ...]  # names, indexed by target
+    name: str = ""  # what was asked for
+    note: str = ""  # what a reader of results has to know, such as "stored as JPEG"
+    skipped: tuple[str, ...] = ()  # images that could not be decoded (only with `skip_corrupt`)
+    captions: tuple[str, ...] = ()  # readable class names where `classes` are codes (wnids), else `classes`
 
     def __iter__(self):
         return iter((self.train, self.validation, self.test, self.statistics, self.classes))
@@ -60,10 +48,7 @@ class Splits:
 
 
 def _search(spec: DataSet, root: str | Path | None) -> tuple[Layout, Path | None, list[Path]] | None:
-    """What is there of a set: its layout and the extracted folder, or else all of its files; None if some are missing.
-
-    Only looks: nothing is opened or written.
-    """
+    """What is there of a set: its layout and the extracted folder, or else all of its files; None if any is missing."""
     folders = fetch.places(spec.base, root)
     for some in (*([f] for f in folders), folders):  # one by one; at last, the files may lie in several of them
         for layout in spec.layouts:
@@ -105,12 +90,9 @@ def _locate(spec: DataSet, root: str | Path | None, download: bool) -> tuple[Lay
 
 
 def look(name: str, root: str | Path | None = None) -> None:
-    """Looks whether the files of a data set are there, with the sizes their sources give; arguments as for `load`.
+    """AFDSError unless the files of a data set are there, with the sizes their sources give; arguments as for `load`.
 
     Nothing is opened, fetched, extracted or written, so checksums and contents stay unknown until `load`.
-
-    Raises:
-        AFDSError: an unknown name, a missing file, or one of another size
     """
     known = SETS.get(name)
     if known is None:
@@ -127,12 +109,11 @@ def look(name: str, root: str | Path | None = None) -> None:
 def _given_path(name: str, root: str | Path | None) -> Path:
     """The folder or archive that `name` means, if it is no known name."""
     candidates = [Path(name).expanduser(), Path(root or "").expanduser() / name] if name else []
+    kinds, known = ", ".join(fetch.SUFFIXES), ", ".join(NAMES)
     path = next((p for p in candidates if p.exists()), None)
-    kinds = ", ".join(fetch.SUFFIXES)
     if path is None and (os.sep in name or fetch.is_archive(name)):
         raise AFDSError(f"the data set path {name} does not exist: give a folder or an archive ({kinds})")
     if path is None:
-        known = ", ".join(NAMES)
         raise AFDSError(f"there is no data set {name!r}: take one of {known}, or the path of an ImageFolder tree")
     if path.is_file() and not fetch.is_archive(path):
         raise AFDSError(f"the file {path} is no archive of a known kind: give a folder or one of {kinds}")

@@ -132,9 +132,8 @@ def image_folder(folder: Path) -> Listing:
     if train is None and parts and len(parts) == len(names):
         raise AFDSError(f"the folder {folder} has {', '.join(parts)}, but no train/: add it")
     if train is not None and len(parts) == 1:
-        raise AFDSError(
-            f"the folder {folder} has {train}/ but neither test/ nor val/: add one, or give the folder of classes"
-        )
+        advice = "add one, or give the folder of classes"
+        raise AFDSError(f"the folder {folder} has {train}/ but neither test/ nor val/: {advice}")
     classes, others = names, []
     if train is None:
         parts = {"": UNSPLIT}
@@ -144,10 +143,8 @@ def image_folder(folder: Path) -> Listing:
             parts = {name: TRAIN if part == TRAIN else TEST for name, part in parts.items()}
         classes = folders(folder / train)
     if len(classes) < 2:
-        raise AFDSError(
-            f"the folder {folder} is no ImageFolder tree of at least two classes ({len(classes)} there): "
-            "it needs train/CLASS/*.jpg and test/CLASS/*.jpg, or CLASS/*.jpg"
-        )
+        lack = f"is no ImageFolder tree of at least two classes ({len(classes)} there)"
+        raise AFDSError(f"the folder {folder} {lack}: it needs train/CLASS/*.jpg and test/CLASS/*.jpg, or CLASS/*.jpg")
     # Beside folders of classes only images are worth a word.
     left_out = [file for file in others if _suffixed(file.name)]
     left_out += [folder / name / image for name in {"", *parts} for image in images(folder / name)]
@@ -169,9 +166,6 @@ def image_folder(folder: Path) -> Listing:
     captions = _table(folder / "classes.tsv", "\t") if (folder / "classes.tsv").is_file() else {}
     named = tuple(captions.get(one, one) for one in classes) if captions else ()
     return _listing(rows, classes, captions=named, left_out=ignored)
-
-
-# published sets
 
 
 def _damaged(file: Path, why: object) -> AFDSError:
@@ -286,11 +280,6 @@ def cub_200_2011(folder: Path) -> Listing:
     return _listing(rows, [names[key].split(".", 1)[-1] for key in new])
 
 
-# Which images are fitted, used for choosing, and tested on. All draws are per class and depend on (seed, class name)
-# only, through a permutation of which the fitted images are the first: so the 30 images of a class are among its 60,
-# and every method sees the same ones.
-
-
 class Parts(NamedTuple):
     """Rows of a Listing, each array sorted."""
 
@@ -300,6 +289,7 @@ class Parts(NamedTuple):
 
 
 def _permutation(rows: np.ndarray, seed: int, name: str) -> np.ndarray:
+    """Draws depend on (seed, class name) only, and the first are fitted: a class's 30 images are among its 60."""
     return rows[generator(seed, zlib.crc32(name.encode())).permutation(len(rows))]
 
 
@@ -343,17 +333,10 @@ def partition(
     listing: Listing, parts: np.ndarray, *, per_class: int | None, seed: int, validation_per_class: int,
     holdout: bool = True,
 ) -> Parts:  # fmt: skip
-    """Draw the splits.
+    """Draw the splits from `parts`, int8 (N,) as in Listing; UNSPLIT images are split 70/15/15 per class by the seed.
 
-    With an official validation part, that part is used as it is. Otherwise validation images are training images that
-    are not fitted: `validation_per_class` of them, or a tenth of the training images when `per_class` is None.
-
-    Args:
-        parts: int8 (N,) as in Listing, UNSPLIT where the seed is to split 70/15/15 per class
-        per_class: fitting images per class, which each class must have; None for all but the validation images
-        seed: of the draw
-        validation_per_class: validation images per class when `per_class` is given (fewer where fewer are left)
-        holdout: whether training images may be held back for validation; False fits all of them
+    An official validation part is used as it is. Otherwise (with `holdout`) validation images are training images that
+    are not fitted: where `per_class` are fitted up to `validation_per_class` of them, else a tenth.
     """
     if np.any(parts == UNSPLIT):
         parts = _thirds(listing, seed)

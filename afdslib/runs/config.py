@@ -74,11 +74,7 @@ def known(name: Any) -> type | None:
 
 
 def register(cls: _ConfigClass) -> _ConfigClass:
-    """Class decorator that lets a stored configuration be rebuilt by its class name.
-
-    Raises:
-        TypeError: Not a frozen dataclass, or another class of this name is registered.
-    """
+    """Class decorator that lets a stored configuration be rebuilt by its class name; TypeError if that is taken."""
     if not dataclasses.is_dataclass(cls) or not cls.__dataclass_params__.frozen:  # type: ignore[attr-defined]
         raise TypeError(f"{cls.__name__} must be a frozen dataclass to be registered as a configuration")
     other = _registry.setdefault(cls.__name__, cls)
@@ -186,20 +182,16 @@ def _options(hint: Any) -> tuple[Any, ...]:
 
 def _item_hints(options: Sequence[Any], length: int) -> Sequence[Any]:
     """The annotation of each item of a tuple: `tuple[int, ...]`, `tuple[int, float]` or a bare `tuple`."""
-    for option in options:
-        args = typing.get_args(option) if typing.get_origin(option) is tuple else ()
+    for args in (typing.get_args(option) for option in options if typing.get_origin(option) is tuple):
         if len(args) == 2 and args[1] is Ellipsis:
             return [args[0]] * length
-        if len(args) == length and length:
+        if len(args) == length:
             return args
     return [Any] * length
 
 
 def run_id(config: Any) -> str:
-    """The first 12 hexadecimal digits of the sha256 of class name, all hashed fields and `RESULTS_VERSION`.
-
-    Independent of field order, process, machine and device.
-    """
+    """The first 12 hexadecimal digits of the sha256 of class name, all hashed fields and `RESULTS_VERSION`."""
     return id_of(to_json(config, hashed_only=True))
 
 

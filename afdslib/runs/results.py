@@ -42,17 +42,11 @@ MODEL = "model.safetensors"
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run.
-
-    Attributes:
-        id: See `run_id`.
-        metrics: What `execute` returned, as read back from JSON: tuples are lists, keys strings, NaN and infinity None.
-        path: The run's folder; for a committed result that of its profile, without checkpoint and artifacts.
-    """
+    """A finished run."""
 
     id: str
-    metrics: dict[str, Any]
-    path: Path
+    metrics: dict[str, Any]  # of `execute`, as read from JSON: tuples are lists, keys strings, NaN and infinity None
+    path: Path  # its folder; for a committed result that of its profile, without checkpoint and artifacts
 
     @property
     def committed(self) -> bool:
@@ -70,11 +64,7 @@ class Result:
             return pandas.read_csv(file) if file.exists() and file.stat().st_size else pandas.DataFrame()
 
     def artifact(self, name: str) -> Path:
-        """The path of a file that the run wrote.
-
-        Raises:
-            AFDSError: The file is not there, as for most committed results.
-        """
+        """The path of a file that the run wrote; AFDSError if it is not there, as for most committed results."""
         file = self._file(name)
         if file.is_file():
             return file
@@ -154,10 +144,10 @@ def _folders(profile: str | None = None) -> list[Path]:
     return sorted(file.parent for file in paths.results("any").parent.glob(f"{profile or '*'}/{_RUNS}"))
 
 
-def _record(folder: Path, id: str) -> dict[str, Any]:
-    """What `publish` recorded of a run; see `records`."""
-    runs = _load(folder, _RUNS)
-    with _reading(folder / _RUNS):
+def recorded(result: Result) -> dict[str, Any]:
+    """The record of a committed result; see `records`."""
+    runs, id = _load(result.path, _RUNS), result.id
+    with _reading(result.path / _RUNS):
         record = {"id": id, **runs["id"][id], "config": _whole(runs["id"], {"run": id})}
         record["environment"] = runs["environment"][record["environment"]]["value"]
         record["metrics"] = _unpack(record["metrics"])
@@ -178,22 +168,14 @@ def _whole(lines: dict[str, Any], value: Any) -> Any:
 
 
 def records(profile: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Profile and record (id, kind, version, config, metrics, environment, times) of each committed run (of a profile).
-
-    Raises:
-        AFDSError: A file is corrupted.
-    """
+    """Profile and record (id, kind, version, config, metrics, environment, times) of each committed run."""
     for folder in _folders(profile):
         ids = [id for id, line in _load(folder, _RUNS)["id"].items() if "metrics" in line]
-        yield from [(folder.name, _record(folder, id)) for id in ids]
+        yield from [(folder.name, recorded(Result(id, {}, folder))) for id in ids]
 
 
 def committed(prefix: str, profile: str | None = None) -> list[Result]:
-    """The committed results (of one profile) whose ids begin so; with AFDS_FRESH, which hides them, none.
-
-    Raises:
-        AFDSError: A file is corrupted.
-    """
+    """The committed results (of one profile) whose ids begin so; with AFDS_FRESH, which hides them, none."""
     results: dict[str, Result] = {}
     for folder in [] if os.environ.get("AFDS_FRESH", "") not in ("", "0") else _folders(profile):
         lines = _load(folder, _RUNS)["id"]
@@ -202,11 +184,6 @@ def committed(prefix: str, profile: str | None = None) -> list[Result]:
                 with _reading(folder / _RUNS):
                     results.setdefault(id, Result(id, _unpack(lines[id]["metrics"]), folder))
     return list(results.values())
-
-
-def recorded(result: Result) -> dict[str, Any]:
-    """The record of a committed result; see `records`."""
-    return _record(result.path, result.id)
 
 
 def _curve(id: str, folder: Path) -> pandas.DataFrame:
@@ -223,11 +200,7 @@ def _curve(id: str, folder: Path) -> pandas.DataFrame:
 
 
 def read_json(file: Path, id: str) -> dict[str, Any]:
-    """A JSON object of a run's folder, checked further if it is `result.json`.
-
-    Raises:
-        AFDSError: The file is missing or corrupted.
-    """
+    """A JSON object of a run's folder, checked further if it is `result.json`; AFDSError if missing or corrupted."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
         json.dumps(value, allow_nan=False)  # infinity and NaN are no JSON
@@ -242,11 +215,7 @@ def read_json(file: Path, id: str) -> dict[str, Any]:
 
 
 def read_config(path: Path, id: str) -> Any:
-    """The configuration of a run's folder.
-
-    Raises:
-        AFDSError: A missing or corrupted file, or a configuration that this version of afdslib would name otherwise.
-    """
+    """The configuration of a run's folder; AFDSError also if this version of afdslib would name it otherwise."""
     config = configs.from_json(read_json(path / "config.json", id))
     if configs.run_id(config) != id:
         raise AFDSError(f"run {id} was started by another version of afdslib; delete it with: afds runs rm {id}")

@@ -28,12 +28,9 @@ _OWN_FILES = {"config.json", "environment.json", "metrics.csv", "checkpoint.pt",
 
 
 class Run:
-    """What `execute` may touch: checkpoints, the log and artifacts of its own folder.
+    """What `execute` may touch: checkpoints, the log and artifacts of its folder `path`.
 
-    Attributes:
-        id: See `run_id`.
-        path: The run's folder.
-        store: The folder of all runs; pass it on when a run needs another one.
+    `store` is the folder of all runs: pass it on when a run needs another one.
     """
 
     def __init__(self, id: str, path: Path, store: Path) -> None:
@@ -49,11 +46,7 @@ class Run:
         return self.path / "checkpoint.pt"
 
     def load_checkpoint(self) -> dict[str, Any] | None:
-        """The last saved state with its tensors on the CPU, or None.
-
-        Raises:
-            AFDSError: The file is corrupted, or holds something else than plain data and tensors.
-        """
+        """The last saved state with its tensors on the CPU, or None; AFDSError if it is corrupted or holds code."""
         import torch
 
         file = self.checkpoint_path
@@ -72,11 +65,7 @@ class Run:
         return state
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
-        """Replaces the checkpoint atomically. `state` holds tensors and plain Python data only.
-
-        Raises:
-            AFDSError: The folder cannot be written or is full; the previous checkpoint is kept.
-        """
+        """Replaces the checkpoint, with tensors and plain Python data, atomically; AFDSError if the disk is full."""
         self._save(self.checkpoint_path, lambda part: _torch_save(state, part))
         self._write_times()
 
@@ -97,11 +86,7 @@ class Run:
             raise AFDSError(f"{misfit}; delete the run with: afds runs rm {self.id}") from error
 
     def log(self, row: dict[str, Any]) -> None:
-        """Adds a row to `metrics.csv`; a new column extends the header, missing values stay empty.
-
-        Args:
-            row: Scalars by name, with the optimiser step under "step".
-        """
+        """Adds scalars by name, with the optimiser step as "step", to `metrics.csv`; missing values stay empty."""
         if "step" not in row:
             raise ValueError("a logged row needs its 'step', or it could not be dropped when a killed run resumes")
         self._write_log([*self._logged(), {key: _cell(value) for key, value in row.items()}])
@@ -128,21 +113,13 @@ class Run:
         self._rows = rows
 
     def artifact(self, name: str) -> Path:
-        """Where the file `name` of this run is or will be. Write it with `write_artifact`.
-
-        Raises:
-            ValueError: Not a plain file name, or one that the store itself uses.
-        """
+        """Where the file `name` of this run is or will be; ValueError if the store itself uses that name."""
         if not name or Path(name).name != name or name.startswith(".") or name in _OWN_FILES:
             raise ValueError(f"{name!r} cannot name an artifact; use a plain file name other than {sorted(_OWN_FILES)}")
         return self.path / name
 
     def write_artifact(self, name: str, writer: Callable[[Path], object]) -> Path:
-        """Writes a file atomically: `writer(path)` fills a temporary one, which is then renamed.
-
-        Raises:
-            AFDSError: The folder cannot be written or is full.
-        """
+        """Writes a file atomically: `writer(path)` fills a temporary one; AFDSError if the disk is full."""
         file = self.artifact(name)
         self._save(file, writer)
         return file

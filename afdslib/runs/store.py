@@ -17,6 +17,7 @@ import re
 import shutil
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -66,7 +67,6 @@ def get_or_run(
     Two processes that ask for the same run do not both compute it: the second waits for the first.
 
     Args:
-        config: See `Config`.
         store: The folder of all runs; by default `paths.runs()`.
         needs: Artifacts that the caller will read. A result without them (a committed one) is computed again.
         started: Called right before the run is computed or resumed, and not for one that is finished.
@@ -114,15 +114,10 @@ def get_or_run(
 
 
 def lookup(config: Any, *, store: str | Path | None = None, needs: Sequence[str] = ()) -> Result | None:
-    """The finished run of a configuration in the store or among the committed results, or None. Computes nothing.
-
-    Raises:
-        AFDSError: A result file is corrupted.
-    """
+    """The finished run of a configuration in the store or among the committed results, or None. Computes nothing."""
     id = run_id(config)
-    if result := _stored(folder(store), id, needs):
-        return result
-    return next((result for result in committed(id) if result.has(needs)), None)
+    stored = _stored(folder(store), id, needs)
+    return stored or next((result for result in committed(id) if result.has(needs)), None)
 
 
 def busy(config: Any, *, store: str | Path | None = None) -> bool:
@@ -139,11 +134,7 @@ def load_config(id: str, *, store: str | Path | None = None) -> Any:
     id = _find(id, store)
     path = folder(store) / id
     results = [] if path.is_dir() else committed(id)
-    return _config(results[0]) if results else read_config(path, id)
-
-
-def _config(result: Result) -> Any:
-    return configs.from_json(recorded(result)["config"]) if result.committed else read_config(result.path, result.id)
+    return configs.from_json(recorded(results[0])["config"]) if results else read_config(path, id)
 
 
 def resume(id: str, *, store: str | Path | None = None) -> Result:
@@ -155,14 +146,12 @@ def resume(id: str, *, store: str | Path | None = None) -> Result:
 
 
 def finished(id: str, *, store: str | Path | None = None) -> tuple[Any, Result]:
-    """Configuration and result of a finished run, in the store or among the committed results.
-
-    Raises:
-        AFDSError: no such run, several, an unfinished or a corrupted one.
-    """
+    """Configuration and result of a finished run, in the store or among the committed results; AFDSError if not one."""
     id = _find(id, store)
-    if result := _stored(folder(store), id, ()) or next(iter(committed(id)), None):
-        return _config(result), result
+    if result := _stored(folder(store), id, ()):
+        return read_config(result.path, id), result
+    for result in committed(id):
+        return configs.from_json(recorded(result)["config"]), result
     raise AFDSError(f"run {id} is not finished; finish it first with: afds resume {id}")
 
 
@@ -214,46 +203,34 @@ def show(id: str, *, store: str | Path | None = None) -> dict[str, Any]:
         record = recorded(results[0])
         parts: dict[str, Any] = {key: record.pop(key) for key in ("config", "environment", "times") if key in record}
         return {"id": id, "state": "committed", "path": str(results[0].path), **parts, "result": record, "files": {}}
-    shown: dict[str, Any] = {"id": id, "state": _summary(path).state, "path": str(path)}
-    for name in ("config", "result", "environment", "times"):
-        if (path / f"{name}.json").exists():
-            shown[name] = read_json(path / f"{name}.json", id)
-    files = sorted(path.iterdir()) if path.is_dir() else []
-    shown["files"] = {file.name: file.stat().st_size for file in files if file.is_file()}
-    return shown
+    files = {file.name: file.stat().st_size for file in sorted(path.glob("*")) if file.is_file()}
+    names = [name for name in ("config", "result", "environment", "times") if f"{name}.json" in files]
+    parts = {name: read_json(path / f"{name}.json", id) for name in names}
+    return {"id": id, "state": _summary(path).state, "path": str(path), **parts, "files": files}
 
 
 def remove(id: str, *, store: str | Path | None = None) -> Path:
-    """Deletes a run's folder, whatever is in it.
-
-    Raises:
-        AFDSError: No such run, or a process is computing it.
-    """
+    """Deletes a run's folder, whatever is in it; AFDSError if there is none, or a process is computing it."""
     id = _find(id, store, anywhere=False)
     path = folder(store) / id
-    with _locked(path.parent, id, wait=False):
+    with _locked(path.parent, id, wait=False), _changing(path, "delete"):
         trash = path.with_name(f".{id}.{uuid.uuid4().hex[:8]}.removed")
-        with _changing(path, "delete"):
-            os.rename(path, trash)  # gone at once, even if deleting is interrupted
-            shutil.rmtree(trash)
+        os.rename(path, trash)  # gone at once, even if deleting is interrupted
+        shutil.rmtree(trash)
     return path
 
 
 def require_training(store: str | Path | None = None) -> dict[str, int]:
-    """Optimiser steps of the finished runs by kind (kinds that report "steps" only), if each took some.
-
-    Raises:
-        AFDSError: Nothing was trained in this store: the numbers came from somewhere else.
-    """
-    steps: dict[str, int] = {}
+    """Optimiser steps of the finished runs by kind, where they report "steps"; AFDSError if a kind took none."""
+    steps: Counter[str] = Counter()
     for summary in list_runs(store):
         if summary.steps is not None:
-            steps[summary.kind] = steps.get(summary.kind, 0) + summary.steps
+            steps[summary.kind] += summary.steps
     idle = sorted(kind for kind, number in steps.items() if number == 0)
     if idle or not steps:
         what = f"{', '.join(idle)} took no training step" if idle else "no training step was taken"
         raise AFDSError(f"{what} in {folder(store)}, so nothing was computed here; start from an empty run store")
-    return steps
+    return dict(steps)
 
 
 def folder(store: str | Path | None = None) -> Path:
@@ -345,8 +322,6 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if hasattr(value, "tolist"):  # numpy scalars and arrays, tensors
         return _plain(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
     if value is None or isinstance(value, (bool, int, float, str)):
-        return value
+        return None if isinstance(value, float) and not math.isfinite(value) else value
     raise TypeError(f"a metric is {value!r}, a {type(value).__name__}, which JSON cannot hold")
