@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,10 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from afdslib.afs.channels import ChannelOp, GroupedConv2d, Join
 from afdslib.afs.layer import AFSConvBN
 from afdslib.base.errors import AFDSError
+from afdslib.base.hooks import eval_mode
 
 __all__ = [
-    "Recorder", "eval_mode", "is_add", "keeps_channels", "keeps_channels_call", "living_channels", "output_makers",
-    "propagate", "shapes", "streams", "trace",
+    "Recorder", "is_add", "keeps_channels", "keeps_channels_call", "living_channels", "output_makers", "propagate",
+    "shapes", "streams", "trace",
 ]  # fmt: skip
 
 # Modules and functions that map a zero channel to a zero channel and leave the channels in their order.
@@ -200,18 +200,6 @@ def _concatenate(
         full.expand(-1, shapes[p.name][1]) if (found := sets[p]) is None else found.expand(batch, -1) for p in parts
     ]
     return torch.cat(widened, dim=1)
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; every module gets its own mode back."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 class Recorder(fx.Interpreter):

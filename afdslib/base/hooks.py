@@ -1,13 +1,25 @@
-"""Outputs and inputs of layers, kept by hooks that always go and that no in-place operation can reach."""
+"""A network watched for a while: layers' outputs or inputs, kept by hooks that always go, and eval mode."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
 
-__all__ = ["kept"]
+__all__ = ["eval_mode", "kept"]
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode for a while; every module gets its own mode back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 @contextmanager
@@ -38,12 +50,8 @@ def kept(modules: Mapping[str, nn.Module], *, inputs: bool = False, graph: bool 
 
         return record
 
-    handles = []
-    try:
+    with ExitStack() as stack:
         for name, module in modules.items():
             register = module.register_forward_pre_hook if inputs else module.register_forward_hook
-            handles.append(register((input_hook if inputs else output_hook)(name)))
+            stack.enter_context(register((input_hook if inputs else output_hook)(name)))
         yield tensors
-    finally:
-        for handle in handles:
-            handle.remove()

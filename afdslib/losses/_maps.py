@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -14,53 +14,71 @@ __all__ = ["LayerLoss", "area_matrix", "full_precision", "match_size"]
 
 
 class LayerLoss(nn.Module):
-    """What losses that sum over layers share: the layers, and which channels count.
+    """What losses that sum over layers share: the layers, and which of the student's channels count.
 
     Args:
-        names: The student's layers.
+        channels: How many channels each of the student's layers has; None where any number is taken.
         what: The loss's name for sentences.
+
+    Attributes:
+        keys: the layers' names without dots, as modules and buffers need them.
+        partial: layers of which some channels do not count.
+        persistent: whether the living channels are in the state.
     """
 
-    def __init__(self, names: Iterable[str], what: str) -> None:
+    persistent = False
+
+    def __init__(self, channels: Mapping[str, int | None], what: str) -> None:
         super().__init__()
-        self.names, self.what = list(names), what
-        if not self.names:
+        if not channels:
             raise AFDSError(f"{what} was given no layer; name at least one.")
-        self.alive: dict[str, Tensor] = {}
+        self.channels, self.what, self.partial = dict(channels), what, set[str]()
+        self.keys = {name: name.replace(".", "_") for name in channels}
+        if len(set(self.keys.values())) < len(channels):
+            raise AFDSError(f"layer names must differ in more than dots and underscores, got {', '.join(channels)}")
+        for name, count in channels.items():
+            flags = torch.ones(count or 1, dtype=torch.bool)
+            self.register_buffer(f"alive_{self.keys[name]}", flags, persistent=self.persistent)
+
+    def alive(self, name: str) -> Tensor:
+        """(C,) of bool: the channels of a layer that count."""
+        return self.get_buffer(f"alive_{self.keys[name]}")
 
     def set_alive(self, alive: Mapping[str, Tensor]) -> None:
-        """Leaves channels out, such as those a pruned student no longer has.
+        """Says which channels can be other than zero; the others leave the loss. [ours]
 
         Args:
-            alive: (C,) of bool for some or all layers, False for a channel to leave out.
+            alive: (C,) of bool by layer, such as of `afs.living_channels`; of a layer that is not named, all count.
+
+        Raises:
+            AFDSError: an unknown layer, no flags, too few or too many of them, or none that is set.
         """
         for name, flags in alive.items():
-            if name not in self.names or flags.dtype != torch.bool or flags.ndim != 1 or not bool(flags.any()):
+            count = self.channels.get(name) or flags.numel()
+            if name not in self.keys or flags.dtype != torch.bool or flags.shape != (count,) or not bool(flags.any()):
                 raise AFDSError(
-                    f"The living channels of {name} are not flags of a known layer with at least one set; the layers "
-                    f"of {self.what} are {', '.join(self.names)}."
+                    f"The living channels of {name} are not {count} flags of a known layer with at least one set; the "
+                    f"layers of {self.what} are {', '.join(self.keys)}."
                 )
-        self.alive = {name: flags.detach() for name, flags in alive.items()}
-
-    def flags(self, name: str, like: Tensor) -> Tensor | None:
-        """The living channels of a layer on a map's device; None where all of them count."""
-        flags = self.alive.get(name)
-        return None if flags is None or bool(flags.all()) else flags.to(like.device)
+        self.partial = {name for name, flags in alive.items() if not bool(flags.all())}
+        for name, key in self.keys.items():
+            old = self.alive(name)
+            setattr(self, f"alive_{key}", alive.get(name, torch.ones_like(old)).to(old.device, copy=True))
 
     def matched(
         self, student: Mapping[str, Tensor], source: Mapping[str, Tensor]
     ) -> Iterator[tuple[str, Tensor, Tensor]]:
         """(layer, student's map, source's map); a source of another depth gives one map per stage in the same order."""
-        if missing := [name for name in self.names if name not in student]:
+        if missing := [name for name in self.keys if name not in student]:
             raise AFDSError(f"The student's features lack {missing[0]}; they hold {', '.join(student) or 'nothing'}.")
-        if any(name not in source for name in self.names):
-            if len(source) != len(self.names):
+        if any(name not in source for name in self.keys):
+            if len(source) != len(self.keys):
                 raise AFDSError(
-                    f"The source's features hold {', '.join(source) or 'nothing'} for {', '.join(self.names)} of the "
+                    f"The source's features hold {', '.join(source) or 'nothing'} for {', '.join(self.keys)} of the "
                     f"student; give one map per stage."
                 )
-            source = dict(zip(self.names, source.values(), strict=True))
-        return ((name, student[name], source[name]) for name in self.names)
+            source = dict(zip(self.keys, source.values(), strict=True))
+        return ((name, student[name], source[name]) for name in self.keys)
 
 
 def full_precision(x: Tensor) -> Tensor:
@@ -72,9 +90,8 @@ def area_matrix(size: int, target: int, like: Tensor) -> Tensor:
     """(target, size): each row averages the cells that an output cell covers, by overlap, and sums to 1."""
     edges = torch.arange(target + 1, dtype=torch.float64) * (size / target)
     cells = torch.arange(size, dtype=torch.float64)
-    low = torch.maximum(edges[:-1, None], cells[None])
-    high = torch.minimum(edges[1:, None], cells[None] + 1)
-    return ((high - low).clamp(min=0) * (target / size)).to(like)
+    overlap = torch.minimum(edges[1:, None], cells + 1) - torch.maximum(edges[:-1, None], cells)
+    return (overlap.clamp(min=0) * (target / size)).to(like)
 
 
 def match_size(student: Tensor, teacher: Tensor, what: str) -> tuple[Tensor, Tensor]:
@@ -86,12 +103,13 @@ def match_size(student: Tensor, teacher: Tensor, what: str) -> tuple[Tensor, Ten
     Shape:
         student (B, C, H, W), teacher (B, C', H', W'); the results have height min(H, H') and width min(W, W').
     """
-    if student.shape[-2:] == teacher.shape[-2:]:
+    own, other = student.shape[-2:], teacher.shape[-2:]
+    if own == other:
         return student, teacher
-    height, width = (min(a, b) for a, b in zip(student.shape[-2:], teacher.shape[-2:], strict=True))
+    height, width = (min(a, b) for a, b in zip(own, other, strict=True))
     warnings.warn(
-        f"{what}: the student's {student.shape[-2]}x{student.shape[-1]} map and the teacher's "
-        f"{teacher.shape[-2]}x{teacher.shape[-1]} are compared at {height}x{width} (area averaging).",
+        f"{what}: the student's {own[0]}x{own[1]} map and the teacher's {other[0]}x{other[1]} are compared at "
+        f"{height}x{width} (area averaging).",
         stacklevel=3,
     )
     return _resize(student, height, width), _resize(teacher, height, width)
@@ -101,6 +119,4 @@ def _resize(x: Tensor, height: int, width: int) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):  # it would average in half precision
         if x.shape[-2] != height:
             x = area_matrix(x.shape[-2], height, x) @ x
-        if x.shape[-1] != width:
-            x = x @ area_matrix(x.shape[-1], width, x).t()
-    return x
+        return x @ area_matrix(x.shape[-1], width, x).t() if x.shape[-1] != width else x

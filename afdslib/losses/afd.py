@@ -18,7 +18,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from afdslib.base import checks
 from afdslib.base.errors import AFDSError
+from afdslib.losses import _checks
+from afdslib.losses._maps import LayerLoss
 from afdslib.losses.term import TERMS, Axis, Batch, Term, TermContext
 
 __all__ = ["AFDLoss", "fit_attention"]
@@ -37,7 +40,7 @@ class _Attention(nn.Module):
         return self.hidden(x.flatten(2)).relu() @ self.w2 + self.b2
 
 
-class AFDLoss(nn.Module):
+class AFDLoss(LayerLoss):
     """The attentive feature regulariser R over a small set of layers, and the attention it learns.
 
     Args:
@@ -52,52 +55,25 @@ class AFDLoss(nn.Module):
         "afd": R, a scalar. "entropy": of rho in nats, mean over samples and layers, detached.
     """
 
+    persistent = True
+
     def __init__(self, shapes: Mapping[str, tuple[int, int, int]], *, attention: str = "joint"):
-        super().__init__()
-        if not shapes:
-            raise AFDSError("AFDLoss needs the shape of at least one layer's features")
-        if attention not in ("joint", "detached"):
-            raise AFDSError(f"attention must be 'joint' or 'detached', got {attention!r}")
+        super().__init__({name: shape[0] for name, shape in shapes.items()}, "AFD")
+        checks.choice("attention", attention, ("joint", "detached"))
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self.mode = attention
-        # Names of modules and buffers must not hold dots.
-        self._keys = {name: name.replace(".", "_") for name in self.shapes}
-        if len(set(self._keys.values())) < len(self._keys):
-            raise AFDSError(f"layer names must differ in more than dots and underscores, got {', '.join(self.shapes)}")
-        self.attentions = nn.ModuleDict({self._keys[n]: _Attention(*shape) for n, shape in self.shapes.items()})
-        for name, (channels, _, _) in self.shapes.items():
-            self.register_buffer(f"alive_{self._keys[name]}", torch.ones(channels, dtype=torch.bool))
-        if attention == "detached":
-            self.attentions.requires_grad_(False)
-
-    def set_alive(self, alive: Mapping[str, Tensor]) -> None:
-        """Says which target channels can be other than zero; the rest leave both the softmax and R. [ours]
-
-        Args:
-            alive: bool (C,) by layer name, from `afs.living_channels`.
-
-        Raises:
-            AFDSError: for an unknown layer, a wrong length, or a layer without any living channel.
-        """
-        for name, channels in alive.items():
-            shape = self._shape(name)
-            if channels.shape != shape[:1] or not bool(channels.any()):
-                raise AFDSError(f"living channels of {name!r} must be {shape[0]} flags with at least one set")
-            getattr(self, f"alive_{self._keys[name]}").copy_(channels)
+        self.attentions = nn.ModuleDict({self.keys[name]: _Attention(*shape) for name, shape in shapes.items()})
+        self.attentions.requires_grad_(attention == "joint")
 
     def attention(self, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """rho by layer name, (B, C); each row sums to 1 over the living channels."""
-        return {name: self._log_attention(name, source[name]).exp() for name in self._present(source)}
+        return {name: self._log_attention(name, x).exp() for name, x, _ in self.matched(source, source)}
 
     def forward(self, student: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> dict[str, Tensor]:
         distances, entropies = [], []
-        for name in self._present(source):
-            f_s = self._checked(name, source[name], "source")
-            f_t = self._checked(name, student.get(name), "student")
-            if f_t.shape[0] != f_s.shape[0]:
-                raise AFDSError(
-                    f"student and source features of {name!r} are of {f_t.shape[0]} and {f_s.shape[0]} samples"
-                )
+        for name, f_t, f_s in self.matched(student, source):
+            self._check(name, f_t, "student")
+            _checks.pair(f_t, f_s, f"feature map {name}")
             with torch.autocast(f_t.device.type, enabled=False):
                 log_rho = self._log_attention(name, f_s)
                 rho = log_rho.exp()
@@ -108,33 +84,18 @@ class AFDLoss(nn.Module):
         return {"afd": torch.stack(distances).sum(), "entropy": torch.stack(entropies).mean()}
 
     def _log_attention(self, name: str, source: Tensor) -> Tensor:
-        source = self._checked(name, source, "source")
-        key = self._keys[name]
-        attention = self.attentions[key]
+        self._check(name, source, "source")
+        attention = self.attentions[self.keys[name]]
         with torch.autocast(source.device.type, enabled=False):
             logits = attention(source.to(next(attention.parameters()).dtype))
-            return logits.masked_fill(~getattr(self, f"alive_{key}"), -math.inf).log_softmax(1)
+            return logits.masked_fill(~self.alive(name), -math.inf).log_softmax(1)
 
-    def _shape(self, name: str) -> tuple[int, ...]:
-        if name not in self.shapes:
-            raise AFDSError(f"AFDLoss knows no layer {name!r}, only {', '.join(self.shapes)}")
-        return self.shapes[name]
-
-    def _present(self, features: Mapping[str, Tensor]) -> Iterable[str]:
-        missing = [name for name in self.shapes if name not in features]
-        if missing:
-            raise AFDSError(f"no source features of layer {missing[0]!r} were given")
-        return self.shapes
-
-    def _checked(self, name: str, features: Tensor | None, whose: str) -> Tensor:
-        if features is None:
-            raise AFDSError(f"no {whose} features of layer {name!r} were given")
+    def _check(self, name: str, features: Tensor, whose: str) -> None:
         if tuple(features.shape[1:]) != self.shapes[name]:
             raise AFDSError(
                 f"{whose} features of {name!r} have shape {tuple(features.shape[1:])}, but this AFDLoss was made for "
                 f"{self.shapes[name]}; make a new one for another input size"
             )
-        return features
 
 
 @torch.enable_grad()
@@ -145,7 +106,6 @@ def fit_attention(
     num_classes: int,
     *,
     lr: float = 0.01,
-    momentum: float = 0.9,
 ) -> list[float]:
     """Trains a detached attention with the cross-entropy of a linear head on C * rho_c * gap(x_S)_c, then freezes it.
 
@@ -157,28 +117,28 @@ def fit_attention(
         batches: (images, labels) of the target's training data; each is one step.
         num_classes: of the target.
         lr: learning rate of the plain SGD steps, for attention and heads.
-        momentum: of SGD.
 
     Returns:
         The cross-entropy (mean over layers) at each step.
+
+    Raises:
+        AFDSError: an attention that is trained jointly, or a cross-entropy that is not finite.
     """
     if loss.mode != "detached":
         raise AFDSError("fit_attention trains a detached attention; this AFDLoss was made with attention='joint'")
     parameter = next(loss.parameters())
-    heads = nn.ModuleDict({loss._keys[n]: nn.Linear(c, num_classes) for n, (c, _, _) in loss.shapes.items()})
+    heads = nn.ModuleDict({key: nn.Linear(loss.shapes[name][0], num_classes) for name, key in loss.keys.items()})
     heads.to(parameter.device, parameter.dtype)
     loss.attentions.requires_grad_(True)
-    optimiser = torch.optim.SGD([*loss.attentions.parameters(), *heads.parameters()], lr=lr, momentum=momentum)
+    optimiser = torch.optim.SGD([*loss.attentions.parameters(), *heads.parameters()], lr=lr, momentum=0.9)
     history = []
     for images, labels in batches:
         features = {name: x.to(parameter.dtype) for name, x in source(images).items()}
-        rho = loss.attention(features)
-        terms = [
-            nn.functional.cross_entropy(
-                heads[loss._keys[n]](loss.shapes[n][0] * rho[n] * features[n].mean((2, 3))), labels.to(parameter.device)
-            )
-            for n in loss.shapes
-        ]
+        labels = labels.to(parameter.device)
+        terms = []
+        for name, rho in loss.attention(features).items():
+            logits = heads[loss.keys[name]](loss.shapes[name][0] * rho * features[name].mean((2, 3)))
+            terms.append(nn.functional.cross_entropy(logits, labels))
         total = torch.stack(terms).mean()
         optimiser.zero_grad()
         total.backward()
@@ -186,7 +146,7 @@ def fit_attention(
         history.append(total.item())
     loss.attentions.requires_grad_(False)
     loss.zero_grad(set_to_none=True)  # an optimiser would go on applying the last gradient
-    if not all(math.isfinite(value) for value in history):
+    if not all(map(math.isfinite, history)):
         raise AFDSError(
             f"the detached attention did not converge (its loss is not finite); lower its learning rate {lr:g}"
         )
@@ -206,12 +166,9 @@ class AFD(Term):
         return AFDLoss(context.shapes, attention=context.config.attention)
 
     def prepare(
-        self,
-        teacher: Callable[[Tensor], Mapping[str, Tensor]],
-        batches: Iterator[tuple[Tensor, Tensor]],
-        num_classes: int,
+        self, teacher: Callable[[Tensor], Mapping[str, Tensor]], batches: Iterator[tuple[Tensor, Tensor]], classes: int
     ) -> list[float]:
-        return fit_attention(self.module, teacher, batches, num_classes) if self.module.mode == "detached" else []
+        return fit_attention(self.module, teacher, batches, classes) if self.module.mode == "detached" else []
 
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         measured = self.module(batch.student, batch.teacher)

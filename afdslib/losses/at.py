@@ -19,16 +19,10 @@ __all__ = ["ATLoss", "at_loss", "attention_map", "gradient_at_loss", "input_grad
 
 
 def attention_map(features: Tensor, p: float = 2) -> Tensor:
-    """vec(mean over channels of |F|^p), divided by its 2-norm (section 3.1; the mean over channels is [code]'s).
-
-    A map that is zero everywhere stays zero, without gradient.
-
-    Args:
-        features: One layer's output.
-        p: Exponent, above 0.
+    """vec(mean over channels of |F|^p), p > 0, divided by its 2-norm (section 3.1; the mean over channels is [code]'s).
 
     Shape:
-        (B, C, H, W) -> (B, H*W), each row of norm 1.
+        (B, C, H, W) -> (B, H*W), each row of norm 1; a map that is zero everywhere stays zero, without gradient.
     """
     return _normalised(_energy(features, p))
 
@@ -47,14 +41,11 @@ def _energy(features: Tensor, p: float) -> Tensor:
 
 
 def _visible(x: Tensor, p: float) -> Tensor:
-    """The maps (B, C, H, W), those of them so faint that |F|^p would vanish beside 1e-12 times a power of two.
-
-    The norm takes the factor out again. Other maps are multiplied by 1, which changes no bit.
-    """
+    """The maps (B, C, H, W), those of them so faint that |F|^p would vanish beside 1e-12 times a power of two."""
     largest = x.detach().abs().amax((1, 2, 3), keepdim=True)
     faint = (largest > 0) & (largest.pow(p) < 1e-8)
     exponent = torch.where(faint, -torch.frexp(largest).exponent, 0)
-    # In two steps: the factor for the smallest numbers is not finite itself.
+    # The norm takes the factor out again; for other maps it is 1, which changes no bit. It may not be finite itself.
     half = torch.div(exponent, 2, rounding_mode="floor")
     return x * torch.exp2(half.to(x)) * torch.exp2((exponent - half).to(x))
 
@@ -67,15 +58,14 @@ def _normalised(energy: Tensor) -> Tensor:
 def at_loss(student: Tensor, teacher: Tensor, *, p: float = 2, mode: str = "code") -> Tensor:
     """Distance of the two attention maps of one layer.
 
-    The two modes are the public code's and the paper's, and need weights of different size: per sample,
-    "code" = norm^2 / (H*W) where "paper" = norm. With maps of 8x8 that differ by a norm of 0.4, "code" is 0.0025 and
-    "paper" 0.4, so the code's beta of 1000 weighs such a sample like a weight of 6.25 in the paper's scale (whose
-    beta / 2 makes it beta = 12.5). The factor moves with the distance: no weight makes them equal on a batch.
+    Per sample, "code" = norm^2 / (H*W) where "paper" = norm of the difference, so the modes need weights of different
+    size. For 8x8 maps that differ by a norm of 0.4, "code" is 0.0025 and "paper" 0.4: the code's beta of 1000 weighs
+    like 6.25 in the paper's scale (beta = 12.5 before its beta / 2). No weight makes them equal on a batch.
 
     Args:
         student: Features of the layer.
-        teacher: The teacher's, without gradient; other channels are welcome, another height or width is brought to
-            the smaller one by area averaging of |F|^p over positions (deterministic; a warning says so).
+        teacher: The teacher's, without gradient. Of two sizes, the larger energy |F|^p is averaged by area to the
+            smaller height and width (deterministic; a warning says so).
         p: Exponent, above 0.
         mode: "code": mean over batch and positions of the squared difference; "paper": mean over the batch of its
             2-norm (equation 2; beta / 2 belongs to the weight).
@@ -91,46 +81,33 @@ def at_loss(student: Tensor, teacher: Tensor, *, p: float = 2, mode: str = "code
         raise AFDSError(f"The mode {mode!r} of attention transfer is unknown; use 'code' or 'paper'.")
     checks.number("the exponent p", p, above=0)
     _checks.pair(student, teacher, "feature map")
-    energies = match_size(_energy(student, p), _energy(teacher, p), "Attention transfer")
-    difference = _normalised(energies[0]) - _normalised(energies[1])
-    if mode == "code":
-        loss = difference.square().mean()
-    else:
-        loss = torch.linalg.vector_norm(difference, dim=1).mean()
-    return _checks.finite(loss, student_map=student, teacher_map=teacher)
+    own, other = match_size(_energy(student, p), _energy(teacher, p), "Attention transfer")
+    difference = _normalised(own) - _normalised(other)
+    norms = difference.square() if mode == "code" else torch.linalg.vector_norm(difference, dim=1)
+    return _checks.finite(norms.mean(), student_map=student, teacher_map=teacher)
 
 
 class ATLoss(LayerLoss):
-    """The sum of `at_loss` over layers, each network's map taken over the channels that the student still has.
+    """The sum of `at_loss` over the student's layers, each map taken over the channels that the student still has.
 
-    Args:
-        names: The student's layers.
-        mode: See `at_loss`.
+    The source's features are those of the same images, without gradient; a network of another depth gives them under
+    its own names, one map per stage in the same order.
+
+    Raises:
+        AFDSError: a layer that the student lacks, or unequally many stages; and as `at_loss`.
     """
 
-    def __init__(self, names: Iterable[str], *, mode: str = "code") -> None:
-        super().__init__(names, "attention transfer")
-        self.mode = mode
+    def __init__(self, names: Iterable[str]) -> None:
+        super().__init__(dict.fromkeys(names), "attention transfer")
 
     def forward(self, student: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> Tensor:
-        """The loss.
-
-        Args:
-            student: (B, C, H, W) of each layer.
-            source: The teacher's for the same images, without gradient; of a network of another depth under its own
-                names, one map per stage in the same order.
-
-        Raises:
-            AFDSError: a layer that the student lacks, or unequally many stages; and as `at_loss`.
-        """
         terms = []
         for name, a, b in self.matched(student, source):
-            flags = self.flags(name, a)
             # Zero channels add nothing to the student's energy, whose scale the norm takes out. A teacher of another
             # width has no counterparts to the student's channels.
-            if flags is not None and a.shape[1] == b.shape[1]:
-                b = b.index_select(1, flags.nonzero().flatten())
-            terms.append(at_loss(a, b, mode=self.mode))
+            if name in self.partial and a.shape[1] == b.shape[1]:
+                b = b.index_select(1, self.alive(name).nonzero().flatten())
+            terms.append(at_loss(a, b))
         return torch.stack(terms).sum()
 
 
@@ -138,17 +115,13 @@ def input_gradient(logits: Tensor, target: Tensor, inputs: Tensor, *, create_gra
     """Gradient of each sample's cross-entropy with respect to its image.
 
     The cross-entropy is summed over the batch, so a sample's gradient does not shrink with the batch. In eval mode it
-    is the sample's own; batch norm in train mode ties the samples together, and the gradient then holds the effect of
-    an image on the losses of the others too.
+    is the sample's own; batch norm in train mode adds the effect of an image on the losses of the others.
 
     Args:
-        logits: Outputs for `inputs`.
-        target: Class indices.
-        inputs: The images, with `requires_grad` before the forward pass.
+        logits: Outputs for `inputs`, (B, classes).
+        target: Class indices, (B,).
+        inputs: The images, (B, 3, H, W) as the result, with `requires_grad` before the forward pass.
         create_graph: True for the student (the loss is differentiated again), False for the teacher.
-
-    Shape:
-        (B, classes), (B,), (B, 3, H, W) -> (B, 3, H, W).
 
     Raises:
         AFDSError: images without gradient; targets as `kd_loss` refuses them.
@@ -166,19 +139,14 @@ def gradient_at_loss(student_grad: Tensor, teacher_grad: Tensor) -> Tensor:
     The code of this variant was never released; the per-sample norm is our reading. [recall]
 
     Args:
-        student_grad: `input_gradient` of the student, with its graph (double backward).
+        student_grad: `input_gradient` of the student, with its graph (double backward), (B, 3, H, W).
         teacher_grad: `input_gradient` of the teacher, `create_graph=False`.
 
-    Shape:
-        two (B, 3, H, W); the result is a scalar.
-
     Raises:
-        AFDSError: other shapes, an empty gradient, a teacher's that has a graph; a loss that is not finite, on the CPU
-            (on an accelerator it is returned, and the training loop names it).
+        AFDSError: other shapes, an empty gradient, a teacher's that has a graph; not finite, as `at_loss`.
     """
     frozen = "take it with create_graph=False, or detach() it"
-    _checks.pair(student_grad, teacher_grad, "input gradient", frozen=frozen)
-    _checks.same_shape(student_grad, teacher_grad, "input gradient")
+    _checks.pair(student_grad, teacher_grad, "input gradient", equal=True, frozen=frozen)
     difference = (full_precision(student_grad) - full_precision(teacher_grad)).flatten(1)
     loss = torch.linalg.vector_norm(difference, dim=1).mean()
     return _checks.finite(loss, student_gradient=student_grad, teacher_gradient=teacher_grad)
@@ -200,7 +168,6 @@ class ATTransfer(Transfer):
     """Activation-based attention transfer to a student; in mode "paper" the weight counts half, as in equation 2."""
 
     name, label = "at", "AT"
-    needs = frozenset({"layers"})
 
     def __init__(self, context: TermContext) -> None:
         super().__init__(context)

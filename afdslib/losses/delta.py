@@ -12,67 +12,51 @@ from torch import Tensor, nn
 
 from afdslib.backbones import classifier_name
 from afdslib.base.errors import AFDSError
+from afdslib.base.hooks import eval_mode, kept
 from afdslib.losses import _checks
 from afdslib.losses._maps import LayerLoss, full_precision
 from afdslib.losses.term import TERMS, Axis, Batch, Term, TermContext
 
-__all__ = ["DELTALoss", "channel_weights", "fit_classifier", "uniform_weights"]
+__all__ = ["DELTALoss", "channel_weights", "fit_classifier"]
 
 # Bytes of ablated copies of one layer's output that go through the rest of the network at once.
 GROUP_BYTES = 2**26
-
-
-def uniform_weights(shapes: Mapping[str, tuple[int, int, int]]) -> dict[str, Tensor]:
-    """w_c = 1/C for each layer: DELTA becomes the feature-map regulariser.
-
-    Args:
-        shapes: (C, H, W) of each layer.
-    """
-    return {name: torch.full((shape[0],), 1 / shape[0]) for name, shape in shapes.items()}
 
 
 class DELTALoss(LayerLoss):
     """sum over layers of C/(2HW) sum over channels of w_c |f_student - f_source|_2^2, mean over the batch.
 
     The public code sums over the batch [code], so its alpha = 0.01 at batch 64 is 0.64 here. The term b/2 |v|^2 of
-    the classifier is the optimiser's weight decay.
+    the classifier is the optimiser's weight decay. With w_c = 1/C it is the feature-map regulariser.
 
     Args:
-        weights: (C,) of each layer, at least 0: `channel_weights` or `uniform_weights`.
+        weights: (C,) of each layer, at least 0, such as `channel_weights`.
 
+    Shape:
+        student, source: by layer, (B, C, H, W) of the same images, the source's without gradient; a scalar.
+
+    Raises:
+        AFDSError: a missing layer, another shape, an empty map, a source with gradient, NaN (on the CPU).
     """
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
-        super().__init__(weights, "DELTA")
+        super().__init__({name: w.numel() for name, w in weights.items()}, "DELTA")
         for i, (name, w) in enumerate(weights.items()):
             if w.ndim != 1 or not bool(torch.isfinite(w).all()) or bool((w < 0).any()):
                 raise AFDSError(f"The channel weights of {name} are not a vector of finite numbers of at least 0.")
             self.register_buffer(f"weight{i}", w.detach().clone())
 
     def forward(self, student: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> Tensor:
-        """The loss.
-
-        Args:
-            student: (B, C, H, W) of each layer; layers that have no weights are not looked at.
-            source: The source model's for the same images, without gradient.
-
-        Raises:
-            AFDSError: a missing layer, another shape, an empty map, a source with gradient, NaN (on the CPU).
-        """
         layers = enumerate(self.matched(student, source))
         return torch.stack([self._layer(name, a, b, self.get_buffer(f"weight{i}")) for i, (name, a, b) in layers]).sum()
 
     def _layer(self, name: str, a: Tensor, b: Tensor, w: Tensor) -> Tensor:
-        _checks.pair(a, b, f"feature map {name}")
-        _checks.same_shape(a, b, f"feature map {name}")
-        if a.shape[1] != w.shape[0]:
-            raise AFDSError(f"The feature map {name} has {a.shape[1]} channels and DELTA holds {w.shape[0]} weights.")
-        flags = self.flags(name, w)
-        if flags is not None:
-            w = w * flags
-        energy = (full_precision(a) - full_precision(b)).square().sum((2, 3)).mean(0)
+        _checks.pair(a, b, f"feature map {name}", equal=True)
         channels, height, width = a.shape[1:]
-        loss = channels / (2 * height * width) * (w.to(energy) * energy).sum()
+        if channels != len(w):
+            raise AFDSError(f"The feature map {name} has {channels} channels and DELTA holds {len(w)} weights.")
+        energy = (full_precision(a) - full_precision(b)).square().sum((2, 3)).mean(0)
+        loss = channels / (2 * height * width) * ((w * self.alive(name)).to(energy) * energy).sum()
         return _checks.finite(loss, **{f"student_map_of_{name}": a, f"source_map_of_{name}": b})
 
 
@@ -86,7 +70,7 @@ class FeatureMap(Term):
     module: nn.Module
 
     def build(self, context: TermContext) -> nn.Module:
-        return DELTALoss(uniform_weights(context.shapes))
+        return DELTALoss({name: torch.full((shape[0],), 1 / shape[0]) for name, shape in context.shapes.items()})
 
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         value = self.module(batch.student, batch.teacher)
@@ -104,18 +88,13 @@ class DELTA(FeatureMap):
         shapes, weights = context.shapes, context.weights
         if weights is None:
             raise AFDSError("DELTA needs its channel weights; compute them with losses.channel_weights")
-        wrong = [name for name, shape in shapes.items() if name not in weights or len(weights[name]) != shape[0]]
-        if wrong:
+        if wrong := [n for n, shape in shapes.items() if n not in weights or len(weights[n]) != shape[0]]:
             raise AFDSError(f"DELTA's channel weights do not fit layer {wrong[0]!r}; compute them for this source")
         return DELTALoss({name: weights[name] for name in shapes})
 
 
 def channel_weights(
-    model: nn.Module,
-    names: Sequence[str],
-    loader: Iterable[tuple[Tensor, Tensor]],
-    *,
-    temperature: float = 5.0,
+    model: nn.Module, names: Sequence[str], loader: Iterable[tuple[Tensor, Tensor]], *, temperature: float = 5.0
 ) -> dict[str, Tensor]:
     """softmax(z / 5) over a layer's channels, z the standardised increase of the loss when the channel is removed.
 
@@ -124,43 +103,35 @@ def channel_weights(
     all images of the loader (the code takes four training batches); z divides by the population deviation [code], and
     all weights are 1/C where removal changes nothing.
 
-    Many ablated copies of the layer's output go through the rest of the network together, so a layer of C channels
-    costs far fewer than C forward passes. Where the output meets another stream later (a layer inside a residual
-    block), the whole network is run for each copy instead.
+    Many ablated copies of the layer's output go through the rest of the network together. Where the output meets
+    another stream later (a layer inside a residual block), the whole network is run for each copy instead.
 
     Args:
         model: The source network with a classifier for the loader's classes: `fit_classifier`. Its mode is restored.
         names: Layers, in any order.
-        loader: (images, class indices); training images, of course.
+        loader: (images, class indices) for training.
         temperature: The 5.
 
     Returns:
-        name -> (C,) float32 on the CPU, summing to 1.
+        (C,) by name, float32 on the CPU, summing to 1.
 
     Raises:
         AFDSError: an unknown layer, an empty loader, targets that are no classes, a loss that is not finite.
     """
     modules = dict(model.named_modules())
-    for name in names:
-        if name not in modules:
-            raise AFDSError(f"The network has no layer {name!r} to weigh the channels of.")
-    device = next(model.parameters()).device
+    if unknown := [name for name in names if name not in modules]:
+        raise AFDSError(f"The network has no layer {unknown[0]!r} to weigh the channels of.")
+    device, count = next(model.parameters()).device, 0
     increase: dict[str, Tensor] = {}
-    was_training, count = model.training, 0
-    model.eval()
-    try:
-        with torch.no_grad():
-            for images, target in loader:
-                images, target = images.to(device), target.to(device)
-                count += len(target)
-                logits = model(images)
-                _checks.targets(target, logits)
-                whole = F.cross_entropy(logits, target, reduction="sum").double()
-                for name in names:
-                    ablated = _ablated_losses(model, modules[name], images, target)
-                    increase[name] = increase.get(name, 0) + (ablated - whole)
-    finally:
-        model.train(was_training)
+    with eval_mode(model), torch.no_grad():
+        for images, target in loader:
+            images, target = images.to(device), target.to(device)
+            count += len(target)
+            logits = model(images)
+            _checks.targets(target, logits)
+            whole = F.cross_entropy(logits, target, reduction="sum").double()
+            for name in names:
+                increase[name] = increase.get(name, 0) + (_ablated(model, modules[name], images, target) - whole)
     if count == 0:
         raise AFDSError("The loader for DELTA's channel weights is empty; give at least one batch of training images.")
     return {name: _softmax_of_z(name, total / count, temperature) for name, total in increase.items()}
@@ -175,36 +146,25 @@ def _softmax_of_z(name: str, increase: Tensor, temperature: float) -> Tensor:
     return (z / temperature).softmax(0).float().cpu()
 
 
-def _ablated_losses(model: nn.Module, module: nn.Module, images: Tensor, target: Tensor) -> Tensor:
+def _ablated(model: nn.Module, module: nn.Module, images: Tensor, target: Tensor) -> Tensor:
     """(C,) float64: the summed cross-entropy without each channel of the module's output."""
-    batch, shape = len(target), _output_shape(model, module, images)
-    group = max(1, min(shape[1], GROUP_BYTES // (4 * math.prod(shape))))
-    inside = False
-    losses = []
-    for start in range(0, shape[1], group):
-        channels = torch.arange(start, min(start + group, shape[1]), device=images.device)
+    with kept({"": module}) as outputs:
+        model(images[:1])
+    batch, (_, width, *rest) = len(target), outputs[""].shape
+    group = max(1, min(width, GROUP_BYTES // (4 * batch * width * math.prod(rest))))
+    inside, losses = False, []
+    for channels in torch.arange(width, device=images.device).split(group):
         if not inside:
             try:
                 logits = _run_without(model, module, images, channels, repeated=False)
-                inside = logits.shape[0] != len(channels) * batch
+                inside = len(logits) != len(channels) * batch
             except RuntimeError:  # the copies met a stream of the plain batch size
                 inside = True
         if inside:
-            repeated = images.repeat(len(channels), 1, 1, 1)
-            logits = _run_without(model, module, repeated, channels, repeated=True)
+            logits = _run_without(model, module, images.repeat(len(channels), 1, 1, 1), channels, repeated=True)
         loss = F.cross_entropy(logits, target.repeat(len(channels)), reduction="none")
         losses.append(loss.double().view(len(channels), batch).sum(1))
     return torch.cat(losses)
-
-
-def _output_shape(model: nn.Module, module: nn.Module, images: Tensor) -> torch.Size:
-    shapes: list[torch.Size] = []
-    handle = module.register_forward_hook(lambda _module, _args, output: shapes.append(output.shape))
-    try:
-        model(images[:1])
-    finally:
-        handle.remove()
-    return torch.Size((len(images), *shapes[0][1:]))
 
 
 def _run_without(model: nn.Module, module: nn.Module, images: Tensor, channels: Tensor, *, repeated: bool) -> Tensor:
@@ -217,19 +177,12 @@ def _run_without(model: nn.Module, module: nn.Module, images: Tensor, channels: 
         stacked[torch.arange(copies, device=output.device), :, channels] = 0
         return stacked.flatten(0, 1)
 
-    handle = module.register_forward_hook(ablate)
-    try:
+    with module.register_forward_hook(ablate):
         return model(images)
-    finally:
-        handle.remove()
 
 
 def fit_classifier(
-    model: nn.Module,
-    loader: Iterable[tuple[Tensor, Tensor]],
-    *,
-    weight_decay: float = 1e-4,
-    iterations: int = 100,
+    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], *, weight_decay: float = 1e-4
 ) -> float:
     """Fits the last linear layer alone on frozen features, in place; what DELTA does before it weighs the channels.
 
@@ -240,35 +193,29 @@ def fit_classifier(
         model: A network with a classifier for the loader's classes (`backbones.reset_classifier`); mode restored.
         loader: (images, class indices), in any order.
         weight_decay: Weight of |v|^2 / 2.
-        iterations: Of L-BFGS, at most.
 
     Returns:
         The cross-entropy reached.
+
+    Raises:
+        AFDSError: an empty loader, or targets that are no classes.
     """
     head = model.get_submodule(classifier_name(model))
-    assert isinstance(head, nn.Linear)
     device = next(model.parameters()).device
     features: list[Tensor] = []
     targets: list[Tensor] = []
-    handle = head.register_forward_pre_hook(lambda _module, args: features.append(args[0].detach()))
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for images, target in loader:
-                _checks.targets(target, model(images.to(device)))
-                targets.append(target.to(device))
-    finally:
-        handle.remove()
-        model.train(was_training)
+    with kept({"": head}, inputs=True) as entering, eval_mode(model), torch.no_grad():
+        for images, target in loader:
+            _checks.targets(target, model(images.to(device)))
+            features.append(entering[""])
+            targets.append(target.to(device))
     if not targets:
         raise AFDSError("The loader to fit the classifier on is empty; give at least one batch of training images.")
     x, y = torch.cat(features), torch.cat(targets)
-    parameters = [p for p in (head.weight, head.bias) if p is not None]
+    parameters = list(head.parameters())
     flags = [p.requires_grad for p in parameters]
-    for p in parameters:
-        p.requires_grad_(True)
-    solver = torch.optim.LBFGS(parameters, max_iter=iterations, line_search_fn="strong_wolfe", tolerance_change=1e-9)
+    head.requires_grad_(True)
+    solver = torch.optim.LBFGS(parameters, max_iter=100, line_search_fn="strong_wolfe", tolerance_change=1e-9)
 
     def closure() -> Tensor:
         solver.zero_grad()

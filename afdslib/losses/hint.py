@@ -10,59 +10,28 @@ from afdslib.losses import _checks
 from afdslib.losses._maps import full_precision
 from afdslib.losses.term import TRANSFERS, TermContext, Transfer
 
-__all__ = ["Hint", "hint_loss"]
+__all__ = ["hint_loss"]
 
 
 def hint_loss(student: Tensor, source: Tensor) -> Tensor:
-    """Mean squared difference over all elements.
-
-    Args:
-        student: Adapted features.
-        source: The teacher's, without gradient.
+    """Mean squared difference over all elements of adapted features and the teacher's, which carry no gradient.
 
     Shape:
         two (B, C, H, W); the result is a scalar.
 
     Raises:
-        AFDSError: other shapes, an empty map, a teacher with gradient; a loss that is not finite, on the CPU (on an
-            accelerator it is returned, and the training loop names it).
+        AFDSError: other shapes, an empty map, a teacher with gradient; not finite, as `at_loss`.
     """
-    _checks.pair(student, source, "feature map")
-    _checks.same_shape(student, source, "feature map")
+    _checks.pair(student, source, "feature map", equal=True)
     loss = (full_precision(student) - full_precision(source)).square().mean()
     return _checks.finite(loss, student_map=student, teacher_map=source)
 
 
-class Hint(nn.Module):
-    """`hint_loss` behind a 1x1 convolution that is trained with the student and thrown away after.
-
-    Args:
-        channels: Of the student's features.
-        source_channels: Of the teacher's.
-
-    Shape:
-        forward takes (B, channels, H, W) and (B, source_channels, H, W).
-    """
-
-    def __init__(self, channels: int, source_channels: int) -> None:
-        super().__init__()
-        self.adapter = nn.Conv2d(channels, source_channels, kernel_size=1)
-
-    def forward(self, student: Tensor, source: Tensor) -> Tensor:
-        if student.ndim != 4 or student.shape[1] != self.adapter.in_channels:
-            raise AFDSError(
-                f"The adapter takes (batch, {self.adapter.in_channels}, height, width) and got {tuple(student.shape)}; "
-                f"make it with the student's channel count."
-            )
-        return hint_loss(self.adapter(student), source)
-
-
 @TRANSFERS.register
 class HintTransfer(Transfer):
-    """A squared difference behind an adapter per layer."""
+    """A squared difference behind a 1x1 convolution per layer, trained with the student and thrown away after."""
 
     name, label = "hint", "hint"
-    needs = frozenset({"layers"})
     module: nn.ModuleList
 
     def build(self, context: TermContext) -> nn.ModuleList:
@@ -73,7 +42,7 @@ class HintTransfer(Transfer):
                     f"a hint compares maps of one size, but the student's {pair.student!r} is {own[0]}x{own[1]} and "
                     f"the teacher's {pair.teacher!r} {other[0]}x{other[1]}; take another teacher, or transfer 'at'"
                 )
-        return nn.ModuleList(Hint(pair.student_shape[0], pair.teacher_shape[0]) for pair in context.pairs)
+        return nn.ModuleList(nn.Conv2d(p.student_shape[0], p.teacher_shape[0], kernel_size=1) for p in context.pairs)
 
     def compare(self, student: Tensor, teacher: Tensor, index: int) -> Tensor:
-        return self.module[index](student, teacher)
+        return hint_loss(self.module[index](student), teacher)

@@ -25,14 +25,11 @@ def kd_loss(
     alpha = 0.9 weighs the soft term 2 / classes as much as here (0.2 of it on CIFAR-10).
 
     Args:
-        student_logits: Before the softmax.
+        student_logits: Before the softmax, (B, classes).
         teacher_logits: The same classes, without gradient.
-        target: Class indices.
+        target: Class indices, (B,).
         T: Temperature, above 0; the T^2 keeps the soft gradient's size independent of it (section 2).
         alpha: Share of the soft term, 0 to 1.
-
-    Shape:
-        logits (B, classes), target (B,); the result is a scalar.
 
     Raises:
         AFDSError: other shapes, T not above 0, alpha outside 0 to 1, targets that are no whole numbers; on the CPU
@@ -47,15 +44,10 @@ def kd_loss(
 
 
 def soft_kl_loss(student_logits: Tensor, teacher_logits: Tensor, *, T: float) -> Tensor:
-    """T^2 KL(softmax(teacher / T) || softmax(student / T)), summed over classes, mean over the batch.
-
-    Shape:
-        two (B, classes); the result is a scalar, 0 for equal logits.
-    """
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)), summed over classes, mean over the batch."""
     checks.number("the temperature T", T, above=0)
-    _checks.logits(student_logits, teacher_logits)
-    student = F.log_softmax(full_precision(student_logits) / T, dim=1)
-    teacher = F.log_softmax(full_precision(teacher_logits) / T, dim=1)
+    _checks.pair(student_logits, teacher_logits, "logits", dims=2, equal=True)
+    student, teacher = (F.log_softmax(full_precision(x) / T, dim=1) for x in (student_logits, teacher_logits))
     loss = T * T * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
     return _checks.finite(loss, student_logits=student_logits, teacher_logits=teacher_logits)
 

@@ -21,14 +21,17 @@ class L2SP(nn.Module):
     """alpha / 2 |w - w0|^2 + beta / 2 |v|^2 (equation 4).
 
     w are the parameters that the starting point has too, v all others: the new classifier, and whatever else was
-    added. The starting point w0 is copied when the loss is made; its copies are buffers, so they follow the device and
-    the checkpoint. Use it with the optimiser's weight decay at 0.
+    added. Copies of the starting point w0 are buffers, so they follow the device and the checkpoint. Use it with the
+    optimiser's weight decay at 0.
 
     Args:
         model: The network to be trained, holding its starting point.
         alpha: Weight of the distance to the starting point, at least 0.
         beta: Weight of the plain decay of v, at least 0.
         reference: Starting point by parameter name, if it is not what the model holds now; parameters it lacks are v.
+
+    Returns:
+        "l2sp" and "l2": the two addends, weights included.
     """
 
     def __init__(
@@ -38,35 +41,34 @@ class L2SP(nn.Module):
         checks.number("alpha of L2-SP", alpha, least=0)
         checks.number("beta of L2-SP", beta, least=0)
         self.alpha, self.beta = alpha, beta
+        self._model = (model,)  # in a tuple, so that the model is no part of this module and of its checkpoint
         head = f"{classifier_name(model)}."
         start = dict(model.named_parameters()) if reference is None else reference
         self.names = [n for n, _ in model.named_parameters() if not n.startswith(head) and n in start]
         if not self.names:
             raise AFDSError("L2-SP found no parameter that model and starting point share; give matching networks.")
-        # In a tuple, so that the model does not become a part of this module and of its checkpoint.
-        self._model = (model,)
         for i, name in enumerate(self.names):
             self.register_buffer(f"start{i}", start[name].detach().clone())
-        self._own()
+        self._split()
 
-    def _own(self) -> dict[str, Tensor]:
+    def _split(self) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
+        """(w, w0) of each shared parameter, and all v."""
         own: dict[str, Tensor] = dict(self._model[0].named_parameters())
+        pairs = []
         for i, name in enumerate(self.names):
-            if name not in own or own[name].shape != self.get_buffer(f"start{i}").shape:
-                shape = tuple(own[name].shape) if name in own else "gone"
+            start, w = self.get_buffer(f"start{i}"), own.pop(name, None)
+            if w is None or w.shape != start.shape:
                 raise AFDSError(
-                    f"L2-SP holds {name} of shape {tuple(self.get_buffer(f'start{i}').shape)} and the model's is "
-                    f"{shape}; make the loss anew for the network that is trained."
+                    f"L2-SP holds {name} of shape {tuple(start.shape)} and the model's is "
+                    f"{'gone' if w is None else tuple(w.shape)}; make the loss anew for the network that is trained."
                 )
-        return own
+            pairs.append((w, start))
+        return pairs, list(own.values())
 
     def forward(self) -> dict[str, Tensor]:
-        """{"l2sp": alpha / 2 |w - w0|^2, "l2": beta / 2 |v|^2}, scalars, weights included."""
-        own = self._own()
-        starts = (self.get_buffer(f"start{i}") for i in range(len(self.names)))
-        distances = [own.pop(name) - start for name, start in zip(self.names, starts, strict=True)]
-        decay = _half_squares(own.values(), self.beta) if self.beta else distances[0].new_zeros(())
-        return {"l2sp": _half_squares(distances, self.alpha), "l2": decay}
+        pairs, rest = self._split()
+        distance = _half_squares((w - start for w, start in pairs), self.alpha)
+        return {"l2sp": distance, "l2": _half_squares(rest, self.beta) if self.beta else torch.zeros_like(distance)}
 
 
 def _half_squares(parameters: Iterable[Tensor], weight: float) -> Tensor:
@@ -105,9 +107,8 @@ class L2SPTerm(Term):
 
     def build(self, context: TermContext) -> L2SP:
         assert context.reference is not None
-        reference = dict(context.reference.named_parameters())
-        config = context.config
-        return L2SP(context.model, alpha=config.strength, beta=config.classifier_decay, reference=reference)
+        start, config = dict(context.reference.named_parameters()), context.config
+        return L2SP(context.model, alpha=config.strength, beta=config.classifier_decay, reference=start)
 
     def add(self, loss: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         terms = self.module()

@@ -33,15 +33,14 @@ def nst_loss(student: Tensor, teacher: Tensor, *, kernel: str = "poly", d: int =
 
     The public code drops the first term, a constant [code]; here it stays, so that equal maps give 0.
 
-    No (B, C, C, HW) tensor is ever built. Three of the kernels have the mean of k in closed form: with S (C, HW) the
-    points, mu their mean and G = S^T S / C, a linear kernel gives |mu_s - mu_t|^2, and (x.y + c)^2 gives
-    |G_s - G_t|^2 + 2c |mu_s - mu_t|^2; where the channels are fewer than the positions, the Gram matrices S S^T
-    replace G. The others build Gram matrices for a few samples at a time.
+    No (B, C, C, HW) tensor is ever built. With S (C, HW) the points, mu their mean and G = S^T S / C, a linear kernel
+    gives |mu_s - mu_t|^2, and (x.y + c)^2 gives |G_s - G_t|^2 + 2c |mu_s - mu_t|^2; where the channels are fewer than
+    the positions, the Gram matrices S S^T replace G. Other kernels build Gram matrices for a few samples at a time.
 
     Args:
         student: Features of the layer.
-        teacher: The teacher's, without gradient; other channels are welcome, another height or width is brought to
-            the smaller one by area averaging (deterministic; a warning says so). [ours]
+        teacher: The teacher's, without gradient, of any number of channels. Of two sizes, the larger is averaged by
+            area to the smaller height and width (deterministic; a warning says so). [ours]
         kernel: "poly": (x.y + c)^d; "linear": x.y; "gaussian": exp(-|x-y|^2 / 2 sigma^2) with sigma^2 the mean of
             |s-t|^2 over the sample's student-teacher pairs (the paper's "mean of squared distance of the pairs"
             [recall]; which pairs, and that sigma is differentiated, is [ours]).
@@ -110,17 +109,14 @@ def _gaussian(x: Tensor, y: Tensor, variance: Tensor) -> Tensor:
     return torch.exp(-distance / (2 * variance[:, None, None]))
 
 
-def _pair_variance(s: Tensor, t: Tensor) -> Tensor:
-    """(B,): the mean over student-teacher pairs of |s - t|^2, without building the pairs."""
-    mean = s.square().sum(2).mean(1) + t.square().sum(2).mean(1) - 2 * (s.mean(1) * t.mean(1)).sum(1)
-    # 0 only where all points of both networks coincide; the kernel is then 1 everywhere, whatever the width.
-    return mean.clamp(min=1e-6)
-
-
 def _chunk_loss(s: Tensor, t: Tensor, kernel: Kernel) -> Tensor:
-    variance = _pair_variance(s, t)
-    means = [kernel(x, y, variance).double().mean((1, 2)) for x, y in ((s, s), (s, t), (t, t))]
-    return (means[0] + means[2] - 2 * means[1]).sum().to(s.dtype)
+    """The summed discrepancies of some samples."""
+    # (B,): the mean over student-teacher pairs of |s - t|^2, without building the pairs. It is 0 only where all points
+    # of both networks coincide; the kernel is then 1 everywhere, whatever the width.
+    variance = s.square().sum(2).mean(1) + t.square().sum(2).mean(1) - 2 * (s.mean(1) * t.mean(1)).sum(1)
+    variance = variance.clamp(min=1e-6)
+    ss, st, tt = (kernel(x, y, variance).double().mean((1, 2)) for x, y in ((s, s), (s, t), (t, t)))
+    return (ss + tt - 2 * st).sum().to(s.dtype)
 
 
 class _InChunks(torch.autograd.Function):
@@ -157,7 +153,6 @@ class NSTTransfer(Transfer):
     """Neuron selectivity transfer to a student."""
 
     name, label = "nst", "NST"
-    needs = frozenset({"layers"})
 
     def compare(self, student: Tensor, teacher: Tensor, index: int) -> Tensor:
         return nst_loss(student, teacher, kernel=self.config.kernel, d=self.config.degree, c=self.config.offset)

@@ -18,9 +18,7 @@ KINDS = ("constant", "linear", "cosine", "step")
 
 @dataclasses.dataclass(frozen=True)
 class BetaSchedule:
-    """A weight as a function of time; a frozen value, so it can be part of a run's configuration.
-
-    Time is counted in epochs or in steps, the caller's choice, the same in `length`, `milestones` and the calls.
+    """A weight as a function of time, in epochs or in steps: the caller's choice, the same everywhere.
 
     Attributes:
         kind: "constant"; "linear" or "cosine" from `beta` to `end` over `length`, `end` after it; "step": `beta`

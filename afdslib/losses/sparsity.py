@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ class ScaleL1(Term):
         self.strength = strength
 
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        scales = [m.weight for m in batch.model.modules() if isinstance(m, nn.BatchNorm2d) and m.affine]
-        value = self.strength * torch.stack([s.abs().sum() for s in scales]).sum()
+        norms = [m for m in batch.model.modules() if isinstance(m, nn.BatchNorm2d) and m.affine]
+        value = self.strength * torch.stack([norm.weight.abs().sum() for norm in norms]).sum()
         return value, {self.name: value}
 
 
@@ -47,13 +47,11 @@ class GateL1(Term):
                 h = nn.functional.linear(pooled, layer.predictor.weight, layer.predictor.bias).relu()
                 self._sums.append(h.sum(1).mean())
 
-        gated = [m for m in model.modules() if isinstance(getattr(m, "predictor", None), nn.Linear)]
-        handles = [m.register_forward_pre_hook(record) for m in gated]
-        try:
+        with ExitStack() as stack:
+            for layer in model.modules():
+                if isinstance(getattr(layer, "predictor", None), nn.Linear):
+                    stack.enter_context(layer.register_forward_pre_hook(record))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         value = self.strength * torch.stack(self._sums).sum()

@@ -33,11 +33,10 @@ from afdslib.base.errors import AFDSError
 __all__ = ["TAUGHT", "TERMS", "TRANSFERS", "Axis", "Batch", "Pair", "Term", "TermContext", "Transfer", "Value"]
 
 NEEDS = frozenset({"layers", "logits", "inputs", "source", "weights", "gradients"})
-"""What a term can ask for, and where it gets it.
+"""What a term can ask for.
 
-"layers": feature maps of both networks, `Batch.student` and `Batch.teacher`; "logits": `Batch.teacher_logits`;
-"inputs": what enters the student's classifier, `Batch.inputs`; "source": the source's parameters,
-`TermContext.reference`; "weights": DELTA's channel weights, `TermContext.weights`; "gradients": `Batch.gradients`.
+"layers": `Batch.student` and `Batch.teacher`; "logits": `Batch.teacher_logits`; "inputs": `Batch.inputs`; "source":
+`TermContext.reference`; "weights": `TermContext.weights`; "gradients": `Batch.gradients`.
 """
 
 TAUGHT = frozenset({"layers", "logits", "gradients"})
@@ -48,32 +47,19 @@ Value = float | str | None
 
 @dataclass(frozen=True)
 class Axis:
-    """One dimension of a search space.
-
-    Attributes:
-        name: of the setting.
-        default: the first trial's value.
-        low, high: limits, both included.
-        log: whether the values are spread evenly in their logarithm.
-        choices: instead of limits.
-    """
+    """One dimension of a search space: a setting with limits, both included, or with choices."""
 
     name: str
-    default: Value
+    default: Value  # of the first trial
     low: float = 0.0
     high: float = 1.0
-    log: bool = True
+    log: bool = True  # values are spread evenly in their logarithm
     choices: tuple[Value, ...] = ()
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two layers that are compared.
-
-    Attributes:
-        student, teacher: their names.
-        student_shape, teacher_shape: (C, H, W) of their outputs.
-    """
+    """Two layers that are compared: their names, and (C, H, W) of their outputs."""
 
     student: str
     teacher: str
@@ -89,25 +75,15 @@ class Pair:
 
 @dataclass(frozen=True)
 class TermContext:
-    """What a term is built from.
+    """What a term is built from."""
 
-    Attributes:
-        config: the `Regulariser` or `Distillation` with the term's options.
-        model: the network to train.
-        pairs: layers of the student and of its teacher, for terms that need "layers".
-        source: the source network, or the teacher.
-        reference: the source with the channels that the student has: parameters compare one by one.
-        weights: DELTA's channel weights by layer.
-        steps: length of the run.
-    """
-
-    config: Any
-    model: nn.Module
-    pairs: tuple[Pair, ...] = ()
-    source: nn.Module | None = None
-    reference: nn.Module | None = None
-    weights: Mapping[str, Tensor] | None = None
-    steps: int = 0
+    config: Any  # the `Regulariser` or `Distillation` with the term's options
+    model: nn.Module  # the network to train
+    pairs: tuple[Pair, ...] = ()  # layers of the student and of its teacher, for terms that need "layers"
+    source: nn.Module | None = None  # the source network, or the teacher
+    reference: nn.Module | None = None  # the source with the student's channels: parameters compare one by one
+    weights: Mapping[str, Tensor] | None = None  # DELTA's channel weights by layer
+    steps: int = 0  # length of the run
 
     @property
     def shapes(self) -> dict[str, tuple[int, int, int]]:
@@ -119,55 +95,36 @@ class TermContext:
 class Batch:
     """One batch as the terms see it.
 
-    Attributes:
-        model: the network to train.
-        images, labels: (B, 3, H, W) and (B,).
-        logits: of the student, (B, classes).
-        student, teacher: (B, C, H, W) by the student's layer; a pruned student's channels lie at their places among the
-            source's, zeros elsewhere.
-        inputs: what enters the student's classifier, (B, C), in the source's width.
-        teacher_logits: (B, classes of the teacher), without gradient.
-        gradients: gives the student's and the teacher's input gradients, two (B, 3, H, W).
-        label_smoothing: of the cross-entropy that the loss holds.
-        step: counted from 0.
+    Maps are in the source's width: a pruned student's channels lie at their places among the source's, zeros elsewhere.
     """
 
-    model: nn.Module
-    images: Tensor
-    labels: Tensor
-    logits: Tensor
-    student: Mapping[str, Tensor] = field(default_factory=dict)
-    teacher: Mapping[str, Tensor] = field(default_factory=dict)
-    inputs: Tensor | None = None
-    teacher_logits: Tensor | None = None
-    gradients: Callable[[], tuple[Tensor, Tensor]] | None = None
-    label_smoothing: float = 0.0
-    step: int = 0
+    model: nn.Module  # the network to train
+    images: Tensor  # (B, 3, H, W)
+    labels: Tensor  # (B,)
+    logits: Tensor  # of the student, (B, classes)
+    student: Mapping[str, Tensor] = field(default_factory=dict)  # (B, C, H, W) by the student's layer
+    teacher: Mapping[str, Tensor] = field(default_factory=dict)  # the same, without gradient
+    inputs: Tensor | None = None  # what enters the student's classifier, (B, C)
+    teacher_logits: Tensor | None = None  # (B, classes of the teacher), without gradient
+    gradients: Callable[[], tuple[Tensor, Tensor]] | None = None  # the networks' input gradients, two (B, 3, H, W)
+    label_smoothing: float = 0.0  # of the cross-entropy that the loss holds
+    step: int = 0  # counted from 0
 
 
 class Term:
     """A regulariser or a distillation loss. A subclass declares it, an instance acts in one run.
 
-    Attributes:
-        name: in configurations and tables.
-        label: for readers.
-        space: search space of its strength and other settings.
-        needs: of `NEEDS`.
-        slot: attribute of the objective in which the module lives, and so the prefix of its state.
-        inherited: whether a pruned network's term takes over the state of the larger network's.
-        weight: the factor on the value; the strength of a regulariser.
-        module: what has parameters or buffers, or None. Where it has `set_alive(flags by layer)`, it is told which of
-            the source's channels the student still has.
+    A module with `set_alive(flags by layer)` is told which of the source's channels the student still has.
     """
 
-    name: ClassVar[str] = ""
-    label: ClassVar[str] = ""
-    space: ClassVar[tuple[Axis, ...]] = ()
-    needs: ClassVar[frozenset[str]] = frozenset()
-    slot: ClassVar[str] = "term"
-    inherited: ClassVar[bool] = True
-    weight: float = 1.0
-    module: nn.Module | None = None
+    name: ClassVar[str] = ""  # in configurations and tables
+    label: ClassVar[str] = ""  # for readers
+    space: ClassVar[tuple[Axis, ...]] = ()  # of its strength and other settings
+    needs: ClassVar[frozenset[str]] = frozenset()  # of `NEEDS`
+    slot: ClassVar[str] = "term"  # attribute of the objective in which the module lives: the prefix of its state
+    inherited: ClassVar[bool] = True  # whether a pruned network's term takes over the state of the larger network's
+    weight: float = 1.0  # the factor on the value; the strength of a regulariser
+    module: nn.Module | None = None  # what has parameters or buffers
     pairs: tuple[Pair, ...] = ()
 
     def __init__(self, context: TermContext) -> None:
@@ -185,10 +142,7 @@ class Term:
         return None
 
     def prepare(
-        self,
-        teacher: Callable[[Tensor], Mapping[str, Tensor]],
-        batches: Iterator[tuple[Tensor, Tensor]],
-        num_classes: int,
+        self, teacher: Callable[[Tensor], Mapping[str, Tensor]], batches: Iterator[tuple[Tensor, Tensor]], classes: int
     ) -> list[float]:
         """Trains beforehand what stays fixed during the run; returns its loss at each step."""
         return []
@@ -210,6 +164,8 @@ class Term:
 class Transfer(Term):
     """A student's transfer loss: a sum over layers, with a weight that can change during the run."""
 
+    needs = frozenset({"layers"})
+
     def __init__(self, context: TermContext) -> None:
         super().__init__(context)
         self.config, self.steps = context.config, context.steps
@@ -222,11 +178,9 @@ class Transfer(Term):
         with warnings.catch_warnings():
             # Maps of two sizes are compared at `Pair.size`, which the result records; once a step is too often.
             warnings.filterwarnings("ignore", message=".*area averaging.*")
-            terms = {
-                f"{self.name}_{i + 1}": self.compare(batch.student[pair.student], batch.teacher[pair.student], i)
-                for i, pair in enumerate(self.pairs)
-            }
-        return torch.stack(list(terms.values())).sum(), terms
+            names = [pair.student for pair in self.pairs]
+            values = [self.compare(batch.student[n], batch.teacher[n], i) for i, n in enumerate(names)]
+        return torch.stack(values).sum(), {f"{self.name}_{i}": value for i, value in enumerate(values, 1)}
 
     def add(self, loss: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         value, logged = self(batch)
@@ -253,8 +207,5 @@ class Registry(dict[str, type[Term]]):
         return term
 
 
-TERMS = Registry()
-"""Regularisers of transfer runs."""
-
-TRANSFERS = Registry()
-"""Transfer losses between a student and its teacher."""
+TERMS, TRANSFERS = Registry(), Registry()
+"""Regularisers of transfer runs, and transfer losses between a student and its teacher."""

@@ -43,12 +43,12 @@ class Curve:
         if bool(values.isfinite().all()):
             return
         index = int((~values.isfinite().all(1)).nonzero()[0])
-        bad = [n for n, value in zip(self._names, values[index], strict=True) if not value.isfinite() and n != "loss"]
-        name = (bad or ["loss"])[0]
+        known = dict(zip(self._names, values[index].tolist(), strict=True))
+        bad = [name for name, finite in zip(known, values[index].isfinite(), strict=True) if not finite]
+        name = (bad[1:] or bad)[0] if bad[0] == "loss" else bad[0]
         raise DivergedError(
-            f"the loss term {name!r} is {float(values[index][self._names.index(name)])} at step "
-            f"{step - unseen + index + 1} (learning rate {lr:g}); lower the learning rate or the term's strength, or "
-            f"use fp32"
+            f"the loss term {name!r} is {known[name]} at step {step - unseen + index + 1} (learning rate {lr:g}); "
+            f"lower the learning rate or the term's strength, or use fp32"
         )
 
     def means(self) -> dict[str, float]:
@@ -62,15 +62,13 @@ class Throttle:
     """True at most once in so many seconds, so that short runs are not slowed down by checkpoints."""
 
     def __init__(self, seconds: float):
-        self._clock, self._seconds = time.monotonic, seconds
-        self._last = self._clock()
+        self._seconds, self._last = seconds, time.monotonic()
 
     def due(self) -> bool:
-        now = self._clock()
-        if now - self._last < self._seconds:
-            return False
-        self._last = now
-        return True
+        now = time.monotonic()
+        due = now - self._last >= self._seconds
+        self._last = now if due else self._last
+        return due
 
 
 class Progress:
@@ -78,8 +76,7 @@ class Progress:
 
     def __init__(self, label: str, steps: int, start: int, *, silent: bool = False):
         self._label, self._steps, self._long, self._silent = label, steps, steps > 400, silent
-        self._bar = None
-        self._last: Mapping[str, float] = {}
+        self._bar, self._last = None, {}  # type: ignore[var-annotated]
         if sys.stderr.isatty() and not silent:
             from tqdm import tqdm
 
@@ -90,7 +87,7 @@ class Progress:
             self._bar.update(step - self._bar.n)
 
     def row(self, row: Mapping[str, float]) -> None:
-        self._last = row
+        self._last = dict(row)
         if self._bar is not None:
             self._bar.set_postfix(loss=f"{row['loss']:.3f}")
         elif self._long:
@@ -103,9 +100,7 @@ class Progress:
             self._print()
 
     def _print(self) -> None:
-        if self._silent:
-            return
-        known = ("loss", "cross_entropy", "train_accuracy", "validation_accuracy")
-        shown = {name: value for name, value in self._last.items() if name in known}
-        values = "  ".join(f"{k} {v:.3f}" for k, v in shown.items())
-        print(f"{self._label}: step {self._last['step']}/{self._steps}  {values}", file=sys.stderr, flush=True)
+        if not self._silent:
+            known = ("loss", "cross_entropy", "train_accuracy", "validation_accuracy")
+            values = "  ".join(f"{name} {v:.3f}" for name, v in self._last.items() if name in known)
+            print(f"{self._label}: step {self._last['step']}/{self._steps}  {values}", file=sys.stderr, flush=True)

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from afdslib import runs
@@ -40,6 +39,16 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", 1)) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
+def local_world() -> int:
+    """Processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if launched() > 1 else 1
+
+
+def leads() -> bool:
+    """Whether this process speaks for all, also before they have joined."""
+    return launched() == 1 or os.environ.get("RANK", "0") == "0"
+
+
 def world() -> int:
     """Processes that have joined; 1 for an ordinary program."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -48,11 +57,6 @@ def world() -> int:
 def rank() -> int:
     """This process's number, from 0."""
     return dist.get_rank() if world() > 1 else 0
-
-
-def leads() -> bool:
-    """Whether this process speaks for all, also before they have joined."""
-    return launched() == 1 or os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
@@ -65,11 +69,6 @@ def joined() -> Iterator[None]:
     finally:
         if launched() > 1 and dist.is_initialized():
             dist.destroy_process_group()
-
-
-def local_world() -> int:
-    """Processes on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if launched() > 1 else 1
 
 
 def fabric(precision: str = "32-true") -> Fabric:
@@ -85,38 +84,29 @@ def fabric(precision: str = "32-true") -> Fabric:
     keep_freed_memory()
     for name in ("lightning.fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    kind: Any = precision
     if launched() == 1:
-        return Fabric(accelerator="auto", devices=1, precision=precision)  # type: ignore[arg-type]
+        return Fabric(accelerator="auto", devices=1, precision=kind)
     by_command = os.environ.get("LT_CLI_USED", "0") == "1"
-    nodes = 1 if by_command else launched() // local_world()
+    nodes, devices = (1, "auto") if by_command else (launched() // local_world(), local_world())
     try:
-        made = Fabric(
-            strategy="ddp", devices="auto" if by_command else local_world(), num_nodes=nodes,
-            precision=precision,  # type: ignore[arg-type]
-        )  # fmt: skip
+        member = Fabric(strategy="ddp", devices=devices, num_nodes=nodes, precision=kind)
         if not by_command:
-            made.launch()
+            member.launch()
     except (ValueError, RuntimeError) as error:  # Fabric's MisconfigurationException is one
         raise AFDSError(
             f"{launched()} processes cannot train here ({' '.join(str(error).split())[:200]}): start one per GPU, or "
             "set LT_ACCELERATOR=cpu"
         ) from error
-    return made
-
-
-# ------------------------------------------------------------------------------------------------------ shared numbers
-
-
-def _device() -> torch.device:
-    """Where the group exchanges tensors."""
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    return member
 
 
 def total(values: Tensor) -> Tensor:
     """The sum over processes, on the device of `values`; the same tensor in an ordinary program."""
     if world() == 1:
         return values
-    summed = values.detach().to(_device(), copy=True)
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    summed = values.detach().to(device, copy=True)
     dist.all_reduce(summed)
     return summed.to(values.device)
 
@@ -146,64 +136,41 @@ def share(batch: Sequence[int]) -> list[int]:
     return list(batch[rank() * part : (rank() + 1) * part])
 
 
-# ---------------------------------------------------------------------------------------------------------- batch norm
-
-
-class _Normalise(torch.autograd.Function):
-    """Batch norm by the statistics of all processes' equal shares; returns the output, the mean and the variance.
-
-    torch's SyncBatchNorm does the same on GPUs and has no CPU version. Statistics are in float32 or, for float64
-    inputs, in float64.
-    """
+class _Average(torch.autograd.Function):
+    """`average`, with its gradient: of what all processes make of the mean, each process's values get their part."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        wide = x if x.dtype == torch.float64 else x.float()
-        over = [0, *range(2, x.dim())]
-        mean = average(wide.mean(over))
-        centred = wide - _spread(mean, x)
-        variance = average(centred.square().mean(over))
-        scale = (variance + eps).rsqrt()
-        ctx.save_for_backward(x, weight, mean, scale)
-        out = centred * _spread(scale * weight, x) + _spread(bias, x)
-        ctx.mark_non_differentiable(mean, variance)
-        return out.to(x.dtype), mean, variance
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return average(values).clone()
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, None]:
-        x, weight, mean, scale = ctx.saved_tensors
-        over = [0, *range(2, x.dim())]
-        gradient = gradient.to(mean.dtype)
-        normal = (x.to(mean.dtype) - _spread(mean, x)) * _spread(scale, x)
-        of_bias, of_weight = gradient.sum(over), (gradient * normal).sum(over)
-        means = average(torch.stack([of_bias, of_weight])) / (x.numel() // x.shape[1])
-        of_x = gradient - _spread(means[0], x) - normal * _spread(means[1], x)
-        return (of_x * _spread(scale * weight, x)).to(x.dtype), of_weight.to(weight), of_bias.to(weight), None
-
-
-def _spread(values: Tensor, like: Tensor) -> Tensor:
-    """(C,) to (1, C, 1, ...)."""
-    return values.view(1, -1, *[1] * (like.dim() - 2))
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return average(gradient)
 
 
 def _synchronised(norm: _BatchNorm, x: Tensor) -> Tensor:
-    """What takes the place of a batch norm's `forward`."""
+    """A batch norm's `forward` by the statistics of all processes' equal shares, in float32 or float64.
+
+    torch's SyncBatchNorm does the same on GPUs and has no CPU version.
+    """
     if not norm.training:
         return type(norm).forward(norm, x)
-    size, wide = x.shape[1], torch.promote_types(x.dtype, torch.float32)
-    weight = norm.weight if norm.weight is not None else torch.ones(size, device=x.device, dtype=wide)
-    bias = norm.bias if norm.bias is not None else torch.zeros_like(weight)
-    out, mean, variance = _Normalise.apply(x, weight, bias, norm.eps)
+    over, shape = [0, *range(2, x.dim())], [1, -1, *[1] * (x.dim() - 2)]
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    mean = _Average.apply(wide.mean(over))
+    centred = wide - mean.view(shape)
+    variance = _Average.apply(centred.square().mean(over))
+    scale = (variance + norm.eps).rsqrt()
+    out = centred * (scale if norm.weight is None else scale * norm.weight).view(shape)
     if norm.track_running_stats and norm.running_mean is not None and norm.running_var is not None:
-        count = x.numel() // size * world()
+        count = x.numel() // x.shape[1] * world()
         with torch.no_grad():
             if norm.num_batches_tracked is not None:
                 norm.num_batches_tracked.add_(1)
             momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum  # type: ignore[arg-type]
             norm.running_mean.lerp_(mean.to(norm.running_mean), momentum)
             norm.running_var.lerp_((variance * (count / max(1, count - 1))).to(norm.running_var), momentum)
-    return out
+    return (out if norm.bias is None else out + norm.bias.view(shape)).to(x.dtype)
 
 
 @contextmanager
@@ -222,20 +189,12 @@ def synchronised_norms(model: nn.Module, on: bool = True) -> Iterator[None]:
             del vars(norm)["forward"]
 
 
-# ----------------------------------------------------------------------------------------------------------- one writer
-
-
 class Follower(runs.Run):
     """A run as every process but the first sees it: it reads the checkpoint and writes nothing."""
 
-    def save_checkpoint(self, state: dict[str, Any]) -> None:
-        pass
+    def _pass(self, *_: Any) -> None: ...
 
-    def log(self, row: dict[str, Any]) -> None:
-        pass
-
-    def truncate_log(self, step: int) -> None:
-        pass
+    save_checkpoint = log = truncate_log = _pass
 
     def write_artifact(self, name: str, writer: Callable[[Path], object]) -> Path:
         return self.artifact(name)
@@ -252,14 +211,9 @@ def get_or_run(config: Any, *, store: str | Path | None = None, needs: Sequence[
     if world() == 1:
         return runs.get_or_run(config, store=store, needs=needs)
     if rank() == 0:
-        told: list[None] = []
-
-        def begin() -> None:
-            told.append(None)
-            total(torch.ones(1))
-
-        result = runs.get_or_run(config, store=store, needs=needs, started=begin)
-        if not told:
+        began: list[Tensor] = []
+        result = runs.get_or_run(config, store=store, needs=needs, started=lambda: began.append(total(torch.ones(1))))
+        if not began:
             total(torch.zeros(1))
         dist.barrier()
         return result

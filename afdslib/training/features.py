@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from afdslib.afs.layer import AFSConvBN
 from afdslib.backbones import stages
+from afdslib.base import checks
 from afdslib.base.errors import AFDSError
 from afdslib.losses.at import input_gradient
 from afdslib.losses.term import Pair
@@ -22,9 +23,7 @@ __all__ = ["Teacher", "compared_shapes", "feature_names", "feature_shapes", "pai
 
 @contextmanager
 def taps(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """Collects the outputs of named modules during the forward passes inside the block.
-
-    The hooks are gone when the block ends, whatever happens in it, so no pass outside can leave stale features behind.
+    """Collects the outputs of named modules during the forward passes inside the block, by hooks that always go.
 
     Outputs are cloned: what follows a layer may work in place (torchvision's ReLU, and its residual add into the last
     batch norm's output), and the features would be those of another layer. A block's output that is differentiated is
@@ -34,35 +33,31 @@ def taps(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
     features: dict[str, Tensor] = {}
     versions: dict[str, int] = {}
     modules = dict(model.named_modules())
-    handles = []
-    try:
+
+    def record(name: str, module: nn.Module, output: Tensor) -> None:
+        single = isinstance(module, AFSConvBN) or next(module.children(), None) is None
+        copied = single or not output.requires_grad
+        features[name] = output.clone() if copied else output
+        if not copied:
+            versions[name] = output._version
+
+    def refuse_changed(*_: Any) -> None:
+        if changed := [name for name, version in versions.items() if features[name]._version != version]:
+            raise AFDSError(
+                f"the output of block {changed[0]!r} is changed in place after it, so it is no feature; compare "
+                f"another layer"
+            )
+
+    with ExitStack() as hooks:
         for name in names:
             if name not in modules:
                 raise AFDSError(
                     f"no layer {name!r} in {type(model).__name__}; its layers are those of model.named_modules()"
                 )
-
-            def record(module: nn.Module, args: tuple, output: Tensor, name: str = name) -> None:
-                single = isinstance(module, AFSConvBN) or next(module.children(), None) is None
-                copied = single or not output.requires_grad
-                features[name] = output.clone() if copied else output
-                if not copied:
-                    versions[name] = output._version
-
-            handles.append(modules[name].register_forward_hook(record))
-        handles.append(model.register_forward_hook(lambda *_: _refuse_changed(features, versions)))
+            hook = modules[name].register_forward_hook
+            hooks.enter_context(hook(lambda module, _, output, name=name: record(name, module, output)))
+        hooks.enter_context(model.register_forward_hook(refuse_changed))
         yield features
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _refuse_changed(features: dict[str, Tensor], versions: dict[str, int]) -> None:
-    for name, version in versions.items():
-        if name in features and features[name]._version != version:
-            raise AFDSError(
-                f"the output of block {name!r} is changed in place after it, so it is no feature; compare another layer"
-            )
 
 
 def feature_names(model: nn.Module, features: str) -> list[str]:
@@ -73,8 +68,7 @@ def feature_names(model: nn.Module, features: str) -> list[str]:
         features: "block", after the residual add and ReLU [ours]; "convbn", the gated output of the block's last
             ConvBN, as in the paper's figure.
     """
-    if features not in ("block", "convbn"):
-        raise AFDSError(f"features must be 'block' or 'convbn', got {features!r}")
+    checks.choice("features", features, ("block", "convbn"))
     blocks = stages(model)
     if features == "block":
         return blocks
@@ -92,8 +86,7 @@ def feature_shapes(
 ) -> dict[str, tuple[int, int, int]]:
     """(C, H, W) of each named layer's output for one image of the given size."""
     parameter = next(model.parameters())
-    teacher = Teacher(model, names)
-    _, features = teacher(torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype))
+    _, features = Teacher(model, names)(torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype))
     return {name: tuple(x.shape[1:]) for name, x in features.items()}  # type: ignore[misc]
 
 
@@ -127,27 +120,19 @@ def compared_shapes(network: Any, features: str = "block", side: int = 64) -> di
 
 
 class Teacher:
-    """A frozen network in eval mode that gives logits and named features without gradients.
+    """A frozen network in eval mode that gives logits and the features of named layers without gradients.
 
     It holds a copy, so freezing it changes nothing outside, and it is no nn.Module, so that neither `.train()`
     nor an optimiser can reach it.
-
-    Args:
-        model: the trained network.
-        names: layers whose features are wanted.
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str] = ()):
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.names = list(names)
 
-    def to(
-        self,
-        device: torch.device | str,
-        memory_format: torch.memory_format = torch.preserve_format,
-        dtype: torch.dtype | None = None,
-    ) -> Teacher:
-        self.model.to(device=device, dtype=dtype, memory_format=memory_format)  # type: ignore[call-overload]
+    def to(self, **kwargs: Any) -> Teacher:
+        """Moves it, by the arguments of `nn.Module.to`."""
+        self.model.to(**kwargs)
         return self
 
     def _check(self) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from afdslib.afs.shrink import Group, Kept, groups, shrink
+from afdslib.afs.shrink import Kept, groups, shrink
 from afdslib.backbones import classifier_name
 from afdslib.base.errors import AFDSError
 from afdslib.training.features import feature_shapes
@@ -36,10 +36,6 @@ class Channels:
         full = features.new_zeros(features.shape[0], width, *features.shape[2:])
         return full.index_copy(1, self.kept[name].to(features.device), features)
 
-    def widened_inputs(self, inputs: Tensor) -> Tensor:
-        """The same for the classifier's inputs."""
-        return self.widened(inputs, *self.inputs)
-
     def flags(self, name: str, width: int) -> Tensor:
         """bool (C,): which of the source's channels of a layer the pruned network still has."""
         return torch.zeros(width, dtype=torch.bool).index_fill(0, self.kept[name], True)
@@ -57,38 +53,25 @@ def matching(source: nn.Module, kept: Kept, names: Iterable[str], size: tuple[in
     Raises:
         AFDSError: where a tapped layer's channels do not all belong to one group.
     """
-    found = groups(source, size)
-    names = list(names)
-    widths = {name: shape[0] for name, shape in feature_shapes(source, names, size).items()} if names else {}
-    positions = {name: _outputs(source, found, kept, name, widths[name]) for name in names}
+    members = [(m, set(kept.get(g.name, range(g.width)))) for g in groups(source, size) for m in g.members]
+    names, order = list(names), [n for n, _ in source.named_modules()]
+    shapes = feature_shapes(source, names, size) if names else {}
+    positions = {}
+    for name in names:
+        # Its outputs are those of the last layer inside it (or before it) that fits.
+        makers = {m.layer: (m, alive) for m, alive in members if m.output and len(m.positions) == shapes[name][0]}
+        inside = [n for n in makers if n == name or n.startswith(f"{name}.")]
+        candidates = inside or [n for n in makers if order.index(n) < order.index(name)]
+        if not candidates:
+            raise AFDSError(
+                f"it cannot be told which channels of {name!r} a pruned {type(source).__name__} has; use l2 or l2sp on "
+                f"it"
+            )
+        member, alive = makers[max(candidates, key=order.index)]
+        positions[name] = torch.tensor(sorted(p for root, p in member.positions if root in alive))
     head = classifier_name(source)
-    positions[head] = _inputs(source, found, kept, head)
-    return Channels(shrink(source, kept, size), positions, (head, source.get_submodule(head).in_features))  # type: ignore[arg-type]
-
-
-def _outputs(source: nn.Module, found: list[Group], kept: Kept, name: str, width: int) -> Tensor:
-    """Positions of a tapped layer's remaining outputs: those of the last layer inside it (or before it) that fits."""
-    order = [n for n, _ in source.named_modules()]
-    makers = {m.layer: (g, m) for g in found for m in g.members if m.output and len(m.positions) == width}
-    inside = [n for n in makers if n == name or n.startswith(f"{name}.")]
-    before = [n for n in makers if order.index(n) < order.index(name)]
-    candidates = inside or before
-    if not candidates:
-        raise AFDSError(
-            f"it cannot be told which channels of {name!r} a pruned {type(source).__name__} has; use l2 or l2sp on it"
-        )
-    group, member = makers[max(candidates, key=order.index)]
-    alive = set(kept.get(group.name, range(group.width)))
-    return torch.tensor(sorted(p for root, p in member.positions if root in alive))
-
-
-def _inputs(source: nn.Module, found: list[Group], kept: Kept, head: str) -> Tensor:
-    layer = source.get_submodule(head)
-    assert isinstance(layer, nn.Linear)
-    gone: set[int] = set()
-    for group in found:
-        alive = set(kept.get(group.name, range(group.width)))
-        for member in group.members:
-            if member.layer == head and not member.output:
-                gone |= {p for root, p in member.positions if root not in alive}
-    return torch.tensor([p for p in range(layer.in_features) if p not in gone])
+    entering = [(m, alive) for m, alive in members if m.layer == head and not m.output]
+    gone = {p for m, alive in entering for root, p in m.positions if root not in alive}
+    width = int(source.get_submodule(head).in_features)  # type: ignore[arg-type]
+    positions[head] = torch.tensor([p for p in range(width) if p not in gone])
+    return Channels(shrink(source, kept, size), positions, (head, width))

@@ -6,7 +6,7 @@ import copy
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -55,8 +55,7 @@ class Optimisation:
         warmup: share of the steps in which the rate rises linearly from 0.
         predictor_lr: multiplier on the learning rate of the gates' predictors. [ours]
         label_smoothing: of the cross-entropy.
-        precision: "fp32", "bf16" or "fp16" (the last two with autocast; gates always in float32), or "fp64" to compare
-            arithmetic.
+        precision: "fp32", "bf16", "fp16" (these two by autocast, gates in float32), or "fp64" to compare arithmetic.
         channels_last: memory format of images and weights.
         log_rows: rows of the learning curve, spread over the stage (at most one per step).
         recalibrate: re-estimate the batch norms' statistics on this many batches after each mask update; 0 for never.
@@ -95,12 +94,12 @@ class Optimisation:
             checks.number(name, getattr(self, name), least=0, below=1)
         for name in ("milestone", "drop", "second_half"):
             checks.number(name, getattr(self, name), least=0, most=1)
-        shares = self.milestones
-        rising = all(x < y for x, y in zip((0.0, *shares), (*shares, 1.0), strict=True))
-        if bool(shares) != (self.schedule == "milestones") or (shares and not rising):
+        shares = (0.0, *self.milestones, 1.0)
+        rising = all(x < y for x, y in itertools.pairwise(shares))
+        if bool(self.milestones) != (self.schedule == "milestones") or not rising:
             raise AFDSError(
                 f"milestones must be increasing shares between 0 and 1 for the schedule 'milestones' and empty for the "
-                f"others, got {shares!r} for {self.schedule!r}"
+                f"others, got {self.milestones!r} for {self.schedule!r}"
             )
         if self.nesterov and not self.momentum:
             raise AFDSError("nesterov needs a momentum above 0, such as 0.9")
@@ -152,44 +151,27 @@ def workers(dataset: data.ImageDataset) -> int:
     return 0 if isinstance(images, data.ArrayImages) else max(1, min(8, cores() // distributed.local_world()))
 
 
-# ---------------------------------------------------------------------------------------------------------- evaluation
-
-
 @dataclass(frozen=True)
 class Evaluation:
-    """What one pass over a split says.
+    """What one pass over a split says."""
 
-    Attributes:
-        accuracy: share of images whose top class is right.
-        mean_class_accuracy: mean over classes of the share within the class.
-        loss: mean cross-entropy, nats.
-        confusion: images by (true class, predicted class).
-        macs: mean per image, if asked for.
-        top5_accuracy: share of images whose class is among the five top ones (all of them for fewer classes).
-    """
-
-    accuracy: float
-    mean_class_accuracy: float
-    loss: float
-    confusion: list[list[int]]
-    macs: macs.MACs | None
-    top5_accuracy: float = math.nan
+    accuracy: float  # share of images whose top class is right
+    mean_class_accuracy: float  # mean over classes of the share within the class
+    loss: float  # mean cross-entropy, nats
+    confusion: list[list[int]]  # images by (true class, predicted class)
+    macs: macs.MACs | None  # mean per image, if asked for
+    top5_accuracy: float = math.nan  # share of images whose class is among the five top ones (all, of fewer classes)
 
 
 def evaluate(
-    model: nn.Module,
-    dataset: data.ImageDataset,
-    *,
-    batch_size: int = 256,
-    precision: str = "fp32",
+    model: nn.Module, dataset: data.ImageDataset, *, batch_size: int = 256, precision: str = "fp32",
     count_macs: bool = False,
-) -> Evaluation:
+) -> Evaluation:  # fmt: skip
     """Accuracy (and the gates' measured MACs) of a network on a split, in eval mode; the mode is restored.
 
     Several processes evaluate a part each, and all get the whole result; MACs are measured by one process alone.
     """
-    where = next(model.parameters()).device
-    classes = len(dataset.classes)
+    where, classes = next(model.parameters()).device, len(dataset.classes)
     confusion = torch.zeros(classes, classes, dtype=torch.int64)
     loss, near = 0.0, 0
     part: Any = dataset
@@ -205,22 +187,16 @@ def evaluate(
             loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
             pairs = labels * classes + logits.argmax(1)
             confusion += torch.bincount(pairs, minlength=classes**2).view(classes, classes)
-    if distributed.world() > 1:
-        confusion = distributed.total(confusion)
-        loss = float(distributed.total(torch.tensor(loss, dtype=torch.float64)))
-        near = int(distributed.total(torch.tensor(near)))
-    images_seen = int(confusion.sum())
-    if not images_seen:
+    confusion = distributed.total(confusion)
+    loss, near = distributed.total(torch.tensor([loss, near], dtype=torch.float64)).tolist()
+    count, right, seen = int(confusion.sum()), confusion.diag(), confusion.sum(1)
+    if not count:
         raise AFDSError("the split to evaluate has no image")
-    per_class = confusion.diag() / confusion.sum(1)
     return Evaluation(
-        accuracy=float(confusion.diag().sum()) / images_seen,
-        mean_class_accuracy=float(per_class[confusion.sum(1) > 0].mean()),
-        loss=loss / images_seen,
-        confusion=confusion.tolist(),
-        macs=meter.macs() if meter else None,
-        top5_accuracy=near / images_seen,
-    )
+        accuracy=float(right.sum()) / count, mean_class_accuracy=float((right / seen)[seen > 0].mean()),
+        loss=loss / count, confusion=confusion.tolist(), macs=meter.macs() if meter else None,
+        top5_accuracy=near / count,
+    )  # fmt: skip
 
 
 def monitor_gates(model: nn.Module, dataset: data.ImageDataset, *, images: int = 128) -> dict[str, float]:
@@ -230,28 +206,24 @@ def monitor_gates(model: nn.Module, dataset: data.ImageDataset, *, images: int =
         "dead_gates": share of living dynamic channels that no image computes. "gate_variance": mean over living dynamic
         channels of Var[pi] / E[eta]^2, the squared coefficient of variation that delta_s is compared with.
     """
-    found = {name: layer for name, layer in model.named_modules() if isinstance(layer, AFSConvBN)}
-    if not found:
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, AFSConvBN)}
+    if not layers:
         return {}
     subset = first(dataset, images)
     statistics = collect_statistics(model, data.loader(subset, len(subset)))
     dead, variation = [], []
-    for name, layer in found.items():
-        dynamic = (layer.m * layer.s).bool().cpu()
-        s = statistics[name]
-        dead.append((s.active_rate == 0)[dynamic])
+    for name, layer in layers.items():
+        dynamic, s = (layer.m * layer.s).bool().cpu(), statistics[name]
+        dead.append((s.active_rate == 0)[dynamic].double())
         variation.append((s.p / s.q.square().clamp_min(1e-12))[dynamic & (s.q > 0)])
-    gates, ratio = torch.cat(dead), torch.cat(variation)
-    return {
-        "dead_gates": float(gates.double().mean()) if len(gates) else 0.0,
-        "gate_variance": float(ratio.mean()) if len(ratio) else 0.0,
-    }
+    known = {"dead_gates": torch.cat(dead), "gate_variance": torch.cat(variation)}
+    return {name: float(values.mean()) if len(values) else 0.0 for name, values in known.items()}
 
 
 class _Subset(torch.utils.data.Subset):
     """Images of a split at some positions."""
 
-    def __init__(self, dataset: data.ImageDataset, positions: Sequence[int]):
+    def __init__(self, dataset: Any, positions: Any):
         super().__init__(dataset, positions)
         self.classes, self.size = dataset.classes, dataset.size
 
@@ -259,10 +231,7 @@ class _Subset(torch.utils.data.Subset):
 def first(dataset: data.ImageDataset, images: int, *, shuffle: int | None = None) -> Any:
     """A fixed subset of a split: at most `images`, evenly spaced, so that every class is among them.
 
-    Args:
-        dataset: the split.
-        images: how many.
-        shuffle: a seed whose random order they are in; default: the split's own order.
+    They are in the split's own order, or in a random one by the seed `shuffle`.
     """
     count = min(images, len(dataset))
     positions = [i * len(dataset) // count for i in range(count)]
@@ -275,26 +244,19 @@ def first(dataset: data.ImageDataset, images: int, *, shuffle: int | None = None
 @torch.no_grad()
 def recalibrate(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], precision: str = "fp32") -> None:
     """Re-estimates every batch norm's running statistics as plain averages over some training batches."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [m.momentum for m in norms]
-    modes = {m: m.training for m in model.modules()}
+    momenta = {m: m.momentum for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
     where = next(model.parameters()).device
-    try:
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None
+    with eval_mode(model), autocast(where, precision):  # which gives every module its own mode back
         model.train()
-        with autocast(where, precision):
+        try:
+            for norm in momenta:
+                norm.reset_running_stats()
+                norm.momentum = None
             for images, _ in batches:
                 model(_to(images, where))
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        for module, mode in modes.items():
-            module.training = mode
-
-
-# ------------------------------------------------------------------------------------------------------------ training
+        finally:
+            for norm, momentum in momenta.items():
+                norm.momentum = momentum
 
 
 def _to(images: Tensor, where: torch.device, settings: Optimisation | None = None) -> Tensor:
@@ -314,24 +276,15 @@ def _batches(dataset: data.ImageDataset, batch_size: int, seed: int, epoch: int)
 def batches_from(
     dataset: data.ImageDataset, batch_size: int, seed: int, step: int
 ) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
-    """Endless (epoch, batch) from a step on, the same whether or not the run was interrupted before it.
-
-    Of several processes each gets its share of the same batches.
-    """
+    """Endless (epoch, batch) from a step on, a function of seed and step alone; of several processes each its share."""
     per_epoch = len(_batches(dataset, batch_size, seed, 0))
     epoch, position = divmod(step, per_epoch)
     while True:
         dataset.set_epoch(epoch)
         todo = [distributed.share(batch) for batch in _batches(dataset, batch_size, seed, epoch)[position:]]
         # With a generator of its own a loader draws nothing from torch's, which a resumed run would draw twice.
-        loader = DataLoader(
-            dataset,
-            batch_sampler=todo,
-            collate_fn=data.collate,
-            num_workers=workers(dataset),
-            generator=torch.Generator(),
-        )
-        for batch in loader:
+        own = {"num_workers": workers(dataset), "generator": torch.Generator()}
+        for batch in DataLoader(dataset, batch_sampler=todo, collate_fn=data.collate, **own):  # type: ignore[arg-type]
             yield epoch, batch
         epoch, position = epoch + 1, 0
 
@@ -339,10 +292,8 @@ def batches_from(
 def first_batches(
     dataset: data.ImageDataset, batch_size: int, seed: int, count: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The first training batches of a seed, augmented, for what is fitted beside the steps of a stage.
-
-    The data set is copied: setting its epoch must not change the augmentation of a stage that goes on.
-    """
+    """The first training batches of a seed, augmented, for what is fitted beside the steps of a stage."""
+    # A copy: setting its epoch must not change the augmentation of a stage that goes on.
     stream = batches_from(copy.copy(dataset), batch_size, seed, 0)
     return (batch for _, batch in itertools.islice(stream, count))
 
@@ -358,15 +309,12 @@ def _groups(model: nn.Module, objective: Objective, settings: Optimisation) -> l
             groups["classifier" if id(parameter) in classifier else backbone].append(parameter)
     groups["objective"] = [p for p in objective.parameters() if p.requires_grad]
     decays = {"classifier": objective.classifier_decay, "objective": 0.0}
-    scales = {"predictors": settings.predictor_lr}
-    return [
-        {
-            "params": params, "lr": settings.lr * scales.get(name, 1.0), "scale": scales.get(name, 1.0),
-            "weight_decay": decays.get(name, objective.weight_decay), "name": name,
-        }
-        for name, params in groups.items()
-        if params
-    ]  # fmt: skip
+    made = []
+    for name, params in groups.items():
+        scale = settings.predictor_lr if name == "predictors" else 1.0
+        decay = decays.get(name, objective.weight_decay)
+        made.append({"params": params, "lr": settings.lr * scale, "scale": scale, "weight_decay": decay, "name": name})
+    return [group for group in made if group["params"]]
 
 
 def _set_up(model: nn.Module, objective: Objective, settings: Optimisation, seed: int) -> tuple[Fabric, nn.Module, Any]:
@@ -389,18 +337,10 @@ def _set_up(model: nn.Module, objective: Objective, settings: Optimisation, seed
 
 @torch.enable_grad()  # a notebook's look at a network may be what computes the run
 def fit(
-    model: nn.Module,
-    dataset: data.ImageDataset,
-    objective: Objective,
-    settings: Optimisation,
-    run: Run,
-    *,
-    seed: int,
-    monitor: data.ImageDataset | None = None,
-    events: Mapping[int, Callable[[], Mapping[str, float]]] | None = None,
-    evaluation: Callable[[], Mapping[str, float]] | None = None,
-    label: str = "",
-) -> nn.Module:
+    model: nn.Module, dataset: data.ImageDataset, objective: Objective, settings: Optimisation, run: Run, *, seed: int,
+    monitor: data.ImageDataset | None = None, events: Mapping[int, Callable[[], Mapping[str, float]]] | None = None,
+    evaluation: Callable[[], Mapping[str, float]] | None = None, label: str = "",
+) -> nn.Module:  # fmt: skip
     """Trains a network in place and returns it, resuming from the run's checkpoint if there is one.
 
     Every process that a launcher started calls it: each takes its share of every batch, and the first writes.
@@ -462,7 +402,7 @@ def fit(
             progress.row(row)
             curve = Curve()
             model.train()
-            # Only here, fabric.device no partial sums are pending, does a resumed run log the same rows.
+            # Only here, where no partial sums are pending, does a resumed run log the same rows.
             if step < settings.steps and checkpoints.due():
                 _save(run, step, parts)
         progress.step(step)

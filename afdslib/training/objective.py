@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from afdslib.afs.graph import living_channels
 from afdslib.backbones import classifier_name
+from afdslib.base import checks
 from afdslib.base.errors import AFDSError
+from afdslib.base.hooks import kept
 from afdslib.losses._maps import full_precision
 from afdslib.losses.at import input_gradient
 from afdslib.losses.term import TAUGHT, TERMS, Batch, Pair, Term, TermContext
@@ -43,16 +45,10 @@ class Regulariser:
     def __post_init__(self) -> None:
         if self.name not in TERMS:
             raise AFDSError(f"unknown regulariser {self.name!r}; known are {', '.join(TERMS)}")
-        if not (isinstance(self.strength, (int, float)) and 0 <= self.strength < float("inf")):
-            raise AFDSError(
-                f"the strength (lambda) of {self.name} must be a number of at least 0, got {self.strength!r}"
-            )
-        decay = self.classifier_decay
-        if not (isinstance(decay, (int, float)) and 0 <= decay < float("inf")):
-            raise AFDSError(f"classifier_decay of {self.name} must be a number of at least 0, got {decay!r}")
-        for field, known in (("features", ("block", "convbn")), ("attention", ("joint", "detached"))):
-            if getattr(self, field) not in known:
-                raise AFDSError(f"{field} must be {known[0]!r} or {known[1]!r}, got {getattr(self, field)!r}")
+        checks.number(f"the strength (lambda) of {self.name}", self.strength, least=0)
+        checks.number(f"classifier_decay of {self.name}", self.classifier_decay, least=0)
+        checks.choice("features", self.features, ("block", "convbn"))
+        checks.choice("attention", self.attention, ("joint", "detached"))
 
 
 class Objective(nn.Module):
@@ -74,8 +70,7 @@ class Objective(nn.Module):
         terms: all of them.
         pairs: the layers that are compared.
         teacher: the frozen copy of `source`, or None.
-        weight_decay: of backbone and predictors, applied by the optimiser.
-        classifier_decay: of the classifier.
+        weight_decay, classifier_decay: applied by the optimiser, to backbone and predictors, and to the classifier.
     """
 
     def __init__(
@@ -97,8 +92,15 @@ class Objective(nn.Module):
         self.weight_decay = self.classifier_decay = weight_decay
         self.term: nn.Module | None = None  # the module of the term that has one
         if regulariser is not None:
-            self.weight_decay, self.classifier_decay = TERMS[regulariser.name].decays(regulariser)
-            terms = (_built(model, regulariser, source, input_size, channels, weights), *terms)
+            kind, pairs = TERMS[regulariser.name], ()
+            self.weight_decay, self.classifier_decay = kind.decays(regulariser)
+            if kind.needs and source is None:
+                raise AFDSError(f"the regulariser {regulariser.name!r} needs the source network")
+            if source is not None and "layers" in kind.needs:
+                names = [feature_names(network, regulariser.features) for network in (model, source)]
+                pairs = pair_layers(model, source, *names, input_size)
+            reference = source if channels is None else channels.reference
+            terms = (kind(TermContext(regulariser, model, pairs, source, reference, weights)), *terms)
         self.terms = tuple(terms)
         for term in self.terms:
             if term.module is not None:
@@ -122,7 +124,7 @@ class Objective(nn.Module):
         self.to(device=device, dtype=dtype)
         for teacher in (self.teacher, *(getattr(term, "teacher", None) for term in self.terms)):
             if teacher is not None:
-                teacher.to(device, torch.channels_last, dtype)
+                teacher.to(device=device, dtype=dtype, memory_format=torch.channels_last)
 
     @staticmethod
     def classifier(model: nn.Module) -> nn.Module:
@@ -157,8 +159,7 @@ class Objective(nn.Module):
     def _set_alive(self, flags: Mapping[str, Tensor]) -> None:
         for term in self.terms:
             if hasattr(term.module, "set_alive"):
-                alive = {pair.student: flags[pair.student] for pair in term.pairs}
-                term.module.set_alive(alive)  # type: ignore[union-attr, operator]
+                term.module.set_alive({p.student: flags[p.student] for p in term.pairs})  # type: ignore[union-attr, operator]
 
     def forward(
         self, model: nn.Module, images: Tensor, labels: Tensor, step: int = 0
@@ -168,28 +169,27 @@ class Objective(nn.Module):
         if "gradients" in self.needs:
             images = images.detach().requires_grad_()
         # The student's own pass, watched by the terms.
+        head = {"": self.classifier(inner)} if "inputs" in self.needs else {}
         with ExitStack() as stack:
             features = stack.enter_context(taps(inner, [pair.student for pair in self.pairs]))
-            inputs = stack.enter_context(_classifier_inputs(inner, "inputs" in self.needs))
+            entering = stack.enter_context(kept(head, inputs=True))
             for term in self.terms:
                 stack.enter_context(term.watch(inner))
             logits = (model if self.calls_wrapper else inner)(images)
-        cross_entropy = nn.functional.cross_entropy(
-            full_precision(logits), labels, label_smoothing=self.label_smoothing
-        )
+        smoothing = self.label_smoothing
+        cross_entropy = nn.functional.cross_entropy(full_precision(logits), labels, label_smoothing=smoothing)
         loss, logged = self.hard * cross_entropy, {"cross_entropy": cross_entropy}
         if not self.terms:
             return loss, logged, logits
         # The teacher's pass, and what both give brought to the same channels.
         taught, teacher = self._teach(images.detach())
-        entering = inputs[0] if inputs else None
+        inputs = entering.get("")
         if self.channels is not None:
-            features = {p.student: self.channels.widened(features[p.student], p.teacher, p.teacher_shape[0])
-                        for p in self.pairs}  # fmt: skip
-            if entering is not None:
-                entering = self.channels.widened_inputs(entering)
+            widened = self.channels.widened
+            features = {p.student: widened(features[p.student], p.teacher, p.teacher_shape[0]) for p in self.pairs}
+            inputs = None if inputs is None else widened(inputs, *self.channels.inputs)
         batch = Batch(
-            inner, images, labels, logits, features, teacher, entering, taught, label_smoothing=self.label_smoothing,
+            inner, images, labels, logits, features, teacher, inputs, taught, label_smoothing=smoothing,
             gradients=lambda: self._gradients(images, labels, logits), step=step,
         )  # fmt: skip
         for term in self.terms:
@@ -206,8 +206,7 @@ class Objective(nn.Module):
 
     def _gradients(self, images: Tensor, labels: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         assert self.teacher is not None
-        own = input_gradient(logits, labels, images)
-        return own, self.teacher.input_gradient(images.detach(), labels)
+        return input_gradient(logits, labels, images), self.teacher.input_gradient(images, labels)
 
     @torch.no_grad()
     def diagnostics(self, model: nn.Module) -> dict[str, float]:
@@ -220,38 +219,3 @@ class Objective(nn.Module):
             decay = self.classifier_decay if id(parameter) in head else self.weight_decay
             total += decay / 2 * float(parameter.square().sum()) if decay else 0.0
         return {"l2": total}
-
-
-def _built(
-    model: nn.Module,
-    regulariser: Regulariser,
-    source: nn.Module | None,
-    input_size: tuple[int, int, int],
-    channels: Channels | None,
-    weights: Mapping[str, Tensor] | None,
-) -> Term:
-    """The term of a regulariser, with the layers that it compares and the source's channels that the model has."""
-    kind = TERMS[regulariser.name]
-    pairs: tuple[Pair, ...] = ()
-    if kind.needs and source is None:
-        raise AFDSError(f"the regulariser {regulariser.name!r} needs the source network")
-    if source is not None and "layers" in kind.needs:
-        ours, theirs = (feature_names(network, regulariser.features) for network in (model, source))
-        pairs = pair_layers(model, source, ours, theirs, input_size)
-    reference = source if channels is None else channels.reference
-    return kind(TermContext(regulariser, model, pairs, source, reference, weights))
-
-
-@contextmanager
-def _classifier_inputs(model: nn.Module, wanted: bool) -> Iterator[list[Tensor]]:
-    """Collects what enters the classifier; the hook is gone when the block ends."""
-    inputs: list[Tensor] = []
-    if not wanted:
-        yield inputs
-        return
-    head = model.get_submodule(classifier_name(model))
-    handle = head.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    try:
-        yield inputs
-    finally:
-        handle.remove()

@@ -3,16 +3,13 @@ import warnings
 
 import pytest
 import torch
+from tiny import maps
 from torch import nn
 
 from afdslib import backbones
 from afdslib.base.errors import AFDSError
 from afdslib.losses._maps import area_matrix
 from afdslib.losses.at import ATLoss, at_loss, attention_map, gradient_at_loss, input_gradient
-
-
-def _maps(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def _slow_attention(features, p):
@@ -31,7 +28,7 @@ def _slow_attention(features, p):
 
 @pytest.mark.parametrize("p", [0.5, 1, 2, 3, 4])
 def test_attention_map_is_the_formula(p):
-    features = _maps(2, 3, 4, 5)
+    features = maps(2, 3, 4, 5)
     wanted = torch.tensor(_slow_attention(features, p), dtype=torch.float64)
     torch.testing.assert_close(attention_map(features, p), wanted)
 
@@ -39,7 +36,7 @@ def test_attention_map_is_the_formula(p):
 @pytest.mark.parametrize("p", [1, 2, 4])
 @pytest.mark.parametrize("mode", ["code", "paper"])
 def test_at_loss_is_the_formula_with_different_channels(p, mode):
-    student, teacher = _maps(3, 2, 4, 4), _maps(3, 5, 4, 4, seed=1)
+    student, teacher = maps(3, 2, 4, 4), maps(3, 5, 4, 4, seed=1)
     norms = [
         math.sqrt(sum((a - b) ** 2 for a, b in zip(s, t, strict=True)))
         for s, t in zip(_slow_attention(student, p), _slow_attention(teacher, p), strict=True)
@@ -49,7 +46,7 @@ def test_at_loss_is_the_formula_with_different_channels(p, mode):
 
 
 def test_for_one_sample_the_code_mode_is_the_square_of_the_paper_mode_per_position():
-    student, teacher = _maps(1, 2, 3, 5), _maps(1, 4, 3, 5, seed=1)
+    student, teacher = maps(1, 2, 3, 5), maps(1, 4, 3, 5, seed=1)
     paper, code = (at_loss(student, teacher, mode=m).item() for m in ("paper", "code"))
     assert code == pytest.approx(paper**2 / 15, rel=1e-12)
 
@@ -57,13 +54,13 @@ def test_for_one_sample_the_code_mode_is_the_square_of_the_paper_mode_per_positi
 @pytest.mark.parametrize("mode", ["code", "paper"])
 @pytest.mark.parametrize("p", [0.5, 1, 2, 3])
 def test_at_gradients(mode, p):
-    student, teacher = _maps(2, 3, 3, 3).requires_grad_(), _maps(2, 4, 3, 3, seed=1)
+    student, teacher = maps(2, 3, 3, 3).requires_grad_(), maps(2, 4, 3, 3, seed=1)
     assert torch.autograd.gradcheck(lambda s: at_loss(s, teacher, p=p, mode=mode), student)
 
 
 @pytest.mark.parametrize("mode", ["code", "paper"])
 def test_identical_maps_give_zero_and_a_finite_gradient(mode):
-    teacher = _maps(2, 3, 4, 4)
+    teacher = maps(2, 3, 4, 4)
     student = teacher.clone().requires_grad_()
     loss = at_loss(student, teacher, mode=mode)
     loss.backward()
@@ -73,7 +70,7 @@ def test_identical_maps_give_zero_and_a_finite_gradient(mode):
 @pytest.mark.parametrize("mode", ["code", "paper"])
 @pytest.mark.parametrize("p, scale", [(2, 3.0), (2, 1e4), (1, 1e-13), (2, 1e-7), (4, 1e-3), (4, 1e-4), (3, 1e-36)])
 def test_at_ignores_a_positive_rescaling_of_each_sample_of_either_network(p, scale, mode):
-    student, teacher = _maps(2, 3, 4, 4, dtype=torch.float32), _maps(2, 3, 4, 4, seed=1, dtype=torch.float32)
+    student, teacher = maps(2, 3, 4, 4, dtype=torch.float32), maps(2, 3, 4, 4, seed=1, dtype=torch.float32)
     scales = torch.tensor([scale, 2 * scale])[:, None, None, None]
     wanted = at_loss(student, teacher, p=p, mode=mode).item()
     assert at_loss(student * scales, teacher, p=p, mode=mode).item() == pytest.approx(wanted, rel=1e-5)
@@ -84,18 +81,18 @@ def test_at_ignores_a_positive_rescaling_of_each_sample_of_either_network(p, sca
 @pytest.mark.parametrize("p", [0.5, 1, 2, 4])
 @pytest.mark.parametrize("dtype, power", [(torch.float16, -17), (torch.bfloat16, -120), (torch.float64, -500)])
 def test_the_faintest_maps_of_a_format_are_normalised_and_others_keep_their_bits(dtype, power, p):
-    maps = (_maps(2, 3, 4, 4).abs() * 3).round()  # small whole numbers, which any format holds at any power of two
-    faint = (maps * 2.0**power).to(dtype)
-    assert torch.equal(attention_map(faint, p), attention_map(maps.to(faint.dtype), p)) or p == 0.5
-    torch.testing.assert_close(attention_map(faint, p), attention_map(maps.to(dtype), p))
-    plain = torch.nn.functional.normalize(maps.pow(p).mean(1).flatten(1), dim=1)
-    assert p < 1 or torch.equal(attention_map(maps, p), plain)
+    x = (maps(2, 3, 4, 4).abs() * 3).round()  # small whole numbers, which any format holds at any power of two
+    faint = (x * 2.0**power).to(dtype)
+    assert torch.equal(attention_map(faint, p), attention_map(x.to(dtype), p)) or p == 0.5
+    torch.testing.assert_close(attention_map(faint, p), attention_map(x.to(dtype), p))
+    plain = nn.functional.normalize(x.pow(p).mean(1).flatten(1), dim=1)
+    assert p < 1 or torch.equal(attention_map(x, p), plain)
 
 
 def test_maps_of_a_network_of_another_depth_are_paired_by_stage():
     names = {n: backbones.stages(backbones.build(n, 3, width=1 / 32)) for n in ("resnet18", "resnet34")}
-    student = {n: _maps(2, 3, 4, 4, seed=i) for i, n in enumerate(names["resnet18"])}
-    teacher = {n: _maps(2, 5, 4, 4, seed=9 + i) for i, n in enumerate(names["resnet34"])}
+    student = {n: maps(2, 3, 4, 4, seed=i) for i, n in enumerate(names["resnet18"])}
+    teacher = {n: maps(2, 5, 4, 4, seed=9 + i) for i, n in enumerate(names["resnet34"])}
     loss = ATLoss(student)
     loss.set_alive({names["resnet18"][0]: torch.tensor([True, False, True])})  # the student's channels, not the other's
     wanted = sum(at_loss(a, b) for a, b in zip(student.values(), teacher.values(), strict=True))
@@ -114,14 +111,14 @@ def test_a_map_that_is_off_has_no_gradient_and_no_nan():
 
 
 def test_half_precision_maps_are_squared_in_full_precision():
-    student = _maps(1, 4, 3, 3, dtype=torch.float32) * 1000  # squares overflow float16
-    teacher = _maps(1, 4, 3, 3, seed=1, dtype=torch.float32)
+    student = maps(1, 4, 3, 3, dtype=torch.float32) * 1000  # squares overflow float16
+    teacher = maps(1, 4, 3, 3, seed=1, dtype=torch.float32)
     loss = at_loss(student.half(), teacher.half())
     assert loss.item() == pytest.approx(at_loss(student, teacher).item(), rel=2e-2)
 
 
 def test_another_map_size_is_averaged_by_area_and_said():
-    student, teacher = _maps(2, 3, 8, 6), _maps(2, 5, 4, 3, seed=1)
+    student, teacher = maps(2, 3, 8, 6), maps(2, 5, 4, 3, seed=1)
     pooled = nn.functional.avg_pool2d(student.square().mean(1, keepdim=True), 2).sqrt()
     with pytest.warns(UserWarning, match="8x6 map and the teacher's 4x3 are compared at 4x3"):
         loss = at_loss(student, teacher)
@@ -131,10 +128,10 @@ def test_another_map_size_is_averaged_by_area_and_said():
 def test_area_averaging_of_sizes_that_do_not_divide():
     matrix = area_matrix(3, 2, torch.zeros((), dtype=torch.float64))
     torch.testing.assert_close(matrix, torch.tensor([[2, 1, 0], [0, 1, 2]], dtype=torch.float64) / 3)
-    grad_ready = _maps(1, 2, 5, 5).requires_grad_()
+    grad_ready = maps(1, 2, 5, 5).requires_grad_()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert torch.autograd.gradcheck(lambda s: at_loss(s, _maps(1, 2, 3, 4, seed=1)), grad_ready)
+        assert torch.autograd.gradcheck(lambda s: at_loss(s, maps(1, 2, 3, 4, seed=1)), grad_ready)
 
 
 @pytest.mark.filterwarnings("ignore:.*area averaging")
@@ -142,7 +139,7 @@ def test_the_resize_is_the_same_in_every_run():
     """Bit-equal gradients on the device at hand, by products alone: torch names pooling and interpolation as operations
     without a deterministic gradient on a GPU."""
     place = "cuda" if torch.cuda.is_available() else "cpu"
-    student, teacher = (_maps(4, 3, size, size, seed=size, dtype=torch.float32).to(place) for size in (9, 7))
+    student, teacher = (maps(4, 3, size, size, seed=size, dtype=torch.float32).to(place) for size in (9, 7))
     gradients = []
     for _ in range(2):
         leaf = student.clone().requires_grad_()
@@ -159,62 +156,17 @@ def test_the_resize_is_the_same_in_every_run():
     assert not [name for name in seen if "Pool" in name or "Upsample" in name or "Interpol" in name]
 
 
-@pytest.mark.parametrize(
-    "student, teacher, arguments, words",
-    [
-        (_maps(2, 3, 4, 4), _maps(3, 3, 4, 4), {}, "holds 2 samples and the teacher's 3"),
-        (_maps(2, 3, 0, 4), _maps(2, 3, 4, 4), {}, "is empty"),
-        (_maps(2, 3, 4), _maps(2, 3, 4, 4), {}, "(batch, channels, height, width)"),
-        (_maps(2, 3, 4, 4) * math.nan, _maps(2, 3, 4, 4), {}, "Student map holds 96 values"),
-        (_maps(2, 3, 4, 4), _maps(2, 3, 4, 4).requires_grad_(), {}, "under torch.no_grad()"),
-        (_maps(2, 3, 4, 4), _maps(2, 3, 4, 4), dict(mode="both"), "mode 'both'"),
-        (_maps(2, 3, 4, 4), _maps(2, 3, 4, 4), dict(p=0), "exponent p must be a number above 0, got 0"),
-        (_maps(2, 3, 4, 4).int(), _maps(2, 3, 4, 4), {}, "map is of torch.int32; give floating-point"),
-        (_maps(2, 3, 4, 4), _maps(2, 3, 4, 4).long(), {}, "teacher's feature map is of torch.int64"),
-        (_maps(2, 3, 4, 4).float() * 1e25, _maps(2, 3, 4, 4).float(), {}, "its inputs are finite, the largest"),
-    ],
-)
-def test_bad_input_is_one_sentence(student, teacher, arguments, words):
-    with pytest.raises(AFDSError) as caught:
-        at_loss(student, teacher, **arguments)
-    assert words in str(caught.value) and "\n" not in str(caught.value)
-
-
-# --- gradient-based ---------------------------------------------------------------------------------------------------
-
-
 def test_gradient_at_is_the_formula():
-    student, teacher = _maps(3, 3, 4, 4), _maps(3, 3, 4, 4, seed=1)
+    student, teacher = maps(3, 3, 4, 4), maps(3, 3, 4, 4, seed=1)
     wanted = sum(math.sqrt(float(((s - t) ** 2).sum())) for s, t in zip(student, teacher, strict=True)) / 3
     assert gradient_at_loss(student, teacher).item() == pytest.approx(wanted, rel=1e-12)
     assert torch.autograd.gradcheck(lambda s: gradient_at_loss(s, teacher), student.requires_grad_())
     assert gradient_at_loss(teacher.clone(), teacher).item() == 0
 
 
-@pytest.mark.parametrize(
-    "student, teacher, words",
-    [
-        (_maps(2, 3, 4, 4), _maps(3, 3, 4, 4), "holds 2 samples and the teacher's 3"),
-        (_maps(2, 3, 4, 4), _maps(2, 3, 2, 2), "needs equal shapes"),
-        (_maps(2, 3, 4), _maps(2, 3, 4, 4), "The student's input gradient is (2, 3, 4)"),
-        (_maps(0, 3, 4, 4), _maps(0, 3, 4, 4), "is empty"),
-        (_maps(2, 3, 4, 4) * math.nan, _maps(2, 3, 4, 4), "Student gradient holds 96 values"),
-        (_maps(2, 3, 4, 4), _maps(2, 3, 4, 4) * math.inf, "Teacher gradient holds 96 values"),
-        (
-            _maps(2, 3, 4, 4), _maps(2, 3, 4, 4).requires_grad_() * 2,
-            "The teacher's input gradient carries gradients; take it with create_graph=False, or detach() it.",
-        ),
-    ],
-)  # fmt: skip
-def test_bad_gradients_are_one_sentence(student, teacher, words):
-    with pytest.raises(AFDSError) as caught:
-        gradient_at_loss(student, teacher)
-    assert words in str(caught.value) and "\n" not in str(caught.value)
-
-
 def test_a_teachers_gradient_without_a_graph_is_taken():
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
-    images, target = _maps(2, 3, 2, 2, dtype=torch.float32).requires_grad_(), torch.tensor([0, 1])
+    images, target = maps(2, 3, 2, 2, dtype=torch.float32).requires_grad_(), torch.tensor([0, 1])
     graph, plain = (input_gradient(model(images), target, images, create_graph=kept) for kept in (True, False))
     with pytest.raises(AFDSError, match="create_graph=False"):
         gradient_at_loss(plain, graph)
@@ -223,7 +175,7 @@ def test_a_teachers_gradient_without_a_graph_is_taken():
 
 def test_input_gradient_is_per_sample_in_eval_mode():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 2)).eval()
-    images, target = _maps(4, 3, 5, 5, dtype=torch.float32).requires_grad_(), torch.tensor([0, 1, 1, 0])
+    images, target = maps(4, 3, 5, 5, dtype=torch.float32).requires_grad_(), torch.tensor([0, 1, 1, 0])
     together = input_gradient(model(images), target, images, create_graph=False)
     for i in range(4):
         one = images[i : i + 1].detach().requires_grad_()
@@ -241,7 +193,7 @@ def test_gradient_at_differentiates_a_residual_network_twice(training):
         if isinstance(module, nn.BatchNorm2d):  # statistics that matter, momentum 0 so that calls do not move them
             module.momentum = 0.0
             nn.init.uniform_(module.running_var, 0.5, 2.0)
-    images, target, teacher = _maps(4, 3, 8, 8), torch.tensor([0, 1, 2, 1]), _maps(4, 3, 8, 8, seed=1)
+    images, target, teacher = maps(4, 3, 8, 8), torch.tensor([0, 1, 2, 1]), maps(4, 3, 8, 8, seed=1)
 
     def loss():
         x = images.clone().requires_grad_()
@@ -263,12 +215,3 @@ def test_gradient_at_differentiates_a_residual_network_twice(training):
                 p.sub_(v, alpha=sign * 1e-6)
     assert abs(analytic) > 1e-4
     assert analytic == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("target", "gradient", "words"), [([0], False, "requires_grad_"), ([-100], True, "-100 is none of the 2 classes")]
-)
-def test_images_without_gradient_and_impossible_targets_are_refused(target, gradient, words):
-    images = torch.zeros(1, 3, 2, 2, requires_grad=gradient)
-    with pytest.raises(AFDSError, match=words):
-        input_gradient(images.sum((2, 3))[:, :2], torch.tensor(target), images)

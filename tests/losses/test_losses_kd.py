@@ -1,11 +1,15 @@
+"""Losses on logits, and the hint."""
+
 import math
 
 import pytest
 import torch
+from tiny import maps
 
-from afdslib.base.errors import AFDSError
+from afdslib.losses.hint import HintTransfer, hint_loss
 from afdslib.losses.kd import kd_loss, soft_kl_loss
 from afdslib.losses.lwf import lwf_loss
+from afdslib.losses.term import Pair, TermContext
 
 STUDENT = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, 1.0]], dtype=torch.float64)
 TEACHER = torch.tensor([[2.0, 0.0, -1.0], [0.5, 1.0, 1.5]], dtype=torch.float64)
@@ -55,46 +59,18 @@ def test_kd_runs_in_full_precision_on_half_precision_logits():
     assert half.item() == pytest.approx(kd_loss(STUDENT, TEACHER, TARGET).item(), rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        (dict(T=0), "temperature T must be a number above 0, got 0"),
-        (dict(T=-1.0), "temperature T must be a number above 0, got -1.0"),
-        (dict(T=float("nan")), "temperature T must be a number above 0, got nan"),
-        (dict(alpha=1.5), "must be a number in [0, 1], got 1.5"),
-        (dict(teacher=TEACHER[:1]), "holds 2 samples and the teacher's 1"),
-        (dict(teacher=TEACHER[:, :2]), "equal shapes"),
-        (dict(teacher=TEACHER.clone().requires_grad_()), "carries gradients"),
-        (dict(teacher=TEACHER * math.nan), "Teacher logits holds 6 values"),
-        (dict(student=STUDENT[:0], teacher=TEACHER[:0]), "is empty"),
-        (dict(target=TARGET[:1]), "one class index per sample"),
-        (dict(target=TARGET.double()), "target is torch.float64 of the shape (2,) for 2 samples"),
-        (dict(target=TARGET.int()), "int64"),
-        (dict(target=STUDENT.softmax(1)), "one class index per sample"),
-        (dict(target=torch.tensor([0, -100])), "target -100 is none of the 3 classes"),
-        (dict(target=torch.tensor([-100, -100])), "target -100 is none of the 3 classes"),
-        (dict(target=torch.tensor([0, 3])), "target 3 is none of the 3 classes; give indices from 0 to 2"),
-    ],
-)
-def test_bad_input_is_one_sentence(arguments, words):
-    arguments = dict(student=STUDENT, teacher=TEACHER, target=TARGET) | arguments
-    student, teacher, target = (arguments.pop(n) for n in ("student", "teacher", "target"))
-    with pytest.raises(AFDSError) as caught:
-        kd_loss(student, teacher, target, **arguments)
-    assert words in str(caught.value) and "\n" not in str(caught.value)
+def test_hint_is_the_mean_squared_difference():
+    a, b = maps(2, 3, 2, 2), maps(2, 3, 2, 2, seed=1)
+    wanted = sum((float(x) - float(y)) ** 2 for x, y in zip(a.flatten(), b.flatten(), strict=True)) / 24
+    assert hint_loss(a, b).item() == pytest.approx(wanted, rel=1e-12) and hint_loss(b.clone(), b).item() == 0
+    assert torch.autograd.gradcheck(lambda s: hint_loss(s, b), a.requires_grad_())
 
 
-@pytest.mark.parametrize(
-    "logits, old, words",
-    [
-        (STUDENT, TEACHER[:1], "holds 2 samples and the teacher's 1"),
-        (STUDENT, TEACHER[:, :2], "equal shapes"),
-        (STUDENT[:0], TEACHER[:0], "is empty"),
-        (STUDENT * math.nan, TEACHER, "Student logits holds 6 values"),
-        (STUDENT, TEACHER.clone().requires_grad_(), "The teacher's logits carries gradients"),
-    ],
-)
-def test_bad_old_logits_are_one_sentence(logits, old, words):
-    with pytest.raises(AFDSError) as caught:
-        lwf_loss(logits, old)
-    assert words in str(caught.value) and "\n" not in str(caught.value)
+def test_the_adapter_maps_the_students_channels_to_the_teachers_and_is_trained():
+    term = HintTransfer(TermContext(None, torch.nn.Identity(), (Pair("a", "b", (2, 4, 4), (5, 4, 4)),)))
+    student, teacher, adapter = maps(3, 2, 4, 4), maps(3, 5, 4, 4), term.module.double()[0]
+    adapted = torch.einsum("oc,bchw->bohw", adapter.weight[:, :, 0, 0], student) + adapter.bias[None, :, None, None]
+    loss = term.compare(student, teacher, 0)
+    assert loss.item() == pytest.approx((adapted - teacher).square().mean().item(), rel=1e-12)
+    loss.backward()
+    assert adapter.weight.grad.abs().sum() > 0

@@ -145,3 +145,8 @@ def store(folder: Path) -> Path:
     copied = folder / "runs"
     shutil.copytree(_trained().name, copied)
     return copied
+
+
+def maps(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Normally distributed numbers of a seed of their own."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
