@@ -24,10 +24,10 @@ def pair(student: Tensor, teacher: Tensor, what: str, *, dims: int = 4, equal: b
 
     The second carries no gradient; `frozen` says what to do if it does.
     """
+    wanted = "(batch, channels, height, width)" if dims == 4 else f"{dims} dimensions"
     for who, x in (("student", student), ("teacher", teacher)):
         shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         if not isinstance(x, Tensor) or x.ndim != dims:
-            wanted = "(batch, channels, height, width)" if dims == 4 else f"{dims} dimensions"
             raise AFDSError(f"The {who}'s {what} is {shape}; give a tensor of {wanted}.")
         if not x.is_floating_point():
             raise AFDSError(f"The {who}'s {what} is of {x.dtype}; give floating-point numbers.")

@@ -19,21 +19,17 @@ class LayerLoss(nn.Module):
     Args:
         channels: How many channels each of the student's layers has; None where any number is taken.
         what: The loss's name for sentences.
-
-    Attributes:
-        keys: the layers' names without dots, as modules and buffers need them.
-        partial: layers of which some channels do not count.
-        persistent: whether the living channels are in the state.
     """
 
-    persistent = False
+    persistent = False  # whether the living channels are in the state
 
     def __init__(self, channels: Mapping[str, int | None], what: str) -> None:
         super().__init__()
         if not channels:
             raise AFDSError(f"{what} was given no layer; name at least one.")
-        self.channels, self.what, self.partial = dict(channels), what, set[str]()
-        self.keys = {name: name.replace(".", "_") for name in channels}
+        self.channels, self.what = dict(channels), what
+        self.partial: set[str] = set()  # layers of which some channels do not count
+        self.keys = {name: name.replace(".", "_") for name in channels}  # names of modules and buffers hold no dots
         if len(set(self.keys.values())) < len(channels):
             raise AFDSError(f"layer names must differ in more than dots and underscores, got {', '.join(channels)}")
         for name, count in channels.items():
@@ -45,13 +41,10 @@ class LayerLoss(nn.Module):
         return self.get_buffer(f"alive_{self.keys[name]}")
 
     def set_alive(self, alive: Mapping[str, Tensor]) -> None:
-        """Says which channels can be other than zero; the others leave the loss. [ours]
+        """Says which channels can be other than zero, such as `afs.living_channels`; the others leave the loss. [ours]
 
         Args:
-            alive: (C,) of bool by layer, such as of `afs.living_channels`; of a layer that is not named, all count.
-
-        Raises:
-            AFDSError: an unknown layer, no flags, too few or too many of them, or none that is set.
+            alive: (C,) of bool by layer; of a layer that is not named, all count.
         """
         for name, flags in alive.items():
             count = self.channels.get(name) or flags.numel()

@@ -104,7 +104,6 @@ def fit_attention(
     source: Callable[[Tensor], Mapping[str, Tensor]],
     batches: Iterable[tuple[Tensor, Tensor]],
     num_classes: int,
-    *,
     lr: float = 0.01,
 ) -> list[float]:
     """Trains a detached attention with the cross-entropy of a linear head on C * rho_c * gap(x_S)_c, then freezes it.
@@ -114,9 +113,9 @@ def fit_attention(
     Args:
         loss: an AFDLoss with attention="detached"; changed in place.
         source: images -> source features by layer name, without gradients.
-        batches: (images, labels) of the target's training data; each is one step.
+        batches: (images, labels) of the target's training data; each is one step of SGD.
         num_classes: of the target.
-        lr: learning rate of the plain SGD steps, for attention and heads.
+        lr: learning rate of attention and heads.
 
     Returns:
         The cross-entropy (mean over layers) at each step.

@@ -75,7 +75,7 @@ def at_loss(student: Tensor, teacher: Tensor, *, p: float = 2, mode: str = "code
 
     Raises:
         AFDSError: other shapes, whole numbers, an empty map, a teacher with gradient, an unknown mode, p not above 0;
-            a loss that is not finite, on the CPU (on an accelerator it is returned, and the training loop names it).
+            a loss that is not finite, on the CPU (else it is returned, and the training loop names it).
     """
     if mode not in ("code", "paper"):
         raise AFDSError(f"The mode {mode!r} of attention transfer is unknown; use 'code' or 'paper'.")
@@ -90,11 +90,7 @@ def at_loss(student: Tensor, teacher: Tensor, *, p: float = 2, mode: str = "code
 class ATLoss(LayerLoss):
     """The sum of `at_loss` over the student's layers, each map taken over the channels that the student still has.
 
-    The source's features are those of the same images, without gradient; a network of another depth gives them under
-    its own names, one map per stage in the same order.
-
-    Raises:
-        AFDSError: a layer that the student lacks, or unequally many stages; and as `at_loss`.
+    A source of another depth gives its features under its own names, one map per stage in the same order.
     """
 
     def __init__(self, names: Iterable[str]) -> None:

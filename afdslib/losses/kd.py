@@ -33,8 +33,7 @@ def kd_loss(
 
     Raises:
         AFDSError: other shapes, T not above 0, alpha outside 0 to 1, targets that are no whole numbers; on the CPU
-            also a target that is no class (-100, too, which torch would leave out), and a loss that is not finite. (On
-            an accelerator torch stops at such a target; such a loss is returned, and the training loop names it.)
+            also a target that is no class (-100, too, which torch would leave out), and a loss that is not finite.
     """
     checks.number("alpha, the soft term's share,", alpha, least=0, most=1)
     soft = soft_kl_loss(student_logits, teacher_logits, T=T)
@@ -53,13 +52,7 @@ def soft_kl_loss(student_logits: Tensor, teacher_logits: Tensor, *, T: float) ->
 
 
 class SoftLabels(Term):
-    """weight * T^2 KL(teacher || student), beside whatever else there is.
-
-    Args:
-        T: temperature.
-        weight: of the term.
-        teacher: a network of its own, as `training.features.Teacher`; None for the one of the run.
-    """
+    """weight * T^2 KL(teacher || student), of the run's teacher or of a `training.features.Teacher` of its own."""
 
     name, label = "soft", "KD"
 

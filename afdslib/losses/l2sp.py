@@ -22,16 +22,12 @@ class L2SP(nn.Module):
 
     w are the parameters that the starting point has too, v all others: the new classifier, and whatever else was
     added. Copies of the starting point w0 are buffers, so they follow the device and the checkpoint. Use it with the
-    optimiser's weight decay at 0.
+    optimiser's weight decay at 0. It returns both addends, "l2sp" and "l2".
 
     Args:
         model: The network to be trained, holding its starting point.
-        alpha: Weight of the distance to the starting point, at least 0.
-        beta: Weight of the plain decay of v, at least 0.
+        alpha, beta: Weights of the distance and of the plain decay, at least 0.
         reference: Starting point by parameter name, if it is not what the model holds now; parameters it lacks are v.
-
-    Returns:
-        "l2sp" and "l2": the two addends, weights included.
     """
 
     def __init__(

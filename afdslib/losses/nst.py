@@ -39,8 +39,8 @@ def nst_loss(student: Tensor, teacher: Tensor, *, kernel: str = "poly", d: int =
 
     Args:
         student: Features of the layer.
-        teacher: The teacher's, without gradient, of any number of channels. Of two sizes, the larger is averaged by
-            area to the smaller height and width (deterministic; a warning says so). [ours]
+        teacher: The teacher's, without gradient. Of two sizes, the larger is averaged by area to the smaller height and
+            width (deterministic; a warning says so). [ours]
         kernel: "poly": (x.y + c)^d; "linear": x.y; "gaussian": exp(-|x-y|^2 / 2 sigma^2) with sigma^2 the mean of
             |s-t|^2 over the sample's student-teacher pairs (the paper's "mean of squared distance of the pairs"
             [recall]; which pairs, and that sigma is differentiated, is [ours]).
@@ -52,8 +52,7 @@ def nst_loss(student: Tensor, teacher: Tensor, *, kernel: str = "poly", d: int =
 
     Raises:
         AFDSError: other shapes, an empty map, a teacher with gradient, an unknown kernel, a bad degree or offset; a
-            loss that is not finite, from NaN or from a map too large for its norm, on the CPU (on an accelerator it is
-            returned, and the training loop names it).
+            loss that is not finite, from NaN or from a map too large for its norm, on the CPU (else it is returned).
     """
     if kernel not in ("poly", "linear", "gaussian"):
         raise AFDSError(f"The kernel {kernel!r} is unknown; use 'poly', 'linear' or 'gaussian'.")
@@ -64,19 +63,16 @@ def nst_loss(student: Tensor, teacher: Tensor, *, kernel: str = "poly", d: int =
     # Autocast would run the products below in half precision; the terms nearly cancel.
     with torch.autocast(student.device.type, enabled=False):
         maps = match_size(full_precision(student), full_precision(teacher), "Neuron selectivity transfer")
-        loss = _discrepancy(_points(maps[0]), _points(maps[1]), kernel, d, c)
+        s, t = map(_points, maps)
+        if kernel == "gaussian":
+            loss = _InChunks.apply(s, t, _gaussian)
+        elif kernel == "linear" or d == 1:
+            loss = _mean_gap(s, t)
+        elif d == 2:
+            loss = _quadratic(s, t) + (2 * c * _mean_gap(s, t) if c != 0 else 0)
+        else:
+            loss = _InChunks.apply(s, t, lambda x, y, _: (torch.bmm(x, y.mT) + c).pow(d))
     return _checks.finite(loss, student_map=student, teacher_map=teacher)
-
-
-def _discrepancy(s: Tensor, t: Tensor, kernel: str, d: int, c: float) -> Tensor:
-    """(B, C, P) and (B, C', P) points to the scalar, by the cheapest way."""
-    if kernel == "linear" or (kernel == "poly" and d == 1):
-        return _mean_gap(s, t)
-    if kernel == "poly" and d == 2:
-        return _quadratic(s, t) + (2 * c * _mean_gap(s, t) if c != 0 else 0)
-    if kernel == "poly":
-        return _InChunks.apply(s, t, lambda x, y, _: (torch.bmm(x, y.mT) + c).pow(d))
-    return _InChunks.apply(s, t, _gaussian)
 
 
 def _points(x: Tensor) -> Tensor:
@@ -122,8 +118,7 @@ def _chunk_loss(s: Tensor, t: Tensor, kernel: Kernel) -> Tensor:
 class _InChunks(torch.autograd.Function):
     """The mean over samples of the discrepancy, a few samples at a time.
 
-    The gradient is taken in the forward pass, chunk by chunk, so that one chunk's matrices are all that ever exist:
-    neither kept until the backward pass nor built twice.
+    The gradient is taken in the forward pass, so that one chunk's matrices are all that ever exist.
     """
 
     @staticmethod

@@ -1,7 +1,5 @@
-"""How the weight of a transfer loss changes during a run.
-
-AT+KD "with decaying beta" was announced with the attention-transfer code and never released; the shapes are [ours].
-"""
+"""How the weight of a transfer loss changes during a run. AT+KD "with decaying beta" was announced with the
+attention-transfer code and never released; the shapes are [ours]."""
 
 from __future__ import annotations
 
@@ -20,22 +18,16 @@ KINDS = ("constant", "linear", "cosine", "step")
 class BetaSchedule:
     """A weight as a function of time, in epochs or in steps: the caller's choice, the same everywhere.
 
-    Attributes:
-        kind: "constant"; "linear" or "cosine" from `beta` to `end` over `length`, `end` after it; "step": `beta`
-            times `factor` for each milestone reached.
-        beta: Weight at the start, at least 0.
-        end: Weight at the end of a linear or cosine decay.
-        length: Duration of the decay; None is the whole run.
-        milestones: Times of the steps, increasing.
-        factor: Factor at each milestone.
+    The kind is "constant"; "linear" or "cosine", from `beta` to `end` over `length`, `end` after it; or "step", `beta`
+    times `factor` for each milestone reached.
     """
 
     kind: str = "constant"
-    beta: float = 1.0
-    end: float = 0.0
-    length: int | None = None
-    milestones: tuple[int, ...] = ()
-    factor: float = 0.1
+    beta: float = 1.0  # weight at the start
+    end: float = 0.0  # weight at the end of a linear or cosine decay
+    length: int | None = None  # duration of the decay; None is the whole run
+    milestones: tuple[int, ...] = ()  # times of the steps, increasing
+    factor: float = 0.1  # at each milestone
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -55,11 +47,7 @@ class BetaSchedule:
             raise AFDSError("The step beta schedule has no milestones; give at least one, or use 'constant'.")
 
     def check(self, total: int) -> None:
-        """Refuses a schedule that is longer than the run of `total`.
-
-        Raises:
-            AFDSError: the decay would not end, or a milestone not be reached, within the run.
-        """
+        """Refuses a decay that would not end, or a milestone that would not be reached, in a run of `total`."""
         if self.kind == "step" and self.milestones[-1] >= total:
             raise AFDSError(
                 f"The step beta schedule has a milestone at {self.milestones[-1]} and the run ends at {total}, before "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from importlib import import_module
 from multiprocessing import get_context
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 
 from afdslib import runs
 from afdslib.base.errors import BusyError
+from afdslib.losses import TERMS
 
 __all__ = ["alongside", "compute", "with_needs"]
 
@@ -79,7 +81,9 @@ def alongside(work: Callable[..., Any], arguments: tuple[Any, ...], processes: i
     """
     # Started afresh, not forked: a process that has used torch's threads cannot be forked safely.
     context = get_context("spawn")
-    others: list[Any] = [context.Process(target=_work, args=(work, arguments)) for _ in range(processes - 1)]
+    # A term of the user's own is known to a process that has imported its module.
+    modules = {term.__module__ for term in TERMS.values()} - {"__main__"}
+    others: list[Any] = [context.Process(target=_work, args=(work, arguments, modules)) for _ in range(processes - 1)]
     threads = torch.get_num_threads()
     try:
         for process in others:
@@ -99,8 +103,10 @@ def alongside(work: Callable[..., Any], arguments: tuple[Any, ...], processes: i
             process.join()
 
 
-def _work(work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _work(work: Callable[..., Any], arguments: tuple[Any, ...], modules: Iterable[str] = ()) -> None:
     torch.set_num_threads(1)
+    for module in modules:
+        import_module(module)
     try:
         work(*arguments)
     except (KeyboardInterrupt, ValueError, OSError):

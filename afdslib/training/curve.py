@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -14,16 +15,11 @@ from afdslib.training import distributed
 
 
 class Curve:
-    """What the steps since the last row of the learning curve gave.
-
-    Attributes:
-        happened: what events gave.
-        unseen: steps whose loss was not looked at.
-    """
+    """What the steps since the last row of the learning curve gave."""
 
     def __init__(self) -> None:
-        self.unseen = self.seen = 0
-        self.happened: dict[str, float] = {}
+        self.happened: dict[str, float] = {}  # what events gave
+        self.seen, self.unseen = 0, 0  # images, and steps whose loss was not looked at
         self._names: list[str] = []
         self._steps: list[Tensor] = []
         self._correct: Tensor | int = 0
@@ -44,8 +40,7 @@ class Curve:
             return
         index = int((~values.isfinite().all(1)).nonzero()[0])
         known = dict(zip(self._names, values[index].tolist(), strict=True))
-        bad = [name for name, finite in zip(known, values[index].isfinite(), strict=True) if not finite]
-        name = (bad[1:] or bad)[0] if bad[0] == "loss" else bad[0]
+        name = next((n for n, value in known.items() if n != "loss" and not math.isfinite(value)), "loss")
         raise DivergedError(
             f"the loss term {name!r} is {known[name]} at step {step - unseen + index + 1} (learning rate {lr:g}); "
             f"lower the learning rate or the term's strength, or use fp32"
@@ -75,8 +70,7 @@ class Progress:
     """A tqdm bar in a terminal; elsewhere one line on stderr per row of a long stage, one line for a short one."""
 
     def __init__(self, label: str, steps: int, start: int, *, silent: bool = False):
-        self._label, self._steps, self._long, self._silent = label, steps, steps > 400, silent
-        self._bar, self._last = None, {}  # type: ignore[var-annotated]
+        self._label, self._steps, self._silent, self._bar = label, steps, silent, None
         if sys.stderr.isatty() and not silent:
             from tqdm import tqdm
 
@@ -87,20 +81,13 @@ class Progress:
             self._bar.update(step - self._bar.n)
 
     def row(self, row: Mapping[str, float]) -> None:
-        self._last = dict(row)
         if self._bar is not None:
             self._bar.set_postfix(loss=f"{row['loss']:.3f}")
-        elif self._long:
-            self._print()
+        elif not self._silent and (self._steps > 400 or row["step"] == self._steps):
+            known = ("loss", "cross_entropy", "train_accuracy", "validation_accuracy")
+            values = "  ".join(f"{name} {value:.3f}" for name, value in row.items() if name in known)
+            print(f"{self._label}: step {row['step']}/{self._steps}  {values}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
-        elif self._last and not self._long:
-            self._print()
-
-    def _print(self) -> None:
-        if not self._silent:
-            known = ("loss", "cross_entropy", "train_accuracy", "validation_accuracy")
-            values = "  ".join(f"{name} {v:.3f}" for name, v in self._last.items() if name in known)
-            print(f"{self._label}: step {self._last['step']}/{self._steps}  {values}", file=sys.stderr, flush=True)

@@ -107,12 +107,9 @@ def pair_layers(
 
 
 def compared_shapes(network: Any, features: str = "block", side: int = 64) -> dict[str, tuple[int, int, int]]:
-    """(C, H, W) of the layers that a feature regulariser compares, for square images of a side, in pixels.
+    """(C, H, W) of the layers that a feature regulariser compares in an `experiments` Network, for images of a side.
 
-    Args:
-        network: an `experiments` Network; its weights are not read.
-        features: "block" or "convbn".
-        side: the channels do not depend on it.
+    Weights are not read.
     """
     model: nn.Module = replace(network, weights=None).build(2, 0)
     with torch.autocast("cpu", enabled=False):
@@ -129,11 +126,6 @@ class Teacher:
     def __init__(self, model: nn.Module, names: Iterable[str] = ()):
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.names = list(names)
-
-    def to(self, **kwargs: Any) -> Teacher:
-        """Moves it, by the arguments of `nn.Module.to`."""
-        self.model.to(**kwargs)
-        return self
 
     def _check(self) -> None:
         """It was frozen when it was made; whoever thawed it since is told."""

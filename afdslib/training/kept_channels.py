@@ -18,18 +18,12 @@ __all__ = ["Channels", "matching"]
 
 @dataclass(frozen=True)
 class Channels:
-    """Which of the source's channels a statically pruned network still has.
+    """Which of the source's channels a statically pruned network still has."""
 
-    Attributes:
-        reference: the source with only those channels: parameters compare one by one with the pruned network's.
-        kept: positions among the source's channels, (C',) int64, of each tapped layer's output and, under the
-            classifier's name, of the classifier's inputs.
-        inputs: of the source's classifier: its name, and how many there are.
-    """
-
-    reference: nn.Module
+    reference: nn.Module  # the source with only those channels: parameters compare one by one with the pruned network's
+    # Positions among the source's channels, (C',) int64, of each tapped layer's output and of the classifier's inputs.
     kept: Mapping[str, Tensor]
-    inputs: tuple[str, int]
+    inputs: tuple[str, int]  # of the source's classifier: its name, and how many there are
 
     def widened(self, features: Tensor, name: str, width: int) -> Tensor:
         """(B, C', ...) of a layer at its places among the source's (B, C, ...), zeros elsewhere."""
@@ -47,7 +41,7 @@ def matching(source: nn.Module, kept: Kept, names: Iterable[str], size: tuple[in
     Args:
         source: the dense source network.
         kept: positions among its channels, by group: `architecture["kept"]` of the pruned network.
-        names: tapped layers: blocks, or the layers themselves.
+        names: tapped layers, or blocks of layers.
         size: (3, H, W).
 
     Raises:

@@ -41,46 +41,29 @@ _PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed", "fp6
 class Optimisation:
     """How one stage is trained: SGD with momentum and a schedule over a fixed number of steps.
 
-    Attributes:
-        steps: optimiser steps.
-        batch_size: images per step.
-        lr: learning rate at the start (after the warm-up).
-        momentum: of SGD.
-        nesterov: Nesterov momentum.
-        schedule: "cosine" to 0 over the stage; "step": times `drop` at `milestone` of each half [code: seed];
-            "milestones": times `drop` at each of `milestones`.
-        milestone: share of each half after which the rate drops.
-        drop: factor of the drop.
-        second_half: factor on the rate of the second half; 0.1 in our reading of the paper. [recall]
-        warmup: share of the steps in which the rate rises linearly from 0.
-        predictor_lr: multiplier on the learning rate of the gates' predictors. [ours]
-        label_smoothing: of the cross-entropy.
-        precision: "fp32", "bf16", "fp16" (these two by autocast, gates in float32), or "fp64" to compare arithmetic.
-        channels_last: memory format of images and weights.
-        log_rows: rows of the learning curve, spread over the stage (at most one per step).
-        recalibrate: re-estimate the batch norms' statistics on this many batches after each mask update; 0 for never.
-        milestones: shares of the stage at which the rate drops, increasing, for the schedule "milestones".
-        sync_norm: with several processes, whether batch norm normalises by the images of all of them, as one process
-            would; else each by its own, so that the number of processes matters.
+    The schedule "cosine" ends at 0; "step" multiplies the rate by `drop` at `milestone` of each half [code: seed],
+    "milestones" at each of `milestones`.
     """
 
-    steps: int
-    batch_size: int = 48
-    lr: float = 0.01
+    steps: int  # optimiser steps
+    batch_size: int = 48  # images per step
+    lr: float = 0.01  # learning rate at the start (after the warm-up)
     momentum: float = 0.9
     nesterov: bool = False
     schedule: str = "step"
-    milestone: float = 0.67
-    drop: float = 0.1
-    second_half: float = 1.0
-    warmup: float = 0.0
-    predictor_lr: float = 1.0
-    label_smoothing: float = 0.0
-    precision: str = "fp32"
-    channels_last: bool = True
-    log_rows: int = 20
-    recalibrate: int = 0
-    milestones: tuple[float, ...] = runs.added(())
+    milestone: float = 0.67  # share of each half after which the rate drops
+    drop: float = 0.1  # factor of the drop
+    second_half: float = 1.0  # factor on the rate of the second half; 0.1 in our reading of the paper [recall]
+    warmup: float = 0.0  # share of the steps in which the rate rises linearly from 0
+    predictor_lr: float = 1.0  # multiplier on the learning rate of the gates' predictors [ours]
+    label_smoothing: float = 0.0  # of the cross-entropy
+    precision: str = "fp32"  # or "bf16", "fp16" (by autocast, gates in float32), or "fp64" to compare arithmetic
+    channels_last: bool = True  # memory format of images and weights
+    log_rows: int = 20  # rows of the learning curve, spread over the stage (at most one per step)
+    recalibrate: int = 0  # batches to re-estimate the batch norms' statistics on after each mask update
+    milestones: tuple[float, ...] = runs.added(())  # increasing shares of the stage
+    # With several processes, whether batch norm normalises by the images of all of them, as one process would; else
+    # each by its own, so that the number of processes matters.
     sync_norm: bool = runs.added(True)
 
     def __post_init__(self) -> None:
@@ -200,11 +183,10 @@ def evaluate(
 
 
 def monitor_gates(model: nn.Module, dataset: data.ImageDataset, *, images: int = 128) -> dict[str, float]:
-    """Two warning signs over some training images; empty for a network without gates.
+    """Two warning signs over living dynamic channels and some training images; empty for a network without gates.
 
-    Returns:
-        "dead_gates": share of living dynamic channels that no image computes. "gate_variance": mean over living dynamic
-        channels of Var[pi] / E[eta]^2, the squared coefficient of variation that delta_s is compared with.
+    "dead_gates": share of the channels that no image computes. "gate_variance": their mean of Var[pi] / E[eta]^2, the
+    squared coefficient of variation that delta_s is compared with.
     """
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, AFSConvBN)}
     if not layers:
@@ -346,19 +328,19 @@ def fit(
     Every process that a launcher started calls it: each takes its share of every batch, and the first writes.
 
     Args:
-        model: the network; moved to the accelerator if there is one.
+        model: moved to the accelerator if there is one.
         dataset: the fitting images, with augmentation.
         objective: the loss, its named terms, and the decay of each parameter group.
         settings: optimiser, schedule, precision.
         run: where checkpoints and the learning curve go.
-        seed: of data order and augmentation; also of torch's generator during the stage.
+        seed: of data order, augmentation, and torch's generator during the stage.
         monitor: training images under the test-time transform, for the gates' warning signs.
         events: called before the step of their key, for instance a mask update, and logged.
         evaluation: called for each row of the learning curve, and logged.
         label: for the progress display.
 
     Raises:
-        AFDSError: when the loss is not finite, naming the step and the term; nothing of that step is saved.
+        DivergedError: the loss is not finite; it names step and term, and nothing of that step is saved.
     """
     fabric, wrapped, optimiser = _set_up(model, objective, settings, seed)
     # A run that was interrupted goes on from its last checkpoint.
@@ -430,11 +412,7 @@ def _save(run: Run, step: int, parts: Mapping[str, Any]) -> None:
 
 
 def _resume(run: Run, parts: Mapping[str, Any], model: nn.Module, objective: Objective) -> int:
-    """Puts a run's checkpoint, if there is one, into its parts and torch's generators; returns the step to go on from.
-
-    Raises:
-        AFDSError: the checkpoint is of another network.
-    """
+    """Puts a run's checkpoint, if there is one, into its parts and torch's generators; returns its step."""
     state = run.load_checkpoint()
     if state is None:
         return 0

@@ -25,22 +25,13 @@ __all__ = ["Objective", "Regulariser"]
 
 @dataclass(frozen=True)
 class Regulariser:
-    """A regulariser and its strength.
+    """A regulariser and its strength."""
 
-    Attributes:
-        name: of `losses.TERMS`: "l2" (weight decay only), "l2sp", "feature-map", "afd", "lwf", "delta", "at", or of a
-            term of your own.
-        strength: l2: weight decay of every parameter; l2sp: alpha; the others: lambda.
-        classifier_decay: weight decay of the classifier where `strength` is not that already. [code: DELTA]
-        features: which maps are compared: "block" or "convbn".
-        attention: of AFD: "joint" or "detached".
-    """
-
-    name: str
-    strength: float
-    classifier_decay: float = 0.01
-    features: str = "block"
-    attention: str = "joint"
+    name: str  # of `losses.TERMS`: "l2", "l2sp", "feature-map", "afd", "lwf", "delta", "at", or a term of your own
+    strength: float  # l2: weight decay of every parameter; l2sp: alpha; the others: lambda
+    classifier_decay: float = 0.01  # of the classifier where `strength` is not that already [code: DELTA]
+    features: str = "block"  # which maps are compared: "block" or "convbn"
+    attention: str = "joint"  # of AFD: "joint" or "detached"
 
     def __post_init__(self) -> None:
         if self.name not in TERMS:
@@ -67,26 +58,17 @@ class Objective(nn.Module):
         hard: weight of the cross-entropy.
 
     Attributes:
-        terms: all of them.
         pairs: the layers that are compared.
         teacher: the frozen copy of `source`, or None.
         weight_decay, classifier_decay: applied by the optimiser, to backbone and predictors, and to the classifier.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        regulariser: Regulariser | None = None,
-        source: nn.Module | None = None,
-        input_size: tuple[int, int, int] = (3, 32, 32),
-        *,
-        weight_decay: float = 0.0,
-        label_smoothing: float = 0.0,
-        channels: Channels | None = None,
-        weights: Mapping[str, Tensor] | None = None,
-        terms: Sequence[Term] = (),
+        self, model: nn.Module, regulariser: Regulariser | None = None, source: nn.Module | None = None,
+        input_size: tuple[int, int, int] = (3, 32, 32), *, weight_decay: float = 0.0, label_smoothing: float = 0.0,
+        channels: Channels | None = None, weights: Mapping[str, Tensor] | None = None, terms: Sequence[Term] = (),
         hard: float = 1.0,
-    ):
+    ):  # fmt: skip
         super().__init__()
         self.label_smoothing, self.hard, self.input_size, self.channels = label_smoothing, hard, input_size, channels
         self.weight_decay = self.classifier_decay = weight_decay
@@ -124,7 +106,7 @@ class Objective(nn.Module):
         self.to(device=device, dtype=dtype)
         for teacher in (self.teacher, *(getattr(term, "teacher", None) for term in self.terms)):
             if teacher is not None:
-                teacher.to(device=device, dtype=dtype, memory_format=torch.channels_last)
+                teacher.model.to(device=device, dtype=dtype, memory_format=torch.channels_last)
 
     @staticmethod
     def classifier(model: nn.Module) -> nn.Module:
@@ -134,11 +116,8 @@ class Objective(nn.Module):
     def prepare(self, batches: Iterator[tuple[Tensor, Tensor]], num_classes: int) -> list[float]:
         """Trains what stays fixed during the run, such as a detached attention; nothing to do for the others."""
         device = next((p.device for p in self.parameters()), torch.device("cpu"))
-
-        def features(images: Tensor) -> Mapping[str, Tensor]:
-            return self._teach(images.to(device))[1]
-
-        return [loss for term in self.terms for loss in term.prepare(features, batches, num_classes)]
+        taught = lambda images: self._teach(images.to(device))[1]  # noqa: E731
+        return [loss for term in self.terms for loss in term.prepare(taught, batches, num_classes)]
 
     def inherit(self, state: Mapping[str, Tensor]) -> None:
         """Takes over what the objective of the larger network before has learnt, where a term's state goes on."""

@@ -1,5 +1,13 @@
 """Terms: one of the test's own in whole runs, what a registry refuses, and what the objective makes of them."""
 
+import importlib
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+from unittest import mock
+
+import faulty
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -11,7 +19,12 @@ from afdslib.base.errors import AFDSError
 from afdslib.experiments import OBJECTIVE, DataSource, DenseRun, ExtendedSourceRun, PrunedRun, Selection
 from afdslib.losses import TERMS, Axis, Batch, Term, kd_loss
 from afdslib.losses.kd import Distil, SoftLabels
+from afdslib.report.plots import style
+from afdslib.report.plots.sweep import accuracy_macs
+from afdslib.studies import workers
+from afdslib.studies.profile import Candidates
 from afdslib.studies.protocol import Method, label_of, regulariser_space
+from afdslib.studies.sweep import Study
 from afdslib.training.features import Teacher, feature_names
 from afdslib.training.objective import Objective, Regulariser
 
@@ -51,26 +64,46 @@ def toys(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["cosine", "scaled"])
-def test_a_regulariser_of_ones_own_runs_through_transfer_and_pruned_runs(toys, tmp_path, name):
-    """Declared in this file alone: runs, the search space, names for readers, the state and its taking over."""
-    assert regulariser_space(name)[0].name == "strength" and label_of(name) == TERMS[name].label
-    assert Method.parse(f"{name}+taylor").label.startswith(TERMS[name].label)
-    stage = tiny.settings(3, log_rows=3)
+def test_a_regulariser_of_ones_own_runs_through_a_study_and_pruned_runs(toys, tmp_path, monkeypatch, name):
+    """Declared in this file alone, but for a line of colour: runs, table, figure, the state's inheritance."""
+    label = TERMS[name].label
+    assert regulariser_space(name)[0].name == "strength" and label_of(name) == label
+    assert Method.parse(f"{name}+taylor").label.startswith(label)
+    monkeypatch.setitem(style.METHODS, name, style.Look(label, "#7F7F7F", "X"))
+    monkeypatch.setenv("AFDS_RUNS", str(tiny.store(tmp_path)))
+    stage, regulariser = tiny.settings(3, log_rows=3), Regulariser(name, 0.5)
+    candidates = (Candidates(regulariser, (0.5,)),)
+    profile = replace(faulty.profile(), transfer=stage, tuning=stage, budgets=(1.0, 0.5), candidates=candidates)
     start = ExtendedSourceRun(tiny.SOURCE, DataSource("tiny-source"), tiny.settings(0))
-    dense = DenseRun(start, DataSource("tiny-target"), Regulariser(name, 0.5), stage, macs_images=12)
-    pruned = PrunedRun(dense, Selection("l1"), stage, (0.5,))
+    dense = DenseRun(start, DataSource("tiny-target"), regulariser, stage, macs_images=12)
     with tiny.served():
-        store = tiny.store(tmp_path)
-        for config in (tiny.transfer(name, 0.5, budgets=(1.0, 0.5)), pruned):
-            history = runs.get_or_run(config, store=store).history()
-            assert (history.cosine > 0).all() and (history.loss != history.cross_entropy).all()
-            if name == "cosine":
-                torch.testing.assert_close(
-                    torch.tensor(history.loss), torch.tensor(history.cross_entropy + 0.5 * history.cosine)
-                )
-        state = load_file(runs.get_or_run(pruned, store=store).artifact(OBJECTIVE))
-    assert list(state) == ([] if name == "cosine" else [f"term.{i}" for i in range(4)])
+        table = Study(profile, workers=1).sweep()
+        pruned = runs.get_or_run(PrunedRun(dense, Selection("l1"), stage, (0.5,)))
+    assert list(table.method) == [name] * 2 and list(table.budget) == [1.0, 0.5]
+    drawn = accuracy_macs(table, values=["test_accuracy"]).legends[0].get_texts()
+    assert [text.get_text() for text in drawn] == [label]
+    for history in (pruned.history(), *(runs.finished(id)[1].history() for id in table.run)):
+        assert (history.cosine > 0).all() and (history.loss != history.cross_entropy).all()
+        if name == "cosine":
+            np.testing.assert_allclose(history.loss, history.cross_entropy + 0.5 * history.cosine, rtol=1e-6)
+    assert list(load_file(pruned.artifact(OBJECTIVE))) == ([] if name == "cosine" else [f"term.{i}" for i in range(4)])
     assert runs.from_json(runs.to_json(dense)) == dense
+
+
+def test_a_worker_imports_the_modules_of_all_terms(toys, tmp_path, monkeypatch):
+    """A worker is a new process, which knows what its modules declare."""
+    source = "from afdslib.losses import TERMS, Term\n@TERMS.register\nclass Own(Term):\n    name = label = 'own'\n"
+    (tmp_path / "own_term.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    started = []
+    context = SimpleNamespace(Process=lambda target, args: started.append((target, args)) or mock.Mock(exitcode=0))
+    monkeypatch.setattr(workers, "get_context", lambda _: context)
+    importlib.import_module("own_term")
+    workers.alongside(print, (), 2)
+    del TERMS["own"], sys.modules["own_term"]
+    ((target, arguments),) = started
+    target(*arguments)
+    assert TERMS["own"].label == "own"
 
 
 @pytest.mark.parametrize(
