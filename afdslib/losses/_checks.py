@@ -55,7 +55,7 @@ def targets(target: Tensor, logits: Tensor) -> None:
             f"The target is {target.dtype} of the shape {tuple(target.shape)} for {rows} samples; give one class index "
             f"per sample, int64."
         )
-    wrong = target[(target < 0) | (target >= classes)] if target.device.type == "cpu" else ()
+    wrong = target[(target < 0) | (target >= classes)] if target.device.type == "cpu" else target[:0]
     if len(wrong):
         raise AFDSError(
             f"The target {int(wrong[0])} is none of the {classes} classes; give indices from 0 to {classes - 1}."

@@ -94,7 +94,7 @@ class DELTA(FeatureMap):
 
 
 def channel_weights(
-    model: nn.Module, names: Sequence[str], loader: Iterable[tuple[Tensor, Tensor]], *, temperature: float = 5.0
+    model: nn.Module, names: Sequence[str], loader: Iterable[tuple[Tensor, Tensor]]
 ) -> dict[str, Tensor]:
     """softmax(z / 5) over a layer's channels, z the standardised increase of the loss when the channel is removed.
 
@@ -110,7 +110,6 @@ def channel_weights(
         model: The source network with a classifier for the loader's classes: `fit_classifier`. Its mode is restored.
         names: Layers, in any order.
         loader: (images, class indices) for training.
-        temperature: The 5.
 
     Returns:
         (C,) by name, float32 on the CPU, summing to 1.
@@ -134,16 +133,16 @@ def channel_weights(
                 increase[name] = increase.get(name, 0) + (_ablated(model, modules[name], images, target) - whole)
     if count == 0:
         raise AFDSError("The loader for DELTA's channel weights is empty; give at least one batch of training images.")
-    return {name: _softmax_of_z(name, total / count, temperature) for name, total in increase.items()}
-
-
-def _softmax_of_z(name: str, increase: Tensor, temperature: float) -> Tensor:
-    if not bool(torch.isfinite(increase).all()):
-        raise AFDSError(f"The loss without some channels of {name} is NaN or infinite; look at the model's weights.")
-    spread = increase.std(correction=0)
-    # Rounding alone gives a spread of about 1e-7 of the loss, which must not be blown up to deviations of 1.
-    z = torch.where(spread > 1e-9, (increase - increase.mean()) / spread.clamp(min=1e-9), 0.0)
-    return (z / temperature).softmax(0).float().cpu()
+    weights = {}
+    for name, summed in increase.items():
+        x = summed / count
+        if not bool(x.isfinite().all()):
+            raise AFDSError(f"The loss without some channels of {name} is NaN or infinite; look at the model's weights.")
+        # Rounding alone gives a spread of about 1e-7 of the loss, which must not be blown up to deviations of 1.
+        spread = x.std(correction=0)
+        z = torch.where(spread > 1e-9, (x - x.mean()) / spread.clamp(min=1e-9), 0.0)
+        weights[name] = (z / 5.0).softmax(0).float().cpu()
+    return weights
 
 
 def _ablated(model: nn.Module, module: nn.Module, images: Tensor, target: Tensor) -> Tensor:

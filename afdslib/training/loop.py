@@ -282,13 +282,12 @@ def first_batches(
 
 def _groups(model: nn.Module, objective: Objective, settings: Optimisation) -> list[dict[str, Any]]:
     """Parameter groups: backbone, classifier, predictors (own rate), and what the objective learns (no decay)."""
-    classifier = {id(p) for p in objective.classifier(model).parameters()}
-    predictors = {id(p) for m in model.modules() if isinstance(m, AFSConvBN) for p in m.predictor.parameters()}
+    kinds = {id(p): "predictors" for m in model.modules() if isinstance(m, AFSConvBN) for p in m.predictor.parameters()}
+    kinds |= {id(p): "classifier" for p in objective.classifier(model).parameters()}
     groups: dict[str, list[nn.Parameter]] = {"backbone": [], "classifier": [], "predictors": []}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            backbone = "predictors" if id(parameter) in predictors else "backbone"
-            groups["classifier" if id(parameter) in classifier else backbone].append(parameter)
+            groups[kinds.get(id(parameter), "backbone")].append(parameter)
     groups["objective"] = [p for p in objective.parameters() if p.requires_grad]
     decays = {"classifier": objective.classifier_decay, "objective": 0.0}
     made = []

@@ -74,13 +74,14 @@ class Objective(nn.Module):
         self.weight_decay = self.classifier_decay = weight_decay
         self.term: nn.Module | None = None  # the module of the term that has one
         if regulariser is not None:
-            kind, pairs = TERMS[regulariser.name], ()
+            kind = TERMS[regulariser.name]
+            pairs: tuple[Pair, ...] = ()
             self.weight_decay, self.classifier_decay = kind.decays(regulariser)
             if kind.needs and source is None:
                 raise AFDSError(f"the regulariser {regulariser.name!r} needs the source network")
             if source is not None and "layers" in kind.needs:
-                names = [feature_names(network, regulariser.features) for network in (model, source)]
-                pairs = pair_layers(model, source, *names, input_size)
+                own, other = (feature_names(network, regulariser.features) for network in (model, source))
+                pairs = pair_layers(model, source, own, other, input_size)
             reference = source if channels is None else channels.reference
             terms = (kind(TermContext(regulariser, model, pairs, source, reference, weights)), *terms)
         self.terms = tuple(terms)
@@ -106,7 +107,7 @@ class Objective(nn.Module):
         self.to(device=device, dtype=dtype)
         for teacher in (self.teacher, *(getattr(term, "teacher", None) for term in self.terms)):
             if teacher is not None:
-                teacher.model.to(device=device, dtype=dtype, memory_format=torch.channels_last)
+                teacher.model.to(device=device, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @staticmethod
     def classifier(model: nn.Module) -> nn.Module:

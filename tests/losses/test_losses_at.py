@@ -5,6 +5,7 @@ import pytest
 import torch
 from tiny import maps
 from torch import nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from afdslib import backbones
 from afdslib.base.errors import AFDSError
@@ -15,14 +16,9 @@ from afdslib.losses.at import ATLoss, at_loss, attention_map, gradient_at_loss, 
 def _slow_attention(features, p):
     rows = []
     for sample in features:
-        channels, height, width = sample.shape
-        row = [
-            sum(abs(float(sample[c, i, j])) ** p for c in range(channels)) / channels
-            for i in range(height)
-            for j in range(width)
-        ]
-        norm = math.sqrt(sum(v * v for v in row))
-        rows.append([v / norm for v in row])
+        places = zip(*sample.flatten(1).tolist(), strict=True)
+        row = [sum(abs(v) ** p for v in place) / len(place) for place in places]
+        rows.append([v / math.hypot(*row) for v in row])
     return rows
 
 
@@ -33,38 +29,19 @@ def test_attention_map_is_the_formula(p):
     torch.testing.assert_close(attention_map(features, p), wanted)
 
 
-@pytest.mark.parametrize("p", [1, 2, 4])
+@pytest.mark.parametrize("p", [0.5, 1, 2, 3, 4])
 @pytest.mark.parametrize("mode", ["code", "paper"])
 def test_at_loss_is_the_formula_with_different_channels(p, mode):
     student, teacher = maps(3, 2, 4, 4), maps(3, 5, 4, 4, seed=1)
-    norms = [
-        math.sqrt(sum((a - b) ** 2 for a, b in zip(s, t, strict=True)))
-        for s, t in zip(_slow_attention(student, p), _slow_attention(teacher, p), strict=True)
-    ]
+    norms = list(map(math.dist, _slow_attention(student, p), _slow_attention(teacher, p)))
     wanted = sum(norms) / 3 if mode == "paper" else sum(n * n for n in norms) / (3 * 16)
     assert at_loss(student, teacher, p=p, mode=mode).item() == pytest.approx(wanted, rel=1e-12)
-
-
-def test_for_one_sample_the_code_mode_is_the_square_of_the_paper_mode_per_position():
-    student, teacher = maps(1, 2, 3, 5), maps(1, 4, 3, 5, seed=1)
-    paper, code = (at_loss(student, teacher, mode=m).item() for m in ("paper", "code"))
-    assert code == pytest.approx(paper**2 / 15, rel=1e-12)
-
-
-@pytest.mark.parametrize("mode", ["code", "paper"])
-@pytest.mark.parametrize("p", [0.5, 1, 2, 3])
-def test_at_gradients(mode, p):
-    student, teacher = maps(2, 3, 3, 3).requires_grad_(), maps(2, 4, 3, 3, seed=1)
+    student, teacher = student[:2, ..., :3].requires_grad_(), teacher[:2, ..., :3]
     assert torch.autograd.gradcheck(lambda s: at_loss(s, teacher, p=p, mode=mode), student)
-
-
-@pytest.mark.parametrize("mode", ["code", "paper"])
-def test_identical_maps_give_zero_and_a_finite_gradient(mode):
-    teacher = maps(2, 3, 4, 4)
-    student = teacher.clone().requires_grad_()
-    loss = at_loss(student, teacher, mode=mode)
+    same = teacher.clone().requires_grad_()
+    loss = at_loss(same, teacher, p=p, mode=mode)
     loss.backward()
-    assert loss.item() == 0 and torch.equal(student.grad, torch.zeros_like(teacher))
+    assert loss.item() == 0 and torch.equal(same.grad, torch.zeros_like(teacher))
 
 
 @pytest.mark.parametrize("mode", ["code", "paper"])
@@ -111,10 +88,8 @@ def test_a_map_that_is_off_has_no_gradient_and_no_nan():
 
 
 def test_half_precision_maps_are_squared_in_full_precision():
-    student = maps(1, 4, 3, 3, dtype=torch.float32) * 1000  # squares overflow float16
-    teacher = maps(1, 4, 3, 3, seed=1, dtype=torch.float32)
-    loss = at_loss(student.half(), teacher.half())
-    assert loss.item() == pytest.approx(at_loss(student, teacher).item(), rel=2e-2)
+    student, teacher = maps(1, 4, 3, 3) * 1000, maps(1, 4, 3, 3, seed=1)  # squares overflow float16
+    assert at_loss(student.half(), teacher.half()).item() == pytest.approx(at_loss(student, teacher).item(), rel=2e-2)
 
 
 def test_another_map_size_is_averaged_by_area_and_said():
@@ -201,17 +176,11 @@ def test_gradient_at_differentiates_a_residual_network_twice(training):
 
     parameters = [p for p in model.parameters() if p is not model.fc.bias]
     loss().backward()
-    generator = torch.Generator().manual_seed(2)
-    directions = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
-    analytic = sum((p.grad * v).sum().item() for p, v in zip(parameters, directions, strict=True))
-    values = []
+    start, gradient = (parameters_to_vector(x).detach().clone() for x in (parameters, [p.grad for p in parameters]))
+    direction = maps(len(start), seed=3)
+    analytic, values = float(gradient @ direction), []
     for sign in (1, -1):
-        with torch.no_grad():
-            for p, v in zip(parameters, directions, strict=True):
-                p.add_(v, alpha=sign * 1e-6)
+        vector_to_parameters(start + sign * 1e-7 * direction, parameters)
         values.append(loss().item())
-        with torch.no_grad():
-            for p, v in zip(parameters, directions, strict=True):
-                p.sub_(v, alpha=sign * 1e-6)
     assert abs(analytic) > 1e-4
-    assert analytic == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-6)
+    assert analytic == pytest.approx((values[0] - values[1]) / 2e-7, rel=1e-5)

@@ -2,6 +2,8 @@
 
 import copy
 import math
+from contextlib import contextmanager
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -27,79 +29,36 @@ def parameters(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-# settings
+@pytest.mark.parametrize(("name", "value"), [
+    ("steps", -1), ("steps", 2.5), ("steps", "many"), ("steps", True), ("batch_size", 0), ("batch_size", 4.0),
+    ("batch_size", "4"), ("lr", 0), ("lr", math.nan), ("lr", "0.1"), ("predictor_lr", -1), ("momentum", 1.0),
+    ("momentum", "0.9"), ("label_smoothing", 1.5), ("warmup", 1.0), ("warmup", "0.1"), ("schedule", "linear"),
+    ("precision", "fp8"), ("log_rows", -1), ("recalibrate", 1.5),
+])  # fmt: skip
+def test_settings_out_of_range_or_of_the_wrong_type_are_one_sentence(name, value):
+    with pytest.raises(AFDSError, match=name) as caught:
+        Optimisation(**({"steps": 10} | {name: value}))
+    assert "\n" not in str(caught.value) and str(value) in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"steps": -1}, "steps"),
-        ({"steps": 2.5}, "steps"),
-        ({"steps": "many"}, "steps"),
-        ({"steps": True}, "steps"),
-        ({"batch_size": 0}, "batch_size"),
-        ({"batch_size": 4.0}, "batch_size"),
-        ({"batch_size": "4"}, "batch_size"),
-        ({"lr": 0}, "lr"),
-        ({"lr": float("nan")}, "lr"),
-        ({"lr": "0.1"}, "lr"),
-        ({"predictor_lr": -1}, "predictor_lr"),
-        ({"momentum": 1.0}, "momentum"),
-        ({"momentum": "0.9"}, "momentum"),
-        ({"label_smoothing": 1.5}, "label_smoothing"),
-        ({"warmup": 1.0}, "warmup"),
-        ({"warmup": "0.1"}, "warmup"),
-        ({"schedule": "linear"}, "schedule"),
-        ({"precision": "fp8"}, "precision"),
-        ({"log_rows": -1}, "log_rows"),
-        ({"recalibrate": 1.5}, "recalibrate"),
-    ],
-    ids=str,
-)
-def test_settings_out_of_range_or_of_the_wrong_type_are_one_sentence(options, words):
-    with pytest.raises(AFDSError, match=words) as caught:
-        Optimisation(**({"steps": 10} | options))
-    assert "\n" not in str(caught.value) and str(next(iter(options.values()))) in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"name": "l3"}, "'l3'"),
-        ({"strength": -0.1}, "lambda.*-0.1"),
-        ({"strength": float("inf")}, "lambda.*inf"),
-        ({"strength": float("nan")}, "lambda.*nan"),
-        ({"strength": "0.1"}, "lambda.*'0.1'"),
-        ({"classifier_decay": -1}, "classifier_decay.*-1"),
-        ({"features": "conv"}, "'conv'"),
-        ({"attention": "both"}, "'both'"),
-    ],
-    ids=str,
-)
-def test_regularisers_out_of_range_are_one_sentence(options, words):
+@pytest.mark.parametrize(("name", "value", "words"), [
+    ("name", "l3", "'l3'"), ("strength", -0.1, "lambda.*-0.1"), ("strength", math.inf, "lambda.*inf"),
+    ("strength", math.nan, "lambda.*nan"), ("strength", "0.1", "lambda.*'0.1'"),
+    ("classifier_decay", -1, "classifier_decay.*-1"), ("features", "conv", "'conv'"), ("attention", "both", "'both'"),
+])  # fmt: skip
+def test_regularisers_out_of_range_are_one_sentence(name, value, words):
     with pytest.raises(AFDSError, match=words):
-        Regulariser(**({"name": "afd", "strength": 0.1} | options))
+        Regulariser(**({"name": "afd", "strength": 0.1} | {name: value}))
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"budgets": ()}, "budgets"),
-        ({"budgets": (0.5,)}, "budgets"),
-        ({"budgets": (1.0, 0.0)}, "budgets"),
-        ({"budgets": (1.0, 0.5, 0.5)}, "budgets"),
-        ({"budgets": (1.0, "0.5")}, "budgets"),
-        ({"density_floor": 0.0}, "density_floor"),
-        ({"density_floor": "high"}, "density_floor"),
-        ({"delta_s": -0.1}, "delta_s"),
-        ({"macs_images": 0}, "macs_images"),
-        ({"trim": 1.5}, "trim"),
-    ],
-    ids=str,
-)
-def test_transfer_runs_out_of_range_are_one_sentence(options, words):
-    with pytest.raises(AFDSError, match=words):
-        tiny.transfer(**options)
+@pytest.mark.parametrize(("name", "value"), [
+    ("budgets", ()), ("budgets", (0.5,)), ("budgets", (1.0, 0.0)), ("budgets", (1.0, 0.5, 0.5)),
+    ("budgets", (1.0, "0.5")), ("density_floor", 0.0), ("density_floor", "high"), ("delta_s", -0.1),
+    ("macs_images", 0), ("trim", 1.5),
+])  # fmt: skip
+def test_transfer_runs_out_of_range_are_one_sentence(name, value):
+    with pytest.raises(AFDSError, match=name):
+        tiny.transfer(**{name: value})
 
 
 def test_step_schedule_drops_within_each_half():
@@ -112,9 +71,6 @@ def test_cosine_schedule_warms_up_and_ends_near_0():
     settings = Optimisation(steps=100, schedule="cosine", warmup=0.1)
     assert [settings.factor(step) for step in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
     assert settings.factor(55) == pytest.approx(0.5) and 0 < settings.factor(99) < 1e-3
-
-
-# parameter groups
 
 
 def test_predictors_and_the_objectives_own_parameters_have_their_rates_and_decays():
@@ -162,14 +118,25 @@ def test_weight_decay_is_the_gradient_of_the_penalty_that_is_logged():
         torch.testing.assert_close(q.detach(), p.detach() - rate * p.grad)
 
 
-# one stage
+@contextmanager
+def killed(step: int):
+    """The stage inside the block is interrupted right after its checkpoint at a step."""
+    saved = runs.Run.save_checkpoint
+
+    def save(self, state):
+        saved(self, state)
+        if state["step"] == step:
+            raise KeyboardInterrupt
+
+    with mock.patch.object(runs.Run, "save_checkpoint", save), pytest.raises(KeyboardInterrupt):
+        yield
 
 
-def afd_stage(folder, *, attention="joint", events=None, steps=6, kill_at=None, monkeypatch=None, precision="fp32"):
+def afd_stage(folder, *, steps=6, kill_at=None, precision="fp32"):
     """A stage of AFD with a mask update, optionally interrupted right after the checkpoint at a step."""
     stem = "imagenet" if precision == "fp32" else "cifar"
     model, source = tiny.gated(stem=stem), tiny.gated(1, stem)
-    objective = Objective(model, Regulariser("afd", 0.1, attention=attention), source, SIZE)
+    objective = Objective(model, Regulariser("afd", 0.1), source, SIZE)
     optimisation = tiny.settings(steps, predictor_lr=0.5, precision=precision)
 
     def update() -> dict[str, float]:
@@ -179,52 +146,35 @@ def afd_stage(folder, *, attention="joint", events=None, steps=6, kill_at=None, 
         objective.masks_changed(model)
         return {"removed": report.removed}
 
-    events = {steps // 2: update} if events is None else events
+    events = {steps // 2: update}
     if kill_at is not None:
-        saved = runs.Run.save_checkpoint
-
-        def save(self, state):
-            saved(self, state)
-            if state["step"] == kill_at:
-                raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(runs.Run, "save_checkpoint", save)
+        with killed(kill_at):
             tiny.fit(folder, model, objective, settings=optimisation, events=events, monitor=tiny.images(24))
-        return afd_stage(folder, attention=attention, steps=steps, precision=precision)
+        return afd_stage(folder, steps=steps, precision=precision)
     tiny.fit(folder, model, objective, settings=optimisation, events=events, monitor=tiny.images(24))
     return model, objective, (folder / "metrics.csv").read_text()
 
 
 @pytest.mark.parametrize("kill_at", [1, 3, 5], ids=["first-step", "before-the-update", "after-the-update"])
-def test_a_resumed_stage_ends_at_the_same_numbers_bit_by_bit(tmp_path, monkeypatch, kill_at):
+def test_a_resumed_stage_ends_at_the_same_numbers_bit_by_bit(tmp_path, kill_at):
     whole, term, log = afd_stage(tmp_path / "whole")
-    resumed, resumed_term, resumed_log = afd_stage(tmp_path / "resumed", kill_at=kill_at, monkeypatch=monkeypatch)
+    resumed, resumed_term, resumed_log = afd_stage(tmp_path / "resumed", kill_at=kill_at)
     for a, b in ((whole, resumed), (term, resumed_term)):
         state = b.state_dict()
         assert all(torch.equal(value, state[name]) for name, value in a.state_dict().items())
     assert resumed_log == log and len(log.splitlines()) == 7
 
 
-def test_a_resumed_stage_draws_the_same_dropout(tmp_path, monkeypatch):
-    def build() -> nn.Module:
-        torch.manual_seed(0)
-        made = tiny.network()
-        made.avgpool = nn.Sequential(made.avgpool, nn.Dropout(0.5))
-        return made
+def test_a_resumed_stage_draws_the_same_dropout(tmp_path):
+    def train(folder: str) -> nn.Module:
+        model = tiny.network()
+        model.avgpool = nn.Sequential(model.avgpool, nn.Dropout(0.5))
+        return tiny.fit(tmp_path / folder, model, settings=tiny.settings(6))
 
-    whole = tiny.fit(tmp_path / "whole", build(), settings=tiny.settings(6))
-    saved = runs.Run.save_checkpoint
-
-    def save(self, state):
-        saved(self, state)
-        if state["step"] == 4:  # in the middle of the second epoch
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(runs.Run, "save_checkpoint", save)
-        tiny.fit(tmp_path / "resumed", build(), settings=tiny.settings(6))
-    resumed = tiny.fit(tmp_path / "resumed", build(), settings=tiny.settings(6))
+    whole = train("whole")
+    with killed(4):  # in the middle of the second epoch
+        train("resumed")
+    resumed = train("resumed")
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
 
 
@@ -260,19 +210,14 @@ def test_events_happen_once_before_the_step_of_their_key_and_are_logged(tmp_path
 
 @pytest.mark.parametrize(
     ("name", "terms"),
-    [
-        ("l2", {"l2"}),
-        ("l2sp", {"l2sp", "l2"}),
-        ("feature-map", {"feature_map", "l2"}),
-        ("afd", {"afd", "entropy", "l2"}),
-    ],
+    [("l2", set()), ("l2sp", {"l2sp"}), ("feature-map", {"feature_map"}), ("afd", {"afd", "entropy"})],
 )
 def test_every_term_is_logged_and_they_add_up_to_the_loss(tmp_path, name, terms):
     model = tiny.gated()
     objective = Objective(model, Regulariser(name, 0.1), tiny.gated(1), SIZE)
     tiny.fit(tmp_path, model, objective, settings=tiny.settings(2), monitor=tiny.images(24))
     _, rows = tiny.run(tmp_path)._read_log()
-    always = {"loss", "cross_entropy", "lr", "step", "epoch", "train_accuracy", "dead_gates", "gate_variance"}
+    always = {"l2", "loss", "cross_entropy", "lr", "step", "epoch", "train_accuracy", "dead_gates", "gate_variance"}
     assert set(rows[0]) == terms | always
     for row in ({key: float(value) for key, value in row.items()} for row in rows):
         share = {"l2": 0.0, "l2sp": row.get("l2sp", 0) + row["l2"]}.get(name)
@@ -338,9 +283,6 @@ def test_bf16_trains_with_gates_and_terms_in_float32(tmp_path):
     model, objective, log = afd_stage(tmp_path, precision="bf16", steps=2)
     assert all(p.dtype == torch.float32 for p in model.parameters())
     assert len(log.splitlines()) == 3 and "nan" not in log
-
-
-# data order, evaluation, recalibration
 
 
 def test_batches_continue_where_an_interrupted_run_stopped():
