@@ -137,7 +137,7 @@ def channel_weights(
     for name, summed in increase.items():
         x = summed / count
         if not bool(x.isfinite().all()):
-            raise AFDSError(f"The loss without some channels of {name} is NaN or infinite; look at the model's weights.")
+            raise AFDSError(f"The loss without some channels of {name} is NaN or infinite; look at the model's weights")
         # Rounding alone gives a spread of about 1e-7 of the loss, which must not be blown up to deviations of 1.
         spread = x.std(correction=0)
         z = torch.where(spread > 1e-9, (x - x.mean()) / spread.clamp(min=1e-9), 0.0)
