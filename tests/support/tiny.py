@@ -11,6 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import nn
@@ -150,3 +151,17 @@ def store(folder: Path) -> Path:
 def maps(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """Normally distributed numbers of a seed of their own."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+@contextmanager
+def killed(step: int) -> Iterator[None]:
+    """The stage inside the block is interrupted right after its checkpoint at a step."""
+    saved = runs.Run.save_checkpoint
+
+    def save(self, state):
+        saved(self, state)
+        if state["step"] == step:
+            raise KeyboardInterrupt
+
+    with mock.patch.object(runs.Run, "save_checkpoint", save), pytest.raises(KeyboardInterrupt):
+        yield

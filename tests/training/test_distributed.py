@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import tiny
 import torch
 import two_processes
 from PIL import Image
@@ -63,15 +64,7 @@ def launch(*command: str, folder: Path) -> str:
 
 def interrupt(config: PhotoRun, store: Path) -> None:
     """Begins a run in this process and stops it right after its fourth step's checkpoint."""
-    saved = runs.Run.save_checkpoint
-
-    def save(self, state):
-        saved(self, state)
-        if state["step"] == 4:
-            raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(runs.Run, "save_checkpoint", save)
+    with pytest.MonkeyPatch.context() as patch, tiny.killed(4):
         patch.setattr(loop.Throttle, "due", lambda self: True)
         patch.setattr(loop, "workers", lambda _: 0)
         runs.get_or_run(config, store=store)
