@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -16,10 +16,10 @@ import pandas as pd
 
 from afdslib import runs
 from afdslib.base.errors import AFDSError, UnreachableError
-from afdslib.experiments import AFSSourceRun, DataSource, ExtendedSourceRun, SourceRun, weights_run
+from afdslib.experiments import AFSSourceRun, DataSource, ExtendedSourceRun, weights_run
 from afdslib.studies import engine, profiles, results, statistics
 from afdslib.studies.engine import Cell
-from afdslib.studies.points import Points, Settings, Tuned
+from afdslib.studies.points import Points, Tuned
 from afdslib.studies.profile import Profile
 from afdslib.studies.protocol import AFDS, Method, Protocol, protocol
 from afdslib.studies.tuning import Tuning
@@ -32,9 +32,7 @@ COLUMNS = [
     "met", "dense_macs", "parameters", "removed", "static", "dynamic", "dead_gates", "gate_variance", "steps",
     "training_macs", "source_macs", "settings", "run",
 ]  # fmt: skip
-TRIALS = {"stage": "stage", "method": "name"} | {
-    name: name for name in ("trial", "settings", "validation_accuracy", "reason", "run")
-}
+TRIALS = ["stage", "method", "trial", "settings", "validation_accuracy", "reason", "run"]
 MISSING = ["target", "method", "role", "seed", "budget", "reason"]
 TIMES = ["method", "seed", "budget", "seconds", "source_seconds", "run"]
 
@@ -81,47 +79,39 @@ class Comparison(engine.Plan):
                 f"this comparison takes its settings and rivals from that of {original.profile.name}, which is not "
                 f"finished; finish it first: {original.command}"
             )
-        first = original.rules.seeds[: original.rules.rest]
-        ranked = statistics.rank_on_validation(original.table(), budget=rules.primary_budget, seeds=first)
+        ranked = statistics.rank_on_validation(original.table(), budget=rules.primary_budget, seeds=original._first)
         return (AFDS, *map(Method.parse, ranked[: rules.rivals]))
 
     # the plan
 
     @cached_property
-    def _tuning(self) -> Tuning:
-        return Tuning(self.points, self.methods)
-
-    def why_not(self, method: Method) -> str:
-        """Why a method cannot be tuned; empty where it can."""
-        return self.original.why_not(method) if self.original else self._tuning.why_not(method)
+    def tuning(self) -> Tuning:
+        """The trials that the settings come from."""
+        return self.original.tuning if self.original else Tuning(self.points, self.methods)
 
     def tuned(self, method: Method) -> Tuned:
         """A method at the settings that its trials chose."""
-        return self.original.tuned(method) if self.original else self._tuning.tuned(method)
-
-    def best_regulariser(self, method: Method) -> Settings:
-        """A regulariser's settings of highest validation accuracy."""
-        return self.original.best_regulariser(method) if self.original else self._tuning.best_regulariser(method)
+        return self.tuning.tuned(method)
 
     def batches(self) -> Iterator[list[Cell]]:
         """Source networks; trials, unless another comparison has made them; the first seeds; the rest of the seeds."""
         keys = {"target": self.target.title}
         yield [Cell(config, "source", keys | {"variant": name}) for name, config in self.points.sources(self.methods)]
         if self.original is None:
-            yield from self._tuning.batches()
-        first, rest = self.rules.seeds[: self.rules.rest], self.rules.seeds[self.rules.rest :]
+            yield from self.tuning.batches()
         # Seed by seed, so that what is finished of an interrupted study compares all methods.
-        cells = [cell for seed in first for method in self.methods for cell in self._chain(method, seed)]
+        cells = [cell for seed in self._first for method in self.methods for cell in self._chain(method, seed)]
         yield cells
-        if rest:
-            table = points_of(results.stored(self._row(cell) for cell in cells))
-            yield [cell for seed in rest for method in self._best(table) for cell in self._chain(method, seed)]
+        if rest := self.rules.seeds[self.rules.rest :]:
+            reached = [(cell, engine.lookup(cell.config).metrics) for cell in cells if cell.config is not None]
+            rows = [m | dict(cell.keys) | {"role": cell.role} for cell, m in reached if "diverged" not in m]
+            best = self._best(points_of(results.stored(rows)))
+            yield [cell for seed in rest for method in best for cell in self._chain(method, seed)]
 
-    def _row(self, cell: Cell) -> dict[str, Any]:
-        """What the choice of rivals reads of a finished point."""
-        metrics = engine.lookup(cell.config).metrics if cell.config is not None else {"diverged": cell.reason}
-        figures = {"reason": metrics["diverged"]} if "diverged" in metrics else metrics
-        return figures | dict(cell.keys) | {"role": cell.role}
+    @property
+    def _first(self) -> tuple[int, ...]:
+        """The seeds that all methods get."""
+        return self.rules.seeds[: self.rules.rest]
 
     def _best(self, first: pd.DataFrame) -> list[Method]:
         """AFDS, and the competitors that are best on validation images at the first seeds."""
@@ -137,9 +127,9 @@ class Comparison(engine.Plan):
         return [self.cell(method, seed, self.rules.budgets[: i + 1]) for i in self._wanted(method)]
 
     def _wanted(self, method: Method) -> list[int]:
-        budgets = self.rules.budgets
-        some = method.selection.startswith("width") and not self.rules.narrow_between
-        return [i for i, b in enumerate(budgets) if not some or b in (1.0, self.rules.primary_budget)]
+        """At which budgets there is a point."""
+        every = self.rules.narrow_between or not method.selection.startswith("width")
+        return [i for i, b in enumerate(self.rules.budgets) if every or b in (1.0, self.rules.primary_budget)]
 
     def cell(self, method: Method, seed: int, budgets: Sequence[float], *, role: str = "", factor: float = 1.0) -> Cell:
         """A method's point at the last of some budgets, at the chosen settings."""
@@ -148,7 +138,7 @@ class Comparison(engine.Plan):
             "selection": method.selection, "seed": seed, "budget": budgets[-1],
         }  # fmt: skip
         role = role or method.role
-        if reason := self.why_not(method):
+        if reason := self.tuning.why_not(method):
             return Cell(None, role, keys, reason)
         tuned = self.tuned(method)
         said = {**tuned.regulariser, **{f"{k} ({method.selection})": v for k, v in tuned.selection.items()}}
@@ -158,13 +148,10 @@ class Comparison(engine.Plan):
         except UnreachableError as error:
             return Cell(None, role, keys, str(error))
 
-    def measured(self, cell: Cell, result: runs.Result) -> Mapping[str, Any]:
+    def measured(self, cell: Cell, result: runs.Result) -> dict[str, Any]:
         """A point's figures with what it took; of a trial its validation accuracy alone."""
-        if cell.role == "trial":
-            return {"validation_accuracy": result.metrics.get("validation_accuracy")}
-        if cell.role == "source":
-            return result.metrics
-        return result.metrics | _costs(cell.config, result)
+        figures = super().measured(cell, result)
+        return figures if cell.role in ("trial", "source") else figures | _costs(cell.config, result)
 
     def show(self) -> str:
         """The rules, as JSON."""
@@ -176,10 +163,10 @@ class Comparison(engine.Plan):
 
     # what is there
 
-    def committed(self) -> pd.DataFrame:
-        """The committed rows of this comparison, as text."""
+    def committed(self, part: str = "comparison") -> pd.DataFrame:
+        """The committed rows of this comparison, or of what is beside it, as text."""
         rows = results.read(self.profile.name, self.profile.scale) if self.profile.committed else results.stored([])
-        return results.select(rows, part=self.part, target=self.target.title)
+        return results.select(rows, part=part, target=self.target.title)
 
     def rows(self) -> pd.DataFrame:
         """The rows of this comparison, as text: the committed ones, else what is finished in the run store."""
@@ -193,23 +180,22 @@ class Comparison(engine.Plan):
     def complete(self) -> pd.DataFrame:
         """The rows of the points, with and without a network, without seeds that some method has not finished."""
         rows = results.select(self.rows(), part=self.part, role=("afds", "part", "competitor"))
-        rules, numbers = self.rules, rows.seed.astype(int)
+        numbers = rows.seed.astype(int)
         count = rows.groupby([rows.method, numbers]).size()
 
         def done(methods: Sequence[Method], seed: int) -> bool:
             return all(count.get((m.key, seed), 0) >= len(self._wanted(m)) for m in methods)
 
-        first = [seed for seed in rules.seeds[: rules.rest] if done(self.methods, seed)]
+        first = [seed for seed in self._first if done(self.methods, seed)]
         best = self._best(points_of(rows[numbers.isin(first)])) if first else []
-        rest = [seed for seed in rules.seeds[rules.rest :] if first and done(best, seed)]
+        rest = [seed for seed in self.rules.seeds[self.rules.rest :] if first and done(best, seed)]
         rows = rows[numbers.isin([*first, *rest])]
-        order = {method: i for i, method in enumerate(dict.fromkeys(rows.method))}
-        return rows.sort_values("method", key=lambda names: names.map(order), kind="stable")
+        return rows.sort_values("method", key=lambda names: pd.factorize(names)[0], kind="stable")
 
     def trials(self) -> pd.DataFrame:
         """Every trial that the settings come from: what was tried, its validation accuracy or why it has none."""
         rows = (self.original or self).rows()
-        return results.view(results.select(rows, role="trial"), TRIALS)
+        return results.view(results.select(rows, role="trial"), TRIALS).rename(columns={"method": "name"})
 
     @property
     def finished(self) -> bool:
@@ -220,21 +206,19 @@ class Comparison(engine.Plan):
             return False
         rows = self.complete()
         there = set(zip(rows.method, rows.seed.astype(int), strict=True))
-        first = {(method.key, seed) for method in methods for seed in self.rules.seeds[: self.rules.rest]}
+        first = {(method.key, seed) for method in methods for seed in self._first}
         return there >= first | {(AFDS.key, seed) for seed in self.rules.seeds if AFDS in methods}
 
     def rival(self) -> str:
         """The best competitor on validation images, on the first seeds."""
-        rules = self.rules
-        return statistics.rival(self.table(), budget=rules.primary_budget, seeds=rules.seeds[: rules.rest])
+        return statistics.rival(self.table(), budget=self.rules.primary_budget, seeds=self._first)
 
     def sentence(self) -> str:
         """The report's sentence."""
-        rules = self.rules
         try:
             names = {method.key: method.label for method in self.methods}
-            first = rules.seeds[: rules.rest]
-            return statistics.sentence(self.table(), budget=rules.primary_budget, seeds=first, names=names)
+            budget = self.rules.primary_budget
+            return statistics.sentence(self.table(), budget=budget, seeds=self._first, names=names)
         except AFDSError as error:
             return f"There is no verdict: {error}."
 
@@ -264,42 +248,32 @@ def _costs(config: Any, result: runs.Result) -> dict[str, Any]:
 
 def _ancestors(config: Any) -> list[Any]:
     """A run and those it started from, as far as they are of its own kind: points of one chain, or source networks."""
-    found = [config]
-    while True:
-        last = found[-1]
-        before = getattr(last, "parent", None) or (getattr(last, "source", None) if _is_source(last) else None)
-        if before is None:
-            return found
-        found.append(before)
+    chain: list[Any] = []
+    while config is not None:
+        chain.append(config)
+        source = config.source if isinstance(config, (AFSSourceRun, ExtendedSourceRun)) else None
+        config = getattr(config, "parent", None) or source
+    return chain
 
 
-def _is_source(config: Any) -> bool:
-    return isinstance(config, (SourceRun, AFSSourceRun, ExtendedSourceRun))
-
-
-def _total(chain: Sequence[Any], of: Any) -> float:
+def _total(chain: Sequence[Any], of: Callable[[runs.Result], float | None]) -> float:
     """The sum over runs; NaN where one of them is not known."""
-    values = []
-    for config in chain:
-        result = runs.lookup(config)
-        values.append(None if result is None else of(result))
-    known = [float(value) for value in values if value is not None]
-    return float(sum(known)) if len(known) == len(values) else math.nan
+    values = [None if (result := runs.lookup(config)) is None else of(result) for config in chain]
+    return math.nan if None in values else float(sum(map(float, values)))  # type: ignore[arg-type]
 
 
 def costs(table: pd.DataFrame, budget: float) -> pd.DataFrame:
     """Per method what a point at a budget took, mean over seeds: training MACs on the source and on the target."""
-    columns = ["source_macs", "training_macs"]
-    rows = table[(table.budget - budget).abs() < 1e-9]
-    return rows.groupby("method", sort=False)[columns].mean().reset_index()
+    rows = statistics.at(table, budget)
+    return rows.groupby("method", sort=False)[["source_macs", "training_macs"]].mean().reset_index()
 
 
 def macs_needed(table: pd.DataFrame) -> pd.DataFrame:
     """Per method the share of MACs to stay within one point of its own dense network, from the means over seeds."""
     rows = []
-    for method, mine in table.groupby("method", sort=False):
-        means = mine.groupby("budget")[["macs", "test_accuracy"]].mean()
+    for method, points in table.groupby("method", sort=False):
+        means = points.groupby("budget")[["macs", "test_accuracy"]].mean()
         curve = {float(b): (float(r.macs), float(r.test_accuracy)) for b, r in means.iterrows()}
         share = statistics.macs_within(curve) if 1.0 in curve else None
-        rows.append({"method": method, "macs": math.nan if share is None else share, "seeds": mine.seed.nunique()})
+        rows.append({"method": method, "macs": math.nan if share is None else share, "seeds": points.seed.nunique()})
     return pd.DataFrame(rows, columns=["method", "macs", "seeds"])

@@ -26,7 +26,10 @@ def examine(data_dir: str | Path | None = None) -> list[Row]:
     Args:
         data_dir: A folder with archives or trees to look in, as for `afds run --data-dir`.
     """
-    return [*_versions(), *_devices(), _kernel(), *_folders(), *_data_sets(data_dir)]
+    kernel: Row = ("kernel", "ok", "notebooks run in this python, whatever kernelspecs are installed")
+    if importlib.util.find_spec("ipykernel") is None:
+        kernel = ("kernel", "missing", "install ipykernel in this environment")
+    return [*_versions(), *_devices(), kernel, *_folders(), *_data_sets(data_dir)]
 
 
 def _versions() -> list[Row]:
@@ -54,20 +57,10 @@ def _devices() -> list[Row]:
     return rows if facts["gpus"] else [*rows, ("gpu", "", "none; studies run on the CPU")]
 
 
-def _kernel() -> Row:
-    if importlib.util.find_spec("ipykernel") is None:
-        return ("kernel", "missing", "install ipykernel in this environment")
-    return ("kernel", "ok", "notebooks run in this python, whatever kernelspecs are installed")
-
-
 def _folders() -> list[Row]:
     rows = []
-    for name, folder in (
-        ("run store", paths.runs()),
-        ("figures", paths.figures("demo").parent),
-        ("raw data", paths.raw_data()),
-        ("cache", paths.cache()),
-    ):
+    folders = {"run store": paths.runs(), "figures": paths.figures("demo").parent, "raw data": paths.raw_data()}
+    for name, folder in (folders | {"cache": paths.cache()}).items():
         existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
         try:
             with tempfile.TemporaryFile(dir=existing):

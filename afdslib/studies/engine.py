@@ -23,19 +23,9 @@ from afdslib.runs.networks import keep_networks
 from afdslib.studies import results, workers
 
 __all__ = [
-    "Cell",
-    "Plan",
-    "Unfinished",
-    "cells",
-    "compute",
-    "dry_run",
-    "frame",
-    "lookup",
-    "pending",
-    "publish",
-    "run",
+    "Cell", "Plan", "Unfinished", "cells", "compute", "dry_run", "frame", "lookup", "pending", "publish", "run",
     "table",
-]
+]  # fmt: skip
 
 
 class Unfinished(AFDSError):
@@ -50,7 +40,7 @@ class Cell:
         config: of the run; None for a point that is out of reach.
         role: "source", "trial", "afds", "part", "competitor", "ablation", "teacher", "student", ...
         keys: of its row, by column: target, method, seed, budget, ...
-        reason: why there is no run.
+        reason: why there is no run; else empty.
     """
 
     config: Any
@@ -142,9 +132,7 @@ def run(configs: Sequence[Any], processes: int = 1) -> list[runs.Result]:
 def compute(plan: Plan, processes: int | None = None) -> None:
     """Computes what is missing; several processes, here or on machines with the same run store, share the runs.
 
-    Args:
-        plan: whose runs.
-        processes: default: as many as train well at a time here.
+    By default there are as many processes here as train well at a time.
     """
     several = processes or training.processes()
     workers.alongside(_share, (plan,), several if pending(plan) > 1 else 1)
@@ -195,23 +183,16 @@ def frame(found: Iterable[tuple[Mapping[str, Any], runs.Result]], columns: Seque
     return table
 
 
-def table(plan: Plan, *, train: bool = False) -> pd.DataFrame:
-    """The rows of a plan in the schema of results.csv; a run that diverged has a reason instead of figures.
-
-    Args:
-        plan: whose runs.
-        train: compute what is missing first; otherwise what is not finished has no row.
-    """
-    if train:
-        compute(plan)
+def table(plan: Plan) -> pd.DataFrame:
+    """The rows of a plan in the schema of results.csv: of all that is finished or out of reach, or has diverged."""
     rows = []
     for cell, result in cells(plan):
-        row = {"scale": plan.profile.scale, "part": plan.part, "role": cell.role, "reason": cell.reason}
+        figures: dict[str, Any] = {"reason": cell.reason}
         if result is not None:
             diverged = result.metrics.get("diverged")
-            figures = {"reason": diverged} if diverged else plan.measured(cell, result)
-            row = {**figures, **{key: row[key] for key in ("scale", "part", "role")}, "run": result.id}
-        rows.append(row | dict(cell.keys))
+            figures = ({"reason": diverged} if diverged else plan.measured(cell, result)) | {"run": result.id}
+        same = {"scale": plan.profile.scale, "part": plan.part, "role": cell.role}
+        rows.append({**figures, **same, **cell.keys})
     return results.stored(rows)
 
 

@@ -25,6 +25,7 @@ from afdslib.data import fetch, trees
 from afdslib.experiments import DataSource, Network
 from afdslib.experiments.source import PUBLISHED_CLASSES
 from afdslib.studies.profile import Candidates, Profile
+from afdslib.studies.statistics import at
 from afdslib.training import Optimisation
 from afdslib.training.objective import Regulariser
 
@@ -52,17 +53,13 @@ class Options:
     """What the user asked for, and what was found.
 
     Attributes:
-        folder: the ImageFolder tree, absolute.
-        images: hash of its images' names, sizes and times.
-        weights: "imagenet", or the absolute path of a weight file.
-        content: hash of that file, or "".
+        folder, images: the ImageFolder tree, absolute; hash of its images' names, sizes and times.
+        weights, content: "imagenet", or the absolute path of a weight file; hash of that file, or "".
         macs_budget: share of the dense MACs, in (0, 1].
-        network: the backbone.
-        stem, width: of the backbone; read from a weight file.
+        network, stem, width: the backbone; stem and width are read from a weight file.
         size: side of the images in pixels.
         scale: "quick" or "standard".
-        batch_size: images per step.
-        precision: "bf16" on a GPU, else "fp32".
+        batch_size, precision: images per step; "bf16" on a GPU, else "fp32".
         skip_corrupt: whether images that cannot be decoded are left out.
     """
 
@@ -95,26 +92,18 @@ class Options:
 
 
 def options(
-    folder: str | Path | None,
-    weights: str | None,
-    macs_budget: float | None,
-    *,
-    network: str | None = None,
-    size: int = 224,
-    scale: str | None = None,
-    skip_corrupt: bool = False,
-) -> Options:
+    folder: str | Path | None, weights: str | None, macs_budget: float | None, *, network: str | None = None,
+    size: int = 224, scale: str | None = None, skip_corrupt: bool = False,
+) -> Options:  # fmt: skip
     """Checks all that can be checked before the first step, so that no mistake shows after hours.
 
     Args:
         folder: an ImageFolder tree: train, validation and test folders are used as they are, a flat tree is split.
         weights: "imagenet" (torchvision's), or a file that `backbones.build` takes. A ResNet's stem and width are read
             from the file.
-        macs_budget: share of the dense MACs of the network to end with, in (0, 1].
-        network: a backbone by name; default: what the weight file says of itself, else "resnet50".
-        size: side of the images in pixels.
-        budget: "quick" (the default) or "standard".
-        skip_corrupt: whether images that cannot be decoded are left out.
+        network: default: what the weight file says of itself, else "resnet50".
+        scale: default: "quick".
+        macs_budget, size, skip_corrupt: see `Options`.
 
     Raises:
         AFDSError: a missing or bad value, no such tree, fewer than two classes, too few images, or weights that do not
@@ -148,11 +137,10 @@ def options(
     network = network or "resnet50"
     # Built and converted once, so that weights of another network or one without gates are refused now.
     afs.convert(Network(network, stem=stem, width=width, weights=weights).build(PUBLISHED_CLASSES, 0))
+    precision = "bf16" if training.device().type == "cuda" else "fp32"
     return Options(
-        folder=str(tree), images=_images(tree), weights=weights, content=content, macs_budget=float(macs_budget),
-        network=network, stem=stem, width=width, size=size, scale=scale,
-        batch_size=min(BATCH, len(splits.train)),
-        precision="bf16" if training.device().type == "cuda" else "fp32", skip_corrupt=skip_corrupt,
+        str(tree), _images(tree), weights, content, float(macs_budget), network, stem, width, size, scale,
+        min(BATCH, len(splits.train)), precision, skip_corrupt,
     )  # fmt: skip
 
 
@@ -184,31 +172,22 @@ def mine(o: Options) -> Profile:
     )  # fmt: skip
     between = tuple(b for b in (0.5, 0.25, 0.125, 0.0625) if b >= 1.25 * o.macs_budget)
     weights = "imagenet" if not o.content else f"{Path(o.weights).stem}-{o.content}"
-    afd = Regulariser("afd", 1e-3, classifier_decay=0.01)
+    l2, afd = Regulariser("l2", 1e-4), Regulariser("afd", 1e-3, classifier_decay=0.01)
     return Profile(
-        name=o.name,
-        scale=o.scale,
+        name=o.name, scale=o.scale,
         source=DataSource(weights),  # never read; its name makes other weights other runs
         targets=(DataSource(o.folder, size=o.size, content=o.images, skip_corrupt=o.skip_corrupt),),
         network=Network(o.network, stem=o.stem, width=o.width, weights=o.weights),
-        source_training=replace(fit, steps=0),
-        source_weight_decay=1e-4,
-        afs_training=replace(fit, steps=0),
+        source_training=replace(fit, steps=0), source_weight_decay=1e-4, afs_training=replace(fit, steps=0),
         candidates=(
-            Candidates(Regulariser("l2", 1e-4), (1e-4, 1e-3, 1e-2) if standard else (1e-4, 1e-2)),
+            Candidates(l2, (1e-4, 1e-3, 1e-2) if standard else (1e-4, 1e-2)),
             Candidates(afd, (1e-3, 1e-2, 1e-1) if standard else (1e-3, 1e-1)),
         ),
-        trial=replace(fit, steps=trial, log_rows=1),
-        trial_seed=1000,
-        transfer=fit,
-        tuning=replace(fit, steps=tuning, warmup=0.0, log_rows=2),
-        seeds=(0, 1, 2) if standard else (0,),
-        budgets=tuple(dict.fromkeys((1.0, *between, o.macs_budget))),
-        delta_s=0.001,
-        density_floor=0.2,
-        committed=False,
-        left_out=("06", "07"),
-    )
+        trial=replace(fit, steps=trial, log_rows=1), trial_seed=1000, transfer=fit,
+        tuning=replace(fit, steps=tuning, warmup=0.0, log_rows=2), seeds=(0, 1, 2) if standard else (0,),
+        budgets=tuple(dict.fromkeys((1.0, *between, o.macs_budget))), delta_s=0.001, density_floor=0.2,
+        committed=False, left_out=("06", "07"),
+    )  # fmt: skip
 
 
 def notebooks() -> Path:
@@ -245,20 +224,15 @@ def get(name: str) -> Profile:
     return mine(o)
 
 
-# ------------------------------------------------------------------------------------------------------- the network
-
-
 @dataclass(frozen=True)
 class Export:
     """The exported network.
 
     Attributes:
         path: the file.
-        method: the regulariser it was trained with: "afd" or "l2".
-        budget: of the profile.
-        macs: measured on the test images, a share of the dense MACs.
-        accuracy: on the test images, a share.
-        unpruned: that of the unpruned network of the same method and seed.
+        method, budget: the regulariser it was trained with, "afd" or "l2"; the share of MACs it was to reach.
+        macs, accuracy: measured on the test images: shares of the dense MACs, and of images.
+        unpruned: accuracy of the unpruned network of the same method and seed.
     """
 
     path: Path
@@ -279,7 +253,7 @@ def chosen(table: pandas.DataFrame, budget: float) -> Any:
     Raises:
         AFDSError: no network has reached it.
     """
-    rows = table[table.budget == budget]
+    rows = at(table, budget)
     if rows.empty:
         why = next((gap["reason"] for gap in table.attrs.get("missing", ())), "it is not in the sweep")
         raise AFDSError(f"no network reached {budget:g} of the dense MACs ({why}); ask for a larger --macs-budget")
@@ -297,13 +271,11 @@ def export(study: Study) -> Export:
     from afdslib.inference.export import export_run
 
     p, table = study.profile, study.sweep()
-    wanted = p.budgets[-1]
-    row = chosen(table, wanted)
-    same = table[(table.method == row.method) & (table.seed == row.seed)]
+    row = chosen(table, wanted := p.budgets[-1])
+    unpruned = at(table[(table.method == row.method) & (table.seed == row.seed)], 1.0)
     onnx = all(find_spec(name) for name in ("onnx", "onnxruntime", "onnxscript"))
-    # A profile's name is "mine-<tree>-<hash>".
-    stem = f"{p.name.removeprefix(f'{BASE}-').rpartition('-')[0]}-{wanted:g}"
-    path = paths.figures(p.name) / f"{stem}{'.onnx' if onnx else '.safetensors'}"
+    tree = p.name.removeprefix(f"{BASE}-").rpartition("-")[0]  # a profile's name is "mine-<tree>-<hash>"
+    path = paths.figures(p.name) / f"{tree}-{wanted:g}{'.onnx' if onnx else '.safetensors'}"
     path, _ = export_run(row.run, "onnx" if onnx else "torch", path)
-    unpruned = float(same[same.budget == 1].test_accuracy.iloc[0])
-    return Export(path, row.method, wanted, float(row.macs), float(row.test_accuracy), unpruned)
+    accuracy = float(unpruned.test_accuracy.iloc[0])
+    return Export(path, row.method, wanted, float(row.macs), float(row.test_accuracy), accuracy)

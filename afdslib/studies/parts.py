@@ -17,13 +17,11 @@ PARTS = ("sweep", "comparison", "ablations", *students.STUDIES, "speed")
 def plans(
     part: str, profile: str, scale: str | None = None, data_dir: str | None = None, target: str | None = None
 ) -> list[Plan]:
-    """The plans of one part of a profile.
+    """The plans of one part of a profile, by name.
 
     Args:
         part: one of `PARTS`.
-        profile: by name; the part "speed" is the same for all.
-        scale: see `profiles.get`.
-        data_dir: see `profiles.get`.
+        profile, scale, data_dir: see `profiles.get`; the part "speed" is the same for all.
         target: a target by title, of the comparison and its ablations; default: the first.
 
     Raises:

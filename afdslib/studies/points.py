@@ -8,20 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from afdslib import experiments
 from afdslib.base.errors import UnreachableError
-from afdslib.experiments import (
-    AFSSourceRun,
-    DataSource,
-    DenseRun,
-    ExtendedSourceRun,
-    FBSGatesRun,
-    FBSRun,
-    NarrowRun,
-    PrunedRun,
-    Selection,
-    TransferRun,
-)
-from afdslib.losses.term import Value
+from afdslib.experiments import DataSource, TransferRun
 from afdslib.pruning import CRITERIA, fitting_width
 from afdslib.studies.profile import Profile
 from afdslib.studies.protocol import Method, Protocol
@@ -30,19 +19,14 @@ from afdslib.training.objective import Regulariser
 
 __all__ = ["Point", "Points", "Settings", "Tuned"]
 
-Point = DenseRun | PrunedRun | FBSRun | NarrowRun | TransferRun
-Settings = Mapping[str, Value]
+Point = experiments.DenseRun | experiments.PrunedRun | experiments.FBSRun | experiments.NarrowRun | TransferRun
+Settings = Mapping[str, Any]
+"""Of a regulariser or a selection, by name: numbers, words or None."""
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """A method with its settings.
-
-    Attributes:
-        method: the pair.
-        regulariser: settings by name: strength, lr.
-        selection: settings by name.
-    """
+    """A method with the settings of its regulariser (strength, lr) and of its selection."""
 
     method: Method
     regulariser: Settings
@@ -50,7 +34,7 @@ class Tuned:
 
     @property
     def strength(self) -> float:
-        return float(self.regulariser["strength"])  # type: ignore[arg-type]
+        return float(self.regulariser["strength"])
 
 
 class Points:
@@ -66,11 +50,11 @@ class Points:
         self.profile, self.rules, self.target = profile, rules, target
 
     @property
-    def afs_source(self) -> AFSSourceRun:
+    def afs_source(self) -> experiments.AFSSourceRun:
         """The converted source, fine-tuned so that its predictors learn."""
         return self.profile.afs_source_run
 
-    def extended(self, budget: float | None = None) -> ExtendedSourceRun:
+    def extended(self, budget: float | None = None) -> experiments.ExtendedSourceRun:
         """The competitors' start: as many more source steps as AFS got, at full width or at a budget's.
 
         Args:
@@ -89,7 +73,7 @@ class Points:
             classes, size = self._shape
             width = fitting_width(p.network.name, p.network.stem, p.network.width, classes, size, budget)
             source = replace(source, network=replace(p.network, width=width))
-        return ExtendedSourceRun(source, p.source, p.afs_training)
+        return experiments.ExtendedSourceRun(source, p.source, p.afs_training)
 
     @functools.cached_property
     def _shape(self) -> tuple[int, tuple[int, int, int]]:
@@ -108,37 +92,20 @@ class Points:
                 except UnreachableError:  # no such width: its points are missing and say why
                     continue
 
-    # points
-
     def regulariser(self, method: Method, settings: Settings) -> Regulariser:
         """A method's regulariser with its strength."""
         decay = self.profile.candidates[-1].regulariser.classifier_decay
-        strength = float(settings["strength"])  # type: ignore[arg-type]
-        plain = Regulariser(method.regulariser, strength, decay)
+        plain = Regulariser(method.regulariser, float(settings["strength"]), decay)
         return replace(plain, attention=method.attention) if method.attention != "joint" else plain
 
-    def stage(self, settings: Optimisation, factor: Value, **changes: Any) -> Optimisation:
+    def stage(self, settings: Optimisation, factor: float | None, steps: int) -> Optimisation:
         """A stage with its learning rate scaled, and a row, after which it can be resumed, about every epoch."""
-        steps = changes.get("steps", settings.steps)
         rows = max(1, math.ceil(steps / self.rules.epoch_steps))
-        return replace(settings, lr=settings.lr * float(factor or 1.0), log_rows=rows, **changes)
+        return replace(settings, lr=settings.lr * float(factor or 1.0), log_rows=rows, steps=steps)
 
-    def dense(
-        self, method: Method, settings: Settings, seed: int, *, trial: bool = False, scale_l1: float = 0.0
-    ) -> DenseRun:
+    def dense(self, method: Method, settings: Settings, seed: int, *, trial: bool = False) -> Point:
         """The unpruned network with a method's regulariser."""
-        p = self.profile
-        first = p.trial if trial else p.transfer
-        return DenseRun(
-            source=self.extended(),
-            data=replace(self.target, seed=seed),
-            regulariser=self.regulariser(method, settings),
-            optimisation=self.stage(first, settings["lr"], steps=max(2, round(first.steps * self.rules.steps))),
-            scale_l1=scale_l1,
-            macs_images=p.macs_images,
-            seed=seed,
-            use_test=not trial,
-        )
+        return self.point(Tuned(replace(method, selection="taylor"), settings, {"lr": 1.0}), seed, (1.0,), trial=trial)
 
     def point(
         self, tuned: Tuned, seed: int, budgets: Sequence[float], *, trial: bool = False, factor: float = 1.0
@@ -155,73 +122,42 @@ class Points:
         Raises:
             UnreachableError: a budget that no width reaches.
         """
-        p, budgets = self.profile, tuple(budgets)
+        p, rules, budgets = self.profile, self.rules, tuple(budgets)
         selection, chosen = tuned.method.selection, tuned.selection
-        first, factor = p.trial if trial else p.transfer, factor * self.rules.steps
-        unpruned = self.stage(first, tuned.regulariser["lr"], steps=max(2, round(first.steps * factor)))
-        tuning = self.stage(p.tuning, chosen["lr"], steps=max(2, round(p.tuning.steps * factor)))
+        first, factor = p.trial if trial else p.transfer, factor * rules.steps
+        unpruned = self.stage(first, tuned.regulariser["lr"], max(2, round(first.steps * factor)))
+        tuning = self.stage(p.tuning, chosen["lr"], max(2, round(p.tuning.steps * factor)))
+        data, regulariser = replace(self.target, seed=seed), self.regulariser(tuned.method, tuned.regulariser)
+        common: dict[str, Any] = {"macs_images": p.macs_images, "seed": seed, "use_test": not trial}
         if selection in ("afs", "fbs"):
-            faster = float(chosen["predictor_lr"])  # type: ignore[arg-type]
+            faster = float(chosen["predictor_lr"])
             unpruned, tuning = (replace(o, predictor_lr=o.predictor_lr * faster) for o in (unpruned, tuning))
-            make = self._afs if selection == "afs" else self._fbs
-            return make(tuned, seed, budgets, unpruned, tuning, trial)
-        scale_l1 = float(chosen.get("scale_l1", 0.0))  # type: ignore[arg-type]
-        dense = replace(
-            self.dense(tuned.method, tuned.regulariser, seed, trial=trial, scale_l1=scale_l1), optimisation=unpruned
-        )
+        if selection == "afs":
+            return TransferRun(
+                self.afs_source, data, regulariser, unpruned, tuning, budgets, float(chosen["delta_s"]),
+                density_exponent=float(chosen["density_exponent"]), density_floor=p.density_floor, settle=True,
+                first=rules.first_update, freeze_first=False, settle_by=rules.settle_by, **common,
+            )  # fmt: skip
+        if selection == "fbs":
+            alone = round(rules.gates_alone * unpruned.steps)
+            gates = experiments.FBSGatesRun(
+                self.extended(), data, regulariser, self.stage(unpruned, 1.0, alone), chosen["gate_bias"],
+                float(chosen["gate_l1"]), seed, not trial,
+            )  # fmt: skip
+            rest = self.stage(unpruned, 1.0, unpruned.steps - alone)
+            return experiments.FBSRun(gates, rest, tuning, budgets, macs_images=p.macs_images)
+        scale_l1 = float(chosen.get("scale_l1", 0.0))
+        dense = experiments.DenseRun(self.extended(), data, regulariser, unpruned, scale_l1=scale_l1, **common)
         if len(budgets) == 1:
             return dense
         if selection in CRITERIA:
-            criterion = Selection(selection, str(chosen.get("normalise", "none")), mixed=selection == "taylor")
-            return PrunedRun(dense, criterion, tuning, budgets[1:])
-        steps = unpruned.steps + (len(budgets) - 1) * tuning.steps
-        return NarrowRun(
-            source=self.extended(budgets[-1]),
-            data=dense.data,
-            regulariser=dense.regulariser,
-            optimisation=self.stage(first, chosen["lr"], steps=steps),
-            full=p.network,
-            budget=budgets[-1],
-            teacher=dense if selection == "width-kd" else None,
-            temperature=float(chosen.get("temperature", 4.0)),  # type: ignore[arg-type]
-            alpha=float(chosen.get("alpha", 0.9)),  # type: ignore[arg-type]
-            macs_images=p.macs_images,
-            seed=seed,
-            use_test=not trial,
-        )
-
-    def _afs(
-        self,
-        tuned: Tuned,
-        seed: int,
-        budgets: tuple[float, ...],
-        unpruned: Optimisation,
-        tuning: Optimisation,
-        trial: bool,
-    ) -> TransferRun:
-        p, chosen = self.profile, tuned.selection
-        return TransferRun(
-            self.afs_source, replace(self.target, seed=seed), self.regulariser(tuned.method, tuned.regulariser),
-            unpruned, tuning, budgets, float(chosen["delta_s"]),  # type: ignore[arg-type]
-            density_exponent=float(chosen["density_exponent"]), density_floor=p.density_floor,  # type: ignore[arg-type]
-            macs_images=p.macs_images, seed=seed, use_test=not trial, settle=True, first=self.rules.first_update,
-            freeze_first=False, settle_by=self.rules.settle_by,
+            criterion = experiments.Selection(
+                selection, str(chosen.get("normalise", "none")), mixed=selection == "taylor"
+            )
+            return experiments.PrunedRun(dense, criterion, tuning, budgets[1:])
+        whole = self.stage(first, chosen["lr"], unpruned.steps + (len(budgets) - 1) * tuning.steps)
+        return experiments.NarrowRun(
+            self.extended(budgets[-1]), data, regulariser, whole, full=p.network, budget=budgets[-1],
+            teacher=dense if selection == "width-kd" else None, temperature=float(chosen.get("temperature", 4.0)),
+            alpha=float(chosen.get("alpha", 0.9)), **common,
         )  # fmt: skip
-
-    def _fbs(
-        self,
-        tuned: Tuned,
-        seed: int,
-        budgets: tuple[float, ...],
-        unpruned: Optimisation,
-        tuning: Optimisation,
-        trial: bool,
-    ) -> FBSRun:
-        chosen, alone = tuned.selection, round(self.rules.gates_alone * unpruned.steps)
-        gates = FBSGatesRun(
-            self.extended(), replace(self.target, seed=seed), self.regulariser(tuned.method, tuned.regulariser),
-            self.stage(unpruned, 1.0, steps=alone), chosen["gate_bias"], float(chosen["gate_l1"]),  # type: ignore[arg-type]
-            seed, not trial,
-        )  # fmt: skip
-        rest = self.stage(unpruned, 1.0, steps=unpruned.steps - alone)
-        return FBSRun(gates, rest, tuning, budgets, macs_images=self.profile.macs_images)

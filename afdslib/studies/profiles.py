@@ -34,26 +34,17 @@ def _demo(scale: str) -> Profile:
         steps=160, batch_size=30, lr=0.05, schedule="cosine", warmup=0.05, predictor_lr=3.0, log_rows=8
     )  # fmt: skip
     return Profile(
-        name="demo",
-        scale=scale,
-        source=DataSource("digits-0-4", size=16),
+        name="demo", scale=scale, source=DataSource("digits-0-4", size=16),
         targets=(DataSource("digits-5-9", per_class=12, size=16),),
         network=Network("resnet14", stem="cifar", width=0.125),
-        source_training=replace(fit, lr=0.1),
-        source_weight_decay=5e-4,
-        afs_training=replace(fit, lr=0.02, steps=80),
+        source_training=replace(fit, lr=0.1), source_weight_decay=5e-4, afs_training=replace(fit, lr=0.02, steps=80),
         candidates=_candidates((1e-4, 1e-2), (1e-2, 1e-1), (1e-3, 1e-2), 0.01),
-        trial=replace(fit, steps=40, log_rows=1),
-        trial_seed=1000,
-        transfer=replace(fit, steps=80),
+        trial=replace(fit, steps=40, log_rows=1), trial_seed=1000, transfer=replace(fit, steps=80),
         tuning=replace(fit, steps=50, warmup=0.0, log_rows=1),
         seeds=(0, 1) if scale == "quick" else (0, 1, 2, 3, 4),
         # The short source stage leaves gates that vary little; at 0.01 nearly all would become constant.
-        delta_s=0.001,
-        macs_images=60,
-        **RECALLED_SCHEDULE,
-        committed=False,
-    )
+        delta_s=0.001, macs_images=60, **RECALLED_SCHEDULE, committed=False,
+    )  # fmt: skip
 
 
 def _imagenet32(scale: str) -> Profile:
@@ -124,13 +115,9 @@ def _paper(scale: str) -> Profile:
     )  # fmt: skip
     grid = (1e-3, 1e-2, 1e-1)
     names = (
-        ("stanford-dogs", None),
-        ("mit-indoors", None),
-        ("caltech-256", 60),
-        ("caltech-256", 30),
-        ("cub-200-2011", None),
-        ("food-101", None),
-    )
+        ("stanford-dogs", None), ("mit-indoors", None), ("caltech-256", 60), ("caltech-256", 30),
+        ("cub-200-2011", None), ("food-101", None),
+    )  # fmt: skip
     return Profile(
         name="paper",
         scale=scale,

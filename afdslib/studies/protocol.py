@@ -19,22 +19,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from afdslib.base.checks import whole
 from afdslib.base.errors import AFDSError
 from afdslib.losses.term import TERMS, Axis
 from afdslib.studies.profile import Profile
 
 __all__ = [
-    "AFDS",
-    "SELECTIONS",
-    "SELECTION_SPACES",
-    "Axis",
-    "Method",
-    "Protocol",
-    "label_of",
-    "protocol",
-    "regulariser_space",
-    "selection_space",
-]
+    "AFDS", "SELECTIONS", "SELECTION_SPACES", "Axis", "Method", "Protocol", "label_of", "protocol",
+    "regulariser_space", "selection_space",
+]  # fmt: skip
 
 LR = Axis("lr", 1.0, 0.3, 3.0)
 """A factor on the learning rate: of the unpruned stage for regularisers, of the later stages for selections."""
@@ -45,10 +38,7 @@ PREDICTOR_LR = Axis("predictor_lr", 1.0, 0.1, 10.0)
 
 SELECTION_SPACES: dict[str, tuple[Axis, ...]] = {
     "afs": (
-        Axis("density_exponent", 0.5, choices=(0.0, 0.25, 0.5)),
-        Axis("delta_s", 1e-2, 1e-4, 1.0),
-        PREDICTOR_LR,
-        LR,
+        Axis("density_exponent", 0.5, choices=(0.0, 0.25, 0.5)), Axis("delta_s", 1e-2, 1e-4, 1.0), PREDICTOR_LR, LR,
     ),
     "fbs": (Axis("gate_bias", 1.0, choices=(1.0, None)), Axis("gate_l1", 1e-7, 1e-9, 1e-4), PREDICTOR_LR, LR),
     "slimming": (Axis("scale_l1", 1e-4, 1e-6, 1e-2), NORMALISE, LR),
@@ -57,7 +47,7 @@ SELECTION_SPACES: dict[str, tuple[Axis, ...]] = {
     "random": (LR,),
     "width": (LR,),
     "width-kd": (Axis("temperature", 4.0, 1.0, 8.0), Axis("alpha", 0.9, 0.1, 1.0, log=False), LR),
-}
+}  # fmt: skip
 
 SELECTIONS = tuple(SELECTION_SPACES)
 
@@ -92,17 +82,11 @@ def label_of(name: str) -> str:
     Raises:
         AFDSError: an unknown name.
     """
-    plain, attention = _split(name)
+    plain = name.removesuffix(_DETACHED)
     known = TERMS[plain].label if plain in TERMS else _LABELS.get(plain)
     if known is None:
         raise AFDSError(f"no regulariser or selection is called {name!r}")
-    return known if attention == "joint" else f"{known} ({attention})"
-
-
-def _split(regulariser: str) -> tuple[str, str]:
-    """A regulariser and its attention, from their one word in tables."""
-    plain = regulariser.removesuffix(_DETACHED)
-    return plain, "joint" if plain == regulariser else "detached"
+    return known if plain == name else f"{known} (detached)"
 
 
 @dataclass(frozen=True)
@@ -159,8 +143,8 @@ class Method:
         regulariser, plus, selection = text.partition("+")
         if not plus:
             raise AFDSError(f"the method {text!r} is not of the form REGULARISER+SELECTION, such as l2sp+taylor")
-        plain, attention = _split(regulariser)
-        return cls(plain, selection, attention)
+        plain = regulariser.removesuffix(_DETACHED)
+        return cls(plain, selection, "joint" if plain == regulariser else "detached")
 
 
 AFDS = Method("afd", "afs")
@@ -178,16 +162,14 @@ class Protocol:
         trial_budget: at which selections are tuned, with L2 at its best.
         primary_budget: at which strengths are chosen once more, and of the endpoint.
         multipliers: of a pair's best strength, tried at the primary budget.
-        seeds: of AFDS and the top rivals, paired.
-        rest: how many of these seeds the other methods get.
+        seeds, rest: of AFDS and the top rivals, paired; how many of these seeds the other methods get.
         rivals: how many competitors, best on validation, get all seeds.
         gates_alone: share of the unpruned stage's steps in which FBS tunes its gates alone.
         steps: factor on the profile's steps on the target data.
         epoch_steps: steps per row of the learning curve, after which a killed worker can go on: about an epoch.
         first_update: share of a stage after which AFS removes channels; it freezes gates at the later update. [ours]
         settle_by: what AFS ranks channels by when the budget is met once more after the last step; see `TransferRun`.
-        settings_of: a profile whose finished comparison gives the settings, and the rivals that AFDS is compared with;
-            nothing is tuned then.
+        settings_of: a profile whose finished comparison gives the settings and the rivals; nothing is tuned then.
         narrow_between: whether narrower networks, each of which is a training of its own, are made at the budgets
             between the unpruned one and the endpoint, too.
     """
@@ -213,10 +195,7 @@ class Protocol:
     narrow_between: bool = True
 
     def __post_init__(self) -> None:
-        if self.trials < 1:
-            raise AFDSError(
-                f"trials must be a whole number of at least 1, got {self.trials!r}: the search space is empty"
-            )
+        whole("trials", self.trials, 1)
         if not self.methods:
             raise AFDSError("the comparison has no method; name at least one pair such as afd+afs")
         for budget in (self.trial_budget, self.primary_budget):
@@ -227,6 +206,11 @@ class Protocol:
     def trial_chain(self) -> tuple[float, ...]:
         """Budgets on the way to the primary one in a trial."""
         return (1.0, self.trial_budget, self.primary_budget)
+
+    @property
+    def chain(self) -> tuple[float, ...]:
+        """Budgets down to the primary one."""
+        return self.budgets[: self.budgets.index(self.primary_budget) + 1]
 
 
 def _pairs(regularisers: tuple[str, ...], selections: tuple[str, ...]) -> tuple[Method, ...]:
@@ -279,6 +263,5 @@ def protocol(profile: Profile) -> Protocol:
     rules = by_scale.get(profile.scale, next(iter(by_scale.values())))
     if not profile.variant_of:
         return rules
-    budgets = rules.budgets[: rules.budgets.index(rules.primary_budget) + 1]
     seeds = rules.seeds[:VARIANT_SEEDS]
-    return replace(rules, budgets=budgets, seeds=seeds, rest=len(seeds), settings_of=family, narrow_between=False)
+    return replace(rules, budgets=rules.chain, seeds=seeds, rest=len(seeds), settings_of=family, narrow_between=False)

@@ -13,14 +13,13 @@ normalise by each GPU's own images: `local_norm` does so too. None of the recipe
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
-from afdslib import backbones, data, training
+from afdslib import backbones, training
 from afdslib.afs import macs
 from afdslib.backbones.inputs import input_of, input_statistics
 from afdslib.backbones.loading import imagenet_file
@@ -32,8 +31,8 @@ from afdslib.experiments import DataSource, Distillation, Network, Photographs, 
 from afdslib.experiments.student import classes_of, paired
 from afdslib.losses import BetaSchedule
 from afdslib.losses.term import Pair
+from afdslib.studies import plan as planning
 from afdslib.training import Optimisation
-from afdslib.training.features import feature_shapes
 
 __all__ = ["RECIPES", "Recipe", "evaluate", "plan", "prepare"]
 
@@ -49,8 +48,7 @@ class Recipe:
         pretrained: whether student and teacher start from ImageNet weights and are fine-tuned; the teacher first.
         epochs, batch_size: of the student, and of a teacher that is fine-tuned; images of all processes together.
         lr, drop, milestones: the rate at the start, times `drop` at each milestone, a share of the epochs.
-        nesterov, weight_decay: of the optimiser.
-        reported, source: what its authors report, if they do, and where these numbers come from.
+        reported, source: what its authors report, if they do, and where the numbers come from.
     """
 
     student: str
@@ -68,20 +66,6 @@ class Recipe:
     weight_decay: float = 1e-4
     reported: str = ""
     source: str = ""
-
-
-# What the authors report: accuracies, or top-1/top-5 errors.
-_REPORTED = {
-    "wrn-16-1": "accuracy 91.23 %",
-    "wrn-16-2": "accuracy 93.69 %",
-    "wrn-16-1-at": "accuracy 92.07 %",
-    "resnet18": "top-1/top-5 error 30.4/10.8 %",
-    "resnet18-at": "top-1/top-5 error 29.3/10.0 %",
-    "inception-bn": "top-1/top-5 error 25.74/8.07 %",
-    "inception-bn-nst": "top-1/top-5 error 24.81/7.55 %",
-    "inception-bn-nst-kd": "top-1/top-5 error 24.34/7.11 %",
-    "resnet50-senet-nst-kd": "top-1/top-5 error 21.05/5.56 %",
-}
 
 
 def _table() -> Iterator[tuple[str, Recipe]]:
@@ -121,17 +105,24 @@ def _table() -> Iterator[tuple[str, Recipe]]:
         yield f"{name}-at", replace(alone, teacher="resnet34", method=at)
 
 
+# What the authors report: accuracies, or top-1/top-5 errors.
+_REPORTED = {
+    "wrn-16-1": "accuracy 91.23 %", "wrn-16-2": "accuracy 93.69 %", "wrn-16-1-at": "accuracy 92.07 %",
+    "resnet18": "top-1/top-5 error 30.4/10.8 %", "resnet18-at": "top-1/top-5 error 29.3/10.0 %",
+    "inception-bn": "top-1/top-5 error 25.74/8.07 %", "inception-bn-nst": "top-1/top-5 error 24.81/7.55 %",
+    "inception-bn-nst-kd": "top-1/top-5 error 24.34/7.11 %",
+    "resnet50-senet-nst-kd": "top-1/top-5 error 21.05/5.56 %",
+}  # fmt: skip
+
 RECIPES = {name: replace(recipe, reported=_REPORTED.get(name, "")) for name, recipe in _table()}
 """The recipes by name; `inception-bn`, `resnet18`, `wrn-16-1`, ... without a suffix train the network alone."""
 
 
 # Official training images and classes, for plans, which open no archive.
 _SIZES = {
-    "cifar10": (50_000, 10),
-    "imagenet": (IMAGENET_COUNTS.train, IMAGENET_COUNTS.classes),
-    "mit-indoors": (67 * 80, 67),
-    "cub-200-2011": (5994, 200),
-}
+    "cifar10": (50_000, 10), "imagenet": (IMAGENET_COUNTS.train, IMAGENET_COUNTS.classes),
+    "mit-indoors": (67 * 80, 67), "cub-200-2011": (5994, 200),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -172,12 +163,12 @@ def prepare(
     """
     if name not in RECIPES:
         raise AFDSError(f"there is no recipe {name!r}; take one of {', '.join(RECIPES)}")
-    changes = {"data": data_set, "epochs": epochs, "batch_size": batch_size, "lr": lr}
+    given = {"data": data_set, "epochs": epochs, "batch_size": batch_size, "lr": lr}
     for what in ("epochs", "batch_size"):
-        if changes[what] is not None:
-            whole(what, changes[what], 1)
-    changed = {what: value for what, value in changes.items() if value is not None}
-    recipe = replace(RECIPES[name], **changed)  # type: ignore[arg-type]
+        if given[what] is not None:
+            whole(what, given[what], 1)
+    changes: dict[str, Any] = {what: value for what, value in given.items() if value is not None}
+    recipe = replace(RECIPES[name], **changes)
     cifar = recipe.student.startswith("wrn-")
     _refuse(name, recipe, teacher, weight, size)
     method = recipe.method
@@ -186,11 +177,10 @@ def prepare(
     # A plan extracts and downloads nothing, so it takes official counts.
     photographs = Photographs(recipe.data, size or 224, recipe.augmentation, data_dir or "", skip_corrupt)
     known = not cifar and (must_exist or recipe.data not in _SIZES)
+    images, classes = _SIZES.get(recipe.data, (0, 0))
     if known:
         splits = photographs.load(download=must_exist)
         images, classes = len(splits.train), len(splits.classes)
-    else:
-        images, classes = _SIZES[recipe.data]
     settings = Optimisation(
         steps=recipe.epochs * max(1, images // recipe.batch_size), batch_size=recipe.batch_size, lr=recipe.lr,
         nesterov=recipe.nesterov, schedule="milestones", drop=recipe.drop, milestones=recipe.milestones,
@@ -199,58 +189,51 @@ def prepare(
     weights, decay = "imagenet" if recipe.pretrained else None, recipe.weight_decay
     network, taught_by = Network(recipe.student, width=width, weights=weights), teacher or recipe.teacher
     source: Any = None
-    run: PhotoRun | StudentRun
     if cifar:
         # The run that notebook 06 makes in its profile `paper`, so that neither trains what the other has trained.
         images_of = DataSource("cifar10", per_class=5000, root=data_dir or "", padding="reflect")
         if taught_by is not None:
             source = StudentRun(images_of, Network(taught_by), settings, weight_decay=decay)
-        run = StudentRun(replace(images_of, seed=seed), network, settings, method, source, decay, seed)
-    else:
-        if recipe.pretrained and teacher is None and taught_by is not None:
-            source = PhotoRun(photographs, Network(taught_by, weights=weights), settings, weight_decay=decay, seed=seed)
-        elif taught_by is not None:
-            source = Published.of(taught_by)
-        run = PhotoRun(photographs, network, settings, method, source, decay, seed)
+        student = StudentRun(replace(images_of, seed=seed), network, settings, method, source, decay, seed)
+        return _Chosen(recipe, student, images, classes, known)
+    if recipe.pretrained and teacher is None and taught_by is not None:
+        source = PhotoRun(photographs, Network(taught_by, weights=weights), settings, weight_decay=decay, seed=seed)
+    elif taught_by is not None:
+        source = Published.of(taught_by)
+    run = PhotoRun(photographs, network, settings, method, source, decay, seed)
     return _Chosen(recipe, run, images, classes, known)
 
 
 def _refuse(name: str, recipe: Recipe, teacher: str | None, weight: float | None, size: int | None) -> None:
     """What a user may not change of a recipe."""
-    if teacher is not None and recipe.teacher is None:
-        others = ", ".join(name for name, recipe in RECIPES.items() if recipe.teacher)
-        raise AFDSError(f"the recipe {name!r} has no teacher; leave out --teacher, or take one of {others}")
-    if weight is not None and recipe.method.transfer == "none":
-        raise AFDSError(f"the recipe {name!r} has no transfer loss to weigh; leave out --weight")
-    if not recipe.student.startswith("wrn-"):
-        return
-    if recipe.data != "cifar10":
-        raise AFDSError(
-            f"the recipe {name!r} is for cifar10, not {recipe.data!r}; leave out --data, or take another recipe"
-        )
-    if size is not None:
-        raise AFDSError(f"the recipe {name!r} takes CIFAR-10's images as they are, 32 px; leave out --size")
-    if teacher is not None and not teacher.startswith("wrn-"):
-        raise AFDSError(
-            f"the recipe {name!r} trains its teacher first, so --teacher takes the name of a wide ResNet, such as "
-            f"wrn-40-2, not {teacher!r}"
-        )
+    others = ", ".join(name for name, recipe in RECIPES.items() if recipe.teacher)
+    cifar = recipe.student.startswith("wrn-")
+    refused = {
+        f"has no teacher; leave out --teacher, or take one of {others}": teacher is not None and not recipe.teacher,
+        "has no transfer loss to weigh; leave out --weight": weight is not None and recipe.method.transfer == "none",
+        f"is for cifar10, not {recipe.data!r}; leave out --data, or take another recipe": cifar
+        and recipe.data != "cifar10",
+        "takes CIFAR-10's images as they are, 32 px; leave out --size": cifar and size is not None,
+        "trains its teacher first, so --teacher takes the name of a wide ResNet, such as wrn-40-2, not "
+        f"{teacher!r}": cifar and teacher is not None and not teacher.startswith("wrn-"),
+    }
+    for why, applies in refused.items():
+        if applies:
+            raise AFDSError(f"the recipe {name!r} {why}")
 
 
 def plan(chosen: _Chosen, processes: int = 1) -> str:
     """What `prepare` chose, as text: networks, schedule, cost, memory, and what is missing. Trains nothing.
 
-    Args:
-        chosen: the recipe's run.
-        processes: among which a batch is divided.
+    A batch is divided among the processes.
     """
-    recipe, run, method, settings = chosen.recipe, chosen.run, chosen.run.method, chosen.run.optimisation
+    recipe, run, method, o = chosen.recipe, chosen.run, chosen.run.method, chosen.run.optimisation
     side = run.data.size or 32
     size = (3, side, side)
     student = replace(run.network, weights=None).build(chosen.classes, run.seed)
     cost, parameters = macs.count(student, size).total, sum(p.numel() for p in student.parameters())
-    share, rest = divmod(settings.batch_size, processes)
-    memory = _activation_bytes(student, size, settings.precision) * share + parameters * 4 * 3
+    share = o.batch_size // processes
+    memory = planning.memory(student, size, o.precision, share)
     passes, text, trained = 3 * cost, "none", isinstance(run.teacher, (PhotoRun, StudentRun))
     pairs: tuple[Pair, ...] = ()
     if run.teacher is not None:
@@ -261,11 +244,12 @@ def plan(chosen: _Chosen, processes: int = 1) -> str:
         memory += sum(p.numel() for p in teacher.parameters()) * 4
         pairs = paired(student, teacher, method, size)
     statistics = input_statistics(run.network.name)
-    momentum = f"momentum {settings.momentum:g}{' (Nesterov)' if settings.nesterov else ''}"
-    drops = f"lr {settings.lr:g} times {settings.drop:g} after {', '.join(f'{m:.0%}' for m in settings.milestones)}"
+    momentum = f"momentum {o.momentum:g}{' (Nesterov)' if o.nesterov else ''}"
+    drops = f"lr {o.lr:g} times {o.drop:g} after {', '.join(f'{m:.0%}' for m in o.milestones)}"
+    pretrained = ", from torchvision's ImageNet weights" if run.network.weights else ""
     lines = [
         f"student: {run.network.name} at {side} px, {cost / 1e9:.3g} G MACs, {parameters / 1e6:.2f} M "
-        "parameters" + (", from torchvision's ImageNet weights" if run.network.weights else ""),
+        f"parameters{pretrained}",
         f"input: mean {statistics.mean}, deviation {statistics.deviation} of RGB values from 0 to 255",
         f"teacher: {text}",
         f"loss: {_loss_text(method)}",
@@ -273,11 +257,11 @@ def plan(chosen: _Chosen, processes: int = 1) -> str:
         f"augmentation: {_augmentation_text(run.data)}",
         f"data: {run.data.name}, {chosen.images:,} training images, {chosen.classes:,} classes"
         + ("" if chosen.known else " (official; not counted here)"),
-        f"schedule: {recipe.epochs} epochs = {settings.steps:,} steps of {settings.batch_size} images, {drops}, "
-        f"{momentum}, weight decay {run.weight_decay:g}, {settings.precision}",
+        f"schedule: {recipe.epochs} epochs = {o.steps:,} steps of {o.batch_size} images, {drops}, {momentum}, weight "
+        f"decay {run.weight_decay:g}, {o.precision}",
         f"processes: {processes}, {share} images of each batch in each, batch norm over "
-        + ("the whole batch" if settings.sync_norm else "each process's images"),
-        f"training MACs: {passes * settings.steps * settings.batch_size:.3g}"
+        + ("the whole batch" if o.sync_norm else "each process's images"),
+        f"training MACs: {passes * o.steps * o.batch_size:.3g}"
         + (", the teacher's own training included" if trained else ""),
         f"memory: about {memory / 2**30:.1f} GiB per process (a rule of thumb: three kept maps per convolution, "
         "weights, gradients, momentum, the teacher's weights)",
@@ -285,9 +269,7 @@ def plan(chosen: _Chosen, processes: int = 1) -> str:
     ]
     if recipe.reported:
         lines.append(f"reported: {recipe.reported}; this recipe has not been run in full here")
-    missing = list(_missing(chosen, processes, rest))
-    lines += ["", "missing on this machine:" if missing else "nothing is missing on this machine"]
-    return "\n".join([*lines, *(f"  - {item}" for item in missing)])
+    return "\n".join([*lines, *planning.lacking(_missing(chosen, processes))])
 
 
 def _loss_text(method: Distillation) -> str:
@@ -307,13 +289,6 @@ def _pairs_text(pairs: tuple[Pair, ...]) -> str:
     # Of a block with a residual sum the last batch norm; "bn" alone is all that a pre-activation ReLU takes.
     inner = {name for p in pairs for name in (p.student, p.teacher) if ".bn" in name}
     return text + "".join(f"; {n} is a batch norm before the residual sum, not the ReLU's input" for n in sorted(inner))
-
-
-def _activation_bytes(model: nn.Module, size: tuple[int, int, int], precision: str) -> int:
-    """Bytes per image of what the backward pass needs: each convolution's output, kept three times. [ours]"""
-    names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)]
-    values = sum(math.prod(shape) for shape in feature_shapes(model, names, size).values())
-    return 3 * values * (2 if precision in ("bf16", "fp16") else 4)
 
 
 def _augmentation_text(source: Photographs | DataSource) -> str:
@@ -337,26 +312,21 @@ def _teacher(teacher: PhotoRun | StudentRun | Published) -> tuple[nn.Module, str
     return model, f"{teacher.network.name}, {how} first by the same schedule"
 
 
-def _missing(chosen: _Chosen, processes: int, rest: int) -> Iterator[str]:
+def _missing(chosen: _Chosen, processes: int) -> Iterator[str]:
     run = chosen.run
     if training.device().type == "cpu":
         yield f"a GPU: on this CPU the recipe would take {'days' if isinstance(run, StudentRun) else 'months'}"
-    if rest:
+    if run.optimisation.batch_size % processes:
         yield f"a batch that {processes} processes can divide: {run.optimisation.batch_size} is no multiple of them"
     if not chosen.known:
-        try:
-            data.look(run.data.name, run.data.root or None)
-        except AFDSError as error:
-            yield str(error)
+        yield from planning.unreadable(run.data.name, run.data.root)
     # Networks that start from torchvision's weights.
     networks = [run.network, *([run.teacher.network] if isinstance(run.teacher, (PhotoRun, StudentRun)) else [])]
     names = [network.name for network in networks if network.weights]
     if isinstance(run.teacher, Published) and run.teacher.network:
         names.append(run.teacher.network)
     for name in names:
-        file, url = imagenet_file(name)
-        if not file.exists():
-            yield f"the ImageNet weights {file.name}, which a run fetches from {url} into {file.parent}"
+        yield from planning.published(name)
 
 
 def evaluate(
@@ -367,9 +337,8 @@ def evaluate(
 
     Args:
         weights: a file or a backbone's name; see `Published.of`.
-        data_set, data_dir, skip_corrupt: see `prepare`.
         size: side of the centre crop, pixels.
-        precision: "fp32", "bf16" or "fp16".
+        data_set, data_dir, precision, skip_corrupt: see `prepare`.
 
     Raises:
         AFDSError: weights or data that are missing, or that do not fit each other.

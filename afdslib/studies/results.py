@@ -72,9 +72,8 @@ def read(profile: str, scale: str | None = None) -> pd.DataFrame:
     try:
         table = pd.read_csv(file, dtype=str, keep_default_na=False)
     except (ValueError, OSError) as error:
-        raise AFDSError(
-            f"{file} is damaged ({str(error).splitlines()[0]}); restore it with: git checkout -- {file}"
-        ) from None
+        why = str(error).splitlines()[0]
+        raise AFDSError(f"{file} is damaged ({why}); restore it with: git checkout -- {file}") from None
     if list(table) != COLUMNS:
         raise AFDSError(f"{file} has other columns than this version of afdslib writes; restore or convert it")
     return table if scale is None else table[table.scale == scale]
@@ -86,10 +85,10 @@ def write(profile: str, table: pd.DataFrame) -> Path:
     A row that is there already stays as it is, unless it is of another run now (or has none), or AFDS_FRESH is set.
     """
     fresh = os.environ.get("AFDS_FRESH", "") not in ("", "0")
-    rows = {tuple(row[: len(KEYS)]): row for row in read(profile).itertuples(index=False, name=None)}
+    run = COLUMNS.index("run")
+    rows = {row[: len(KEYS)]: row for row in read(profile).itertuples(index=False, name=None)}
     for row in table[COLUMNS].itertuples(index=False, name=None):
-        key = tuple(row[: len(KEYS)])
-        run = COLUMNS.index("run")
+        key = row[: len(KEYS)]
         if fresh or key not in rows or (row[run] and rows[key][run] != row[run]):
             rows[key] = row
     text = pd.DataFrame(list(rows.values()), columns=COLUMNS).to_csv(index=False, lineterminator="\n")
@@ -106,16 +105,9 @@ def select(table: pd.DataFrame, **keys: Any) -> pd.DataFrame:
     return table
 
 
-def view(table: pd.DataFrame, columns: Mapping[str, str] | Iterable[str]) -> pd.DataFrame:
-    """Some columns with numbers in them, as pandas reads a file.
-
-    Args:
-        table: from `read` or `stored`.
-        columns: in this order; a mapping gives them other names.
-    """
-    names = columns if isinstance(columns, Mapping) else {name: name for name in columns}
-    part = table[list(names)].rename(columns=dict(names))
-    return pd.read_csv(io.StringIO(part.to_csv(index=False)))
+def view(table: pd.DataFrame, columns: Iterable[str]) -> pd.DataFrame:
+    """Some columns of stored rows, in this order, with numbers in them, as pandas reads a file."""
+    return pd.read_csv(io.StringIO(table[list(columns)].to_csv(index=False)))
 
 
 def named(address: str) -> pd.DataFrame:
@@ -132,7 +124,5 @@ def named(address: str) -> pd.DataFrame:
     if rest == ["trials"]:
         rows = select(rows, role="trial")
     else:
-        rows = rows[~rows.role.isin(["trial", "source", "curve"])]
-        rows = rows[(rows.reason != "") == (rest == ["missing"])]
-    students = {"network": "student"} if part in ("attention", "selectivity") else {}
-    return view(rows, {column: students.get(column, column) for column in COLUMNS})
+        rows = rows[~rows.role.isin(["trial", "source", "curve"]) & ((rows.reason != "") == (rest == ["missing"]))]
+    return view(rows, COLUMNS).rename(columns={"network": "student"} if part in ("attention", "selectivity") else {})

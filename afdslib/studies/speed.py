@@ -6,13 +6,11 @@ time the same network with `afds bench --case networks --masks FILE`. The weight
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 from afdslib import afs, runs
 from afdslib.afs.compact import masks
@@ -30,28 +28,20 @@ __all__ = ["Speed", "SpeedPlan"]
 
 @dataclass(frozen=True)
 class Speed:
-    """What is trained.
+    """What is trained: a plain network on the source data at 5 x `lr`, gates on the same data, then AFDS on the target.
 
     Attributes:
-        source: source data set; its 32 px images are enlarged to `size`.
-        target: target data set.
-        per_class: fitting images per class of the target.
-        network: backbone, with the stem for photographs.
-        width: factor on its channels.
-        size: side of the images, pixels.
-        source_steps: of the plain network on the source data.
-        afs_steps: of the converted network on the source data.
-        transfer_steps: with AFDS on the target data, unpruned.
-        tuning_steps: with AFDS at each later budget.
-        batch_size: images per step.
-        lr: learning rate at the start; five times that for the plain network.
+        source, target, per_class, size: the data sets; small images are enlarged to a side of `size` pixels.
+        network, width: backbone, with the stem for photographs, and a factor on its channels.
+        transfer_steps, tuning_steps: on the target, unpruned and at each later budget.
         budgets: shares of the dense MACs.
         multiple: kept channels are rounded to a multiple.
         stream: "coupled", residual streams narrow as a whole, or "free".
-        precision: of the training.
-        seed: of everything.
     """
 
+    name: ClassVar = "speed"
+    scale: ClassVar = "quick"
+    committed: ClassVar = True
     source: str = "tiny-imagenet-32"
     target: str = "cifar10"
     per_class: int | None = 60
@@ -105,16 +95,12 @@ class SpeedPlan(engine.Plan):
     part = "speed"
 
     def __init__(self, data_dir: str | None = None):
-        super().__init__(SimpleNamespace(name="speed", scale="quick", committed=True))
-        self.settings, self.data_dir = Speed(), data_dir
+        super().__init__(Speed())
+        self.data_dir = data_dir
 
     def batches(self) -> Iterator[list[engine.Cell]]:
         """The points of the sweep."""
-        yield [engine.Cell(c, "afds", {"budget": c.budgets[-1]}) for c in self.settings.runs(self.data_dir)]
-
-    def show(self) -> str:
-        """The settings, as JSON."""
-        return json.dumps(runs.to_json(self.settings), indent=2)
+        yield [engine.Cell(c, "afds", {"budget": c.budgets[-1]}) for c in self.profile.runs(self.data_dir)]
 
     def files(self) -> Path:
         """Writes the masks of the finished networks to data/results/speed/.
@@ -132,7 +118,7 @@ class SpeedPlan(engine.Plan):
             budget = cell.keys["budget"]
             # A published result may have come without its network.
             if budget < 1 and (result := runs.lookup(cell.config, needs=(MODEL,))) is not None:
-                written = paths.results("speed") / f"{self.settings.network}-{1 / budget:g}x.json"
+                written = paths.results("speed") / f"{self.profile.network}-{1 / budget:g}x.json"
                 written.parent.mkdir(parents=True, exist_ok=True)
                 write_json(written, self._masks(budget, result))
         if written is None:
@@ -141,12 +127,9 @@ class SpeedPlan(engine.Plan):
 
     def _masks(self, budget: float, result: runs.Result) -> dict[str, Any]:
         known = ("test_accuracy", "validation_accuracy", "macs", "dense_macs", "steps", "removed", "static", "dynamic")
-        model = afs.load(result.artifact(MODEL))
+        model, settings = afs.load(result.artifact(MODEL)), runs.to_json(self.profile)
         return {
-            "architecture": model.architecture,
-            "masks": masks(model),
-            "budget": budget,
-            "run": result.id,
+            "architecture": model.architecture, "masks": masks(model), "budget": budget, "run": result.id,
             "metrics": {key: result.metrics[key] for key in known if key in result.metrics},
-            "training": {key: value for key, value in runs.to_json(self.settings).items() if key != "class"},
-        }
+            "training": {key: value for key, value in settings.items() if key != "class"},
+        }  # fmt: skip

@@ -5,34 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from afdslib.base.errors import AFDSError
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 __all__ = [
-    "LEVEL",
-    "PRIMARY_BUDGET",
-    "PRIMARY_TARGET",
-    "PROTOCOL",
-    "Interval",
-    "Paired",
-    "by_seed",
-    "holm",
-    "interval",
-    "macs_within",
-    "paired",
-    "paired_seeds",
-    "paired_table",
-    "points",
-    "rank_on_validation",
-    "rival",
-    "sentence",
-]
+    "LEVEL", "PRIMARY_BUDGET", "PRIMARY_TARGET", "PROTOCOL", "Interval", "Paired", "at", "by_seed", "holm", "interval",
+    "macs_within", "paired", "paired_seeds", "paired_table", "points", "rank_on_validation", "rival", "sentence",
+]  # fmt: skip
 
 PROTOCOL = """\
 - **Primary endpoint**: test accuracy at a tenth of the dense network's MACs on CIFAR-10 with 60 images per class, AFDS
@@ -62,7 +45,7 @@ POINTS = 1.0
 
 @dataclass(frozen=True)
 class Interval:
-    """Mean, standard deviation (n - 1) and Student's interval of some numbers; the last three NaN for a single one."""
+    """Mean, standard deviation (n - 1) and Student's interval of n numbers; `sd`, `low`, `high` are NaN for one."""
 
     mean: float
     sd: float
@@ -114,16 +97,15 @@ def paired(one: Mapping[int, float], other: Mapping[int, float], *, level: float
     seeds = tuple(sorted(set(one) & set(other)))
     if not seeds:
         raise AFDSError("the two methods share no seed, so they cannot be compared in pairs; compute both")
-    differences = [one[s] - other[s] for s in seeds]
-    found = interval(differences, level=level)
-    if len(seeds) < 2:
-        return Paired(found, math.nan, seeds)
-    if found.sd == 0:
-        return Paired(found, 1.0 if found.mean == 0 else 0.0, seeds)
+    d = interval([one[s] - other[s] for s in seeds], level=level)
+    if d.n == 1:
+        return Paired(d, math.nan, seeds)
+    if d.sd == 0:
+        return Paired(d, 1.0 if d.mean == 0 else 0.0, seeds)
     from scipy import stats
 
-    t = found.mean / (found.sd / math.sqrt(found.n))
-    return Paired(found, float(2 * stats.t.sf(abs(t), found.n - 1)), seeds)
+    t = d.mean / (d.sd / math.sqrt(d.n))
+    return Paired(d, float(2 * stats.t.sf(abs(t), d.n - 1)), seeds)
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -132,14 +114,12 @@ def holm(p: Sequence[float]) -> list[float]:
     Raises:
         AFDSError: for a number outside 0 to 1.
     """
-    numbers = [(value, i) for i, value in enumerate(p) if not math.isnan(value)]
+    numbers = sorted((value, i) for i, value in enumerate(p) if not math.isnan(value))
     if any(not 0 <= value <= 1 for value, _ in numbers):
         raise AFDSError(f"p values lie between 0 and 1, got {list(p)!r}")
-    corrected = [math.nan] * len(p)
-    worst = 0.0
-    for rank, (value, i) in enumerate(sorted(numbers)):
-        worst = max(worst, min(1.0, (len(numbers) - rank) * value))
-        corrected[i] = worst
+    corrected, worst = [math.nan] * len(p), 0.0
+    for rank, (value, i) in enumerate(numbers):
+        corrected[i] = worst = max(worst, min(1.0, (len(numbers) - rank) * value))
     return corrected
 
 
@@ -173,18 +153,21 @@ def macs_within(
             weight = (before[1] - line) / (before[1] - accuracy)
             return before[0] + weight * (share - before[0])
         before = share, accuracy
-    assert before is not None
-    return before[0]
+    return share
 
 
-# ---------------------------------------------------------------------------------------------------------- of a table
+# of a table
 
 
-def _at(table: pd.DataFrame, budget: float, target: str | None) -> pd.DataFrame:
-    rows = table[(table.budget - budget).abs() < 1e-9]
-    rows = rows if target is None else rows[rows.target == target]
+def at(table: pd.DataFrame, budget: float) -> pd.DataFrame:
+    """The rows at a budget, a share of the dense MACs."""
+    return table[(table.budget - budget).abs() < 1e-9]
+
+
+def _at(table: pd.DataFrame, budget: float) -> pd.DataFrame:
+    rows = at(table, budget)
     if rows.empty:
-        raise AFDSError(f"the comparison has no row at {1 / budget:g}x" + (f" on {target}" if target else ""))
+        raise AFDSError(f"the comparison has no row at {1 / budget:g}x")
     return rows
 
 
@@ -194,119 +177,76 @@ def by_seed(rows: pd.DataFrame, value: str = "test_accuracy") -> dict[int, float
 
 
 def rank_on_validation(
-    table: pd.DataFrame,
-    *,
-    budget: float = PRIMARY_BUDGET,
-    target: str | None = None,
-    seeds: Sequence[int] | None = None,
-    roles: Sequence[str] = ("competitor",),
+    table: pd.DataFrame, *, budget: float = PRIMARY_BUDGET, seeds: Sequence[int] | None = None
 ) -> list[str]:
-    """Methods by mean validation accuracy at a budget, best first; no test number is looked at.
+    """Competitors by mean validation accuracy at a budget, best first; no test number is looked at.
 
     One that lost a seed, because it diverged or could not reach the budget, stands behind those that did not: the mean
     over what survived is no fair one.
 
     Args:
-        table: columns target, method, role, seed, budget, validation_accuracy.
-        budget: share of MACs.
-        target: default: all rows.
-        seeds: only these.
-        roles: which methods are ranked.
+        table: columns method, role, seed, budget, validation_accuracy.
+        budget, seeds: only these.
     """
-    rows = _at(table, budget, target)[["method", "role", "seed", "validation_accuracy"]]
-    rows = rows[rows.role.isin(list(roles))]
-    if seeds is not None:
-        rows = rows[rows.seed.isin(list(seeds))]
-    found = rows.dropna(subset="validation_accuracy").groupby("method", sort=True)
-    ranked = found.agg(seeds=("seed", "nunique"), mean=("validation_accuracy", "mean"))
+    rows = _at(table, budget)[["method", "role", "seed", "validation_accuracy"]]
+    rows = rows[(rows.role == "competitor") & (True if seeds is None else rows.seed.isin(list(seeds)))]
+    methods = rows.dropna(subset="validation_accuracy").groupby("method", sort=True)
+    ranked = methods.agg(seeds=("seed", "nunique"), mean=("validation_accuracy", "mean"))
     return list(ranked.sort_values(["seeds", "mean"], ascending=False, kind="stable").index)
 
 
 def rival(table: pd.DataFrame, **kwargs: Any) -> str:
-    """The best competitor on validation images.
+    """The best competitor on validation images; see `rank_on_validation`.
 
     Raises:
         AFDSError: if no competitor has a point there.
     """
-    ranked = rank_on_validation(table, **kwargs)
-    if not ranked:
+    if not (ranked := rank_on_validation(table, **kwargs)):
         raise AFDSError("no competitor has a point at the primary budget; see missing.csv for the reasons")
     return ranked[0]
 
 
-def paired_table(
-    table: pd.DataFrame,
-    *,
-    method: str = "afd+afs",
-    budget: float = PRIMARY_BUDGET,
-    target: str | None = None,
-    value: str = "test_accuracy",
-) -> pd.DataFrame:
-    """AFDS minus every other method at one budget, in points: paired, with intervals; p values Holm-corrected.
+def paired_table(table: pd.DataFrame, *, budget: float = PRIMARY_BUDGET) -> pd.DataFrame:
+    """Test accuracy of AFDS minus every other method's at one budget, in points; p values Holm-corrected.
 
     Returns:
         Columns method, role, seeds, validation, mean, sd (these three of the method, of all its seeds), difference,
         low, high, p, p_holm, best first.
     """
-    import pandas as pd
-
-    rows = _at(table, budget, target)
-    ours = by_seed(rows[rows.method == method], value)
-    found = []
-    for name in dict.fromkeys(rows.method):
-        theirs = by_seed(rows[rows.method == name], value)
-        if name == method or not set(ours) & set(theirs):
-            continue
-        own, pair = interval(list(theirs.values())), paired(ours, theirs)
-        validation = by_seed(rows[rows.method == name], "validation_accuracy")
-        d = pair.difference
-        found.append(
-            {
-                "method": name,
-                "role": rows[rows.method == name].role.iloc[0],
-                "seeds": len(pair.seeds),
-                "validation": 100 * interval(list(validation.values())).mean,
-                "mean": 100 * own.mean,
-                "sd": 100 * own.sd,
-                "difference": 100 * d.mean,
-                "low": 100 * d.low,
-                "high": 100 * d.high,
-                "p": pair.p,
-            }
-        )
+    rows = _at(table, budget)
+    ours, pairs = by_seed(rows[rows.method == "afd+afs"]), []
+    for name, here in rows[rows.method != "afd+afs"].groupby("method", sort=False):
+        accuracy = by_seed(here)
+        if set(ours) & set(accuracy):
+            own, pair = interval(list(accuracy.values())), paired(ours, accuracy)
+            validation, d = interval(list(here.validation_accuracy)).mean, pair.difference
+            shares = (100 * value for value in (validation, own.mean, own.sd, d.mean, d.low, d.high))
+            pairs.append((name, here.role.iloc[0], len(pair.seeds), *shares, pair.p))
     columns = ["method", "role", "seeds", "validation", "mean", "sd", "difference", "low", "high", "p"]
-    result = pd.DataFrame(found, columns=columns)
+    result = pd.DataFrame(pairs, columns=columns)
     result["p_holm"] = holm(list(result.p))
     return result.sort_values(["difference", "method"], ignore_index=True)
 
 
 def sentence(
-    table: pd.DataFrame,
-    *,
-    budget: float = PRIMARY_BUDGET,
-    target: str | None = None,
-    seeds: Sequence[int] | None = None,
+    table: pd.DataFrame, *, budget: float = PRIMARY_BUDGET, seeds: Sequence[int] | None = None,
     names: Mapping[str, str] | None = None,
-) -> str:
+) -> str:  # fmt: skip
     """The report's sentence: "AFDS is X [interval] points above (below) the best of our competitors, Z, at 10x."
 
     Args:
-        table: of the comparison.
-        budget: the primary one.
-        target: default: all rows.
+        table, budget: of the comparison; the primary one.
         seeds: on which the rival is chosen; default: all.
         names: of methods, for readers.
     """
-    best = rival(table, budget=budget, target=target, seeds=seeds)
-    rows = _at(table, budget, target)
-    pair = paired(*(by_seed(rows[rows.method == method]) for method in ("afd+afs", best)))
-    d, name = pair.difference, (names or {}).get(best, best)
-    n = paired_seeds(d.n)
-    where = f"the best of our competitors, {name}, at {1 / budget:g}x"
+    best, rows = rival(table, budget=budget, seeds=seeds), _at(table, budget)
+    d = paired(*(by_seed(rows[rows.method == method]) for method in ("afd+afs", best))).difference
+    side = "above" if d.mean > 0 else "below" if d.mean < 0 else "beside"
+    text = f"AFDS is {abs(100 * d.mean):.1f} points {side} the best of our competitors, "
+    text += f"{(names or {}).get(best, best)}, at {1 / budget:g}x"
     if d.n < 2:
-        return f"AFDS is {abs(100 * d.mean):.1f} points {_side(d.mean)} {where} ({n}, so the interval is not known)."
-    text = f"AFDS is {abs(100 * d.mean):.1f} points {_side(d.mean)} {where}"
-    text += f" (difference {points(d)} points, {n})"
+        return f"{text} ({paired_seeds(d.n)}, so the interval is not known)."
+    text += f" (difference {points(d)} points, {paired_seeds(d.n)})"
     return f"{text}, which the seeds do not tell from 0." if d.low <= 0 <= d.high else f"{text}."
 
 
@@ -318,7 +258,3 @@ def points(difference: Interval) -> str:
 def paired_seeds(n: int) -> str:
     """How many: "1 paired seed", "3 paired seeds"."""
     return f"{n} paired seed{'s' if n > 1 else ''}"
-
-
-def _side(difference: float) -> str:
-    return "above" if difference > 0 else "below" if difference < 0 else "beside"

@@ -223,13 +223,9 @@ def _selectivity_paper(scale: str) -> DistillationProfile:
     )
 
 
-_PROFILES: dict[tuple[str, str], Callable[[str], DistillationProfile]] = {
-    ("attention", "demo"): _attention_demo,
-    ("attention", "imagenet32"): _attention_imagenet32,
-    ("attention", "paper"): _attention_paper,
-    ("selectivity", "demo"): _selectivity_demo,
-    ("selectivity", "imagenet32"): _selectivity_imagenet32,
-    ("selectivity", "paper"): _selectivity_paper,
+_PROFILES: dict[str, dict[str, Callable[[str], DistillationProfile]]] = {
+    "attention": {"demo": _attention_demo, "imagenet32": _attention_imagenet32, "paper": _attention_paper},
+    "selectivity": {"demo": _selectivity_demo, "imagenet32": _selectivity_imagenet32, "paper": _selectivity_paper},
 }
 
 
@@ -238,9 +234,7 @@ def get(study: str, profile: str, scale: str | None = None, data_dir: str | None
 
     Args:
         study: one of `STUDIES`.
-        profile: "demo", "imagenet32" or "paper".
-        scale: "quick" (the default) or "standard".
-        data_dir: the folder in which the data set's archive or tree lies; by default it is downloaded to data/raw.
+        profile, scale, data_dir: see `profiles.get`.
 
     Raises:
         AFDSError: for an unknown study, profile or scale.
@@ -251,8 +245,8 @@ def get(study: str, profile: str, scale: str | None = None, data_dir: str | None
         if name not in names:
             raise AFDSError(f"unknown {what} {name!r}; known are {', '.join(names)}")
     # Variants of a profile differ in what AFDS transfers from; their students are those of the profile itself.
-    profile = profile if (study, profile) in _PROFILES else profile.split("-")[0]
-    chosen = _PROFILES[study, profile](scale)
+    profile = profile if profile in _PROFILES[study] else profile.split("-")[0]
+    chosen = _PROFILES[study][profile](scale)
     if data_dir:
         data, trial_data = (replace(d, root=str(data_dir)) for d in (chosen.data, chosen.trial_data))
         chosen = replace(chosen, data=data, trial_data=trial_data)
@@ -400,8 +394,7 @@ class DistillationStudy(engine.Plan):
         A run that diverged has no row; `table.attrs["missing"]` says why.
         """
         found = [(cell.keys, result) for cell, result in self.results() if cell.role in ("teacher", "student")]
-        names = {"student": "network", "weight": "strength"}
-        rows = (({**keys, **{new: keys[old] for new, old in names.items()}}, result) for keys, result in found)
+        rows = (({**k, "student": k["network"], "weight": k["strength"]}, result) for k, result in found)
         return engine.frame(rows, COLUMNS)
 
     def trials(self) -> pd.DataFrame:

@@ -66,69 +66,60 @@ class Tuning:
 
     def __init__(self, points: Points, methods: Sequence[Method]):
         self.points, self.rules, self.methods = points, points.rules, methods
-        self._make = functools.partial(points.point, seed=points.profile.trial_seed, trial=True)
+        self.seed = points.profile.trial_seed
         self._tuned: dict[Method, Tuned] = {}
 
-    def _cell(self, stage: str, name: str, number: int, chosen: Settings, make: Callable[[], Any]) -> Cell:
-        keys = {
-            "target": self.points.target.title, "method": name, "stage": stage, "trial": number,
-            "settings": json.dumps(dict(chosen)),
-        }  # fmt: skip
-        try:
-            config = make()
-        except UnreachableError as error:
-            return Cell(None, "trial", keys, str(error))
-        if config.use_test:
-            raise RuntimeError("a trial must hold no test image")
-        return Cell(config, "trial", keys)
+    def _trials(self, stage: str, name: str, tried: Sequence[Settings], make: Callable[[Settings], Any]) -> Trials:
+        """A cell for each of some settings; one that cannot be made says why."""
+        trials = []
+        for i, chosen in enumerate(tried):
+            said = {"strength": chosen["strength"]} if stage == "strength" else dict(chosen)
+            keys = {"target": self.points.target.title, "method": name, "stage": stage, "trial": i}
+            cell = Cell(None, "trial", keys | {"settings": json.dumps(said)})
+            try:
+                cell = replace(cell, config=make(chosen))
+            except UnreachableError as error:
+                cell = replace(cell, reason=str(error))
+            if cell.config is not None and cell.config.use_test:
+                raise RuntimeError("a trial must hold no test image")
+            trials.append((chosen, cell))
+        return trials
 
-    def _trials(self, stage: str, name: str, space: Sequence[Axis], make: Callable[[Settings], Any]) -> Trials:
-        tried = settings(space, self.rules.trials, seed=self.points.profile.trial_seed)
-        return [
-            (chosen, self._cell(stage, name, i, chosen, functools.partial(make, chosen)))
-            for i, chosen in enumerate(tried)
-        ]
+    def _point(self, method: Method, regulariser: Settings, selection: Settings, budgets: Sequence[float]) -> Any:
+        return self.points.point(Tuned(method, regulariser, selection), self.seed, budgets, trial=True)
 
     @functools.cached_property
     def _regularisers(self) -> dict[Method, Trials]:
         """Of each regulariser on the dense network, L2 first."""
-
-        def trials(plain: Method) -> Trials:
-            dense = functools.partial(self.points.dense, plain, seed=self.points.profile.trial_seed, trial=True)
-            return self._trials("regulariser", plain.transfer, regulariser_space(plain.regulariser), dense)
-
-        every = (L2, *(replace(m, selection="afs") for m in self.methods))
-        return {plain: trials(plain) for plain in dict.fromkeys(every)}
+        trials = {}
+        for m in dict.fromkeys((L2, *(replace(m, selection="afs") for m in self.methods))):
+            tried = settings(regulariser_space(m.regulariser), self.rules.trials, seed=self.seed)
+            make = functools.partial(self.points.dense, m, seed=self.seed, trial=True)
+            trials[m] = self._trials("regulariser", m.transfer, tried, make)
+        return trials
 
     @functools.cached_property
     def _selections(self) -> dict[str, Trials]:
         """Of each selection at the trial budget, with L2 at its best."""
         best, chain = self.best_regulariser(L2), (1.0, self.rules.trial_budget)
-
-        def trials(name: str) -> Trials:
-            def make(chosen: Settings) -> Any:
-                return self._make(Tuned(Method("l2", name), best, chosen), budgets=chain)
-
-            return self._trials("selection", name, selection_space(name, self.points.profile), make)
-
-        return {name: trials(name) for name in dict.fromkeys(m.selection for m in self.methods)}
+        trials = {}
+        for name in dict.fromkeys(m.selection for m in self.methods):
+            tried = settings(selection_space(name, self.points.profile), self.rules.trials, seed=self.seed)
+            make = functools.partial(self._point, Method("l2", name), best, budgets=chain)
+            trials[name] = self._trials("selection", name, tried, make)
+        return trials
 
     @functools.cached_property
     def _strengths(self) -> dict[Method, Trials]:
         """Of each method that has settings, at the primary budget."""
-
-        def trials(method: Method) -> Trials:
-            tuned = Tuned(method, self.best_regulariser(method), self.best_selection(method))
-            tried: Trials = []
-            for i, multiplier in enumerate(self.rules.multipliers):
-                regulariser = {**tuned.regulariser, "strength": tuned.strength * multiplier}
-                one = replace(tuned, regulariser=regulariser)
-                make = functools.partial(self._make, one, budgets=self.rules.trial_chain)
-                cell = self._cell("strength", method.key, i, {"strength": regulariser["strength"]}, make)
-                tried.append((regulariser, cell))
-            return tried
-
-        return {method: trials(method) for method in self.methods if not self.why_not(method)}
+        trials = {}
+        for m in self.methods:
+            if not self.why_not(m):
+                best, selection = self.best_regulariser(m), self.best_selection(m)
+                tried = [{**best, "strength": float(best["strength"]) * factor} for factor in self.rules.multipliers]
+                make = functools.partial(self._point, m, selection=selection, budgets=self.rules.trial_chain)
+                trials[m] = self._trials("strength", m.key, tried, make)
+        return trials
 
     def batches(self) -> Iterator[list[Cell]]:
         """The trials in three batches, each of which needs the choices from the one before."""
@@ -182,10 +173,11 @@ def _accuracy(cell: Cell) -> tuple[float, str]:
 
 def _best(what: str, trials: Trials) -> Settings:
     """The first settings of highest validation accuracy."""
-    accuracies, reasons = zip(*(_accuracy(cell) for _, cell in trials), strict=True) if trials else ((), ())
-    if max(accuracies, default=-math.inf) == -math.inf:
-        why = next(filter(None, reasons), "no trial was made")
+    outcomes = [_accuracy(cell) for _, cell in trials]
+    best = max((value for value, _ in outcomes), default=-math.inf)
+    if best == -math.inf:
+        why = next((why for _, why in outcomes if why), "no trial was made")
         raise UnreachableError(
             f"every trial of {what} is missing ({why}); widen its search space or raise the trial budget"
         )
-    return trials[accuracies.index(max(accuracies))][0]
+    return next(chosen for (chosen, _), (value, _) in zip(trials, outcomes, strict=True) if value == best)

@@ -27,21 +27,18 @@ def compute(configs: Sequence[Any]) -> list[runs.Result]:
     """This worker's share of some runs and of those they need, then the results, in the order asked for.
 
     A run is begun when those it needs are finished, so that workers do not wait for each other.
-
-    Args:
-        configs: the runs, the first ones first.
     """
     todo = _missing(with_needs(_missing(configs)))
     while todo:
         idle = True
         for config in todo:
-            if runs.lookup(config) is not None or any(runs.lookup(need) is None for need in runs.needs(config)):
+            if runs.lookup(config) is not None or _missing(runs.needs(config)):
                 continue
             try:
                 runs.get_or_run(config, wait=False)
+                idle = False
             except BusyError:
                 continue
-            idle = False
         todo = _missing(todo)
         if todo and idle:  # waits for the worker of one of them, or takes over if that one is gone
             runs.get_or_run(next((config for config in todo if runs.busy(config)), todo[0]))
@@ -52,15 +49,9 @@ def compute(configs: Sequence[Any]) -> list[runs.Result]:
 def with_needs(configs: Iterable[Any]) -> list[Any]:
     """Some runs and all that they start from, each after those it needs."""
     ordered: dict[Any, None] = {}
-
-    def add(config: Any) -> None:
-        if config not in ordered:
-            for need in runs.needs(config):
-                add(need)
-            ordered[config] = None
-
     for config in configs:
-        add(config)
+        if config not in ordered:
+            ordered |= dict.fromkeys((*with_needs(runs.needs(config)), config))
     return list(ordered)
 
 

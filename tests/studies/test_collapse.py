@@ -13,24 +13,19 @@ COLUMNS = ["attention", "seed", "budget", "width", "uniform", "macs", "test_accu
 
 
 def widths(**accuracies):
-    """Three seeds of each kind of attention, unpruned and at 10x: accuracies at 10x."""
+    """Seeds of each kind of attention, unpruned and at 10x: accuracies at 10x."""
     ends = {"joint": 5.0, "detached": 50.0}
-    rows = [
-        (name, seed, budget, ends[name] if budget < 1 else 90.0, 100.0, budget, value if budget < 1 else 0.6, "run")
-        for name, values in accuracies.items()
-        for seed, value in enumerate(values)
-        for budget in (1.0, 0.1)
-    ]
+    rows = []
+    for name, values in accuracies.items():
+        for seed, value in enumerate(values):
+            rows.append((name, seed, 1.0, 90.0, 100.0, 1.0, 0.6, "run"))
+            rows.append((name, seed, 0.1, ends[name], 100.0, 0.1, value, "run"))
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def points(**accuracies):
     """Of a comparison at 10x, by method with "_" for "+"."""
-    rows = [
-        (name.replace("_", "+"), seed, 0.1, value)
-        for name, values in accuracies.items()
-        for seed, value in enumerate(values)
-    ]
+    rows = [(m.replace("_", "+"), seed, 0.1, v) for m, values in accuracies.items() for seed, v in enumerate(values)]
     return pd.DataFrame(rows, columns=["method", "seed", "budget", "test_accuracy"])
 
 

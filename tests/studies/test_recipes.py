@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_distributed import make_teacher, make_tree
@@ -20,13 +21,7 @@ from afdslib.studies.recipes import RECIPES
 from afdslib.studies.students import DistillationStudy
 from afdslib.training import Optimisation, distributed
 
-
-@pytest.fixture(autouse=True)
-def project(tmp_path, monkeypatch):
-    monkeypatch.setenv("AFDS_HOME", str(tmp_path / "home"))
-    for name in ("AFDS_RUNS", "AFDS_FRESH"):
-        monkeypatch.delenv(name, raising=False)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("home")
 
 
 @pytest.fixture(scope="session")
@@ -41,9 +36,8 @@ def teacher(tmp_path_factory):
 
 def small(tree, **changes) -> PhotoRun:
     settings = Optimisation(steps=4, batch_size=5, lr=0.05, log_rows=2)
-    return PhotoRun(**({
-        "data": Photographs(str(tree), size=32), "network": Network("resnet18", width=1 / 16), "optimisation": settings,
-    } | changes))  # fmt: skip
+    network = changes.pop("network", Network("resnet18", width=1 / 16))
+    return PhotoRun(Photographs(str(tree), size=32), network, settings, **changes)
 
 
 # what a recipe is
@@ -51,7 +45,7 @@ def small(tree, **changes) -> PhotoRun:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_has_a_plan_without_its_data(name):
-    chosen = recipes.prepare(name, must_exist=False)
+    chosen = recipes.prepare(name, size=None if name.startswith("wrn") else 64, must_exist=False)
     text = recipes.plan(chosen, processes=8)
     share = chosen.run.optimisation.batch_size // 8
     assert f"processes: 8, {share} images of each batch" in text and "training MACs" in text
@@ -150,10 +144,9 @@ def test_what_cannot_be_is_one_sentence(name, options, words):
 
 def test_a_student_trains_with_a_teacher_that_expects_other_images(tree, teacher):
     """Inception-BN takes raw pixels, its teacher normalised ones: the teacher still sees its own kind."""
-    run = small(
-        tree, network=Network("inception_bn", width=1 / 16), teacher=Published.of(str(teacher)),
-        method=Distillation("nst", BetaSchedule(beta=5.0), soft=1.0, taps="before-relu"),
-    )  # fmt: skip
+    method = Distillation("nst", BetaSchedule(beta=5.0), soft=1.0, taps="before-relu")
+    network = Network("inception_bn", width=1 / 16)
+    run = small(tree, network=network, teacher=Published.of(str(teacher)), method=method)
     student_view = run.data.load(RAW).test
     teacher_view = run.data.load().test
     mine = run._teacher(None)(student_view[0][0][None])
@@ -179,10 +172,8 @@ def test_a_student_trains_with_a_teacher_that_expects_other_images(tree, teacher
 
 
 def test_the_modified_resnet50_is_trained_by_nst_and_kd(tree, teacher):
-    run = recipes.prepare(
-        "resnet50-senet-nst-kd", data_set=str(tree), teacher=str(teacher), size=64, width=1 / 16, epochs=1,
-        batch_size=10,
-    ).run  # fmt: skip
+    options = {"size": 64, "width": 1 / 16, "epochs": 1, "batch_size": 10}
+    run = recipes.prepare("resnet50-senet-nst-kd", data_set=str(tree), teacher=str(teacher), **options).run
     result = runs.get_or_run(run)
     assert result.metrics["steps"] == 2 and result.metrics["compared"] == [[2, 2]]
     row = result.history().iloc[-1]
@@ -193,34 +184,26 @@ def test_the_modified_resnet50_is_trained_by_nst_and_kd(tree, teacher):
     assert not torch.equal(after.state_dict()["conv1.0.weight"], before["conv1.0.weight"])
 
 
-@pytest.mark.parametrize("recipe", ["scenes-at", "cub-at"])
-def test_a_teacher_is_fine_tuned_and_then_teaches_a_student_that_is(tree, recipe, monkeypatch):
-    """The whole chain of the recipes, with narrow networks and weights that stand in for torchvision's."""
+def test_a_teacher_is_fine_tuned_and_then_teaches_a_student_that_is(tree, monkeypatch):
+    """The whole chain of a recipe, with narrow networks and weights that stand in for torchvision's."""
     bare = registry._bare
     monkeypatch.setattr(registry, "_bare", lambda *a, **k: bare(*a, **{**k, "width": 1 / 16}))
     states = {name: backbones.build(name, 1000).state_dict() for name in ("resnet18", "resnet34")}
     monkeypatch.setattr(backbones.loading, "imagenet_state", lambda name: states[name])
-    run = recipes.prepare(recipe, data_set=str(tree), size=64, epochs=1, batch_size=10, lr=1e-4).run
+    run = recipes.prepare("scenes-at", data_set=str(tree), size=64, epochs=1, batch_size=10, lr=1e-4).run
     result = runs.get_or_run(run)
     teaching = runs.lookup(run.teacher)
     assert result.metrics["steps"] == teaching.metrics["steps"] == 2
+    assert {r.kind for r in runs.list_runs()} == {"PhotoRun"} and len(runs.list_runs()) == 2
     assert result.metrics["compared"] == [[16, 16], [8, 8], [4, 4], [2, 2]]
     assert {"at_1", "at_4", "beta"} <= set(result.history().columns) and "at_1" not in teaching.history()
     for found, name in ((result, "resnet18"), (teaching, "resnet34")):
         trained = afs.load(found.artifact("model.safetensors")).state_dict()
         moved = (trained["conv1.weight"] - states[name]["conv1.weight"]).abs().max()
         assert 0 < moved < 0.05  # it began with those weights; others differ by 0.3
-
-
-def test_a_teacher_that_is_trained_first_is_a_run_of_its_own(tree):
-    teaching = small(tree)
-    run = small(tree, teacher=teaching, method=Distillation("at", BetaSchedule(beta=10.0)))
-    result = runs.get_or_run(run)
-    assert {r.kind for r in runs.list_runs()} == {"PhotoRun"} and len(runs.list_runs()) == 2
-    assert runs.lookup(teaching).metrics["steps"] == 4
     loaded = afs.load_network(result.artifact("model.safetensors"))
-    found = training.evaluate(loaded, run.data.load().test)
-    assert found.accuracy == pytest.approx(result.metrics["test_accuracy"])
+    evaluated = training.evaluate(loaded, run.data.load().test)
+    assert evaluated.accuracy == pytest.approx(result.metrics["test_accuracy"])
 
 
 def test_a_teacher_of_other_classes_or_a_needless_one_is_refused(tree, tmp_path):
@@ -236,9 +219,8 @@ def test_a_teacher_of_other_classes_or_a_needless_one_is_refused(tree, tmp_path)
 
 
 def test_double_differentiation_is_refused_for_several_processes(tree, teacher, monkeypatch):
-    run = small(
-        tree, teacher=Published.of(str(teacher)), method=Distillation("gradient-at", BetaSchedule(beta=1.0))
-    )  # fmt: skip
+    method = Distillation("gradient-at", BetaSchedule(beta=1.0))
+    run = small(tree, teacher=Published.of(str(teacher)), method=method)
     with monkeypatch.context() as patch, pytest.raises(AFDSError, match="differentiates the network twice"):
         patch.setattr(distributed, "world", lambda: 2)
         run.execute(runs.Run("0" * 12, distributed.Path("nowhere"), distributed.Path(".")))
@@ -248,9 +230,7 @@ def test_double_differentiation_is_refused_for_several_processes(tree, teacher, 
 # top-5
 
 
-def test_top5_is_counted_directly(monkeypatch):
-    import numpy as np
-
+def test_top5_is_counted_directly():
     pixels = np.random.RandomState(0).randint(0, 256, (40, 16, 16, 3), dtype=np.uint8)
     split = data.ArrayImages(pixels, np.arange(40), np.arange(40) % 8, tuple("abcdefgh"), augment=False)
     torch.manual_seed(0)
@@ -265,18 +245,16 @@ def test_top5_is_counted_directly(monkeypatch):
 
 # the command line
 
+SHORT = ["--size", "32", "--epochs", "1", "--batch-size", "10", "--width", "0.0625"]
 
-def test_a_dry_run_trains_nothing(tree, teacher, capsys, tmp_path):
-    options = ["--data", str(tree), "--teacher", str(teacher), "--size", "32", "--dry-run"]
-    assert cli.main(["distill", "--recipe", "resnet18-at", *options]) == 0
-    printed = capsys.readouterr().out
-    assert "20 training images, 3 classes" in printed and f"the file {teacher}" in printed and "a GPU" in printed
+
+def test_distill_plans_trains_and_evaluate_measures_what_it_wrote(tree, teacher, capsys):
+    command = ["distill", "--recipe", "resnet18-at", "--data", str(tree), "--teacher", str(teacher), *SHORT]
+    assert cli.main([*command, "--dry-run"]) == 0
+    plan = capsys.readouterr().out
+    assert "20 training images, 3 classes" in plan and f"the file {teacher}" in plan and "a GPU" in plan
     assert not runs.list_runs()
-
-
-def test_distill_trains_and_evaluate_measures_what_it_wrote(tree, teacher, capsys):
-    options = ["--data", str(tree), "--size", "32", "--epochs", "1", "--batch-size", "10", "--width", "0.0625"]
-    assert cli.main(["distill", "--recipe", "resnet18-at", "--teacher", str(teacher), *options]) == 0
+    assert cli.main(command) == 0
     printed = json.loads(capsys.readouterr().out)
     file = runs.folder() / printed["id"] / "model.safetensors"
     assert cli.main(["evaluate", str(file), "--data", str(tree), "--size", "32"]) == 0
@@ -294,8 +272,7 @@ def test_the_public_exports_are_evaluated_and_teach(tree, capsys, tmp_path, monk
     torch.save(state, file)
     assert cli.main(["evaluate", str(file), "--data", str(tree), "--size", "32"]) == 0
     assert "top-1 error" in capsys.readouterr().out
-    options = ["--data", str(tree), "--size", "32", "--epochs", "1", "--batch-size", "10", "--width", "0.0625"]
-    assert cli.main(["distill", "--recipe", "resnet18-at", "--teacher", str(file), *options]) == 0
+    assert cli.main(["distill", "--recipe", "resnet18-at", "--data", str(tree), "--teacher", str(file), *SHORT]) == 0
     assert json.loads(capsys.readouterr().out)["steps"] == 2
 
 

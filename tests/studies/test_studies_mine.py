@@ -30,10 +30,10 @@ FIGURES = (
 )  # fmt: skip
 
 
-def flat(folder: Path, *, classes=tiny.CLASSES, count: int = 20) -> Path:
+def flat(folder: Path, *, count: int = 20) -> Path:
     """A flat ImageFolder tree of small images, a little wider than high."""
     random = np.random.RandomState(0)
-    for channel, name in enumerate(classes):
+    for channel, name in enumerate(tiny.CLASSES):
         (folder / name).mkdir(parents=True)
         for i in range(count):
             pixels = random.randint(0, 120, (tiny.SIZE, tiny.SIZE + 4, 3))
@@ -128,36 +128,27 @@ def test_too_few_images_are_refused(home):
 
 def test_show_and_dry_run_write_nothing(home, capsys):
     before = set(home.rglob("settings.json"))
-    assert cli.main([*COMMAND, "--macs-budget", "0.7", "--show"]) == 0
-    assert '"macs_budget"' not in capsys.readouterr().out
-    assert cli.main([*COMMAND, "--macs-budget", "0.7", "--dry-run"]) == 0
-    assert "budgets: 1, 0.7 of the dense MACs" in capsys.readouterr().out
+    for option, words in (("--show", '"budgets"'), ("--dry-run", "budgets: 1, 0.7 of the dense MACs")):
+        assert cli.main([*COMMAND, "--macs-budget", "0.7", option]) == 0
+        assert words in capsys.readouterr().out
     assert set(home.rglob("settings.json")) == before
 
 
 # the profile
 
 
-def test_stem_and_width_are_those_of_the_weight_file(home):
+def test_the_profile_is_two_methods_from_published_weights_at_halved_budgets_without_a_source_step(home):
     o = options(home)
-    assert (o.stem, o.width) == ("cifar", tiny.WIDTH)
-    assert own_data.mine(o).network == stages.Network("resnet14", "cifar", tiny.WIDTH, str(home / "weights.pth"))
-
-
-@pytest.mark.parametrize(
-    "budget, budgets",
-    [(0.2, (1.0, 0.5, 0.25, 0.2)), (0.45, (1.0, 0.45)), (0.1, (1.0, 0.5, 0.25, 0.125, 0.1)), (1.0, (1.0,))],
-)
-def test_budgets_are_halved_down_to_the_wanted_one(home, budget, budgets):
-    assert own_data.mine(replace(options(home), macs_budget=budget)).budgets == budgets
-
-
-def test_two_methods_from_published_weights_without_a_source_step(home):
-    profile = own_data.mine(options(home))
+    profile = own_data.mine(o)
+    assert (o.stem, o.width) == ("cifar", tiny.WIDTH)  # those of the weight file
+    assert profile.network == stages.Network("resnet14", "cifar", tiny.WIDTH, str(home / "weights.pth"))
     assert [c.regulariser.name for c in profile.candidates] == ["l2", "afd"]
     assert len({len(c.strengths) for c in profile.candidates}) == 1  # both are tuned equally long
     assert profile.source_training.steps == profile.afs_training.steps == 0
     assert not profile.committed and profile.left_out == ("06", "07")
+    for last, others in {0.2: (0.5, 0.25), 0.45: (), 0.1: (0.5, 0.25, 0.125)}.items():
+        assert own_data.mine(replace(o, macs_budget=last)).budgets == (1.0, *others, last)
+    assert own_data.mine(replace(o, macs_budget=1.0)).budgets == (1.0,)
 
 
 def test_the_name_stands_for_options_images_and_weights(home):
@@ -192,8 +183,8 @@ def test_a_changed_tree_is_another_profile_and_other_runs(home):
 
 
 def test_a_data_source_without_a_hash_of_its_content_keeps_its_identity():
-    assert "content" not in runs.to_json(stages.DataSource("digits"), hashed_only=True)
-    assert "content" in runs.to_json(stages.DataSource("digits", content="1"), hashed_only=True)
+    for content, there in (("", False), ("1", True)):
+        assert ("content" in runs.to_json(stages.DataSource("digits", content=content), hashed_only=True)) is there
 
 
 @pytest.mark.parametrize(
@@ -233,16 +224,12 @@ def test_the_command_executes_its_own_notebook_for_the_profile_it_made(done, hom
 
 
 def test_the_report_has_the_figures_and_its_statements_hold(done, home):
-    shown = done[0][1]
-    assert {file.stem for file in paths.figures(options(home).name).glob("*.png")} == set(FIGURES)
+    shown, name = done[0][1], options(home).name
+    assert {file.stem for file in paths.figures(name).glob("*.png")} == set(FIGURES)
     assert "every planned network is in the table: True" in shown
     assert "AFD adds strength x regulariser to the loss: True" in shown
     assert "the gates decide, and what they skip is exactly zero: True" in shown
     assert "AFD minus L2" in shown and "**3.33x**, flat" in shown
-
-
-def test_both_methods_at_every_budget_are_in_the_table(done, home):
-    name = options(home).name
     sweep = Study(profiles.get(name)).sweep()
     assert sweep.groupby("method").budget.apply(list).to_dict() == {m: [1.0, 0.5, 0.3] for m in ("l2", "afd")}
     assert (sweep[sweep.budget == 0.3].train_macs <= 0.33).all()
@@ -257,21 +244,14 @@ def test_the_exported_network_lies_by_the_report_and_knows_the_classes(done, hom
     assert sum(share for _, share in classes) == pytest.approx(1)
 
 
-def table(*rows):
-    names = ("method", "seed", "budget", "validation_accuracy", "test_accuracy")
-    return pd.DataFrame([dict(zip(names, row, strict=True)) for row in rows])
-
-
-def test_validation_images_choose_the_network_at_the_wanted_budget():
-    rows = table(("l2", 0, 1.0, 0.9, 0.1), ("l2", 0, 0.2, 0.5, 0.9), ("afd", 0, 0.2, 0.6, 0.1), ("afd", 1, 0.2, 0.6, 1))
-    assert own_data.chosen(rows, 0.2).to_dict()["method"] == "afd" and own_data.chosen(rows, 0.2).seed == 0
-
-
-def test_a_budget_that_no_network_reached_is_told_with_the_reason():
-    rows = table(("l2", 0, 1.0, 0.9, 0.1))
-    rows.attrs["missing"] = [{"reason": "at 50x, too small"}]
+def test_validation_images_choose_the_network_at_the_wanted_budget_and_a_lost_one_is_told():
+    names = ("method", "seed", "budget", "validation_accuracy")
+    rows = [("l2", 0, 1.0, 0.9), ("l2", 0, 0.2, 0.5), ("afd", 0, 0.2, 0.6), ("afd", 1, 0.2, 0.6)]
+    table = pd.DataFrame(rows, columns=names)
+    assert own_data.chosen(table, 0.2).to_dict()["method"] == "afd" and own_data.chosen(table, 0.2).seed == 0
+    table.attrs["missing"] = [{"reason": "at 50x, too small"}]
     with pytest.raises(AFDSError, match="no network reached 0.02 of the dense MACs .at 50x, too small."):
-        own_data.chosen(rows, 0.02)
+        own_data.chosen(table, 0.02)
 
 
 def test_the_notebook_reads_from_top_to_bottom_and_takes_one_parameter():

@@ -33,19 +33,15 @@ STUDENT = Network("wrn-10-1")
 
 def miniature(**changes) -> DistillationProfile:
     data = DataSource("tiny-source")
-    return DistillationProfile(
-        **{
-            "name": "demo", "scale": "quick", "study": "attention", "data": data, "trial_data": data,
-            "methods": METHODS,
-            "pairs": (
-                Pair(Network("wrn-10-2"), STUDENT, ("alone", "at", "kd", "at-kd"), (0, 1)),
-                Pair(Network("wrn-16-1"), STUDENT, ("alone", "at"), (0,)),
-            ),
-            "teacher_training": tiny.settings(3, log_rows=1), "student_training": tiny.settings(4, log_rows=2),
-            "trial": tiny.settings(2, log_rows=1), "curves": ("alone", "at"), "committed": False,
-        }
-        | changes
+    pairs = (
+        Pair(Network("wrn-10-2"), STUDENT, ("alone", "at", "kd", "at-kd"), (0, 1)),
+        Pair(Network("wrn-16-1"), STUDENT, ("alone", "at"), (0,)),
+    )
+    profile = DistillationProfile(
+        "demo", "quick", "attention", data, data, METHODS, pairs, tiny.settings(3, log_rows=1),
+        tiny.settings(4, log_rows=2), tiny.settings(2, log_rows=1), ("alone", "at"), committed=False,
     )  # fmt: skip
+    return replace(profile, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -193,11 +189,6 @@ def test_the_notebook_measures_convergence_as_the_claim_does(study, monkeypatch,
     assert students.saved_text(study).count("\n- ") == 3  # AT, KD, AT + KD; of the first teacher alone
 
 
-def _made(file):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    return file
-
-
 def test_how_much_of_the_judging_images_the_teacher_has_seen_is_counted(study, monkeypatch):
     text = students.seen_text(study)
     assert "Of the 12 validation images of the trials the teacher was fitted on 0. It is right on " in text
@@ -336,9 +327,8 @@ def test_both_studies_share_their_teacher():
 
 
 def test_a_variant_of_a_profile_has_the_students_of_the_profile():
-    assert distillation_study.get("attention", "imagenet32-disjoint") == distillation_study.get(
-        "attention", "imagenet32"
-    )
+    get = distillation_study.get
+    assert get("attention", "imagenet32-disjoint") == get("attention", "imagenet32")
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,9 @@ import json
 import math
 from dataclasses import replace
 
-import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
+import tiny
 
 from afdslib import afs, runs
 from afdslib.base import paths
@@ -22,46 +21,28 @@ from afdslib.studies.sweep import Study
 from afdslib.training.objective import Regulariser
 
 
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    """A project of its own, with a tree of three colours of noise."""
-    random = np.random.RandomState(0)
-    for split, count in (("train", 24), ("test", 8)):
-        for channel, colour in enumerate(("red", "green", "blue")):
-            folder = tmp_path / "tree" / split / colour
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = random.randint(0, 120, (16, 16, 3))
-                pixels[:, :, channel] += 100
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
-    monkeypatch.setenv("AFDS_HOME", str(tmp_path))
-    monkeypatch.delenv("AFDS_RUNS", raising=False)
-    monkeypatch.delenv("AFDS_FIGURES", raising=False)
-    monkeypatch.delenv("AFDS_FRESH", raising=False)
-    return tmp_path
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A tree of three colours of noise, and a run store that grows from test to test."""
+    folder = tmp_path_factory.mktemp("shared")
+    tiny.tree(folder / "tree")
+    return folder
 
 
 @pytest.fixture
-def profile(home):
+def profile(home, shared, monkeypatch):
+    monkeypatch.setenv("AFDS_RUNS", str(shared / "runs"))
     fit = replace(profiles.get("demo").transfer, steps=3, batch_size=8, log_rows=1)
+    tree = DataSource(str(shared / "tree"), size=16)
     return replace(
-        profiles.get("demo"),
-        source=DataSource(str(home / "tree"), size=16),
-        targets=(DataSource(str(home / "tree"), per_class=6, size=16),),
-        network=Network("resnet14", stem="cifar", width=1 / 16),
-        source_training=fit,
-        afs_training=fit,
-        trial=fit,
-        transfer=fit,
-        tuning=fit,
+        profiles.get("demo"), source=tree, targets=(replace(tree, per_class=6),),
+        network=Network("resnet14", stem="cifar", width=1 / 16), source_training=fit, afs_training=fit, trial=fit,
+        transfer=fit, tuning=fit, budgets=(1.0, 0.5), seeds=(0, 1), macs_images=18,
         candidates=(
             Candidates(Regulariser("l2", 1e-4), (1e-4, 1e-3)),
             Candidates(Regulariser("afd", 1e-3), (1e-3,)),
         ),
-        budgets=(1.0, 0.5),
-        seeds=(0, 1),
-        macs_images=18,
-    )
+    )  # fmt: skip
 
 
 def test_a_study_gives_one_row_per_method_seed_and_budget_and_the_same_table_twice(profile, home):
@@ -100,7 +81,8 @@ def test_a_later_point_starts_from_the_point_before(profile):
     assert runs.lookup(config.parent) is not None
 
 
-def test_results_and_networks_of_a_real_study_can_be_committed_and_are_found_again(profile, home):
+def test_results_and_networks_of_a_real_study_can_be_committed_and_are_found_again(profile, home, monkeypatch):
+    monkeypatch.setenv("AFDS_RUNS", str(home / "runs"))
     fixed = (Candidates(Regulariser("l2", 1e-4), (1e-4,)), profile.candidates[1])
     real = replace(profile, name="imagenet32", committed=True, seeds=(0,), candidates=fixed)
     card = home / "data" / "weights" / "imagenet32.md"
@@ -144,9 +126,7 @@ def test_every_profile_is_shown_in_full_and_keeps_its_trial_seed_apart(name, sca
 
 def test_the_plan_of_the_paper_profile_names_its_network_and_what_is_missing(home, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(home / "torch"))
-    monkeypatch.setattr(
-        "torch.hub.download_url_to_file", lambda *args, **kwargs: pytest.fail("a plan downloads nothing")
-    )
+    monkeypatch.setattr("torch.hub.download_url_to_file", lambda *_, **__: pytest.fail("a plan downloads nothing"))
     text = planning.describe(Study(profiles.get("paper")))
     assert "104 gated layers" in text and "7,801.4 M MACs" in text
     assert "stanford-dogs" in text.split("missing on this machine")[1]
@@ -169,19 +149,15 @@ def test_targets_are_tuned_apart_and_a_trial_that_diverged_is_never_chosen(profi
     other = replace(profile.targets[0], per_class=7)
     study = Study(replace(profile, targets=(*profile.targets, other)), workers=1)
     assert list(study.targets) == ["tree-6", "tree-7"] and study.chance == {"tree-6": 1 / 3, "tree-7": 1 / 3}
-    rows = [
-        {"target": "tree-6", "method": "l2", "strength": 1e-4, "validation_accuracy": 0.5},
-        {"target": "tree-6", "method": "l2", "strength": 1e-3, "validation_accuracy": 0.5},
-        {"target": "tree-7", "method": "l2", "strength": 1e-4, "validation_accuracy": math.nan},
-        {"target": "tree-7", "method": "l2", "strength": 1e-3, "validation_accuracy": 0.1},
-    ]
-    by_id = {}
-    for row in rows:
-        regulariser = replace(profile.candidates[0].regulariser, strength=row["strength"])
-        target = profile.targets[0] if row["target"] == "tree-6" else other
-        run = replace(study.transfer_run(regulariser, profile.trial_seed, target=target), use_test=False)
-        found = {} if math.isnan(row["validation_accuracy"]) else {"validation_accuracy": row["validation_accuracy"]}
-        by_id[runs.run_id(replace(run, optimisation=profile.trial))] = found
+    accuracies = {6: {1e-4: 0.5, 1e-3: 0.5}, 7: {1e-4: math.nan, 1e-3: 0.1}}  # NaN: that one diverged
+    rows, by_id = [], {}
+    for target in (*profile.targets, other):
+        for strength, accuracy in accuracies[target.per_class].items():
+            regulariser = replace(profile.candidates[0].regulariser, strength=strength)
+            run = replace(study.transfer_run(regulariser, profile.trial_seed, target=target), use_test=False)
+            metrics = {} if math.isnan(accuracy) else {"validation_accuracy": accuracy}
+            by_id[runs.run_id(replace(run, optimisation=profile.trial))] = metrics
+            rows.append({"target": target.title, "method": "l2", "strength": strength, "validation_accuracy": accuracy})
     monkeypatch.setattr(study, "_compute", lambda configs: [])
     monkeypatch.setattr(engine, "lookup", lambda config: runs.Result("x", by_id[runs.run_id(config)], home))
     monkeypatch.setattr(study, "trials", lambda: pd.DataFrame(rows))
