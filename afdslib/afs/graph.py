@@ -265,6 +265,34 @@ def streams(model: nn.Module) -> list[tuple[str, ...]]:
     return sorted((tuple(names) for names in complete), key=lambda names: order[names[0]])
 
 
+def _module(node: fx.Node, modules: dict[str, nn.Module]) -> nn.Module | None:
+    return modules[str(node.target)] if node.op == "call_module" else None
+
+
+def depthwise_ties(model: nn.Module) -> list[tuple[str, ...]]:
+    """AFS layers with the depthwise ones that alone read them, in forward order.
+
+    A depthwise filter whose input is removed computes a constant, and a channel whose only reader is removed is of no
+    use, so such layers lose channels together. [method, section 7; ours]
+    """
+    graph, modules = trace(model), dict(model.named_modules())
+    tied: dict[str, list[str]] = {}
+    for node in graph.nodes:
+        layer = _module(node, modules)
+        conv = layer.conv if isinstance(layer, AFSConvBN) else None
+        if not isinstance(conv, nn.Conv2d) or not 1 < conv.groups == conv.in_channels == conv.out_channels:
+            continue
+        before = node.all_input_nodes[0]
+        while len(before.users) == 1 and (
+            isinstance(_module(before, modules), _KEEP_MODULES) or keeps_channels_call(before)
+        ):
+            before = before.all_input_nodes[0]
+        writer = _module(before, modules)
+        if len(before.users) == 1 and isinstance(writer, AFSConvBN) and writer.m.numel() == conv.out_channels:
+            tied[node.target] = [*tied.pop(before.target, [before.target]), node.target]
+    return list(map(tuple, tied.values()))
+
+
 def living_channels(model: nn.Module, names: Iterable[str], input_size: tuple[int, int, int]) -> dict[str, Tensor]:
     """Channels of some modules' outputs that can be other than zero for at least one image, as far as masks prove it.
 

@@ -16,7 +16,7 @@ from afdslib.afs.compact import compact_in_place, set_masks
 from afdslib.afs.convert import convert_in_place
 from afdslib.afs.shrink import shrink
 from afdslib.afs.verify import confirm, sample
-from afdslib.backbones.inputs import input_of
+from afdslib.backbones.inputs import input_of, see_at
 from afdslib.base.errors import AFDSError
 
 __all__ = ["load", "load_network", "read_masks", "save", "weight_file"]
@@ -118,7 +118,7 @@ def _short(error: Exception) -> str:
 def _rebuild(architecture: Any) -> nn.Module:
     """A network with the layers, not the values, of the one that was saved; never two of them in memory at once."""
     plain = dict(architecture)
-    gates, kept, cuts, images = (plain.pop(name, None) for name in ("gates", "kept", "compact", "input"))
+    gates, kept, cuts, images, side = (plain.pop(name, None) for name in ("gates", "kept", "compact", "input", "side"))
     model = backbones.build(**plain)
     if images is not None:  # written by a network trained on other images than torchvision's
         model.architecture = {**plain, "input": images}  # type: ignore[assignment]
@@ -135,7 +135,7 @@ def _rebuild(architecture: Any) -> nn.Module:
         before = sample(model.eval(), size)
         model = compact_in_place(model, input_size=size, fold_bn=cut["fold_bn"])
         confirm(before, model, "cutting the saved network")
-    return model
+    return see_at(model, int(side)) if side else model
 
 
 def _unit_scales(model: nn.Module) -> nn.Module:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from afdslib.afs import macs
 from afdslib.afs.convert import gated, layers
-from afdslib.afs.graph import eval_mode, streams
+from afdslib.afs.graph import depthwise_ties, eval_mode, streams
 from afdslib.afs.layer import AFSConvBN
 from afdslib.base.errors import AFDSError, UnreachableError
 
@@ -159,6 +159,8 @@ def update_masks(
             stays while any of them needs it, and the layers that read the stream narrow with it. Not by the mean: where
             the last batch norms of blocks begin at 0, few blocks write to a channel. Streams with an addend without
             gates stay free. [ours]
+            A layer and the depthwise ones that read it decide together in both cases, by the smallest of their q; see
+            `graph.depthwise_ties`.
         scores: by layer name, (C,), non-negative: what channels are ranked by instead of q, which then decides about
             freezing alone; with `macs_budget` only. [ours]
 
@@ -169,10 +171,12 @@ def update_masks(
     """
     found = layers(model)
     _check(found, statistics, delta_m, delta_s, macs_budget, loader, multiple, stream, scores)
-    units = _units(model, found, stream)
+    ties = depthwise_ties(model)
+    units = _units(model, found, stream, ties)
     by_q = scores is None
-    if scores is None:
-        scores = {name: statistics[name].q for name in found}
+    scores = {name: statistics[name].q for name in found} if scores is None else dict(scores)
+    for names in ties:
+        scores |= dict.fromkeys(names, torch.stack([scores[name] for name in names]).amin(0))
 
     kept = ("m", "s", "gamma", "beta")
     before = {name: {part: getattr(layer, part).detach().clone() for part in kept} for name, layer in found.items()}
@@ -246,14 +250,19 @@ def _check(
         raise AFDSError("delta_m must be a number, got nan")
 
 
-def _units(model: nn.Module, found: dict[str, AFSConvBN], stream: str) -> list[tuple[str, ...]]:
-    """The layers that lose channels together: each alone, or those of a residual stream, in forward order."""
+def _units(
+    model: nn.Module, found: dict[str, AFSConvBN], stream: str, ties: list[tuple[str, ...]]
+) -> list[tuple[str, ...]]:
+    """The layers that lose channels together, in forward order: each alone, those of a residual stream, or ties."""
     coupled = {name: names for names in streams(model) for name in names} if stream == "coupled" else {}
     if stream == "coupled" and not coupled:
         raise AFDSError(
             f"stream='coupled' needs a residual stream whose addends all have gates, and {type(model).__name__} has "
             "none; convert with gates='all', or leave stream='free'"
         )
+    for names in ties:
+        if not coupled.keys() & set(names):
+            coupled |= dict.fromkeys(names, names)
     return list(dict.fromkeys(coupled.get(name, (name,)) for name in found))
 
 

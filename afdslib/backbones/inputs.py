@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from afdslib.base.errors import AFDSError
 
-__all__ = ["IMAGENET", "RAW", "InputStatistics", "expect", "fed", "input_of", "input_statistics", "set_input"]
+__all__ = ["IMAGENET", "RAW", "InputStatistics", "expect", "fed", "input_of", "input_statistics", "see_at", "set_input"]
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,34 @@ def expect(model: nn.Module, given: InputStatistics, wanted: InputStatistics) ->
     """
     if given != wanted:
         model.register_forward_pre_hook(_Conversion(given, wanted))
+    return model
+
+
+class _Downscale:
+    """A forward pre-hook: square images scaled down, with antialiasing."""
+
+    def __init__(self, side: int):
+        self.side = side
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        images, *rest = args
+        size = (self.side, self.side)
+        small = nn.functional.interpolate(images.float(), size=size, mode="bilinear", antialias=True)
+        return (small.to(images.dtype).contiguous(memory_format=torch.channels_last), *rest)
+
+
+def see_at(model: nn.Module, side: int) -> nn.Module:
+    """Lets a network scale its images down before it looks at them, and writes so into its `architecture`.
+
+    Args:
+        model: changed in place, by a hook that goes with its copies and its file.
+        side: of the images that it computes on, pixels.
+
+    Returns:
+        The model.
+    """
+    model.register_forward_pre_hook(_Downscale(side))
+    model.architecture = {**model.architecture, "side": side}  # type: ignore[assignment, dict-item]
     return model
 
 

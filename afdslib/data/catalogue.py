@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +41,7 @@ class DataSet:
     parts: Callable[[Listing], np.ndarray] | None = None  # from a Listing to parts; the Listing's own where None
     choose: Callable[[tuple[str, ...]], list[str]] | None = None  # from all class names to those used; None for all
     validation_per_class: int = 100  # validation images per class when `per_class` is given
+    expected: int = 0  # classes of a complete copy; 0 where that is not checked
 
 
 def _cifar10_python(folder: Path) -> Listing:
@@ -81,7 +84,10 @@ def _tree(name: str, test: str, note: str = "", files: str = "") -> Layout:
 
     def read(folder: Path) -> Listing:
         listing = trees.image_folder(folder / name)
-        return replace(listing, relative=[f"{name}/{path}" for path in listing.relative])
+        # Stanford Dogs' folders are called by wnid and breed.
+        named = tuple(re.sub(r"^n\d{8}-", "", one).replace("_", " ") for one in listing.classes)
+        captions = listing.captions or (named if named != listing.classes else ())
+        return replace(listing, relative=[f"{name}/{path}" for path in listing.relative], captions=captions)
 
     return Layout(FILES[files or name], (f"{name}/train", f"{name}/{test}"), read, note)
 
@@ -96,6 +102,20 @@ _DIGITS = DataSet("digits", (), 32, flip=False, border=0, parts=trees.alternate_
 
 SETS: dict[str, DataSet] = {
     "stanford-dogs": _set("stanford-dogs", ("Images", "train_list.mat", "test_list.mat"), trees.stanford_dogs),
+    # The dogs study fits 30 images per breed and chooses on 30 others. Dogs cut out by the first box of each image,
+    # shorter side 144 px; or whole photographs, which are harder.
+    "stanford-dogs-144": DataSet(
+        "stanford-dogs-144",
+        (_tree("stanford-dogs-144", "test", "dogs cut out by their bounding boxes, stored as 144 px WebP"),),
+        validation_per_class=30, expected=120,
+    ),
+    "stanford-dogs-60": _set(
+        "stanford-dogs", ("Images", "train_list.mat", "test_list.mat"), partial(trees.stanford_dogs, first=60),
+        note="whole photographs", validation_per_class=30, expected=120,
+    ),
+    "caltech101-144": DataSet(
+        "caltech101-144", (_tree("caltech101-144", "test", "stored as 144 px WebP, a split of its own"),), expected=100
+    ),
     "mit-indoors": _set("mit-indoors", ("Images", "TrainImages.txt", "TestImages.txt"), trees.mit_indoors),
     # 20 test images per class [our reading]; they are the same for all seeds [ours].
     "caltech-256": _set(

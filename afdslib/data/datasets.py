@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from afdslib.backbones.inputs import IMAGENET, InputStatistics
 from afdslib.base.checks import whole
 from afdslib.data.images import MEAN, STD, centre_box, read_rgb, resize_shorter, resized_to
 
@@ -31,27 +32,38 @@ def generator(*key: int) -> np.random.RandomState:
     return np.random.RandomState(np.random.MT19937(np.random.SeedSequence([int(k) for k in key])))
 
 
-def _normalise(images: np.ndarray) -> Tensor:
-    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) with ImageNet's mean and deviation."""
-    channels_first = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-    return channels_first.to(torch.float32).mul_(_SCALE).add_(_SHIFT)
+def _normalise(images: np.ndarray, statistics: InputStatistics = IMAGENET) -> Tensor:
+    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W), normalised."""
+    values = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).to(torch.float32)
+    if statistics == IMAGENET:
+        return values.mul_(_SCALE).add_(_SHIFT)
+    mean, deviation = (torch.tensor(v).view(1, 3, 1, 1) for v in (statistics.mean, statistics.deviation))
+    return values.sub_(mean).div_(deviation)
 
 
-def _sharpened(images: Tensor, amounts: Tensor) -> Tensor:
+def _grey(level: int, statistics: InputStatistics) -> Tensor:
+    """A grey level, normalised: (1, 3, 1, 1)."""
+    return _normalise(np.full((1, 1, 1, 3), level, dtype=np.uint8), statistics)
+
+
+def _sharpened(images: Tensor, amounts: Tensor, statistics: InputStatistics) -> Tensor:
     """x + a (x - blur(x)) within the range of colours, a 3x3 binomial blur; images (B, 3, H, W), amounts a (B,)."""
     binomial = torch.tensor([1.0, 2.0, 1.0]) / 4
     kernel = torch.outer(binomial, binomial).expand(3, 1, 3, 3)
     padded = nn.functional.pad(images, (1, 1, 1, 1), mode="reflect")
     detail = images - nn.functional.conv2d(padded, kernel, groups=3)
     sharp = torch.addcmul(images, amounts.view(-1, 1, 1, 1), detail)
-    return torch.maximum(torch.minimum(sharp, 255 * _SCALE + _SHIFT), _SHIFT)
+    return torch.maximum(torch.minimum(sharp, _grey(255, statistics)), _grey(0, statistics))
 
 
 class ImageDataset(Dataset):
     """Images with integer labels: `targets` is int64 (N,), `classes` their names, `size` the side in pixels.
 
-    `augment` says whether crop and flip are random, `flip` whether augmentation may mirror an image.
+    `augment` says whether crop and flip are random, `flip` whether augmentation may mirror an image;
+    `input` is what they are normalised by.
     """
+
+    input: InputStatistics = IMAGENET
 
     def __init__(
         self, targets: np.ndarray, classes: Sequence[str], *, size: int, augment: bool, flip: bool = True, seed: int = 0
@@ -127,10 +139,10 @@ class ArrayImages(ImageDataset):
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         index = self._check(indices)
-        images = _normalise(self._images[self._rows[index]])
+        images = _normalise(self._images[self._rows[index]], self.input)
         if self._uniforms is not None:
             if self.sharpness:
-                images = _sharpened(images, self._amounts[index])
+                images = _sharpened(images, self._amounts[index], self.input)
             images = self._augmented(images, self._uniforms[index])
         return images, torch.from_numpy(self.targets[index])
 
@@ -144,7 +156,7 @@ class ArrayImages(ImageDataset):
         side = self.size + 2 * _PAD
         padded = np.zeros((len(images), 3, side, side), dtype=np.float32)
         if self.border is not None:
-            padded += (self.border * _SCALE + _SHIFT).numpy()
+            padded += _grey(self.border, self.input).numpy()
         padded[:, :, _PAD:-_PAD, _PAD:-_PAD] = images
         if self.reflect:
             padded = np.pad(images.numpy(), ((0, 0), (0, 0), (_PAD, _PAD), (_PAD, _PAD)), mode="reflect")
@@ -203,7 +215,7 @@ class FileImages(ImageDataset):
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         index = self._check(indices)
         pixels = np.stack([self._crop(i) for i in index])
-        return _normalise(pixels), torch.from_numpy(self.targets[index])
+        return _normalise(pixels, self.input), torch.from_numpy(self.targets[index])
 
     def raw(self, index: int) -> np.ndarray:
         row = int(self._rows[self._check([index])[0]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import warnings
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from afdslib.backbones.inputs import InputStatistics
 from afdslib.base.checks import choice, number, whole
 from afdslib.base.errors import AFDSError
 from afdslib.data import cache, fetch, trees
@@ -40,6 +42,15 @@ class Splits:
 
     def __iter__(self):
         return iter((self.train, self.validation, self.test, self.statistics, self.classes))
+
+    def normalised(self, statistics: InputStatistics) -> Splits:
+        """The same images, normalised as a network expects them; see `backbones.inputs`."""
+        changed: dict[str, Any] = {}
+        for name in ("train", "validation", "test", "statistics"):
+            if isinstance(dataset := getattr(self, name), (ArrayImages, FileImages)):
+                changed[name] = copy.copy(dataset)
+                changed[name].input = statistics
+        return replace(self, **changed)
 
     def __repr__(self) -> str:
         validation = 0 if self.validation is None else len(self.validation)
@@ -229,6 +240,9 @@ def load(
         options = f"padding={padding!r} and sharpness={sharpness!r}"
         raise AFDSError(f"{options} are for images up to {SMALL} px; larger ones are cropped")
 
+    if spec.expected and len(listing.classes) != spec.expected:
+        found = len(listing.classes)
+        raise AFDSError(f"the data set {name} has {found} of its {spec.expected} classes: fetch it again, whole")
     rows = np.arange(len(listing.targets))
     if spec.choose is not None:
         listing, rows = listing.of_classes(spec.choose(listing.classes))

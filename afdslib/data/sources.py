@@ -31,7 +31,7 @@ _CALTECH = "https://data.caltech.edu/records"
 
 
 def _development(file: str, size: int, sha256: str) -> tuple[Remote, ...]:
-    source = "the project's own list of development archives (ImageFolder trees of 32 px or 160 px JPEG)"
+    source = "the project's own list of development archives (ImageFolder trees of small images)"
     hint = "it has no public address: ask the project's maintainers for it, or give the path of an ImageFolder tree"
     return (Remote(file, None, size, f"sha256:{sha256}", source, hint),)
 
@@ -97,5 +97,22 @@ FILES: dict[str, tuple[Remote, ...]] = {
     ),
     "hymenoptera-160": _development(
         "hymenoptera-160.tar", 5560320, "8607b28133f8fd220299b97d7d955e1b7ab47c12cd0f9b3c1aa83093e11a811b"
+    ),
+    "stanford-dogs-144": (
+        *_development(
+            "stanford-dogs-144-train-001-030.tar.xz", 20411676,
+            "bf5fc708cc8c2c8af99d7cebfdcdf70c03ad1af5ee46ebb845a7824a770923c7",
+        ),
+        *_development(
+            "stanford-dogs-144-train-031-060.tar.xz", 20241172,
+            "14e8a11df468c69afa7e97a4bb26efc914d3faa02d0cfcaf9fbc6222d2261f37",
+        ),
+        *_development(
+            "stanford-dogs-144-test.tar.xz", 48822196,
+            "1a64c1f08be8d4b57766e419ecbf5108061f58678f6081ae88b1d3837c9c231f",
+        ),
+    ),
+    "caltech101-144": _development(
+        "caltech101-144.tar.xz", 31804824, "1904b349c50bdac39ad5814cbe0d651e10eec9adebe651300193c4cbb3d0f5ce"
     ),
 }  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -220,8 +221,11 @@ def _two_lists(lists: dict[Path, list[str]], form: str) -> Listing:
     return _listing([(form.format(line), classes.index(one), part) for one, line, part in rows], classes)
 
 
-def stanford_dogs(folder: Path) -> Listing:
-    """Stanford Dogs 120: `Images/<class>/*.jpg` and the official `train_list.mat` (100 per class), `test_list.mat`."""
+def stanford_dogs(folder: Path, *, first: int = 100) -> Listing:
+    """Stanford Dogs 120: `Images/<class>/*.jpg` and the official `train_list.mat` (100 per class), `test_list.mat`.
+
+    `first` is how many training images of each class are taken, in the order of the list.
+    """
     from scipy.io import loadmat
 
     def read(file: Path) -> list[str]:
@@ -236,8 +240,13 @@ def stanford_dogs(folder: Path) -> Listing:
             raise _damaged(file, f"its {len(labels)} labels are not the classes of its {len(lines)} images")
         return lines
 
-    files = folder / "train_list.mat", folder / "test_list.mat"
-    listing = _two_lists({file: read(file) for file in files}, "Images/{}")
+    train, test = folder / "train_list.mat", folder / "test_list.mat"
+    counts: Counter[str] = Counter()
+    lines = []
+    for line in read(train):
+        counts[one := _class_of(train, line)] += 1
+        lines += [line] if counts[one] <= first else []
+    listing = _two_lists({train: lines, test: read(test)}, "Images/{}")
     return replace(listing, classes=tuple(one.split("-", 1)[-1] for one in listing.classes))
 
 

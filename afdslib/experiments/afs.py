@@ -50,6 +50,7 @@ class TransferRun(FirstPoint):
         freeze_first: whether that update freezes gates, too; if not, only the later one does. [ours]
         settle_by: what the channels that go when the budget is met once more are ranked by: "q", the mean gate, or
             "taylor"; see `afs.taylor_importance`. [ours]
+        statistics_images: training images whose gates the masks are made from; 0 for all.
     """
 
     source: AFSSourceRun
@@ -68,6 +69,7 @@ class TransferRun(FirstPoint):
     first: float = runs.added(0.5)
     freeze_first: bool = runs.added(True)
     settle_by: str = runs.added("q")
+    statistics_images: int = runs.added(0)
 
     gated = True
 
@@ -123,7 +125,7 @@ class TransferRun(FirstPoint):
         model, splits, settings = stage.model, stage.splits, stage.settings
         with training.autocast(next(model.parameters()).device, settings.precision):
             report = afs.update_masks(
-                model, afs.collect_statistics(model, data.loader(splits.statistics, 128)),
+                model, afs.collect_statistics(model, self._statistics_images(stage)),
                 macs_budget=self.budgets[-1], loader=self._subset(stage), delta_s=self.delta_s if freeze else 0.0,
                 multiple=self.multiple, stream=self.stream,
             )  # fmt: skip
@@ -138,7 +140,7 @@ class TransferRun(FirstPoint):
         """Where asked for, channels go or come back until the budget is met between 98 and 100 %."""
         if not self.settle or self.parent is None:
             return
-        model, fitting = stage.model, data.loader(stage.splits.statistics, 128)
+        model, fitting = stage.model, self._statistics_images(stage)
         with training.autocast(next(model.parameters()).device, stage.settings.precision):
             settle(
                 model, self.budgets[-1], self._subset(stage), afs.collect_statistics(model, fitting),
@@ -146,6 +148,10 @@ class TransferRun(FirstPoint):
                 scores=functools.partial(afs.taylor_importance, model, fitting) if self.settle_by == "taylor" else None,
             )  # fmt: skip
         stage.objective.masks_changed(model)
+
+    def _statistics_images(self, stage: Stage) -> DataLoader:
+        images = stage.splits.statistics
+        return data.loader(training.first(images, self.statistics_images or len(images)), 128)
 
     def _subset(self, stage: Stage) -> DataLoader:
         """The training images on which the budget is met."""

@@ -22,6 +22,7 @@ from torch import nn
 from afdslib import afs, data, pruning, runs, training
 from afdslib.afs import macs
 from afdslib.afs.shrink import Kept, groups, shrink
+from afdslib.backbones.inputs import input_of, see_at
 from afdslib.base.atomic import write_json
 from afdslib.base.checks import choice, number, whole
 from afdslib.base.errors import AFDSError
@@ -138,6 +139,7 @@ class PrunedRun(Point):
         size, source, before = input_size(splits), network_of(self.source, run), self.point_before(run)
         budget, dense = self.budgets[-1], float(before.metrics["dense_macs"])
         larger = afs.load(before.artifact(MODEL))
+        splits = splits.normalised(input_of(larger))
         model = shrink(larger, self._chosen(run, larger, splits, dense), size)
         measured = macs.count(model, size).total / dense
         if measured > budget * (1 + 1e-6):
@@ -289,7 +291,10 @@ class FBSRun(Point):
 @runs.register
 @dataclass(frozen=True)
 class NarrowRun(FirstPoint):
-    """A narrower network, trained on the source at its width and then on the target, with or without distillation.
+    """A cheaper network, narrower or of smaller images, trained on the target with or without distillation.
+
+    A narrower one is trained on the source at its width. One of smaller images starts from the source's weights and
+    scales each augmented image down; a teacher sees the whole one.
 
     It takes as many target steps as a chain down to its budget takes in all. The budget is for the record: the width of
     the source decides the MACs.
@@ -298,6 +303,7 @@ class NarrowRun(FirstPoint):
         full: the dense network, of whose MACs the budget is a share.
         teacher: the tuned dense target network to distil; None for plain training.
         temperature, alpha: T of the distillation, and the share of its soft term.
+        side: pixels to which images are scaled down; 0 for a narrower network.
     """
 
     source: ExtendedSourceRun
@@ -309,11 +315,13 @@ class NarrowRun(FirstPoint):
     macs_images: int = 256
     seed: int = 0
     use_test: bool = True
+    side: int = runs.added(0)
 
     selection_name = "narrow"
 
     def __post_init__(self) -> None:
         number("budget", self.budget, above=0, most=1)
+        whole("side", self.side, 0)
         number("temperature", self.temperature, above=0)
         number("alpha", self.alpha, least=0, most=1)
 
@@ -329,6 +337,9 @@ class NarrowRun(FirstPoint):
     def start(self, run: runs.Run, splits: Splits) -> Stage:
         size, source, network = input_size(splits), network_of(self.source, run), self.full
         model = with_classifier(network_of(self.source, run), splits, self.seed)
+        if self.side:
+            see_at(model, self.side)
+            see_at(source, self.side)
         dense = pruning.network_macs(network.name, network.stem, network.width, len(splits.classes), size)
         terms: tuple[Term, ...] = ()
         forwards = self.taught

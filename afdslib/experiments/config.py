@@ -12,7 +12,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from afdslib import afs, backbones, data, runs
 from afdslib.afs.io import weight_file
-from afdslib.backbones.inputs import IMAGENET, InputStatistics
+from afdslib.backbones.inputs import IMAGENET, InputStatistics, input_statistics, set_input
 from afdslib.base.errors import AFDSError
 from afdslib.data import Splits
 from afdslib.data.fetch import digest
@@ -37,6 +37,7 @@ class DataSource:
     sharpness: float = runs.added(0.0)
     content: str = runs.added("")
     skip_corrupt: bool = runs.unhashed(False)
+    holdout: bool = runs.added(True)
 
     @property
     def title(self) -> str:
@@ -47,7 +48,7 @@ class DataSource:
     def load(self) -> Splits:
         return data.load(
             self.name, self.root or None, per_class=self.per_class, seed=self.seed, size=self.size,
-            padding=self.padding, sharpness=self.sharpness, skip_corrupt=self.skip_corrupt,
+            padding=self.padding, sharpness=self.sharpness, skip_corrupt=self.skip_corrupt, holdout=self.holdout,
         )  # fmt: skip
 
 
@@ -93,6 +94,8 @@ class Network:
     def build(self, num_classes: int, seed: int) -> nn.Module:
         torch.manual_seed(seed)
         model = backbones.build(self.name, num_classes, weights=self.weights, stem=self.stem, width=self.width)
+        if self.weights is not None:
+            set_input(model, input_statistics(self.name))
         if self.zero_init and self.weights is None:
             for block in model.modules():
                 if isinstance(block, (Bottleneck, BasicBlock)):

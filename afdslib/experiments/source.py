@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from afdslib import afs, backbones, data, runs, training
 from afdslib.afs import macs
+from afdslib.backbones.inputs import input_of
 from afdslib.base.checks import choice, whole
 from afdslib.base.errors import DivergedError
 from afdslib.data import ImageDataset, Splits
@@ -209,6 +210,7 @@ class ChannelWeightsRun:
     def execute(self, run: runs.Run) -> dict[str, Any]:
         splits = data.sealed(self.data.load())
         model = with_classifier(network_of(self.source, run), splits, self.seed).to(training.device())
+        splits = splits.normalised(input_of(model))
         size, names = input_size(splits), feature_names(model, self.features)
         state = run.load_checkpoint()
         if state is None:

@@ -15,6 +15,7 @@ from torch import nn
 from afdslib import data, runs, training
 from afdslib.afs import macs
 from afdslib.afs.shrink import groups
+from afdslib.backbones.inputs import input_of
 from afdslib.base.errors import DivergedError, UnreachableError
 from afdslib.data import Splits
 from afdslib.experiments.config import DataSource
@@ -143,6 +144,7 @@ def train_stage(point: Point, run: runs.Run) -> dict[str, Any]:
     # The network: of a source, or of the point before.
     stage = point.start(run, splits)
     model, settings = stage.model, stage.settings
+    splits = splits.normalised(input_of(model))
     # What is minimised; what the objective has learnt in the stage before goes on.
     delta, weights = weights_run(point.regulariser, point.source, point.data), None
     if delta is not None:

@@ -15,7 +15,7 @@ from afdslib.afs import macs
 from afdslib.afs.shrink import Cost, Group, Kept
 from afdslib.base.errors import UnreachableError
 
-__all__ = ["LEAST", "ROOM", "choose", "fitting_width", "lower_density", "network_macs", "settle"]
+__all__ = ["LEAST", "ROOM", "choose", "fitting_side", "fitting_width", "lower_density", "network_macs", "settle"]
 
 LEAST = 0.98
 """A budget counts as met between this share of it and all of it."""
@@ -171,3 +171,20 @@ def fitting_width(
         return network_macs(name, stem, width * step / 1024, classes, size) <= macs_budget * dense
 
     return width * (1024 - bisect_left(range(1024, 1, -1), True, key=fits)) / 1024
+
+
+def fitting_side(
+    name: str, stem: str, width: float, classes: int, size: tuple[int, int, int], macs_budget: float
+) -> int:
+    """The largest side of square images at which a network's MACs are within a share of those at `size`.
+
+    Arguments as for `fitting_width`; layers round their sizes up, so the share that is reached can be far below.
+
+    Raises:
+        UnreachableError: no side of at least 8 pixels is within it.
+    """
+    dense = network_macs(name, stem, width, classes, size)
+    for side in range(min(size[1], math.ceil(size[1] * math.sqrt(macs_budget)) + 4), 7, -1):
+        if network_macs(name, stem, width, classes, (3, side, side)) <= macs_budget * dense:
+            return side
+    raise UnreachableError(f"the budget {macs_budget:g} cannot be reached by smaller images; ask for more")

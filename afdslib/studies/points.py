@@ -11,7 +11,7 @@ from typing import Any
 from afdslib import experiments
 from afdslib.base.errors import UnreachableError
 from afdslib.experiments import DataSource, TransferRun
-from afdslib.pruning import CRITERIA, fitting_width
+from afdslib.pruning import CRITERIA, fitting_side, fitting_width
 from afdslib.studies.profile import Profile
 from afdslib.studies.protocol import Method, Protocol
 from afdslib.training import Optimisation
@@ -136,7 +136,8 @@ class Points:
             return TransferRun(
                 self.afs_source, data, regulariser, unpruned, tuning, budgets, float(chosen["delta_s"]),
                 density_exponent=float(chosen["density_exponent"]), density_floor=p.density_floor, settle=True,
-                first=rules.first_update, freeze_first=False, settle_by=rules.settle_by, **common,
+                first=rules.first_update, freeze_first=False, settle_by=rules.settle_by,
+                statistics_images=p.statistics_images, **common,
             )  # fmt: skip
         if selection == "fbs":
             alone = round(rules.gates_alone * unpruned.steps)
@@ -156,8 +157,15 @@ class Points:
             )
             return experiments.PrunedRun(dense, criterion, tuning, budgets[1:])
         whole = self.stage(first, chosen["lr"], unpruned.steps + (len(budgets) - 1) * tuning.steps)
+        smaller = selection.startswith("image")
         return experiments.NarrowRun(
-            self.extended(budgets[-1]), data, regulariser, whole, full=p.network, budget=budgets[-1],
-            teacher=dense if selection == "width-kd" else None, temperature=float(chosen.get("temperature", 4.0)),
-            alpha=float(chosen.get("alpha", 0.9)), **common,
+            self.extended(None if smaller else budgets[-1]), data, regulariser, whole, full=p.network,
+            budget=budgets[-1], teacher=dense if selection.endswith("-kd") else None,
+            temperature=float(chosen.get("temperature", 4.0)), alpha=float(chosen.get("alpha", 0.9)),
+            side=self._side(budgets[-1]) if smaller else 0, **common,
         )  # fmt: skip
+
+    def _side(self, budget: float) -> int:
+        """Of the images that the dense network has a budget for."""
+        network = self.profile.network
+        return fitting_side(network.name, network.stem, network.width, *self._shape, budget)

@@ -13,7 +13,7 @@ from afdslib.training.objective import Regulariser
 
 __all__ = ["BUDGETS", "RECALLED_SCHEDULE", "SCALES", "Candidates", "Profile", "show"]
 
-SCALES = ("quick", "standard")
+SCALES = ("quick", "standard", "full")
 """How much of a study is made."""
 
 BUDGETS = (1.0, 0.5, 0.25, 0.2, 0.125, 0.1, 0.05)
@@ -47,6 +47,7 @@ class Profile:
         delta_s: threshold below which gates become constant.
         density_floor: lowest density d; the masks do the rest.
         macs_images: training images on which a budget is met.
+        statistics_images: training images from whose gates AFS makes its masks; 0 for all.
         first_update: share of a stage after which AFS removes channels.
         freeze_first: whether that update freezes gates, too; if not, only the later one does.
         settle_by: what channels are ranked by when the budget is met once more after the last step: "q", the mean gate,
@@ -76,6 +77,7 @@ class Profile:
     delta_s: float = 0.01
     density_floor: float = 0.5
     macs_images: int = 256
+    statistics_images: int = 0
     first_update: float = 0.02
     freeze_first: bool = False
     settle_by: str = "taylor"

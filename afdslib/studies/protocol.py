@@ -45,14 +45,13 @@ SELECTION_SPACES: dict[str, tuple[Axis, ...]] = {
     "taylor": (NORMALISE, LR),
     "l1": (Axis("normalise", "mean", choices=("none", "mean")), LR),
     "random": (LR,),
+    "image": (LR,),
+    "image-kd": (Axis("temperature", 4.0, 1.0, 8.0), Axis("alpha", 0.9, 0.1, 1.0, log=False), LR),
     "width": (LR,),
     "width-kd": (Axis("temperature", 4.0, 1.0, 8.0), Axis("alpha", 0.9, 0.1, 1.0, log=False), LR),
 }  # fmt: skip
 
 SELECTIONS = tuple(SELECTION_SPACES)
-
-VARIANT_SEEDS = 5
-"""Seeds of a profile that varies another; its endpoint is secondary."""
 
 RECALLED = "selection, recalled schedule"
 """Stage of AFS's first trials in the table of imagenet32; nothing is chosen from them."""
@@ -72,6 +71,7 @@ def selection_space(name: str, profile: Profile) -> tuple[Axis, ...]:
 _LABELS = {
     "afs": "AFS", "fbs": "FBS", "slimming": "network slimming", "taylor": "Taylor", "l1": "L1 norm",
     "random": "random channels", "width": "narrower network", "width-kd": "narrower network with KD",
+    "image": "smaller image", "image-kd": "smaller image with KD",
 }  # fmt: skip
 _DETACHED = "-detached"
 
@@ -172,6 +172,7 @@ class Protocol:
         settings_of: a profile whose finished comparison gives the settings and the rivals; nothing is tuned then.
         narrow_between: whether narrower networks, each of which is a training of its own, are made at the budgets
             between the unpruned one and the endpoint, too.
+        variant_seeds: seeds of a profile that varies this one; its endpoint is secondary.
     """
 
     methods: tuple[Method, ...]
@@ -193,6 +194,7 @@ class Protocol:
     settle_by: str = "taylor"
     settings_of: str = ""
     narrow_between: bool = True
+    variant_seeds: int = 5
 
     def __post_init__(self) -> None:
         whole("trials", self.trials, 1)
@@ -239,6 +241,15 @@ _PROTOCOLS: Mapping[tuple[str, str], Protocol] = {
         ),
         trials=16, settle_by="q",
     ),
+    # Two hours of trials and eight of points on two cores. Three seeds each, five for AFDS and the best two rivals.
+    ("dogs", "quick"): Protocol(
+        methods=(
+            *_pairs(_CORE, ("afs",)), *_pairs(("l2", "delta", "afd"), ("taylor", "slimming")),
+            Method("afd", "afs", "detached"), *_pairs(("l2",), ("fbs", "image", "image-kd")),
+        ),
+        trials=3, budgets=(1.0, 0.5, 0.25, 0.1), multipliers=(1.0, 0.1), seeds=(0, 1, 2, 3, 4), rest=3, rivals=2,
+        epoch_steps=50, variant_seeds=3,
+    ),
     ("paper", "standard"): Protocol(
         methods=_pairs(("l2", "l2sp", "lwf", "delta", "feature-map", "at", "afd"), SELECTIONS), trials=16,
         epoch_steps=250,
@@ -263,5 +274,5 @@ def protocol(profile: Profile) -> Protocol:
     rules = by_scale.get(profile.scale, next(iter(by_scale.values())))
     if not profile.variant_of:
         return rules
-    seeds = rules.seeds[:VARIANT_SEEDS]
+    seeds = rules.seeds[:rules.variant_seeds]
     return replace(rules, budgets=rules.chain, seeds=seeds, rest=len(seeds), settings_of=family, narrow_between=False)
