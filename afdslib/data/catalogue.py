@@ -111,7 +111,7 @@ SETS: dict[str, DataSet] = {
     ),
     "stanford-dogs-60": _set(
         "stanford-dogs", ("Images", "train_list.mat", "test_list.mat"), partial(trees.stanford_dogs, first=60),
-        note="whole photographs", validation_per_class=30, expected=120,
+        validation_per_class=30, expected=120,
     ),
     "caltech101-144": DataSet(
         "caltech101-144", (_tree("caltech101-144", "test", "stored as 144 px WebP, a split of its own"),), expected=100

@@ -46,7 +46,7 @@ def _grey(level: int, statistics: InputStatistics) -> Tensor:
     return _normalise(np.full((1, 1, 1, 3), level, dtype=np.uint8), statistics)
 
 
-def _sharpened(images: Tensor, amounts: Tensor, statistics: InputStatistics) -> Tensor:
+def _sharpened(images: Tensor, amounts: Tensor, statistics: InputStatistics = IMAGENET) -> Tensor:
     """x + a (x - blur(x)) within the range of colours, a 3x3 binomial blur; images (B, 3, H, W), amounts a (B,)."""
     binomial = torch.tensor([1.0, 2.0, 1.0]) / 4
     kernel = torch.outer(binomial, binomial).expand(3, 1, 3, 3)

@@ -6,12 +6,13 @@ Importing the package imports every kind of run, so that a stored configuration 
 from afdslib.experiments.afs import TransferRun
 from afdslib.experiments.competitors import DenseRun, FBSGatesRun, FBSRun, NarrowRun, PrunedRun, Selection
 from afdslib.experiments.config import DataSource, Network, Photographs, Published, check_budgets
+from afdslib.experiments.gates import GatesRun
 from afdslib.experiments.source import AFSSourceRun, ChannelWeightsRun, ExtendedSourceRun, SourceRun, weights_run
 from afdslib.experiments.stage import OBJECTIVE
 from afdslib.experiments.student import Distillation, PhotoRun, StudentRun
 
 __all__ = [
     "OBJECTIVE", "AFSSourceRun", "ChannelWeightsRun", "DataSource", "DenseRun", "Distillation", "ExtendedSourceRun",
-    "FBSGatesRun", "FBSRun", "NarrowRun", "Network", "PhotoRun", "Photographs", "PrunedRun", "Published", "Selection",
+    "FBSGatesRun", "FBSRun", "GatesRun", "NarrowRun", "Network", "PhotoRun", "Photographs", "PrunedRun", "Published", "Selection",
     "SourceRun", "StudentRun", "TransferRun", "check_budgets", "weights_run",
 ]  # fmt: skip

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from afdslib.base.errors import AFDSError
 from afdslib.studies import profiles, speed, students
 from afdslib.studies.ablations import Ablations
 from afdslib.studies.comparison import Comparison
 from afdslib.studies.engine import Plan
+from afdslib.studies.gates import GateStudy
 from afdslib.studies.sweep import Study
 
 __all__ = ["PARTS", "plans"]
 
-PARTS = ("sweep", "comparison", "ablations", *students.STUDIES, "speed")
+PARTS = ("sweep", "comparison", "ablations", "gates", *students.STUDIES, "speed")
 
 
 def plans(
@@ -29,8 +32,8 @@ def plans(
     """
     if part not in PARTS:
         raise AFDSError(f"unknown part {part!r} of a study; known are {', '.join(PARTS)}")
-    if target is not None and part not in ("comparison", "ablations"):
-        raise AFDSError(f"--target is for the parts comparison and ablations, not for {part}; leave it out")
+    if target is not None and part not in ("comparison", "ablations", "gates"):
+        raise AFDSError(f"--target is for the parts comparison, ablations and gates, not for {part}; leave it out")
     if part in students.STUDIES:
         return [students.DistillationStudy(students.get(part, profile, scale, data_dir), complete=False)]
     chosen = profiles.get(profile, scale, data_dir)
@@ -42,4 +45,5 @@ def plans(
     if target is not None and target not in targets:
         raise AFDSError(f"the profile {profile} has no target {target!r}; it has {', '.join(targets)}")
     comparison = Comparison(chosen, target=targets[target] if target else None)
-    return [comparison if part == "comparison" else Ablations(comparison)]
+    kinds: dict[str, Callable[[Comparison], Plan]] = {"ablations": Ablations, "gates": GateStudy}
+    return [comparison if part == "comparison" else kinds[part](comparison)]
