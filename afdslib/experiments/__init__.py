@@ -13,6 +13,6 @@ from afdslib.experiments.student import Distillation, PhotoRun, StudentRun
 
 __all__ = [
     "OBJECTIVE", "AFSSourceRun", "ChannelWeightsRun", "DataSource", "DenseRun", "Distillation", "ExtendedSourceRun",
-    "FBSGatesRun", "FBSRun", "GatesRun", "NarrowRun", "Network", "PhotoRun", "Photographs", "PrunedRun", "Published", "Selection",
-    "SourceRun", "StudentRun", "TransferRun", "check_budgets", "weights_run",
+    "FBSGatesRun", "FBSRun", "GatesRun", "NarrowRun", "Network", "PhotoRun", "Photographs", "PrunedRun", "Published",
+    "Selection", "SourceRun", "StudentRun", "TransferRun", "check_budgets", "weights_run",
 ]  # fmt: skip
