@@ -34,12 +34,8 @@ class Maker:
 
     def tree(self, name: str, counts: dict[str, dict[str, int]], *, size: tuple[int, int] = (32, 32)) -> Path:
         """`{"train": {"cat": 3}}` -> name/train/cat/0.jpg..2.jpg."""
-        names = [
-            f"{part}/{one}/{i:03d}.jpg".lstrip("/")
-            for part, classes in counts.items()
-            for one, count in classes.items()
-            for i in range(count)
-        ]
+        folders = {f"{part}/{one}": count for part, classes in counts.items() for one, count in classes.items()}
+        names = [f"{folder}/{i:03d}.jpg".lstrip("/") for folder, count in folders.items() for i in range(count)]
         return self.images(self.folder / name, names, size=size)
 
     def tar(self, archive: Path, source: Path, *, mode: str = "w", names: list[str] | None = None) -> Path:

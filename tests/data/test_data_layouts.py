@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import pickle
+import shutil
 import tarfile
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from torchvision.datasets import CIFAR10, Caltech256, Food101
 
 from afdslib import data
 from afdslib.base.errors import AFDSError
-from afdslib.data import catalogue, sources
+from afdslib.data import catalogue, fetch, sources
 
 
 def _use(monkeypatch, name, folder, *, address=None):
@@ -108,14 +109,19 @@ def _lengths(splits):
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_files_dropped_by_hand_are_verified_and_used_with_the_labels_of_their_folders(home, make, monkeypatch, name):
+def test_a_set_is_downloaded_found_again_and_used_extracted(home, make, root, monkeypatch, server, name):
+    folder, address = server
     build, (train, validation, test), classes = REAL[name]
-    folder = home / "data" / "raw" / name
-    folder.mkdir(parents=True)
     build(make, folder)
-    _use(monkeypatch, name, folder)
+    _use(monkeypatch, name, folder, address=address)
+    first = data.load(name, size=32)
+    raw = home / "data" / "raw" / name
+    for remote in catalogue.SETS[name].layouts[0].remotes:
+        assert (raw / remote.file).is_file()
+        assert (raw / f"{remote.file}.pin.json").exists() == (remote.checksum is None)
+        (folder / remote.file).unlink()  # a second load needs no network
     splits = data.load(name, download=False)
-    assert splits.classes == classes
+    assert first.classes == splits.classes == classes
     assert _lengths(splits) == (2 * train, 2 * validation, 2 * test)
     assert np.bincount(splits.test.targets).tolist() == [test, test]
     image, target = splits.train[0]
@@ -124,36 +130,16 @@ def test_files_dropped_by_hand_are_verified_and_used_with_the_labels_of_their_fo
         for row, target in zip(split._rows, split.targets, strict=True):
             assert classes[target] in split._source.relative[row]
 
-
-@pytest.mark.parametrize("name", REAL)
-def test_the_set_is_downloaded_extracted_and_found_again(home, make, monkeypatch, server, name):
-    folder, address = server
-    build, _, classes = REAL[name]
-    build(make, folder)
-    _use(monkeypatch, name, folder, address=address)
-    first = data.load(name, size=32)
-    assert first.classes == classes
-    raw = home / "data" / "raw" / name
-    for remote in catalogue.SETS[name].layouts[0].remotes:
-        assert (raw / remote.file).is_file()
-        assert (raw / f"{remote.file}.pin.json").exists() == (remote.checksum is None)
-        (folder / remote.file).unlink()  # a second load needs no network
-    again = data.load(name, size=32, download=False)
-    assert np.array_equal(first.train.raw(0), again.train.raw(0))
-
-
-@pytest.mark.parametrize("name", REAL)
-def test_an_extracted_tree_is_used_in_place(home, make, root, name):
-    build, (train, *_), classes = REAL[name]
-    build(make, root)
-    for file in root.iterdir():
-        if ".t" in file.name and not file.name.endswith(".txt"):
+    for file in [file for file in raw.iterdir() if file.is_file()]:
+        if fetch.is_archive(file):
             with tarfile.open(file) as tar:
                 tar.extractall(root, filter="data")
-            file.unlink()
-    splits = data.load(name, root, size=32, download=False)
-    assert splits.classes == classes and len(splits.train) == 2 * train
-    assert not (home / "data" / "raw").exists()
+        else:
+            file.rename(root / file.name)
+    shutil.rmtree(raw)
+    loose = data.load(name, root, size=32, download=False)
+    assert loose.classes == classes and np.array_equal(loose.train.raw(0), first.train.raw(0))
+    assert not raw.exists()
 
 
 def test_the_official_test_list_of_stanford_dogs_is_the_test_part(home, make, root, monkeypatch):
@@ -197,13 +183,10 @@ def test_cifar10_python_archive_goes_through_torchvision(home, make, tmp_path, r
     assert np.array_equal(data.load("cifar10", root, per_class=3).test.raw(0), last)
 
 
-def test_cifar10_as_jpeg_is_preferred_and_says_so(home, make, tmp_path):
+def test_cifar10_as_jpeg_is_preferred_and_says_so_and_tiny_imagenets_val_is_the_test_part(home, make, tmp_path):
     make.tree("root/cifar10", {"train": {"cat": 20, "dog": 20}, "test": {"cat": 5, "dog": 5}})
     splits = data.load("cifar10", tmp_path / "made/root", per_class=6)
     assert "JPEG" in splits.note and _lengths(splits) == (12, 28, 10)
-
-
-def test_tiny_imagenets_val_is_the_test_part_and_codes_get_captions(home, make, tmp_path):
     tree = make.tree("root/tiny-imagenet-32", {"train": {"n1": 20, "n2": 20}, "val": {"n1": 3, "n2": 3}})
     (tree / "classes.tsv").write_text("n1\tgoldfish\nn2\tbullfrog\n")
     for _ in range(2):

@@ -1,5 +1,6 @@
 """A user's own images: all looked at before the first step, none left out in silence, upright, one scale per kind."""
 
+import itertools
 import shutil
 import warnings
 
@@ -37,7 +38,7 @@ def broken(flat):
 
 
 @pytest.mark.parametrize("size", [16, 72])
-def test_every_image_is_decoded_before_the_splits_are_there_and_only_once(broken, size, monkeypatch):
+def test_every_image_is_decoded_before_the_splits_are_there_and_only_once(broken, make, tmp_path, size, monkeypatch):
     for _ in range(2):
         with pytest.raises(CorruptImageError, match="cannot decode 2 files.*a/002.jpg, b/005.jpg.*--skip-corrupt") as e:
             data.load(broken, size=size)
@@ -53,13 +54,9 @@ def test_every_image_is_decoded_before_the_splits_are_there_and_only_once(broken
     shutil.copy(broken / "a/000.jpg", broken / "a/002.jpg")  # a changed tree is looked at again
     with pytest.raises(CorruptImageError, match="cannot decode 1 file .b/005.jpg"):
         data.load(broken, size=size)
-
-
-def test_an_archive_of_corrupt_images_is_looked_at_too(broken, make, tmp_path):
-    archive = make.tar(tmp_path / "t.tar", broken)
     for _ in range(2):
-        with pytest.raises(CorruptImageError, match="t.tar: cannot decode 2 files"):
-            data.load(archive, size=72)
+        with pytest.raises(CorruptImageError, match="t.tar: cannot decode 1 file"):
+            data.load(make.tar(tmp_path / "t.tar", broken), size=size)
 
 
 def test_the_commands_that_load_a_tree_have_the_option(broken, capsys, tmp_path, monkeypatch):
@@ -112,9 +109,8 @@ def test_what_is_left_out_is_counted_and_named(home, make, tmp_path, pack):
         (tree / "train" / name).write_bytes(b"no image")
     path = make.tar(tmp_path / "t.tar", tree) if pack else tree
     for _ in range(2):
-        with pytest.warns(
-            UserWarning, match=r"left out, being no images of a class: 6 files \(extra/c/000.jpg"
-        ) as said:
+        words = r"left out, being no images of a class: 6 files \(extra/c/000.jpg"
+        with pytest.warns(UserWarning, match=words) as said:
             splits = data.load(path, size=16)
         text = str(said[0].message)
         assert all(name in text for name in ("train/a/x.heic", "train/a/notes.txt", "train/loose.png"))
@@ -122,8 +118,8 @@ def test_what_is_left_out_is_counted_and_named(home, make, tmp_path, pack):
 
 
 def test_a_class_of_unreadable_kinds_is_refused_with_their_number(flat):
+    (flat / "c").mkdir()
     for i in range(3):
-        (flat / "c").mkdir(exist_ok=True)
         (flat / "c" / f"{i}.heic").write_bytes(b"no image")
     with pytest.raises(AFDSError, match="c holds no image that Pillow can read, but 3 other files"):
         data.load(flat, size=16)
@@ -133,9 +129,6 @@ def test_split_folders_of_other_spellings(home, make):
     tree = make.tree("t", {"Training": {"a": 6, "b": 6}, "VAL": {"a": 2, "b": 2}, "testing": {"a": 3, "b": 3}})
     splits = data.load(tree, size=16)
     assert [len(s) for s in (splits.train, splits.validation, splits.test)] == [12, 4, 6]
-
-
-# ------------------------------------------------------------------------------------------------------ list files
 
 
 def _mit(folder, train, test=b"a/2.jpg\nb/2.jpg\n"):
@@ -198,41 +191,32 @@ def test_a_damaged_list_is_one_sentence_that_names_it(tmp_path, build, words):
     with pytest.raises(AFDSError, match=words) as error:
         read(tmp_path)
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
-
-
-def test_a_list_with_a_byte_order_mark_is_read(tmp_path):
-    listing = _mit(tmp_path, b"\xef\xbb\xbfa/1.jpg\nb/1.jpg\n")(tmp_path)
+    listing = _mit(tmp_path, b"\xef\xbb\xbfa/1.jpg\nb/1.jpg\n")(tmp_path)  # with a byte order mark
     assert listing.classes == ("a", "b") and listing.relative[0] == "Images/a/1.jpg"
 
 
-# --------------------------------------------------------------------------------------------------------- pixels
-
-
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
-@pytest.mark.parametrize("orientation", [3, 6, 8])
-def test_a_photograph_is_turned_alike_in_training_predict_and_maps(flat, tmp_path, suffix, orientation):
+def test_photographs_are_turned_alike_in_training_predict_and_maps(flat, tmp_path):
     upright = np.zeros((40, 40, 3), np.uint8)
-    upright[:20] = (250, 20, 20)  # red above, blue below
-    upright[20:] = (20, 20, 250)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    turned = Image.fromarray(upright).rotate({3: 180, 6: 90, 8: 270}[orientation])  # as the sensor saw it
-    turned.save(flat / "a" / f"phone.{suffix}", exif=exif)
+    upright[:20], upright[20:] = (250, 20, 20), (20, 20, 250)  # red above, blue below
+    turns = list(itertools.product(("jpg", "png", "webp", "tif"), ((3, 180), (6, 90), (8, 270))))
+    names = [f"phone{degrees}.{suffix}" for suffix, (_, degrees) in turns]
+    for name, (_, (orientation, degrees)) in zip(names, turns, strict=True):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(upright).rotate(degrees).save(flat / "a" / name, exif=exif)  # as the sensor saw it
+    relative = trees.image_folder(flat).relative
+    card = Card(("a", "b"), 16, 16, (0, 0, 0), (1, 1, 1), "x", "y")
     for size in (16, 72):
         splits = data.load(flat, size=size, holdout=False)
-        row = trees.image_folder(flat).relative.index(f"a/phone.{suffix}")
-        split, i = next(
-            (s, i)
-            for s in (splits.statistics, splits.validation, splits.test)
-            for i, r in enumerate(s._rows)
-            if r == row
-        )
-        top, bottom = split.raw(i)[size // 4, size // 2], split.raw(i)[3 * size // 4, size // 2]
-        assert top[0] > 200 and bottom[2] > 200
-    seen = read_image(flat / "a" / f"phone.{suffix}", 16)
-    assert seen[4, 8, 0] > 200 and seen[12, 8, 2] > 200
-    card = Card(("a", "b"), 16, 16, (0, 0, 0), (1, 1, 1), "x", "y")
-    assert prepare(flat / "a" / f"phone.{suffix}", card)[0, 4, 8] > 0.8
+        for split in (splits.statistics, splits.validation, splits.test):
+            for i, row in enumerate(split._rows):
+                if "phone" in relative[row]:
+                    image = split.raw(i)
+                    assert image[size // 4, size // 2, 0] > 200 and image[3 * size // 4, size // 2, 2] > 200
+    for name in names:
+        seen = read_image(flat / "a" / name, 16)
+        assert seen[4, 8, 0] > 200 and seen[12, 8, 2] > 200
+        assert prepare(flat / "a" / name, card)[0, 4, 8] > 0.8
 
 
 def test_splits_say_what_they_hold(flat):

@@ -14,17 +14,9 @@ from torchvision.transforms import v2
 from afdslib import data
 from afdslib.backbones.inputs import IMAGENET, RAW, InputStatistics
 from afdslib.base.errors import AFDSError
+from afdslib.data import photographs as module
 from afdslib.data.datasets import Files
-from afdslib.data.photographs import (
-    _EIGENVALUES,
-    _EIGENVECTORS,
-    AUGMENTATIONS,
-    Augmentation,
-    PhotoImages,
-    _light,
-    photographs,
-    random_box,
-)
+from afdslib.data.photographs import AUGMENTATIONS, Augmentation, PhotoImages, photographs, random_box
 
 
 def images(pixels: np.ndarray | None = None, *, size: int = 24, **options) -> PhotoImages:
@@ -125,10 +117,10 @@ def test_jitter_changes_colours_within_its_strength():
 
 def test_lighting_moves_all_pixels_along_the_principal_components():
     random = np.random.RandomState(0)
-    shifts = torch.stack([_light(0.1, random).flatten() for _ in range(20_000)]).double().numpy()
-    wanted = (_EIGENVECTORS * (25.5 * _EIGENVALUES) ** 2) @ _EIGENVECTORS.T
+    shifts = torch.stack([module._light(0.1, random).flatten() for _ in range(20_000)]).double().numpy()
+    wanted = (module._EIGENVECTORS * (25.5 * module._EIGENVALUES) ** 2) @ module._EIGENVECTORS.T
     np.testing.assert_allclose(np.cov(shifts.T), wanted, rtol=0.05, atol=0.05)
-    np.testing.assert_allclose(_EIGENVECTORS.T @ _EIGENVECTORS, np.eye(3), atol=1e-3)
+    np.testing.assert_allclose(module._EIGENVECTORS.T @ module._EIGENVECTORS, np.eye(3), atol=1e-3)
     flat = np.full((1, 30, 30, 3), 128, dtype=np.uint8)
     x = images(flat, augmentation=Augmentation(lighting=0.1), statistics=RAW)[0][0]
     assert float(x.std((1, 2)).max()) < 1e-4 and float((x - 128).abs().max()) > 0

@@ -51,27 +51,19 @@ def test_the_seed_draws_the_fitted_images_and_not_the_test_and_fewer_are_among_m
     assert set(one.train) < set(more.train)
 
 
-@pytest.mark.parametrize(
-    ("counts", "words"),
-    [
-        ([(20, 5), (9, 5)], "class 'class1' has 9 training images, fewer than per_class=10"),
-        ([(15, 2), (0, 2)], "class1"),
-    ],
-)
-def test_a_class_with_too_few_images_is_named(counts, words):
-    with pytest.raises(AFDSError, match=words):
-        _draw(_listing(counts, (TRAIN, TEST)), per_class=10)
+def test_a_class_with_too_few_images_is_named():
+    words = "class 'class1' has 9 training images, fewer than per_class=10"
+    for counts, match in (([(20, 5), (9, 5)], words), ([(15, 2), (0, 2)], "class1")):
+        with pytest.raises(AFDSError, match=match):
+            _draw(_listing(counts, (TRAIN, TEST)), per_class=10)
 
 
-@pytest.mark.parametrize("per_class, fitted", [(None, [20, 31]), (10, [10, 10])])
-def test_without_a_holdout_nothing_is_kept_back(per_class, fitted):
+def test_without_a_holdout_nothing_is_kept_back_and_an_official_validation_part_is_used_as_it_is():
     listing = _listing([(20, 5), (31, 6)], (TRAIN, TEST))
-    drawn = _draw(listing, per_class=per_class, holdout=False)
-    assert _counts(listing, drawn.train) == fitted and not len(drawn.validation)
-    assert np.array_equal(drawn.test, _draw(listing).test)
-
-
-def test_an_official_validation_part_is_used_as_it_is():
+    for per_class, fitted in ((None, [20, 31]), (10, [10, 10])):
+        drawn = _draw(listing, per_class=per_class, holdout=False)
+        assert _counts(listing, drawn.train) == fitted and not len(drawn.validation)
+        assert np.array_equal(drawn.test, _draw(listing).test)
     listing = _listing([(20, 3, 5), (20, 4, 5)], (TRAIN, VALIDATION, TEST))
     drawn = _draw(listing, per_class=4)
     assert np.array_equal(drawn.validation, np.flatnonzero(listing.parts == VALIDATION))
