@@ -16,9 +16,9 @@ from __future__ import annotations
 import csv
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 from afdslib.base.errors import AFDSError
 from afdslib.data.fetch import digest, extract, is_archive
@@ -31,8 +31,7 @@ GROUND_TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
 KAGGLE = "LOC_val_solution.csv"
 
 
-@dataclass(frozen=True)
-class Counts:
+class Counts(NamedTuple):
     """Classes and images of a tree."""
 
     classes: int

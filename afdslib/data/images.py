@@ -46,9 +46,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
             raise ValueError(f"most of its {values.dtype} values are above {full}, which is read as white; scale them")
         return Image.fromarray(np.clip(np.rint(scaled), 0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -75,10 +74,8 @@ def read_rgb(path: str | Path) -> Image.Image:
 def resize_shorter(image: Image.Image, size: int) -> Image.Image:
     """Resize so that the shorter side has `size` pixels: bilinear, antialiased, as torchvision's Resize."""
     width, height = image.size
-    if min(width, height) == size:
-        return image
     new = (size, int(size * height / width)) if width <= height else (int(size * width / height), size)
-    return image.resize(new, Image.Resampling.BILINEAR)
+    return image if min(width, height) == size else image.resize(new, Image.Resampling.BILINEAR)
 
 
 def centre_box(width: int, height: int, size: int) -> tuple[int, int]:

@@ -270,9 +270,6 @@ def load(
 class Sealed(ImageDataset):
     """A test split without images and labels. Reading from it is a fault of the program, so no AFDSError."""
 
-    def __init__(self, dataset: ImageDataset):
-        super().__init__(np.empty(0), dataset.classes, size=dataset.size, augment=False)
-
     def _refuse(self, indices: Any) -> Any:
         raise RuntimeError("a test image was asked for in a trial, which must choose without them")
 
@@ -281,4 +278,4 @@ class Sealed(ImageDataset):
 
 def sealed(splits: Splits) -> Splits:
     """The splits without test images, for trials, which choose something."""
-    return replace(splits, test=Sealed(splits.test))
+    return replace(splits, test=Sealed(np.empty(0), splits.classes, size=splits.test.size, augment=False))

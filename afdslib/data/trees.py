@@ -78,13 +78,9 @@ def folders(folder: Path) -> list[str]:
     return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith(_HIDDEN))
 
 
-def _suffixed(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS)
-
-
 def images(folder: Path) -> list[str]:
     """Names of the images right in a folder, by their suffix."""
-    entries = [e for e in os.scandir(folder) if not e.name.startswith(".") and _suffixed(e.name)]
+    entries = [e for e in os.scandir(folder) if not e.name.startswith(".") and e.name.lower().endswith(EXTENSIONS)]
     return sorted(e.name for e in entries if not e.is_dir())
 
 
@@ -103,9 +99,10 @@ def _files(folder: Path) -> Iterator[Path]:
         seen.add(real)
 
 
-def _is_image(file: Path) -> bool:
-    if _suffixed(file.name):
-        return True
+def _is_image(file: Path, look: bool = True) -> bool:
+    """Whether its suffix, or with `look` its header, is that of an image."""
+    if not look or file.name.lower().endswith(EXTENSIONS):
+        return file.name.lower().endswith(EXTENSIONS)
     try:
         with Image.open(file):  # reads the header only
             return True
@@ -147,7 +144,7 @@ def image_folder(folder: Path) -> Listing:
         lack = f"is no ImageFolder tree of at least two classes ({len(classes)} there)"
         raise AFDSError(f"the folder {folder} {lack}: it needs train/CLASS/*.jpg and test/CLASS/*.jpg, or CLASS/*.jpg")
     # Beside folders of classes only images are worth a word.
-    left_out = [file for file in others if _suffixed(file.name)]
+    left_out = [file for file in others if _is_image(file, look=False)]
     left_out += [folder / name / image for name in {"", *parts} for image in images(folder / name)]
     rows: list[tuple[str, int, int]] = []
     for name, part in parts.items():
@@ -169,19 +166,15 @@ def image_folder(folder: Path) -> Listing:
     return _listing(rows, classes, captions=named, left_out=ignored)
 
 
-def _damaged(file: Path, why: object) -> AFDSError:
-    return AFDSError(f"the list {file} is damaged or of another data set ({why}): fetch it again")
-
-
-def _unreadable(file: Path, error: Exception) -> AFDSError:
-    return AFDSError(f"the list {file} cannot be read ({error}): fetch the data set again")
+def _damaged(file: Path, why: object, what: str = "is damaged or of another data set") -> AFDSError:
+    return AFDSError(f"the list {file} {what} ({why}): fetch the data set again")
 
 
 def _lines(file: Path) -> list[str]:
     try:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise _unreadable(file, error) from error
+        raise _damaged(file, error, "cannot be read") from error
     if "\0" in text:
         raise _damaged(file, "it is no UTF-8 text")
     return [line.strip() for line in text.splitlines() if line.strip()]
@@ -234,7 +227,7 @@ def stanford_dogs(folder: Path, *, first: int = 100) -> Listing:
             lines = [str(cell[0][0]) for cell in lists["file_list"]]
             labels = [int(label) for label in lists["labels"].reshape(-1)]
         except Exception as error:  # scipy raises many kinds for a damaged .mat
-            raise _unreadable(file, error) from error
+            raise _damaged(file, error, "cannot be read") from error
         pairs = set(zip(labels, (_class_of(file, line) for line in lines), strict=False))
         if len(lines) != len(labels) or not len(pairs) == len(dict(pairs)) == len({one for _, one in pairs}):
             raise _damaged(file, f"its {len(labels)} labels are not the classes of its {len(lines)} images")

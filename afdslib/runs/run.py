@@ -35,15 +35,11 @@ class Run:
 
     def __init__(self, id: str, path: Path, store: Path) -> None:
         self.id, self.path, self.store = id, path, store
+        self.checkpoint_path = path / "checkpoint.pt"  # none before the first save and after the end
         self._rows: list[dict[str, Any]] | None = None  # of metrics.csv; None until it has been read
         self._since = time.monotonic()
         self._elsewhere = 0.0  # seconds in which it waited for runs that it needs; they have times of their own
         self._before = self._read_times()
-
-    @property
-    def checkpoint_path(self) -> Path:
-        """`checkpoint.pt`; there is none before the first save and after the end."""
-        return self.path / "checkpoint.pt"
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The last saved state with its tensors on the CPU, or None; AFDSError if it is corrupted or holds code."""
@@ -71,11 +67,7 @@ class Run:
 
     @contextmanager
     def restoring(self) -> Iterator[None]:
-        """Turns the errors of `load_state_dict` into one sentence: the checkpoint belongs to another architecture.
-
-        with run.restoring():
-            model.load_state_dict(state["model"])
-        """
+        """Turns the errors of `load_state_dict` into one sentence: the checkpoint belongs to another architecture."""
         try:
             yield
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
@@ -173,19 +165,14 @@ def environment() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             return "not installed"
 
+    cpu = Path("/proc/cpuinfo")
+    model = re.search(r"^model name\s*:\s*(.+)$", cpu.read_text("utf-8") if cpu.exists() else "", re.MULTILINE)
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     packages = ("afdslib", "lightning", "numpy", "pandas", "scikit-learn", "torch", "torchvision")
     return {
-        "python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}", "cpu": _cpu_name(),
+        "python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}",
+        "cpu": model.group(1).strip() if model else platform.processor() or platform.machine(),
         "cores": os.cpu_count(), "bf16_instructions": has_bf16_instructions(), "threads": torch.get_num_threads(),
         "gpus": gpus, "cuda": torch.version.cuda if gpus else None,
         "versions": {package: version(package) for package in packages},
     }  # fmt: skip
-
-
-def _cpu_name() -> str:
-    try:
-        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
-    except OSError:
-        match = None
-    return match.group(1).strip() if match else platform.processor() or platform.machine()

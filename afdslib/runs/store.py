@@ -47,17 +47,6 @@ _executing: ContextVar[Run | None] = ContextVar("executing", default=None)
 """The run whose `execute` is under way here: what it needs is computed inside it, but is no time of its own."""
 
 
-@contextmanager
-def _away_from(run: Run | None) -> Iterator[None]:
-    """Whatever happens inside is left out of a run's wall-clock time."""
-    since = time.monotonic()
-    try:
-        yield
-    finally:
-        if run is not None:
-            run._elsewhere += time.monotonic() - since
-
-
 def get_or_run(
     config: Config, *, store: str | Path | None = None, needs: Sequence[str] = (),
     started: Callable[[], None] | None = None, wait: bool = True,
@@ -81,36 +70,41 @@ def get_or_run(
     id = run_id(config)
     if committed(id):
         _log.warning("run %s is committed without %s and is computed again", id, ", ".join(needs))
-    store = folder(store)
-    with _away_from(_executing.get()), _locked(store, id, wait=wait):
-        if found := _stored(store, id, needs):  # computed while we waited
-            return found
-        path = store / id
-        with _changing(path, "write"):
-            path.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(path)
-            (path / "result.json").unlink(missing_ok=True)  # finished once, but an artifact is gone
-            if not (path / "checkpoint.pt").exists():  # killed before the first one: everything will be logged again
-                (path / "metrics.csv").unlink(missing_ok=True)
-        write_json(path / "config.json", configs.to_json(config))
-        write_json(path / "environment.json", environment())
-        run = Run(id, path, store)
-        if started is not None:
-            started()
-        token = _executing.set(run)
-        try:
-            metrics = config.execute(run)
-        finally:
-            _executing.reset(token)
-        run._write_times()
-        record = {"id": id, "kind": type(config).__name__, "version": configs.RESULTS_VERSION}
-        write_json(path / "result.json", record | {"metrics": _plain(metrics)})
-        with _changing(run.checkpoint_path, "delete"):
-            run.checkpoint_path.unlink(missing_ok=True)  # of no use now, and as large as all else together
-        result = _stored(store, id, needs)
-        if result is None:
-            raise AFDSError(f"run {id} ended without writing {', '.join(needs)} to {path}; it cannot be used here")
+    store, since, outer = folder(store), time.monotonic(), _executing.get()
+    try:
+        with _locked(store, id, wait=wait):  # it may have been computed while we waited
+            return _stored(store, id, needs) or _compute(config, id, store, needs, started)
+    finally:
+        if outer is not None:
+            outer._elsewhere += time.monotonic() - since
+
+
+def _compute(config: Config, id: str, store: Path, needs: Sequence[str], started: Callable | None) -> Result:
+    path = store / id
+    with _changing(path, "write"):
+        path.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path)
+        (path / "result.json").unlink(missing_ok=True)  # finished once, but an artifact is gone
+        if not (path / "checkpoint.pt").exists():  # killed before the first one: everything will be logged again
+            (path / "metrics.csv").unlink(missing_ok=True)
+    write_json(path / "config.json", configs.to_json(config))
+    write_json(path / "environment.json", environment())
+    run = Run(id, path, store)
+    if started:
+        started()
+    token = _executing.set(run)
+    try:
+        metrics = config.execute(run)
+    finally:
+        _executing.reset(token)
+    run._write_times()
+    record = {"id": id, "kind": type(config).__name__, "version": configs.RESULTS_VERSION}
+    write_json(path / "result.json", record | {"metrics": _plain(metrics)})
+    with _changing(run.checkpoint_path, "delete"):
+        run.checkpoint_path.unlink(missing_ok=True)  # of no use now, and as large as all else together
+    if result := _stored(store, id, needs):
         return result
+    raise AFDSError(f"run {id} ended without writing {', '.join(needs)} to {path}; it cannot be used here")
 
 
 def lookup(config: Any, *, store: str | Path | None = None, needs: Sequence[str] = ()) -> Result | None:
