@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, TypeAlias
 
 import numpy as np
 from tqdm import tqdm
@@ -26,18 +26,13 @@ from afdslib.data.trees import Listing
 
 __all__ = ["VERSION", "Decoded", "decode", "load_cache"]
 
+Decoded: TypeAlias = tuple[np.ndarray | None, Listing, dict[str, str]]
+"""uint8 (N, size, size, 3) or None if only looked at; the listing without corrupt images; why those are, by name."""
+
 VERSION = 3
 """Raise it when listing or decoding changes, so that old caches are not used."""
 
 _BATCH, _PENDING = 16, 256  # images per task of a thread, and images decoded before they are written
-
-
-class Decoded(NamedTuple):
-    """Decoded images."""
-
-    images: np.ndarray | None  # uint8 (N, size, size, 3), or None if they were only looked at
-    listing: Listing  # without the corrupt images
-    corrupt: dict[str, str]  # why an image could not be decoded, by its name
 
 
 def _folder(name: str, size: int | None, content: str) -> Path:
@@ -58,7 +53,7 @@ def load_cache(name: str, size: int | None, content: str) -> Decoded | None:
         targets, parts = np.array(index["targets"], np.int64), np.array(index["parts"], np.int8)
         classes, captions, left_out = (tuple(index[key]) for key in ("classes", "captions", "left_out"))
         listing = Listing(index["relative"], targets, parts, classes, captions, left_out=left_out)
-        return Decoded(images, listing, dict(index["corrupt"]))
+        return images, listing, dict(index["corrupt"])
     except (OSError, ValueError, KeyError, TypeError, EOFError):
         return None
 

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -131,18 +131,10 @@ def _given_path(name: str, root: str | Path | None) -> Path:
     return path
 
 
-class _Images(NamedTuple):
-    """The images of a data set, one row per entry of the Listing."""
-
-    spec: DataSet
-    pixels: np.ndarray | Files  # an array up to 64 px
-    size: int
-    listing: Listing
-    note: str = ""
-    skipped: tuple[str, ...] = ()  # names left out
-
-
-def _read(name: str, root: str | Path | None, size: int | None, download: bool, skip_corrupt: bool) -> _Images:
+def _read(
+    name: str, root: str | Path | None, size: int | None, download: bool, skip_corrupt: bool
+) -> tuple[DataSet, np.ndarray | Files, int, Listing, str, tuple[str, ...]]:
+    """The set, its images (an array up to 64 px) in the order of the Listing, their size, note, and names left out."""
     spec = SETS.get(name)
     pixels: np.ndarray | Files
     if spec is not None and not spec.layouts:
@@ -150,7 +142,7 @@ def _read(name: str, root: str | Path | None, size: int | None, download: bool, 
         pixels = source = Files(Path(), (), listing.images)
         if size <= SMALL:
             pixels = np.stack([resized_to(source.read(row), size) for row in range(len(listing.targets))])
-        return _Images(spec, pixels, size, listing, "scikit-learn's 8x8 digits")
+        return spec, pixels, size, listing, "scikit-learn's 8x8 digits", ()
     if spec is None:
         path, layout = _given_path(name, root), Layout((), (), trees.image_folder)
         base = "".join(c if c.isalnum() or c in "-_." else "-" for c in path.resolve().name) or "tree"
@@ -168,7 +160,7 @@ def _read(name: str, root: str | Path | None, size: int | None, download: bool, 
             raise AFDSError(f"the image {folder / absent} is listed but missing: fetch the data set again")
         source = Files(folder, listing.relative, listing.images)
         if kept is None and (listing.images is not None or not (own or skip_corrupt)):
-            return _Images(spec, source, size, listing, layout.note)
+            return spec, source, size, listing, layout.note, ()
         if content is None:
             parts = hashlib.sha256(listing.parts.tobytes() + listing.targets.tobytes()).hexdigest()[:6]
             arrays = [] if listing.relative else (folder / layout.markers[0]).iterdir()
@@ -185,7 +177,7 @@ def _read(name: str, root: str | Path | None, size: int | None, download: bool, 
     if corrupt:
         warnings.warn(f"{name}: left out, not decodable: {_several(tuple(corrupt))}", stacklevel=3)
     pixels = Files(folder, listing.relative) if array is None else array
-    return _Images(spec, pixels, size, listing, layout.note, tuple(corrupt))
+    return spec, pixels, size, listing, layout.note, tuple(corrupt)
 
 
 def _several(names: Sequence[str]) -> str:

@@ -105,11 +105,7 @@ def _reading(file: Path) -> Iterator[None]:
 
 
 def _load(folder: Path, name: str) -> dict[str, Any]:
-    """One of the two files of a profile as it is now.
-
-    Of the runs the lines by their first key (id, environment or columns) and its value; of the curves the lines of each
-    run, and under "run" the header.
-    """
+    """Of runs the lines by first key (id, environment, columns) and its value, of curves those of a run or "run"."""
     file = folder / name
     if not file.exists():
         return {"environment": {}, "columns": {}, "id": {}} if name == _RUNS else {}
