@@ -3,6 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from afdslib import cli
+
 # Tiny networks are slower on more threads, and numbers are compared bitwise.
 torch.set_num_threads(1)
 
@@ -27,3 +29,18 @@ def home(tmp_path, monkeypatch) -> Path:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(folder)
     return folder
+
+
+@pytest.fixture
+def refused(capsys):
+    """Runs a command that must be refused: exit code 2 and one line beside those of progress; gives its sentence."""
+
+    def run(*arguments: str) -> str:
+        capsys.readouterr()
+        code = cli.main(list(arguments))
+        output, errors = capsys.readouterr()
+        lines = [line for line in errors.splitlines() if not line.startswith(("source", "AFS source", "l2 seed"))]
+        assert code == 2 and not output and len(lines) == 1 and lines[0].startswith("afds: "), (code, output, errors)
+        return lines[0]
+
+    return run

@@ -14,6 +14,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -25,7 +26,6 @@ from afdslib.afs.shrink import Kept, groups, shrink
 from afdslib.backbones.inputs import input_of, see_at
 from afdslib.base.atomic import write_json
 from afdslib.base.checks import choice, number, whole
-from afdslib.base.errors import AFDSError
 from afdslib.data import Splits
 from afdslib.experiments.config import Network, check_budgets
 from afdslib.experiments.measure import input_size
@@ -45,8 +45,17 @@ KEPT = "kept.json"
 
 
 def _from(field: str, *names: str) -> tuple[Any, ...]:
-    """Properties that a point takes from the first one of its chain."""
-    return tuple(property(lambda self, name=name: getattr(getattr(self, field), name)) for name in names)
+    """Properties that a point takes from one of its fields."""
+    return tuple(property(attrgetter(f"{field}.{name}")) for name in names)
+
+
+def _chain(first: str) -> Any:
+    """The point before, whose network a point starts from: that of one budget less, or the first one of the chain."""
+
+    def parent(self: Any) -> Any:
+        return replace(self, budgets=self.budgets[:-1]) if len(self.budgets) > 1 else getattr(self, first)
+
+    return property(parent)
 
 
 @runs.register
@@ -99,8 +108,7 @@ class Selection:
     mixed: bool = runs.added(False)
 
     def __post_init__(self) -> None:
-        if self.name not in pruning.CRITERIA:
-            raise AFDSError(f"unknown selection {self.name!r}; static ones are {', '.join(pruning.CRITERIA)}")
+        choice("selection", self.name, pruning.CRITERIA)
         choice("normalise", self.normalise, pruning.NORMALISATIONS)
         whole("images", self.images, 1)
 
@@ -119,21 +127,13 @@ class PrunedRun(Point):
     tuning: Optimisation
     budgets: tuple[float, ...]
 
-    source, data, regulariser, seed, use_test, macs_images = _from(
-        "dense", "source", "data", "regulariser", "seed", "use_test", "macs_images"
-    )
+    source, data, regulariser, seed = _from("dense", "source", "data", "regulariser", "seed")
+    use_test, macs_images = _from("dense", "use_test", "macs_images")
+    (selection_name,) = _from("selection", "name")
+    parent = _chain("dense")
 
     def __post_init__(self) -> None:
         check_budgets(self.budgets, pruned=True)
-
-    @property
-    def parent(self) -> PrunedRun | DenseRun:
-        """The point before, whose network this one starts from."""
-        return replace(self, budgets=self.budgets[:-1]) if len(self.budgets) > 1 else self.dense
-
-    @property
-    def selection_name(self) -> str:  # type: ignore[override]
-        return self.selection.name
 
     def start(self, run: runs.Run, splits: Splits) -> Stage:
         size, source, before = input_size(splits), network_of(self.source, run), self.point_before(run)
@@ -149,14 +149,14 @@ class PrunedRun(Point):
         names = feature_names(source, self.regulariser.features) if compares else []
         return Stage(
             model, source, self.tuning, before, dense, forwards=self.taught / measured,
-            channels=matching(source, _tuples(model.architecture["kept"]), names, size), terms=self.dense.penalties,
+            channels=matching(source, _kept(model), names, size), terms=self.dense.penalties,
         )  # fmt: skip
 
     def channel_counts(self, stage: Stage) -> dict[str, Any]:
         widths = {group.name: group.width for group in groups(stage.reference, input_size(stage.splits))}
         layers = {
             name: {"channels": widths[name], "removed": widths[name] - len(p), "static": len(p), "dynamic": 0}
-            for name, p in stage.model.architecture["kept"].items()
+            for name, p in _kept(stage.model).items()
         }
         static = sum(layer["static"] for layer in layers.values())
         removed = sum(widths.values()) - static
@@ -174,12 +174,12 @@ class PrunedRun(Point):
             ranked = pruning.scores(selection.name, model, layers, **options)
             write_json(file, pruning.choose(model, layers, ranked, self.budgets[-1], size, dense=dense))
             model.to("cpu")
-        return _tuples(json.loads(file.read_text(encoding="utf-8")))
+        return {name: tuple(positions) for name, positions in json.loads(file.read_text(encoding="utf-8")).items()}
 
 
-def _tuples(kept: Any) -> dict[str, tuple[int, ...]]:
-    """By group the positions of channels among the source's, read from JSON."""
-    return {name: tuple(positions) for name, positions in kept.items()}
+def _kept(model: Any) -> dict[str, tuple[int, ...]]:
+    """Positions among the source's channels, by group, that a pruned network has."""
+    return {name: tuple(positions) for name, positions in model.architecture["kept"].items()}
 
 
 @runs.register
@@ -247,15 +247,11 @@ class FBSRun(Point):
 
     gated, selection_name = True, "fbs"
     source, data, regulariser, seed, use_test = _from("gates", "source", "data", "regulariser", "seed", "use_test")
+    parent = _chain("gates")
 
     def __post_init__(self) -> None:
         check_budgets(self.budgets)
         whole("lowerings", self.lowerings, 1)
-
-    @property
-    def parent(self) -> FBSRun | FBSGatesRun:
-        """The point before, whose network this one starts from."""
-        return replace(self, budgets=self.budgets[:-1]) if len(self.budgets) > 1 else self.gates
 
     def start(self, run: runs.Run, splits: Splits) -> Stage:
         source, before = network_of(self.source, run), self.point_before(run)
@@ -318,17 +314,13 @@ class NarrowRun(FirstPoint):
     side: int = runs.added(0)
 
     selection_name = "narrow"
+    parent = property(attrgetter("teacher"))  # without its result there is none here
 
     def __post_init__(self) -> None:
         number("budget", self.budget, above=0, most=1)
         whole("side", self.side, 0)
         number("temperature", self.temperature, above=0)
         number("alpha", self.alpha, least=0, most=1)
-
-    @property
-    def parent(self) -> DenseRun | None:
-        """The teacher, if there is one: without its result there is none here."""
-        return self.teacher
 
     @property
     def budgets(self) -> tuple[float, ...]:  # type: ignore[override]

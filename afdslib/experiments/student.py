@@ -20,7 +20,7 @@ from torch import nn
 from afdslib import backbones, runs, training
 from afdslib.afs import macs
 from afdslib.backbones.inputs import expect, input_of, input_statistics, set_input
-from afdslib.base.checks import number, whole
+from afdslib.base.checks import choice, number, whole
 from afdslib.base.errors import AFDSError, DivergedError
 from afdslib.data import Splits, sealed
 from afdslib.experiments.config import DataSource, Network, Photographs, Published
@@ -74,8 +74,7 @@ class Distillation:
         kernels = ("poly", "linear", "gaussian")
         known = {"transfer": ("none", *TRANSFERS), "mode": ("code", "paper"), "taps": TAPS, "kernel": kernels}
         for name, choices in known.items():
-            if getattr(self, name) not in choices:
-                raise AFDSError(f"{name} {getattr(self, name)!r} is unknown; use one of {', '.join(choices)}")
+            choice(name, getattr(self, name), choices)
         if not isinstance(self.weight, BetaSchedule):
             raise AFDSError(f"weight must be a BetaSchedule, such as BetaSchedule(beta=1000.0), got {self.weight!r}")
         for name in ("hard", "soft", "offset"):

@@ -94,8 +94,7 @@ def scores(
     Raises:
         AFDSError: an unknown criterion, a network it cannot rank at all, or scores that are not finite.
     """
-    if criterion not in CRITERIA:
-        raise AFDSError(f"unknown selection {criterion!r}; static ones are {', '.join(CRITERIA)}")
+    choice("selection", criterion, CRITERIA)
     choice("normalise", normalise, NORMALISATIONS)
     ranked: list[Tensor | None]
     if criterion == "random":

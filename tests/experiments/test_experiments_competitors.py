@@ -184,7 +184,7 @@ def test_the_selections_share_the_unpruned_point_but_slimming_has_its_own():
     for wrong in ((), (1.0, 0.5), (0.5, 0.6), (0.5, 0.0), ("a",)):
         with pytest.raises(AFDSError, match="budgets must decrease"):
             PrunedRun(dense(), Selection("l1"), STAGE, wrong)
-    with pytest.raises(AFDSError, match="unknown selection 'x'"):
+    with pytest.raises(AFDSError, match="selection must be one of slimming, .* got 'x'"):
         Selection("x")
 
 

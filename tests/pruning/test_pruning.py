@@ -183,7 +183,7 @@ def test_networks_that_cannot_be_pruned_are_refused_in_one_sentence():
     for kept, words in (({"x": (0,)}, "no group"), ({"conv1": ()}, "at least one"), ({"conv1": (99,)}, "below 8")):
         with pytest.raises(AFDSError, match=words):
             shrink(model, kept, SIZE)
-    with pytest.raises(AFDSError, match="unknown selection 'magic'"):
+    with pytest.raises(AFDSError, match="selection must be one of slimming, .* got 'magic'"):
         scores("magic", model, groups(model, SIZE))
     with pytest.raises(AFDSError, match="loader is empty"):
         scores("taylor", model, groups(model, SIZE))

@@ -9,13 +9,7 @@ from afdslib import afs, backbones
 
 
 def converted(
-    name: str,
-    seed: int,
-    *,
-    gates: str = "all",
-    width: float = 1 / 16,
-    stem: str = "imagenet",
-    zeros: bool = True,
+    name: str, seed: int, *, gates: str = "all", width: float = 1 / 16, stem: str = "imagenet", zeros: bool = True
 ) -> nn.Module:
     """In float64 and eval mode, with negative and zero scales among those converted and gates that read the input."""
     torch.manual_seed(seed)
