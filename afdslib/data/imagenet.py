@@ -24,7 +24,7 @@ from afdslib.base.errors import AFDSError
 from afdslib.data.fetch import digest, extract, is_archive
 from afdslib.data.trees import Listing, folders, image_folder, images
 
-__all__ = ["IMAGENET", "Counts", "arrange", "find_tree", "read_labels", "sort_validation", "tree"]
+__all__ = ["IMAGENET", "Counts", "arrange", "read_labels", "sort_validation", "tree"]
 
 DEVKIT, DEVKIT_MD5 = "ILSVRC2012_devkit_t12.tar.gz", "fa75699e90414af021442c21a62c3abf"  # md5: torchvision's source
 GROUND_TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
@@ -107,18 +107,6 @@ def _csv(path: Path) -> dict[str, str]:
     return labels
 
 
-def find_tree(root: str | Path) -> Path:
-    """The folder with `train/` and `val/`: `root`, or `imagenet`, `ILSVRC2012` or `ILSVRC/Data/CLS-LOC` below it."""
-    root = Path(root).expanduser()
-    for folder in (root, root / "imagenet", root / "ILSVRC2012", root / "ILSVRC" / "Data" / "CLS-LOC"):
-        if (folder / "train").is_dir() and (folder / "val").is_dir():
-            return folder
-    raise AFDSError(
-        f"there is no ImageNet tree in {root}: it needs train/ with a folder per class (from ILSVRC2012_img_train.tar) "
-        "and val/ with the images of ILSVRC2012_img_val.tar"
-    )
-
-
 def sort_validation(folder: Path, labels: dict[str, str]) -> int:
     """Moves each loose image of `val/` of a tree into the folder of its class (of `read_labels`), and says how many.
 
@@ -155,10 +143,16 @@ def arrange(
 ) -> tuple[Path, int, Counts]:
     """Sorts the validation images if they are not sorted yet, and checks the counts (the command `afds data imagenet`).
 
-    `root` is the tree or the folder it lies in; `labels`, see `read_labels`, are looked for in the tree's folder and up
+    `root` is the tree or a folder above it; `labels`, see `read_labels`, are looked for in the tree's folder and up
     to three above it; `expected` is what the tree must hold. Gives the tree, the number of moved images, and counts.
     """
-    folder, moved = find_tree(root), 0
+    root = Path(root).expanduser()
+    places = (root, root / "imagenet", root / "ILSVRC2012", root / "ILSVRC" / "Data" / "CLS-LOC")
+    folder = next((place for place in places if (place / "train").is_dir() and (place / "val").is_dir()), None)
+    if folder is None:
+        lack = "it needs train/ with a folder per class (from ILSVRC2012_img_train.tar) and val/ with the images of"
+        raise AFDSError(f"there is no ImageNet tree in {root}: {lack} ILSVRC2012_img_val.tar")
+    moved = 0
     if images(folder / "val"):
         names = (DEVKIT, DEVKIT.removesuffix(".tar.gz"), KAGGLE)
         beside = [place / name for place in (folder, *list(folder.resolve().parents)[:3]) for name in names]

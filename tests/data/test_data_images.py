@@ -27,13 +27,10 @@ def saved(tmp_path):
     return read
 
 
-def test_grey_and_black_and_white_are_repeated_over_the_channels(saved):
+def test_grey_palettes_and_cmyk_are_their_colours(saved):
     grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
     assert (saved(Image.fromarray(grey)) == np.repeat(grey[..., None], 3, 2)).all()
     assert (saved(Image.fromarray(np.eye(8, dtype=bool)))[..., 0] == np.eye(8) * 255).all()
-
-
-def test_palettes_and_cmyk_are_their_colours(saved):
     image = Image.new("RGB", (16, 16), RED)
     assert saved(image.convert("P", palette=Image.Palette.ADAPTIVE))[0, 0].tolist() == list(RED)
     assert np.abs(saved(image.convert("CMYK"), "c.jpg", quality=95)[8, 8].astype(int) - RED).max() <= 12
@@ -52,22 +49,17 @@ def test_transparency_is_composited_over_white(saved):
     assert saved(image, transparency=1)[0].tolist() == [list(RED), [255, 255, 255]]
 
 
-@pytest.mark.parametrize(
-    ("values", "out"),
-    [
-        (np.array([[0, 257, 128 * 257, 65535]], np.uint16), [0, 1, 128, 255]),
-        (np.array([[0, 257, 128 * 257, 65535]], np.int32), [0, 1, 128, 255]),
-        (np.array([[0, 100, 200, 200]], np.int32), [0, 0, 1, 1]),
-        (np.array([[0, 0.5, 1]], np.float32), [0, 128, 255]),
-        (np.array([[0, 0.5, 1.5]], np.float32), [0, 128, 255]),
-        (np.array([[0, 0.1, np.nan]], np.float32), [0, 26, 0]),
-    ],
-)
-def test_the_scale_is_that_of_the_kind_of_file_whatever_an_image_holds(saved, values, out):
-    assert saved(Image.fromarray(values), "x.tif")[0].tolist() == [[v] * 3 for v in out]
+SCALES = [
+    (np.array([[0, 257, 128 * 257, 65535]], np.uint16), [0, 1, 128, 255]),
+    (np.array([[0, 257, 128 * 257, 65535]], np.int32), [0, 1, 128, 255]),
+    (np.array([[0, 100, 200, 200]], np.int32), [0, 0, 1, 1]), (np.array([[0, 0.5, 1]], np.float32), [0, 128, 255]),
+    (np.array([[0, 0.5, 1.5]], np.float32), [0, 128, 255]), (np.array([[0, 0.1, np.nan]], np.float32), [0, 26, 0]),
+]  # fmt: skip
 
 
-def test_an_image_on_another_scale_is_refused_instead_of_read_as_white(saved):
+def test_the_scale_is_that_of_the_kind_of_file_whatever_an_image_holds_or_it_is_refused(saved):
+    for values, out in SCALES:
+        assert saved(Image.fromarray(values), "x.tif")[0].tolist() == [[v] * 3 for v in out]
     with pytest.raises(CorruptImageError, match="most of its float32 values are above 1.0"):
         saved(Image.fromarray(np.full((4, 4), 200, np.float32)), "x.tif")
 
@@ -77,23 +69,20 @@ def test_a_damaged_exif_block_does_not_lose_the_picture(saved, monkeypatch):
     assert saved(picture(0), "x.jpg").shape == (16, 20, 3)
 
 
-@pytest.mark.parametrize("content", [b"", b"no image at all", None], ids=["empty", "text", "truncated"])
-def test_a_corrupt_image_is_named_in_one_sentence(tmp_path, content):
-    path = tmp_path / "broken.jpg"
-    if content is None:
-        buffer = io.BytesIO()
-        picture(0, 64, 64).save(buffer, "JPEG")
-        content = buffer.getvalue()[: len(buffer.getvalue()) // 2]
-    path.write_bytes(content)
-    with pytest.raises(CorruptImageError) as error:
-        read_rgb(path)
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
+def test_a_corrupt_image_is_named_in_one_sentence(tmp_path):
+    path, buffer = tmp_path / "broken.jpg", io.BytesIO()
+    picture(0, 64, 64).save(buffer, "JPEG")
+    for content in (b"", b"no image at all", buffer.getvalue()[: len(buffer.getvalue()) // 2]):
+        path.write_bytes(content)
+        with pytest.raises(CorruptImageError) as error:
+            read_rgb(path)
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("width, height", [(300, 200), (201, 333), (256, 256), (90, 120)])
-def test_test_time_geometry_equals_torchvisions(width, height):
-    reference = v2.Compose([v2.Resize(256, antialias=True), v2.CenterCrop(224)])(picture(1, width, height))
-    assert np.array_equal(resized_to(picture(1, width, height), 224, shorter=256), np.asarray(reference))
+def test_test_time_geometry_equals_torchvisions():
+    transform = v2.Compose([v2.Resize(256, antialias=True), v2.CenterCrop(224)])
+    for image in (picture(1, *sides) for sides in ((300, 200), (201, 333), (256, 256), (90, 120))):
+        assert np.array_equal(resized_to(image, 224, shorter=256), np.asarray(transform(image)))
 
 
 def test_normalisation_equals_torchvisions():
