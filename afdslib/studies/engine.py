@@ -23,8 +23,7 @@ from afdslib.runs.networks import keep_networks
 from afdslib.studies import results, workers
 
 __all__ = [
-    "Cell", "Plan", "Unfinished", "cells", "compute", "dry_run", "frame", "lookup", "pending", "publish", "run",
-    "table",
+    "Cell", "Plan", "Unfinished", "cells", "compute", "dry_run", "frame", "lookup", "pending", "publish", "table",
 ]  # fmt: skip
 
 
@@ -121,12 +120,6 @@ def lookup(config: Any) -> runs.Result:
     if result is None:
         raise Unfinished(f"the run {runs.run_id(config)} ({type(config).__name__}) is not finished")
     return result
-
-
-def run(configs: Sequence[Any], processes: int = 1) -> list[runs.Result]:
-    """The results of some runs, in this order, computed by several processes where more than one is missing."""
-    missing = sum(runs.lookup(config) is None for config in configs)
-    return workers.alongside(workers.compute, (list(configs),), min(processes, max(1, missing)))
 
 
 def compute(plan: Plan, processes: int | None = None) -> None:

@@ -65,23 +65,18 @@ def _imagenet32(scale: str) -> Profile:
     )  # fmt: skip
     grid = (1e-3, 1e-2, 1e-1)
     return Profile(
-        name="imagenet32",
-        scale=scale,
+        name="imagenet32", scale=scale,
         # The archive's `val` images were scaled down by a sharper filter than its `train` images (`afds data`, column
         # detail: 20.2 against 14.4). Trained for 20 epochs on `train` as it is, a network was right on
         # 39.6 % of the held-out tenth and 27.5 % of `val`, and on 30 % of the tenth sharpened to `val`'s difference.
         source=DataSource("tiny-imagenet-32", sharpness=1.2),
         targets=(DataSource("cifar10", per_class=60), *(more if standard else ())),
-        network=Network("resnet26", stem="cifar", width=0.25),
-        source_training=source,
-        source_weight_decay=2e-4,
+        network=Network("resnet26", stem="cifar", width=0.25), source_training=source, source_weight_decay=2e-4,
         afs_training=replace(
             source, steps=4 * epoch if standard else epoch // 2, lr=0.01, nesterov=False, predictor_lr=3.0, log_rows=4
         ),
         candidates=_candidates((1e-4, 1e-3, 1e-2), grid, grid, 0.01),
-        trial=replace(fit, steps=600 if standard else 100, log_rows=1),
-        trial_seed=1000,
-        transfer=fit,
+        trial=replace(fit, steps=600 if standard else 100, log_rows=1), trial_seed=1000, transfer=fit,
         # With three times this rate for the predictors, plain L2 diverged at 2x on both seeds, and AFD's validation
         # accuracy on the trial's seed was 53.0 and 44.2 % at 2x and 5x instead of 54.0 and 48.7 %.
         tuning=replace(fit, steps=400 if standard else 80, lr=0.03, warmup=0.0, predictor_lr=1.0, log_rows=1),
@@ -90,13 +85,10 @@ def _imagenet32(scale: str) -> Profile:
         # 0.01 made four fifths of the gates constant at the first update of the quick scale, and a density of 0.5 left
         # a network of 10x nothing to select. With 0.001 and 0.2 its validation accuracy rose from 38.2 to 47.5 % (AFD,
         # the trial's seed, 100 + 3 x 80 steps, a source without sharpening).
-        delta_s=0.001,
-        density_floor=0.2,
-        macs_images=128,
-        **RECALLED_SCHEDULE,
+        delta_s=0.001, density_floor=0.2, macs_images=128, **RECALLED_SCHEDULE,
         # The students of notebooks 06 and 07 are trained for hours, whatever the scale.
         left_out=() if standard else ("06", "07"),
-    )
+    )  # fmt: skip
 
 
 def _disjoint(scale: str) -> Profile:
@@ -121,26 +113,14 @@ def _dogs(scale: str) -> Profile:
     grid = (1e-3, 1e-2, 1e-1)
     target = DataSource("stanford-dogs", size=224) if full else DataSource("stanford-dogs-144", per_class=30, size=128)
     return Profile(
-        name="dogs",
-        scale=scale,
-        source=DataSource("imagenet"),
-        targets=(target,),
-        network=Network("efficientnet_lite0", weights="imagenet"),
-        source_training=replace(fit, steps=0),
-        source_weight_decay=0.0,
-        afs_training=replace(fit, steps=0),
-        candidates=_candidates((1e-4, 1e-3), grid, grid, 0.01),
-        trial=replace(fit, steps=fit.steps // 2, log_rows=1),
-        trial_seed=1000,
-        transfer=fit,
-        tuning=replace(fit, steps=fit.steps // 2, warmup=0.0, log_rows=3),
-        seeds=(0, 1, 2),
-        budgets=(1.0, 0.5, 0.25, 0.1),
-        delta_s=0.001,
-        density_floor=0.2,
-        macs_images=120,
+        name="dogs", scale=scale, source=DataSource("imagenet"), targets=(target,),
+        network=Network("efficientnet_lite0", weights="imagenet"), source_training=replace(fit, steps=0),
+        source_weight_decay=0.0, afs_training=replace(fit, steps=0),
+        candidates=_candidates((1e-4, 1e-3), grid, grid, 0.01), trial=replace(fit, steps=fit.steps // 2, log_rows=1),
+        trial_seed=1000, transfer=fit, tuning=replace(fit, steps=fit.steps // 2, warmup=0.0, log_rows=3),
+        seeds=(0, 1, 2), budgets=(1.0, 0.5, 0.25, 0.1), delta_s=0.001, density_floor=0.2, macs_images=120,
         statistics_images=960,
-    )
+    )  # fmt: skip
 
 
 def _caltech101(scale: str) -> Profile:
@@ -163,24 +143,16 @@ def _paper(scale: str) -> Profile:
         ("cub-200-2011", None), ("food-101", None),
     )  # fmt: skip
     return Profile(
-        name="paper",
-        scale=scale,
-        source=DataSource("imagenet"),
+        name="paper", scale=scale, source=DataSource("imagenet"),
         targets=tuple(DataSource(name, per_class=n) for name, n in names),
-        network=Network("resnet101", weights="imagenet"),
-        source_training=replace(fit, steps=0),
+        network=Network("resnet101", weights="imagenet"), source_training=replace(fit, steps=0),
         source_weight_decay=1e-4,
         # The standard scale reads an ImageNet tree, data_dir/imagenet/{train,val}; 20,000 steps are about an epoch.
         afs_training=replace(fit, steps=20_000 if scale != "quick" else 0, batch_size=64),
-        candidates=_candidates((1e-4, 1e-3, 1e-2), grid, grid, 0.01),
-        trial=replace(fit, steps=2000, log_rows=1),
-        trial_seed=1000,
-        transfer=fit,
-        tuning=replace(fit, steps=3000),
-        seeds=(0, 1, 2),
-        macs_images=512,
+        candidates=_candidates((1e-4, 1e-3, 1e-2), grid, grid, 0.01), trial=replace(fit, steps=2000, log_rows=1),
+        trial_seed=1000, transfer=fit, tuning=replace(fit, steps=3000), seeds=(0, 1, 2), macs_images=512,
         not_run="The paper profile has not been run: it needs a GPU, ImageNet weights and the target sets.",
-    )
+    )  # fmt: skip
 
 
 _PROFILES = {

@@ -274,5 +274,5 @@ def protocol(profile: Profile) -> Protocol:
     rules = by_scale.get(profile.scale, next(iter(by_scale.values())))
     if not profile.variant_of:
         return rules
-    seeds = rules.seeds[:rules.variant_seeds]
+    seeds = rules.seeds[: rules.variant_seeds]
     return replace(rules, budgets=rules.chain, seeds=seeds, rest=len(seeds), settings_of=family, narrow_between=False)

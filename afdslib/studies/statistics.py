@@ -13,7 +13,7 @@ import pandas as pd
 from afdslib.base.errors import AFDSError
 
 __all__ = [
-    "LEVEL", "PRIMARY_BUDGET", "PRIMARY_TARGET", "PROTOCOL", "Interval", "Paired", "at", "by_seed", "holm", "interval",
+    "LEVEL", "PRIMARY_BUDGET", "PROTOCOL", "Interval", "Paired", "at", "by_seed", "holm", "interval",
     "macs_within", "paired", "paired_seeds", "paired_table", "points", "rank_on_validation", "rival", "sentence",
 ]  # fmt: skip
 
@@ -37,7 +37,6 @@ PROTOCOL = """\
 """As the report prints it."""
 
 PRIMARY_BUDGET = 0.1
-PRIMARY_TARGET = "cifar10-60"
 LEVEL = 0.95
 POINTS = 1.0
 """Of accuracy: how far below its dense network a method may fall in the MACs it needs."""
@@ -88,7 +87,7 @@ class Paired:
     seeds: tuple[int, ...]
 
 
-def paired(one: Mapping[int, float], other: Mapping[int, float], *, level: float = LEVEL) -> Paired:
+def paired(one: Mapping[int, float], other: Mapping[int, float]) -> Paired:
     """The difference of two methods over the seeds they share.
 
     Raises:
@@ -97,7 +96,7 @@ def paired(one: Mapping[int, float], other: Mapping[int, float], *, level: float
     seeds = tuple(sorted(set(one) & set(other)))
     if not seeds:
         raise AFDSError("the two methods share no seed, so they cannot be compared in pairs; compute both")
-    d = interval([one[s] - other[s] for s in seeds], level=level)
+    d = interval([one[s] - other[s] for s in seeds])
     if d.n == 1:
         return Paired(d, math.nan, seeds)
     if d.sd == 0:

@@ -19,7 +19,6 @@ from afdslib.experiments import DataSource, Distillation, Network, StudentRun
 from afdslib.losses import BetaSchedule
 from afdslib.studies import engine
 from afdslib.studies.engine import Cell
-from afdslib.studies.profile import SCALES
 from afdslib.studies.profiles import names as profile_names
 from afdslib.training import Optimisation
 
@@ -240,12 +239,14 @@ def get(study: str, profile: str, scale: str | None = None, data_dir: str | None
         AFDSError: for an unknown study, profile or scale.
     """
     scale = scale or "quick"
-    known = {"study": (study, STUDIES), "profile": (profile, profile_names()), "scale": (scale, SCALES)}
+    known = {"study": (study, STUDIES), "profile": (profile, profile_names()), "scale": (scale, ("quick", "standard"))}
     for what, (name, names) in known.items():
         if name not in names:
             raise AFDSError(f"unknown {what} {name!r}; known are {', '.join(names)}")
     # Variants of a profile differ in what AFDS transfers from; their students are those of the profile itself.
     profile = profile if profile in _PROFILES[study] else profile.split("-")[0]
+    if profile not in _PROFILES[study]:
+        raise AFDSError(f"the profile {profile} has no students; {', '.join(_PROFILES[study])} have some")
     chosen = _PROFILES[study][profile](scale)
     if data_dir:
         data, trial_data = (replace(d, root=str(data_dir)) for d in (chosen.data, chosen.trial_data))

@@ -13,7 +13,7 @@ from afdslib import runs, training
 from afdslib.base.errors import AFDSError
 from afdslib.data import Splits
 from afdslib.experiments import AFSSourceRun, DataSource, SourceRun, TransferRun, check_budgets
-from afdslib.studies import engine, plan, results
+from afdslib.studies import engine, plan, results, workers
 from afdslib.studies.engine import Cell
 from afdslib.studies.profile import Profile
 from afdslib.studies.protocol import Method
@@ -244,4 +244,6 @@ class Study(engine.Plan):
         return self._compute([self.point_run(method, seed, budget=budget, target=target)])[0]
 
     def _compute(self, configs: Sequence[TransferRun]) -> list[runs.Result]:
-        return engine.run(configs, self.workers)
+        """The results in this order, computed by several processes where more than one is missing."""
+        missing = sum(runs.lookup(config) is None for config in configs)
+        return workers.alongside(workers.compute, (list(configs),), min(self.workers, max(1, missing)))

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -142,14 +143,21 @@ def test_what_cannot_be_is_one_sentence(name, options, words):
 # runs
 
 
-def test_a_student_trains_with_a_teacher_that_expects_other_images(tree, teacher):
+def teacher_of(run: PhotoRun, folder: Path) -> torch.nn.Module:
+    """The teacher that a student's training gets."""
+    with mock.patch.object(PhotoRun, "fit", side_effect=KeyboardInterrupt) as fit, pytest.raises(KeyboardInterrupt):
+        run.execute(runs.Run("0" * 12, folder, folder))
+    return fit.call_args.args[3]
+
+
+def test_a_student_trains_with_a_teacher_that_expects_other_images(tree, teacher, tmp_path):
     """Inception-BN takes raw pixels, its teacher normalised ones: the teacher still sees its own kind."""
     method = Distillation("nst", BetaSchedule(beta=5.0), soft=1.0, taps="before-relu")
     network = Network("inception_bn", width=1 / 16)
     run = small(tree, network=network, teacher=Published.of(str(teacher)), method=method)
     student_view = run.data.load(RAW).test
     teacher_view = run.data.load().test
-    mine = run._teacher(None)(student_view[0][0][None])
+    mine = teacher_of(run, tmp_path)(student_view[0][0][None])
     torch.testing.assert_close(mine, Published.of(str(teacher)).build().eval()(teacher_view[0][0][None]))
     result = runs.get_or_run(run)
     assert result.metrics["steps"] == 4 and result.metrics["images"] == 20 and result.metrics["processes"] == 1
@@ -166,7 +174,8 @@ def test_a_student_trains_with_a_teacher_that_expects_other_images(tree, teacher
     found = recipes.evaluate(str(file), data_set=str(tree), size=32)
     assert found.loss == pytest.approx(result.metrics["test_loss"], rel=1e-5)
     pupil = small(tree, teacher=Published.of(str(file)), method=Distillation(soft=1.0))
-    torch.testing.assert_close(pupil._teacher(None)(teacher_view[0][0][None]), model(student_view[0][0][None]))
+    seen = teacher_of(pupil, tmp_path)(teacher_view[0][0][None])
+    torch.testing.assert_close(seen, model(student_view[0][0][None]))
     view = maps.look_at({"one": model}, student_view.raw(0), student_view.classes)
     assert view.networks["one"].prediction in student_view.classes
 

@@ -59,12 +59,12 @@ def home(tmp_path_factory):
             yield folder
 
 
-def options(home, *, folder="flat", budget=0.3, **kwargs):
+def options(home, *, folder="flat", budget=0.45, **kwargs):
     given = {"network": "resnet14", "size": tiny.SIZE} | kwargs
     return own_data.options(home / folder, str(home / "weights.pth"), budget, **given)
 
 
-COMMAND = ["run", "--profile", "mine", "--source-weights", "weights.pth", "--data-dir", "flat", "--macs-budget", "0.3"]
+COMMAND = ["run", "--profile", "mine", "--source-weights", "weights.pth", "--data-dir", "flat", "--macs-budget", "0.45"]
 COMMAND += ["--network", "resnet14", "--size", "16"]
 
 
@@ -81,7 +81,7 @@ def done(home):
         file.write_text(text.replace('profile = \\"demo\\"', f'profile = \\"{profile}\\"'))
         said.append(execute(file))
 
-    with mock.patch.object(pipeline, "execute", executed), mock.patch("typer.echo", lambda line: said.append(line)):
+    with mock.patch.object(pipeline, "execute", executed), mock.patch.object(cli, "echo", said.append):
         assert cli.main(COMMAND) == 0
     return said, given
 
@@ -154,7 +154,7 @@ def test_the_profile_is_two_methods_from_published_weights_at_halved_budgets_wit
 def test_the_name_stands_for_options_images_and_weights(home):
     first = options(home)
     assert first.name == options(home).name and first.name.startswith("mine-flat-")
-    assert first.name != options(home, budget=0.31).name
+    assert first.name != options(home, budget=0.46).name
     other = tiny.network(1, classes=7, stem="cifar").state_dict()
     torch.save(other, home / "other.pth")
     shutil.copy(home / "weights.pth", home / "kept.pth")
@@ -206,7 +206,7 @@ def test_a_profile_that_cannot_be_had_by_name_is_refused(home, name, arguments, 
 def test_damaged_settings_are_refused(home):
     o = options(home)
     file = own_data.keep(o)
-    for text in ("{", "[]", "{}", file.read_text().replace("0.3", "0.4")):
+    for text in ("{", "[]", "{}", file.read_text().replace("0.45", "0.5")):
         file.write_text(text)
         with pytest.raises(AFDSError, match="delete it and give the command again"):
             own_data.get(o.name)
@@ -229,14 +229,14 @@ def test_the_report_has_the_figures_and_its_statements_hold(done, home):
     assert "every planned network is in the table: True" in shown
     assert "AFD adds strength x regulariser to the loss: True" in shown
     assert "the gates decide, and what they skip is exactly zero: True" in shown
-    assert "AFD minus L2" in shown and "**3.33x**, flat" in shown
+    assert "AFD minus L2" in shown and "**2.22x**, flat" in shown
     sweep = Study(profiles.get(name)).sweep()
-    assert sweep.groupby("method").budget.apply(list).to_dict() == {m: [1.0, 0.5, 0.3] for m in ("l2", "afd")}
-    assert (sweep[sweep.budget == 0.3].train_macs <= 0.33).all()
+    assert sweep.groupby("method").budget.apply(list).to_dict() == {m: [1.0, 0.45] for m in ("l2", "afd")}
+    assert (sweep[sweep.budget == 0.45].train_macs <= 0.5).all()
 
 
 def test_the_exported_network_lies_by_the_report_and_knows_the_classes(done, home):
-    file = paths.figures(options(home).name) / "flat-0.3.onnx"
+    file = paths.figures(options(home).name) / "flat-0.45.onnx"
     assert done[0][-1] == f"use it: afds predict --model {file} IMAGE..."
     assert f"network: {file}, by " in done[0][-2] and "of the dense MACs, test accuracy" in done[0][-2]
     ((_, classes),) = predict([home / "flat" / "red" / "0.png"], file)
