@@ -75,10 +75,6 @@ class GatesRun:
     def __post_init__(self) -> None:
         choice("gates", self.gates, REPLACEMENTS)
 
-    def needs(self) -> tuple[Any, ...]:
-        """The trained point."""
-        return (self.point,)
-
     def execute(self, run: runs.Run) -> dict[str, Any]:
         if reason := runs.get_or_run(self.point, store=run.store).metrics.get("diverged"):
             return {"diverged": reason}
@@ -119,8 +115,6 @@ class GatesRun:
         """Constant gates: every living channel is computed, at its mean over the fitting images."""
         images = training.first(fitting, self.point.statistics_images or len(fitting))
         statistics = afs.collect_statistics(model, data.loader(images, BATCH))
-        constant = {}
-        for name, layer in afs.layers(model).items():
-            q = statistics[name].q.to(layer.m)[None]
-            constant[name] = Gates(q, q, layer.m[None])
-        return constant
+        layers = afs.layers(model)
+        means = {name: statistics[name].q.to(layer.m)[None] for name, layer in layers.items()}
+        return {name: Gates(means[name], means[name], layer.m[None]) for name, layer in layers.items()}
