@@ -312,11 +312,11 @@ def maps(
 ) -> None:  # fmt: skip
     """Draw what networks attend to in an image: the activation map of each stage, and the loss's gradient."""
     from afdslib.inference.maps import view
-    from afdslib.report.maps import draw
+    from afdslib.report.plots import draw_maps
 
     output_path(output)
     views = view(networks, image, data, index, size, data_dir, skip_corrupt=skip_corrupt)
-    echo(f"written to {draw(views, output)}")
+    echo(f"written to {draw_maps(views, output)}")
 
 
 @runs_app.command("list")

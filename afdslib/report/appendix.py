@@ -82,7 +82,7 @@ KINDS = {
     "AFSSourceRun": "AFS source networks", "TransferRun": "points with AFS", "DenseRun": "competitors, unpruned",
     "PrunedRun": "competitors, pruned", "NarrowRun": "narrower networks", "FBSGatesRun": "FBS, gates alone",
     "PhotoRun": "teachers and students on photographs", "FBSRun": "points with FBS",
-    "ChannelWeightsRun": "DELTA's weights", "StudentRun": "teachers and students",
+    "ChannelWeightsRun": "DELTA's weights", "StudentRun": "teachers and students", "GatesRun": "gates replaced"
 }  # fmt: skip
 """Kinds of runs, for readers."""
 

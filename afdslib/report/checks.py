@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -20,11 +21,7 @@ from afdslib.afs.layer import AFSConvBN
 from afdslib.report import views
 from afdslib.report.sweep import run_text
 from afdslib.runs import MODEL
-
-if TYPE_CHECKING:
-    import pandas
-
-    from afdslib.studies.sweep import Study
+from afdslib.studies.sweep import Study
 
 __all__ = [
     "about_conversion", "about_gates", "about_source", "adds_up", "gates_act", "learns", "obeys_gates",
@@ -32,18 +29,11 @@ __all__ = [
 ]  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------ one run, network or result
-
-
-def adds_up(history: pandas.DataFrame, strength: float, term: str) -> bool:
+def adds_up(history: pd.DataFrame, strength: float, term: str) -> bool:
     """Whether, in every logged row, the loss that was trained is the cross-entropy plus lambda times the regulariser.
 
-    A term too small to be seen in the loss (4e-6 of it, near the rounding of float32) does not act.
-
-    Args:
-        history: rows of a run, from `Result.history()`.
-        strength: lambda, as configured and not as the run itself reports it.
-        term: the regulariser's column: "afd" or "feature_map".
+    A term too small to be seen in the loss (4e-6 of it, near the rounding of float32) does not act. Lambda, the
+    strength, is as configured and not as the run itself reports it; the term is a column: "afd" or "feature_map".
     """
     if history.empty or term not in history or not strength > 0:
         return False
@@ -57,24 +47,15 @@ def obeys_gates(model: nn.Module, images: Tensor, *, tolerance: float = 1e-4) ->
     """Whether the gates decide what every gated layer really puts out.
 
     In a forward pass over the images, with the first living channel of every layer closed on a copy of the network,
-    each layer's output must be a * (eta * y + beta) with the layer's own gates, and exactly zero where a = 0; no image
-    has more than max(k, living static) channels computed.
-
-    Args:
-        model: an AFS network; it is left as it is.
-        images: (B, 3, H, W).
-        tolerance: of the formula, relative to the layer's largest output.
-
-    Returns:
-        False also for a network without gates.
+    each layer's output must be a * (eta * y + beta) with the layer's own gates (up to a tolerance, relative to the
+    layer's largest output), and exactly zero where a = 0; no image has more than max(k, living static) channels
+    computed. False also for a network without gates. The images are (B, 3, H, W).
     """
-    closed = copy.deepcopy(model).eval()
-    found = [module for module in closed.modules() if isinstance(module, AFSConvBN)]
-    shut: dict[AFSConvBN, int] = {}
-    for layer in found:
-        shut[layer] = int(layer.m.argmax())
-        layer.m[shut[layer]] = 0
-    outcome: list[bool] = []
+    closed, outcome = copy.deepcopy(model).eval(), list[bool]()
+    layers = [module for module in closed.modules() if isinstance(module, AFSConvBN)]
+    shut = {layer: int(layer.m.argmax()) for layer in layers}
+    for layer, channel in shut.items():
+        layer.m[channel] = 0
 
     def check(layer: AFSConvBN, args: tuple[Tensor, ...], output: Tensor) -> None:
         _, eta, active = (gate[..., None, None] for gate in layer.gates(args[0]))
@@ -86,29 +67,19 @@ def obeys_gates(model: nn.Module, images: Tensor, *, tolerance: float = 1e-4) ->
         outcome.append(bool((output.abs().amax((2, 3))[active[..., 0, 0] == 0] == 0).all()))
         outcome.append(bool((active.sum(1) <= most).all()))
 
-    handles = [layer.register_forward_hook(check) for layer in found]
-    try:
-        closed(images.to(next(closed.parameters()).device))
-    finally:
-        for handle in handles:
-            handle.remove()
+    for layer in layers:
+        layer.register_forward_hook(check)  # on the copy, which nobody else sees
+    closed(images.to(next(closed.parameters()).device))
     return bool(outcome) and all(outcome)
 
 
 def learns(metrics: Mapping[str, Any], chance: float, *, share: float = 0.2, split: str = "test") -> bool:
-    """Whether the accuracy, also as the mean over classes, is a share of the way from guessing to being always right.
+    """Whether the accuracy on a split, also as the mean over classes, is a share of the way from chance to 1.
 
-    Args:
-        metrics: of a run that evaluated the split, or a row of a sweep.
-        chance: accuracy of guessing, 1 / classes.
-        share: 0 for guessing, 1 for perfect.
-        split: "test", "validation" or "train".
+    The metrics are those of a run, or a row of a sweep; chance is 1 / classes.
     """
     least = chance + share * (1 - chance)
     return min(metrics[f"{split}_accuracy"], metrics[f"{split}_mean_class_accuracy"]) > least
-
-
-# -------------------------------------------------------------------------------------------------------------- a study
 
 
 def regulariser_acts(study: Study, method: str, *, budget: float = 1.0) -> bool:
@@ -120,13 +91,10 @@ def regulariser_acts(study: Study, method: str, *, budget: float = 1.0) -> bool:
     )
 
 
-def gates_act(
-    study: Study, method: str, seed: int, budgets: Sequence[float] = (1.0,), *, images: int = 32
-) -> bool | None:
-    """`obeys_gates` for the networks of one chain per target, on real images. What diverged is left out.
+def gates_act(study: Study, method: str, seed: int, budgets: Sequence[float], *, images: int = 32) -> bool | None:
+    """`obeys_gates` for the networks of one chain per target, on real images, without those that diverged.
 
-    Returns:
-        None if the networks are not stored.
+    None if the networks are not stored.
     """
     outcome = []
     for title, target in study.targets.items():
@@ -142,7 +110,7 @@ def gates_act(
     return bool(outcome) and all(outcome)
 
 
-def sweep_learns(study: Study, sweep: pandas.DataFrame, *, share: float = 0.2) -> bool:
+def sweep_learns(study: Study, sweep: pd.DataFrame, *, share: float = 0.2) -> bool:
     """`learns` for every row of a sweep, against its target's chance; False for an empty one."""
     rows = sweep.to_dict("records")
     return bool(rows) and all(learns(row, study.chance[row["target"]], share=share) for row in rows)
@@ -191,16 +159,13 @@ def about_conversion(study: Study) -> list[str]:
 
 def about_gates(study: Study) -> list[str]:
     """Whether the source network's gates were constant before its predictors were trained, and vary afterwards."""
-    gates = views.source_gates(study)
-    if not gates:
+    if not (gates := views.source_gates(study)):
         return [views.NOT_TUNED]
-    before, after = gates["before"].values(), gates["after"].values()
-    watched = study.afs_source().history()
-    finite = bool(watched.gate_variance.between(0, 1e6).all())
+    before, after, watched = gates["before"].values(), gates["after"].values(), study.afs_source().history()
     return [
         f"gates constant before: {all(layer['variation'] == 0 for layer in before)}",
         f"gates vary afterwards: {any(layer['variation'] > 0 for layer in after)}",
         f"density 1, so every channel has a place: {all(layer['removed'] == 0 for layer in after)}",
         f"dead gates at the end, below a fifth: {bool(watched.dead_gates.iloc[-1] < 0.2)}",
-        f"the gates' variation is logged and finite: {finite}",
+        f"the gates' variation is logged and finite: {bool(watched.gate_variance.between(0, 1e6).all())}",
     ]

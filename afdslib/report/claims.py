@@ -59,6 +59,10 @@ class Found:
     files: tuple[str, ...] = ()
 
 
+Judged = Iterator[Found]
+"""What a rule yields: from each file that has the rows, the best one first. Only the first counts."""
+
+
 @dataclass(frozen=True)
 class Claim:
     """One clause."""
@@ -71,18 +75,11 @@ class Claim:
     judge: Callable[[], Found]  # from the result files
 
 
-# --------------------------------------------------------------------------------------------------------- pure rules
-
-
 def of_interval(difference: Number | None, *, margin: float = 0.0, seeds: int = SEEDS) -> str:
     """The verdict on "larger than 0" or "larger by a margin" from a paired difference with its 95 % interval.
 
-    With a margin the interval must lie above 0 and reach the margin; so its middle is more than half the margin.
-
-    Args:
-        difference: in the margin's unit; None where nothing was measured.
-        margin: the claimed size; 0 for a claim about the sign.
-        seeds: with fewer, nothing is concluded.
+    With a margin (in the difference's unit) the interval must lie above 0 and reach the margin; so its middle is more
+    than half the margin. With fewer seeds nothing is concluded; None: nothing was measured.
     """
     if difference is None:
         return UNTESTED
@@ -93,18 +90,16 @@ def of_interval(difference: Number | None, *, margin: float = 0.0, seeds: int = 
     return REPLICATED if difference.low > 0 else INCONCLUSIVE
 
 
-def matters(tried: Mapping[float, float], spread: float | None, *, seeds: int, least: int = STUDENT_SEEDS) -> str:
+def matters(tried: Mapping[float, float], spread: float | None, *, seeds: int) -> str:
     """The verdict on "small changes matter": what a step away from the best weight costs, against the seeds.
 
     Args:
         tried: weight -> validation accuracy, NaN for a trial that diverged, which counts as 0.
         spread: largest minus smallest accuracy over seeds at one weight; None where nothing was measured.
-        seeds: behind the spread.
-        least: with fewer seeds, nothing is concluded.
     """
     if len(tried) < 3 or spread is None:
         return UNTESTED
-    if seeds < least:
+    if seeds < STUDENT_SEEDS:
         return INCONCLUSIVE
     beside, worst = _costs(tried)
     if beside > spread:
@@ -119,16 +114,9 @@ def _costs(tried: Mapping[float, float]) -> tuple[float, float]:
     return max(values) - min(values[max(0, best - 1) : best + 2]), max(values) - min(values)
 
 
-# ------------------------------------------------------------------------------------ comparisons and sweeps, by file
-
-
 def _tables(files: Sequence[str]) -> Iterator[tuple[str, pd.DataFrame]]:
     """Those of the committed tables that exist, with their addresses."""
     return ((file, table) for file in files if not (table := results.named(file)).empty)
-
-
-def _untested(what: str) -> Found:
-    return Found(UNTESTED, f"No committed result file has {what}.")
 
 
 def _with_seeds(number: Number) -> str:
@@ -142,10 +130,6 @@ def _comparisons(profile: str, target: str) -> Iterator[tuple[str, pd.DataFrame,
         if (here.role == "competitor").any() and (here.method == AFDS.key).any():
             rules = _protocol(file)
             yield file, table, statistics.rival(table, seeds=rules.seeds[: rules.rest])
-
-
-def _no_comparison(profile: str, target: str, budgets: str = "at 10x") -> Found:
-    return _untested(f"AFDS and a competitor {budgets} on {target} in the profile {profile}")
 
 
 def _protocol(file: str):
@@ -179,25 +163,23 @@ def _label(method: str) -> str:
     return Method.parse(method).label if "+" in method else label_of(method)
 
 
-def reaches_budget(profile: str, target: str) -> Found:
+def reaches_budget(profile: str, target: str) -> Judged:
     """Whether AFDS's measured MACs at 10x are a tenth of the dense network's."""
     limit = 100 * PRIMARY_BUDGET * (1 + TOLERANCE)
     for file, _, _ in _comparisons(profile, target):
         share = numbers.mean(file, "macs", unit="%", method=AFDS.key, budget=PRIMARY_BUDGET)
         spare = Number(limit - share.value, low=limit - share.high, high=limit - share.low, n=share.n)
         why = f"AFDS costs {share} of the dense network's MACs on test images, {share.n} seeds."
-        return _judged(file, spare, why, [AFDS.key])
-    return _no_comparison(profile, target)
+        yield _judged(file, spare, why, [AFDS.key])
 
 
-def beats_rival(profile: str, target: str, *, margin: float = 0.0) -> Found:
+def beats_rival(profile: str, target: str, *, margin: float = 0.0) -> Judged:
     """AFDS minus its rival at 10x, in points of test accuracy."""
     for file, table, rival in _comparisons(profile, target):
         both = [AFDS.key, rival]
         if number := _difference(file, at(table, PRIMARY_BUDGET), both):
             why = f"AFDS minus its rival, {_label(rival)}, at 10x on {target}: {_with_seeds(number)}."
-            return _judged(file, number, why + _lost(file, both), both, margin=margin)
-    return _no_comparison(profile, target)
+            yield _judged(file, number, why + _lost(file, both), both, margin=margin)
 
 
 def _difference(file: str, here: pd.DataFrame, methods: Sequence[str], **row: Any) -> Number | None:
@@ -207,7 +189,7 @@ def _difference(file: str, here: pd.DataFrame, methods: Sequence[str], **row: An
     return numbers.difference(file, TEST, *({"method": method} for method in methods), budget=PRIMARY_BUDGET, **row)
 
 
-def saves_more(profile: str, target: str) -> Found:
+def saves_more(profile: str, target: str) -> Judged:
     """The MACs that AFDS and its most frugal competitor need for the same accuracy, paired by seed.
 
     That accuracy is the rival's when unpruned, less one point. The most frugal is the competitor that needs the fewest
@@ -228,8 +210,7 @@ def saves_more(profile: str, target: str) -> Found:
         if frugal != rival and (shares := _shares(table, rival, rival, TEST)):
             why += f" {_label(rival)}, the rival at 10x, minus AFDS: {_saved(shares, other, '%')}."
         both = [AFDS.key, frugal]
-        return _judged(file, number, why + _lost(file, both), both)
-    return _no_comparison(profile, target, "from 1x to 10x")
+        yield _judged(file, number, why + _lost(file, both), both)
 
 
 def _saved(one: Mapping[int, float], other: Mapping[int, float], unit: str) -> Number:
@@ -248,24 +229,23 @@ def _shares(table: pd.DataFrame, method: str, rival: str, value: str) -> dict[in
     return shares
 
 
-def same_selection(profile: str, target: str, other: str) -> Found:
+def same_selection(profile: str, target: str, other: str) -> Judged:
     """AFD minus another regulariser under the same AFS at 10x, in points of test accuracy."""
     both = ["afd", other]
     for file, table in _tables([f"{profile}/{scale}/sweep" for scale in SCALES]):
         here = at(table[table.target == target], PRIMARY_BUDGET)
         if number := _difference(file, here, both, target=target):
             why = f"AFD minus {label_of(other)}, both with AFS, at 10x on {target}: {_with_seeds(number)}."
-            return Found(of_interval(number), why + _lost(file, both, target=target), (file,))
-    return _untested(f"AFD and {other} at 10x on {target} in the profile {profile}")
+            yield Found(of_interval(number), why + _lost(file, both, target=target), (file,))
 
 
-def faster(times: int = 10) -> Found:
+def faster() -> Judged:
     """Measured time of the network that AFDS pruned by its own masks, against the dense one.
 
     Each in its fastest runtime, for each file, device, number of threads and batch size.
     """
     table = speed.benchmarks()
-    table = table[(table.network == f"resnet101-{times}x") & (table["size"] == 224) & (table.width == 1)]
+    table = table[(table.network == "resnet101-10x") & (table["size"] == 224) & (table.width == 1)]
     own = table.file[table.note.fillna("").str.startswith("masks of")]  # and not random ones
     pairs = []
     for _, here in speed.best(table[table.file.isin(own)]).groupby(["file", "device", "threads", "batch"]):
@@ -273,15 +253,14 @@ def faster(times: int = 10) -> Found:
         if {"dense", "compact"} <= set(rows):
             pairs.append((rows["dense"], rows["compact"]))
     if not pairs:
-        own_masks = f"times of a ResNet-101 that AFDS pruned {times}x by its own masks"
-        return _untested(f"{own_masks} (smaller networks: Measured time)")
-    parts = [
-        f"batch {dense.batch} on {dense.device}: {Number(small.faster)}x as fast, {_milliseconds(small)} in "
-        f"{small.runtime} against {_milliseconds(dense)} in {dense.runtime}"
-        for dense, small in pairs
-    ]
+        return
+    parts = []
+    for dense, small in pairs:
+        before, now = (f"{r.median_ms:.1f} [{r.q1_ms:.1f}, {r.q3_ms:.1f}] ms in {r.runtime}" for r in (dense, small))
+        times = f"{Number(small.faster)}x as fast, {now} against {before}"
+        parts.append(f"batch {dense.batch} on {dense.device}: {times}")
     why = f"Medians and quartiles, {'; '.join(parts)}. What torch-pruning makes of it is in the same file."
-    if accuracy := speed.trained_accuracies().get(times):
+    if accuracy := speed.trained_accuracies().get(10):
         why += f" Its test accuracy after a short training: {accuracy}."
     verdict = INCONCLUSIVE
     if min(int(row.repeats) for pair in pairs for row in pair) >= REPEATS:
@@ -289,14 +268,7 @@ def faster(times: int = 10) -> Found:
             verdict = NOT_REPLICATED
         elif all(small.q3_ms < dense.q1_ms for dense, small in pairs):
             verdict = REPLICATED
-    return Found(verdict, why, tuple(dict.fromkeys(str(dense.file) for dense, _ in pairs)))
-
-
-def _milliseconds(row: Any) -> str:
-    return f"{row.median_ms:.1f} [{row.q1_ms:.1f}, {row.q3_ms:.1f}] ms"
-
-
-# ---------------------------------------------------------------------------------------------------- students, by file
+    yield Found(verdict, why, tuple(dict.fromkeys(str(dense.file) for dense, _ in pairs)))
 
 
 def _students(files: Sequence[str], pair: Sequence[str], methods: Sequence[str]) -> Iterator[tuple[str, list[int]]]:
@@ -312,32 +284,23 @@ def _row(pair: Sequence[str], method: str) -> dict[str, str]:
     return {"method": method, "student": pair[1], "teacher": "" if method == "alone" else pair[0]}
 
 
-def student_gains(files: Sequence[str], pair: Sequence[str], methods: Sequence[str], *, margin: float = 0.0) -> Found:
-    """One way of training a student minus another, in points of test accuracy.
-
-    Args:
-        files: tables of students; the first one that has the rows counts.
-        pair: (teacher, student).
-        methods: minuend and subtrahend; "alone" has no teacher.
-        margin: the claimed size.
-    """
+def student_gains(files: Sequence[str], pair: Sequence[str], methods: Sequence[str], *, margin: float = 0.0) -> Judged:
+    """One way of training a student of a (teacher, student) minus another, in points of test accuracy."""
     one, other = (look(method).label for method in methods)
     for file, _ in _students(files, pair, methods):
         number = numbers.difference(file, TEST, *(_row(pair, method) for method in methods))
         why = f"{one} minus {other}, {pair[0]} to {pair[1]}: {_with_seeds(number)}."
-        return Found(of_interval(number, margin=margin, seeds=STUDENT_SEEDS), why, (file,))
-    return _untested(f"students {pair[1]} of a teacher {pair[0]}, {one} and {other}")
+        yield Found(of_interval(number, margin=margin, seeds=STUDENT_SEEDS), why, (file,))
 
 
-def converges_faster(files: Sequence[str], pair: Sequence[str], *, method: str = "at") -> Found:
+def converges_faster(files: Sequence[str], pair: Sequence[str], *, method: str = "at") -> Judged:
     """Steps until 90 % of the plain student's final accuracy on training images: alone minus with the teacher."""
     label = look(method).label
     for file, seeds in _students(files, pair, ("alone", method)):
         alone, taught = ({s: _curve(file, **_row(pair, name), seed=s) for s in seeds} for name in ("alone", method))
         number = steps_saved(alone, taught)
         why = f"{look('alone').label.capitalize()} minus {label}, {pair[0]} to {pair[1]}: {_with_seeds(number)}."
-        return Found(of_interval(number, seeds=STUDENT_SEEDS), why, (file,))
-    return _untested(f"students {pair[1]} of a teacher {pair[0]}, {label} and alone")
+        yield Found(of_interval(number, seeds=STUDENT_SEEDS), why, (file,))
 
 
 def _curve(file: str, **row: Any) -> pd.DataFrame:
@@ -346,7 +309,7 @@ def _curve(file: str, **row: Any) -> pd.DataFrame:
     return numbers.rows(f"{file.split('/')[0]}/curves.csv", "train_accuracy", run=run)
 
 
-def weights_matter(files: Sequence[str], pair: Sequence[str], *, method: str = "at") -> Found:
+def weights_matter(files: Sequence[str], pair: Sequence[str], *, method: str = "at") -> Judged:
     """What a factor of ten beside the best weight costs on validation images, against the spread between seeds."""
     for file, seeds in _students(files, pair, (method,)):
         for trials, table in _tables([f"{file}/trials"]):
@@ -361,19 +324,25 @@ def weights_matter(files: Sequence[str], pair: Sequence[str], *, method: str = "
                 f"The worse neighbour of the best weight costs {beside}, the worst of {len(tried)} weights {worst}; "
                 f"{len(seeds)} seeds at one weight differ by {Number(100 * spread, 'points')}."
             )
-            return Found(matters(tried, spread, seeds=len(seeds)), why, (trials, file))
-    return _untested(f"three weights of {look(method).label} and students {pair[1]} of a teacher {pair[0]}")
+            yield Found(matters(tried, spread, seeds=len(seeds)), why, (trials, file))
 
 
-# ---------------------------------------------------------------------------------------------------------- the claims
+_TARGET, _PAIR = " on {target} in the profile {profile}", "students {pair[1]} of a teacher {pair[0]}"
+_RIVAL = f"AFDS and a competitor at 10x{_TARGET}"
+_MASKS = "times of a ResNet-101 that AFDS pruned 10x by its own masks (smaller networks: Measured time)"
+_SEEDS, _STUDENTS = f"at least {SEEDS} seeds", f"at least {STUDENT_SEEDS} seeds"
 
-RULES: dict[str, tuple[Callable[..., Found], str]] = {
-    **{rule.__name__: (rule, ALL) for rule in (reaches_budget, beats_rival, saves_more)},
-    "same_selection": (same_selection, f"at least {SEEDS} seeds"),
-    "faster": (faster, f"at least {REPEATS} repeats"),
-    **{r.__name__: (r, f"at least {STUDENT_SEEDS} seeds") for r in (student_gains, converges_faster, weights_matter)},
+RULES: dict[str, tuple[Callable[..., Judged], str, str]] = {
+    "reaches_budget": (reaches_budget, ALL, _RIVAL),
+    "beats_rival": (beats_rival, ALL, _RIVAL),
+    "saves_more": (saves_more, ALL, f"AFDS and a competitor from 1x to 10x{_TARGET}"),
+    "same_selection": (same_selection, _SEEDS, f"AFD and {{other}} at 10x{_TARGET}"),
+    "faster": (faster, f"at least {REPEATS} repeats", _MASKS),
+    "student_gains": (student_gains, _STUDENTS, f"{_PAIR}, {{labels}}"),
+    "converges_faster": (converges_faster, _STUDENTS, f"{_PAIR}, AT and alone"),
+    "weights_matter": (weights_matter, _STUDENTS, f"three weights of AT and {_PAIR}"),
 }
-"""Function by name, and what it needs before it concludes anything."""
+"""Function by name, what it needs before it concludes anything, and what no file has where it yields nothing."""
 
 
 @functools.cache
@@ -384,7 +353,7 @@ def _written() -> dict[str, Any]:
 def _claim(number: int, row: Mapping[str, Any]) -> Claim:
     """A claim as it is written: its rule in words, and the function with its arguments."""
     arguments, quoted = dict(row["judge"]), row.get("quoted", ())
-    function, least = RULES[arguments.pop("by")]
+    function, least, missing = RULES[arguments.pop("by")]
     if "files" in row:
         arguments["files"] = row["files"]
     if quoted:
@@ -395,8 +364,10 @@ def _claim(number: int, row: Mapping[str, Any]) -> Claim:
         rule = f"The size of {row['size']}, {arguments['margin']:g} points; {least}."
     else:
         rule = row["rule"].format(all=ALL, tolerance=f"{TOLERANCE:.0%}", repeats=REPEATS, seeds=STUDENT_SEEDS)
-    judge = functools.partial(function, **arguments)
-    return Claim(number, row["title"], row["text"].format(*quoted), row["source"], rule, judge)
+    labels = " and ".join(look(method).label for method in arguments.get("methods", ()))
+    none = Found(UNTESTED, f"No committed result file has {missing.format(**arguments, labels=labels)}.")
+    text = row["text"].format(*quoted)
+    return Claim(number, row["title"], text, row["source"], rule, lambda: next(function(**arguments), none))
 
 
 def claims() -> list[Claim]:
@@ -405,11 +376,7 @@ def claims() -> list[Claim]:
 
 
 def judge() -> dict[int, Found]:
-    """The verdict of every claim, by its number.
-
-    Raises:
-        AFDSError: a damaged result file.
-    """
+    """The verdict of every claim, by its number; AFDSError for a damaged result file."""
     return {claim.number: claim.judge() for claim in claims()}
 
 

@@ -290,11 +290,11 @@ def chosen_table(table: pd.DataFrame) -> Table:
 def accuracy_table(table: pd.DataFrame) -> Table:
     """Test accuracy in percent, mean and standard deviation over seeds: a row per method, a column per budget."""
     budgets = sorted(table.budget.unique(), reverse=True)
-
-    def row(here: pd.DataFrame) -> list[str]:
-        return [mean_sd(here[here.budget == b].test_accuracy, 100) for b in budgets]
-
-    return _by_method(table, list(map(times, budgets)), row)
+    return _by_method(
+        table,
+        list(map(times, budgets)),
+        lambda here: [mean_sd(here[here.budget == b].test_accuracy, 100) for b in budgets],
+    )
 
 
 def _or_dash(value: float, form: str) -> str:
@@ -322,11 +322,9 @@ def size_table(table: pd.DataFrame, budget: float) -> Table:
     """What is left at one budget, mean over seeds: shares of the dense MACs on test images, parameters, channels."""
 
     def row(here: pd.DataFrame) -> list[str]:
-        mean = here.mean(numeric_only=True)
-        shares = (mean.macs, mean.macs_predictors, mean.train_macs)
-        dynamic = mean.get("dynamic", math.nan)
-        return [*(f"{100 * share:.2f} %" for share in shares), f"{mean.parameters / 1000:.0f}",
-                f"{0 if math.isnan(dynamic) else dynamic:.0f}"]  # fmt: skip
+        shares = here[["macs", "macs_predictors", "train_macs"]].mean()
+        counts = here.parameters.mean() / 1000, here.dynamic.fillna(0).mean()
+        return [*(f"{100 * share:.2f} %" for share in shares), *(f"{count:.0f}" for count in counts)]
 
     header = ["MACs, test", "of them predictors", "MACs, training images", "parameters (thousands)", "dynamic channels"]
     return _by_method(at(table, budget), header, row)

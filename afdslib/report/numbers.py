@@ -49,11 +49,7 @@ def of_interval(interval: statistics.Interval, unit: str, *, scale: float | None
 
 
 def read(file: str) -> pd.DataFrame:
-    """A committed table by its address (see `results.named`), or a CSV by its path below data/results/.
-
-    Raises:
-        AFDSError: it is missing or no table.
-    """
+    """A committed table by its address (see `results.named`), or a CSV below data/results/; or AFDSError."""
     try:
         table = pd.read_csv(paths.results(file)) if file.endswith(".csv") else results.named(file)
         if file.endswith(".csv") or len(table):
@@ -69,10 +65,7 @@ def read(file: str) -> pd.DataFrame:
 def rows(file: str, *columns: str, **row: Any) -> pd.DataFrame:
     """The rows of a table (see `read`), which must have some columns, that have the given values.
 
-    Numbers match up to rounding; "" matches an empty cell.
-
-    Raises:
-        AFDSError: no such file, column or row.
+    Numbers match up to rounding; "" matches an empty cell. AFDSError: no such file, column or row.
     """
     table = read(file)
     for name in (*columns, *row):
@@ -96,8 +89,7 @@ def rows(file: str, *columns: str, **row: Any) -> pd.DataFrame:
 def mean(file: str, column: str, *, unit: str = "", **row: Any) -> Number:
     """The mean over seeds of a column, of the rows with the given values, with Student's 95 % interval.
 
-    Raises:
-        AFDSError: as `rows`; a seed has several rows, or no number.
+    AFDSError: as `rows`; a seed has several rows, or no number.
     """
     return of_interval(statistics.interval(list(_by_seed(file, column, row).values())), unit)
 
@@ -108,11 +100,7 @@ def difference(
     """One method minus another, paired by seed, with Student's 95 % interval.
 
     Args:
-        file: see `read`.
-        column: of what is compared.
-        one, other: value by column that tell the two apart.
-        unit: of the difference.
-        row: value by column that both share.
+        one, other: values by column that tell the two apart; both share those of `row`.
 
     Raises:
         AFDSError: as `mean`, or if the two share no seed.

@@ -4,14 +4,9 @@ A stage is finished when its marker `executed/<notebook>.json` holds the stage's
 
     key = sha256(cells of the notebook, its parameters, sources of afdslib, references.bib, key of the stage before)
 
-so a changed notebook, parameter or line of the library executes that stage and all later ones again (which is cheap:
-the training inside comes from the run store, which has an identity of its own), and an interrupted report goes on after
-its last finished stage. The data and the run store are not part of the key: `fresh` executes everything.
-
-What papermill leaves open is closed here: names and types of the parameters are checked before a kernel starts; the
-kernel is this very interpreter, whatever kernelspecs are installed; and because a killed kernel leaves every cell
-marked "completed", a stage counts only if a last, added cell has given back a random token. The marker is written after
-that. Kernels run in the caller's working directory, so that a relative `data_dir` means the same everywhere.
+A changed notebook, parameter or line of the library executes that stage and all later ones again (which is cheap: the
+training inside comes from the run store), and an interrupted report goes on after its last finished stage. Kernels run
+in the caller's working directory, for a relative `data_dir`.
 """
 
 from __future__ import annotations
@@ -28,7 +23,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from afdslib.base import paths
 from afdslib.base.atomic import atomic_path, write_json, write_text
@@ -74,10 +69,9 @@ def notebooks(folder: str | Path | None = None) -> list[Path]:
 
 
 def parameters_of(notebook: str | Path) -> dict[str, Any]:
-    """Names and defaults of a notebook's parameters: the plain literals of its cell tagged `parameters`.
+    """Names and defaults of a notebook's parameters: the plain literals of its one cell tagged `parameters`.
 
-    Raises:
-        AFDSError: Not a notebook, no such cell or several, or a statement that is not `name = literal`.
+    AFDSError for what is no notebook, has no such cell or several, or a statement that is not `name = literal`.
     """
     node = _read(notebook := Path(notebook))
     cells = [cell for cell in node.cells if "parameters" in cell.metadata.get("tags", []) and cell.cell_type == "code"]
@@ -104,16 +98,18 @@ def parameters_of(notebook: str | Path) -> dict[str, Any]:
 def convert(name: str, default: Any, value: Any) -> Any:
     """A parameter's value in the type of its default; strings, as the command line gives them, are parsed.
 
-    An integer is taken for a float, a string for nothing but a string. A default of None takes any literal.
-
-    Raises:
-        AFDSError: The value does not fit, or is not finite.
+    An integer is taken for a float, a string for nothing but a string. A default of None takes any literal. AFDSError
+    where the value does not fit, or is not finite.
     """
     kind, parsed = type(default), value
     if isinstance(value, str) and kind is not str:
         truth = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
         try:
-            read = {bool: lambda text: truth.get(text.strip().lower()), int: int, float: float}
+            read: dict[type, Callable[[str], Any]] = {
+                bool: lambda text: truth.get(text.strip().lower()),
+                int: int,
+                float: float,
+            }
             parsed = read.get(kind, lambda text: ast.literal_eval(text.strip()))(value)
         except (ValueError, SyntaxError):
             parsed = value if default is None else None
@@ -135,8 +131,7 @@ def plan(
     Args:
         profile: Goes to every notebook as its parameter `profile` and names the output folder.
         parameters: More values by name, each for every notebook that has a parameter of that name.
-        only: The numbers of the notebooks to execute, such as "06"; by default all.
-        folder: The folder of the notebooks.
+        only: The numbers of the notebooks in the folder to execute, such as "06"; by default all.
 
     Raises:
         AFDSError: A name or number that no notebook has, a value of the wrong type, an unreadable notebook.
@@ -191,11 +186,9 @@ def execute(
     profile: str, parameters: Mapping[str, Any] | None = None, *, only: Collection[str] | None = None,
     fresh: bool = False, verbose: bool = False, folder: str | Path | None = None, echo: Callable[[str], object] = print
 ) -> Path | None:  # fmt: skip
-    """Executes the stages that are not finished yet, then renders the report.
+    """Executes the stages (see `plan`) that are not finished yet, or all if fresh, then renders the report.
 
     Args:
-        profile, parameters, only, folder: See `plan`. Without the last notebook there is no report.
-        fresh: Execute every stage, finished or not.
         verbose: Pass the cells' text output to stdout while it is written, not only to the log.
         echo: Takes one line at the start and the end of each stage.
 
@@ -203,8 +196,7 @@ def execute(
         The HTML report, if the last notebook is among those executed.
 
     Raises:
-        AFDSError: A bad parameter (before any kernel starts), a failed stage, another process at work on this profile,
-            or a folder that cannot be written.
+        AFDSError: A bad parameter (before any kernel starts), a failed stage, another process at work on this profile.
     """
     stages = plan(profile, parameters, only=only, folder=folder)
     with _only_one(profile):
@@ -253,14 +245,14 @@ def _execute_stage(stage: NotebookStage, verbose: bool) -> float:
     import papermill
 
     started = time.monotonic()
-    token = secrets.token_hex(16)
+    token = secrets.token_hex(16)  # of a last, added cell: a killed kernel leaves every cell marked "completed"
     node = _read(stage.notebook)
     node.cells.append(nbformat.v4.new_code_cell(repr(token), metadata={"tags": [_LAST]}))
     source = stage.executed.with_name(f".{stage.notebook.stem}.source.ipynb")
     write_text(source, nbformat.writes(node, version=4))
     try:
         with open(stage.log, "w", encoding="utf-8") as log:
-            output: Any = _Tee(log, sys.stdout) if verbose else log
+            output: Any = _Tee([log, sys.stdout]) if verbose else log
             papermill.execute_notebook(
                 _unformatted(source), _unformatted(stage.executed), parameters=stage.parameters, kernel_name="python3",
                 kernel_manager_class=kernel_manager(), progress_bar=False, stdout_file=output, stderr_file=output,
@@ -307,19 +299,16 @@ def kernel_manager() -> type:
     return Manager
 
 
-class _Tee:
-    """Writes to several text files."""
-
-    def __init__(self, *files: TextIO) -> None:
-        self.files = files
+class _Tee(list):
+    """Text files that are written alike."""
 
     def write(self, text: str) -> None:
-        for file in self.files:
+        for file in self:
             file.write(text)
+            file.flush()
 
     def flush(self) -> None:
-        for file in self.files:
-            file.flush()
+        """All is written."""
 
 
 def _failure(stage: NotebookStage, error: Exception) -> AFDSError:
@@ -345,19 +334,11 @@ def _failed_cell(stage: NotebookStage) -> tuple[int, str]:
         cells = _read(stage.executed).cells
     except (AFDSError, OSError):
         return 0, ""
-    number, found = 0, (0, "")
-    for cell in cells:
-        tags = cell.metadata.get("tags", [])
-        if cell.cell_type != "code" or "injected-parameters" in tags:
-            continue
-        number += 1
-        state = cell.metadata.get("papermill", {})
-        if state.get("start_time") and _LAST not in tags:
-            lines = [line for line in cell.source.splitlines() if line.strip()] or [""]
-            found = (number, lines[0][:60])
-        if state.get("exception"):
-            break
-    return found
+    cells = [c for c in cells if c.cell_type == "code" and "injected-parameters" not in c.metadata.get("tags", [])]
+    begun = [n for n, cell in enumerate(cells[:-1]) if cell.metadata.get("papermill", {}).get("start_time")]
+    if not begun:
+        return 0, ""
+    return begun[-1] + 1, next((line for line in cells[begun[-1]].source.splitlines() if line.strip()), "")[:60]
 
 
 def _one_line(error: object, length: int = 300) -> str:
@@ -374,11 +355,7 @@ def _short(path: Path) -> str:
 
 
 def render(profile: str, *, folder: str | Path | None = None) -> Path:
-    """Writes `report.html` from the executed copy of the last notebook: images embedded, code hidden, our style.
-
-    Raises:
-        AFDSError: The profile has not been executed to its end.
-    """
+    """Writes `report.html` from the executed copy of the last notebook: images embedded, code hidden, our style."""
     from nbconvert import HTMLExporter
 
     last = notebooks(folder)[-1]
@@ -403,11 +380,11 @@ def render(profile: str, *, folder: str | Path | None = None) -> Path:
 
 def _with_alternative(output: Any) -> Any:
     """An output whose picture has its name as the alternative text, for readers who do not see it."""
+    from afdslib.report.plots.pictures import img
+
     data = output.get("data", {})
     if "image/png" not in data:
         return output
-    name, content = html.escape(data.get("text/plain", "figure")), "".join(data.pop("image/png").split())
-    width = output.get("metadata", {}).get("image/png", {}).get("width")
-    size = f' width="{width}"' if width else ""
-    data["text/html"] = f'<p><img alt="{name}"{size} src="data:image/png;base64,{content}"></p>'
+    content, width = data.pop("image/png"), output.get("metadata", {}).get("image/png", {}).get("width")
+    data["text/html"] = img(html.escape(data.get("text/plain", "figure")), "".join(content.split()), width)
     return output

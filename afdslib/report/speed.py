@@ -7,9 +7,10 @@ reproducible; each file below data/results/speed/ was written by one `afds bench
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -25,11 +26,7 @@ from afdslib.inference.gates import inference
 from afdslib.report import numbers
 from afdslib.report.tables import Table, Text, bullets, plural
 from afdslib.runs import MODEL
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from afdslib.studies.sweep import Study
+from afdslib.studies.sweep import Study
 
 __all__ = [
     "COLUMNS", "benchmarks", "best", "measure", "networks_text", "others_text", "sentence", "stored", "times",
@@ -44,16 +41,8 @@ DENSE = "dense"
 SETTINGS = bench.Settings(batches=(1, 16), threads=1, repeats=40, warmup=5, steady=0.0)  # one thread, none that spins
 
 
-# ---------------------------------------------------------------------------------------------- the networks of a sweep
-
-
 def times(study: Study, sweep: pd.DataFrame, *, method: str = "afd") -> pd.DataFrame:
-    """The times kept with a study, measured now if there are none of these networks.
-
-    Args:
-        study: of the sweep.
-        sweep: its table.
-        method: whose networks, of the first seed.
+    """The times kept with a study of the networks of a method's first seed in its sweep's table, or measured now.
 
     Returns:
         One row per target, budget and batch size, `COLUMNS`: `macs` and `computed` are shares of the dense MACs, as
@@ -104,22 +93,15 @@ def measure(
 ) -> pd.DataFrame:
     """Times the networks of a method's first seed as they are exported; see `times`.
 
-    Args:
-        study: of the sweep.
-        sweep: its table.
-        method: whose networks.
-        settings: batches, threads, repeats and the runtime. Default: onnxruntime, or torch itself without it and in the
-            demo, whose times mean nothing and should be short.
+    By default in onnxruntime, or torch itself without it and in the demo, whose times mean nothing and should be short.
     """
     if settings is None:
         real = study.profile.committed and importlib.util.find_spec("onnxruntime")
         settings = replace(SETTINGS, runtimes=("onnxruntime" if real else "eager",))
+    sweep, rows = sweep[sweep.method == method], list[dict[str, Any]]()
     with bench.on_threads(settings.threads):
-        rows = [
-            row
-            for title in study.targets
-            for row in _measure(study, sweep[(sweep.target == title) & (sweep.method == method)], title, settings)
-        ]
+        for title in study.targets:
+            rows += _measure(study, sweep[sweep.target == title], title, settings)
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -152,10 +134,8 @@ def _measure(study: Study, sweep: pd.DataFrame, title: str, settings: bench.Sett
 def sentence(table: pd.DataFrame, sweep: pd.DataFrame) -> Text:
     """What the clock says of the smallest measured network, in words."""
     if table.empty:
-        return Text(
-            f"Not measured: the weights of these {len(sweep)} networks are not at hand. Where they are trained, this "
-            "notebook measures them."
-        )
+        what = f"the weights of these {len(sweep)} networks are not at hand"
+        return Text(f"Not measured: {what}. Where they are trained, this notebook measures them.")
     lines = []
     for (title, batch), rows in table.groupby(["target", "batch"], sort=False):
         last = rows.sort_values("budget").iloc[0]
@@ -174,31 +154,20 @@ def sentence(table: pd.DataFrame, sweep: pd.DataFrame) -> Text:
     )
 
 
-# ------------------------------------------------------------------------------------------ the committed measurements
-
-
 def benchmarks() -> pd.DataFrame:
     """All rows of all files, with the file's name below data/results/ in the column `file`; empty if there is none."""
     base = paths.results("any").parent
-    tables = []
-    for path in sorted((base / "speed").rglob("*.csv")):
-        file = path.relative_to(base).as_posix()
-        table = numbers.read(file)
-        if "case" in table and not table.empty:
-            tables.append(table.assign(file=file))
+    files = [path.relative_to(base).as_posix() for path in sorted((base / "speed").rglob("*.csv"))]
+    tables = [table.assign(file=file) for file in files if "case" in (table := numbers.read(file)) and len(table)]
     columns = [field.name for field in fields(bench.Row)] + ["device", "threads", "repeats", "file"]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
 
 
 def best(table: pd.DataFrame) -> pd.DataFrame:
-    """Each network in the runtime in which it is fastest, against the dense one in the runtime in which that is.
+    """Each network of `benchmarks` in the runtime in which it is fastest, against the dense one in its fastest.
 
-    Args:
-        table: of `benchmarks`.
-
-    Returns:
-        For the case "networks" a row per file, device, number of threads, image size, network, width, batch size and
-        variant that was measured beside a dense network, with `faster`, the dense one's median time over this one's.
+    For the case "networks" a row per file, device, number of threads, image size, network, width, batch size and
+    variant that was measured beside a dense network, with `faster`, the dense one's median time over this one's.
     """
     found = []
     table = table[table.case == "networks"].dropna(subset=["median_ms"])
@@ -214,9 +183,8 @@ def networks_text(table: pd.DataFrame) -> Text:
     """Networks without their removed channels, and torch-pruning's at the same MACs, against the dense one."""
     rows = best(table)
     if rows.empty:
-        return Text(
-            "Not measured: `afds publish --part speed`, then `afds bench --case networks --masks FILE --out ...`, do."
-        )
+        commands = "`afds publish --part speed`, then `afds bench --case networks --masks FILE --out ...`"
+        return Text(f"Not measured: {commands}, do.")
     parts = []
     header = ["network", "batch", "variant", "fewer MACs", "ms", "fastest in", "faster", "faster / fewer MACs"]
     for (file, device, threads, size), here in rows.groupby(["file", "device", "threads", "size"], sort=False):
@@ -236,22 +204,18 @@ def networks_text(table: pd.DataFrame) -> Text:
     return Text("\n\n".join([*parts, _accuracies()]).strip())
 
 
-def _trained() -> list[Mapping[str, Any]]:
-    """The committed masks with what is known of their networks, the largest budget first."""
-    return sorted(map(read_masks, paths.results("speed").glob("*.json")), key=lambda one: -one["budget"])
-
-
 def trained_accuracies() -> dict[int, str]:
     """How accurate the networks are whose masks are committed, by the reduction of their MACs: {10: "35.5 %"}."""
-    return {round(1 / one["budget"]): f"{100 * one['metrics']['test_accuracy']:.1f} %" for one in _trained()}
+    masks = sorted(map(read_masks, paths.results("speed").glob("*.json")), key=lambda one: -one["budget"])
+    return {round(1 / one["budget"]): f"{100 * one['metrics']['test_accuracy']:.1f} %" for one in masks}
 
 
 def _accuracies() -> str:
     """How accurate the networks are whose masks are committed; empty if there are none."""
-    found = _trained()
-    if not found:
+    file = next(paths.results("speed").glob("*.json"), None)
+    if file is None:
         return ""
-    settings = found[0]["training"]
+    settings = read_masks(file)["training"]
     reached = ", ".join(f"{times}x {accuracy}" for times, accuracy in trained_accuracies().items())
     return (
         f"The committed masks come from short trainings, {settings['source_steps']} steps on the source, then "

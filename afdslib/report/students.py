@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,10 +14,9 @@ import torch
 from torch import nn
 
 from afdslib import afs, runs, training
-from afdslib.base.atomic import write_text
 from afdslib.base.errors import AFDSError
 from afdslib.data import ImageDataset
-from afdslib.experiments import Network, StudentRun
+from afdslib.experiments import StudentRun
 from afdslib.experiments.student import tapped
 from afdslib.inference import bench, maps
 from afdslib.losses import attention_map
@@ -38,7 +36,7 @@ __all__ = [
     "NOT_STORED", "Gain", "beta_in_paper_scale", "beta_table", "better_than_guessing", "command", "compared_sizes",
     "decays", "falls", "finished_gains", "first_pair", "gain", "gains_text", "networks", "no_test_in_trials",
     "nst_memory", "pull_text", "reach_text", "saved_text", "scope", "seen_text", "settings", "steps_saved",
-    "steps_until", "stored_like_table", "student_table", "taps_of", "terms_add_up", "view", "weights_text", "write_page"
+    "steps_until", "stored_like_table", "student_table", "taps_of", "terms_add_up", "view", "weights_text"
 ]  # fmt: skip
 
 
@@ -62,14 +60,7 @@ class Gain(NamedTuple):
 
 
 def gain(method: Sequence[float], alone: Sequence[float]) -> Gain:
-    """The gain of a method over the student alone, and whether it exceeds the spread between seeds. [ours]
-
-    Args:
-        method, alone: test accuracies, one per seed.
-
-    Raises:
-        AFDSError: one of them is empty.
-    """
+    """The gain of a method over the student alone, from test accuracies, one per seed. [ours]"""
     if not len(method) or not len(alone):
         raise AFDSError("a gain needs at least one accuracy of the method and one of the student alone")
     one, two = (pd.Series(values, dtype=float) * 100 for values in (method, alone))
@@ -215,13 +206,9 @@ def steps_saved(alone: Mapping[int, pd.DataFrame], method: Mapping[int, pd.DataF
 
     Args:
         alone, method: learning curves (columns step and train_accuracy) by seed, without and with a teacher.
-        share: of the final accuracy of the plain student of the same seed.
 
     Returns:
         Mean of the paired differences with Student's 95 % interval, in steps; above 0 where the method is faster.
-
-    Raises:
-        AFDSError: the two share no seed.
     """
     steps: list[dict[int, float]] = [{}, {}]
     for seed in sorted(set(alone) & set(method)):
@@ -316,10 +303,11 @@ def settings(study: DistillationStudy) -> Table:
     used = {name for pair in p.pairs for name in pair.methods}
     tried = [m for m in p.methods if m.weights and m.name in used]
     grids = [f"{look(m.name).label} {{{', '.join(f'{w:g}' for w in m.weights)}}}" for m in tried]
+    wide = {a.student: "" if a.student.width == 1 else f" of width {a.student.width:g}" for a in p.pairs}
     held = "a tenth held back for validation" if p.data == p.trial_data else "all training images"
     rows = [
         ("data", f"{p.data.name}, {held}{', reflected crops' if p.data.padding == 'reflect' else ''}"),
-        ("teachers and students", "; ".join(f"{a.teacher.name} to {_name(a.student)}" for a in p.pairs)),
+        ("teachers and students", "; ".join(f"{a.teacher.name} to {a.student.name}{wide[a.student]}" for a in p.pairs)),
         ("teacher training", stage_text(p.teacher_training, "")),
         ("student training", stage_text(p.student_training, "")),
         ("trial of one weight, nine tenths of the data", stage_text(p.trial, "")),
@@ -328,10 +316,6 @@ def settings(study: DistillationStudy) -> Table:
         ("weight decay", f"{p.weight_decay:g}"),
     ]
     return Table(["setting", "value"], rows, numbers=False)
-
-
-def _name(network: Network) -> str:
-    return network.name if network.width == 1 else f"{network.name} of width {network.width:g}"
 
 
 def command(study: DistillationStudy) -> Text:
@@ -488,29 +472,3 @@ def beta_table(study: DistillationStudy, *, images: int = 128) -> Table | None:
         size = f"group {group}, {features[name].shape[2]}x{features[name].shape[3]}"
         rows.append([size, *loss, f"{beta:g}", f"{paper:.2g}"])
     return Table(["maps", "loss, code", "loss, paper", "β, code", "β, paper, of the same size"], rows)
-
-
-def write_page(study: DistillationStudy) -> Path:
-    """Writes <study>.md beside the study's tables: the command, the scale, and the results in words and rows."""
-    p = study.profile
-    parts = [
-        f"# Students of the study {p.study}: {p.name}, scale {p.scale}",
-        command(study),
-        scope(study),
-        settings(study)._repr_markdown_(),
-        "## Test accuracy, median over seeds",
-        student_table(study)._repr_markdown_(),
-        gains_text(study),
-        "## Weights",
-        weights_text(study),
-        seen_text(study),
-    ]
-    if "at" in set(study.table().method):
-        scales = beta_table(study)
-        parts += ["## β in two scales", NOT_STORED if scales is None else scales._repr_markdown_()]
-    if p.curves:
-        parts += ["## Convergence", reach_text(study), saved_text(study)]
-    parts.append(f"Every row and every trial is in `../results.csv`, part {p.study}; runs are in `../runs.jsonl`.")
-    page = study.folder() / f"{p.study}.md"
-    write_text(page, "\n\n".join(map(str, parts)) + "\n")
-    return page

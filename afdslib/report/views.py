@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -20,11 +20,9 @@ from afdslib.experiments.source import PUBLISHED_CLASSES
 from afdslib.losses.afd import AFDLoss
 from afdslib.report.tables import Text, smallest
 from afdslib.runs import MODEL
-from afdslib.training.features import Teacher, compared_shapes
+from afdslib.studies.sweep import Study
+from afdslib.training.features import compared_shapes
 from afdslib.training.objective import Objective
-
-if TYPE_CHECKING:
-    from afdslib.studies.sweep import Study
 
 __all__ = [
     "NOT_STORED", "NOT_TUNED", "AttentionView", "Confusion", "attention", "attentions", "confusions",
@@ -39,20 +37,16 @@ NOT_STORED = (
 NOT_TUNED = "The predictors were not trained on source images: every gate is still the scale of its batch norm."
 
 
-def network(study: Study, config: Any, *, needs: Sequence[str] = (MODEL,)) -> runs.Result | None:
+def network(study: Any, config: Any, *, needs: Sequence[str] = (MODEL,)) -> runs.Result | None:
     """The finished run of a configuration with its files.
 
-    Returns:
-        None if only its committed result is here and the training would take more than minutes (the demo is computed),
-        or if it diverged.
+    None if only its committed result is here and the training would take more than minutes (the demo is computed), or
+    if it diverged.
     """
     found = runs.lookup(config, needs=needs)
     if found is None and not study.profile.committed and "diverged" not in runs.get_or_run(config).metrics:
         found = runs.get_or_run(config, needs=needs)
     return found
-
-
-# ---------------------------------------------------------------------------------------------------- source and gates
 
 
 def source_architecture(study: Study) -> tuple[nn.Module, tuple[int, int, int]]:
@@ -74,8 +68,7 @@ def source_gates(study: Study) -> dict[str, dict[str, Any]]:
 def conversion_error(study: Study, images: int = 16) -> dict[str, float] | None:
     """Largest relative error of the converted network's logits, max|a - b| / max|b|, on images of the primary target.
 
-    Returns:
-        "float64 eval", "float64 train" and "float32 eval"; None if the source network is not stored.
+    By "float64 eval", "float64 train" and "float32 eval"; None if the source network is not stored.
     """
     result = network(study, study.source_run)
     if result is None:
@@ -84,12 +77,12 @@ def conversion_error(study: Study, images: int = 16) -> dict[str, float] | None:
     statistics = next(iter(study.target_data.values())).statistics
     batch, _ = statistics.__getitems__(list(range(min(images, len(statistics)))))
     errors = {}
-    for dtype, mode in ((torch.float64, "eval"), (torch.float64, "train"), (torch.float32, "eval")):
-        one = copy.deepcopy(plain).to(dtype).train(mode == "train")
+    for case in ("float64 eval", "float64 train", "float32 eval"):
+        dtype = torch.float64 if "64" in case else torch.float32
+        one = copy.deepcopy(plain).to(dtype).train("train" in case)
         other = afs.convert(one, gates=study.profile.gates)
         expected = one(batch.to(dtype))
-        error = (other(batch.to(dtype)) - expected).abs().max() / expected.abs().max()
-        errors[f"{str(dtype).removeprefix('torch.')} {mode}"] = float(error)
+        errors[case] = float((other(batch.to(dtype)) - expected).abs().max() / expected.abs().max())
     return errors
 
 
@@ -109,81 +102,43 @@ def layers_by_budget(
     return {budget: found["layers"] for budget, found in metrics.items() if "layers" in found}
 
 
-# ----------------------------------------------------------------------------------------------------------- attention
+class AttentionView(NamedTuple):
+    """AFD's attention for one image."""
 
-
-@dataclass(frozen=True)
-class AttentionView:
-    """AFD's attention for one image.
-
-    Attributes:
-        image: uint8 (H, W, 3).
-        caption: its class.
-        layer: the tapped layer shown.
-        weights: attention of each channel, (C,); the sum is 1.
-        maps: source features, (C, h, w).
-        total: the sum of the weights of each tapped layer, which must be 1.
-    """
-
-    image: np.ndarray
-    caption: str
-    layer: str
-    weights: np.ndarray
-    maps: np.ndarray
-    total: dict[str, float]
-
-
-def _attending(study: Study, seed: int, budget: float, target: DataSource) -> tuple[Teacher, AFDLoss] | None:
-    """The frozen source and the trained attention of an AFD run."""
-    config = study.point_run("afd", seed, budget=budget, target=target)
-    result, source = network(study, config, needs=(MODEL, OBJECTIVE)), network(study, study.afs_source_run)
-    if result is None or source is None:
-        return None
-    size = config.data.load().test.size
-    objective = Objective(
-        afs.load(result.artifact(MODEL)), config.regulariser, afs.load(source.artifact(MODEL)), (3, size, size)
-    )
-    objective.load_state_dict(load_file(result.artifact(OBJECTIVE)))
-    assert objective.teacher is not None and isinstance(objective.term, AFDLoss)
-    return objective.teacher, objective.term
+    image: np.ndarray  # uint8 (H, W, 3)
+    caption: str  # its class
+    layer: str  # the tapped layer shown
+    weights: np.ndarray  # attention of each channel, (C,); the sum is 1
+    maps: np.ndarray  # source features, (C, h, w)
+    total: dict[str, float]  # the sum of the weights of each tapped layer, which must be 1
 
 
 @torch.no_grad()
-def attention(
-    study: Study, *, seed: int | None = None, index: int = 0, budget: float = 1.0, target: DataSource | None = None
-) -> AttentionView | None:
-    """AFD's attention for one training image, in the deepest tapped layer whose map is at least 8 x 8.
+def attention(study: Study, *, index: int = 0, target: DataSource | None = None) -> AttentionView | None:
+    """AFD's attention for one fitting image, in the deepest tapped layer whose map is at least 8 x 8.
 
-    Args:
-        study: has an AFD run.
-        seed: default: the first one.
-        index: of the image among the fitting images.
-        budget: of the sweep.
-        target: default: the primary one.
-
-    Returns:
-        None if the networks are not stored.
+    Of the unpruned network of the first seed, on a target (default: the primary one); None if it is not stored.
     """
-    seed = study.profile.seeds[0] if seed is None else seed
-    target = target or study.profile.targets[0]
-    found = _attending(study, seed, budget, target)
-    if found is None:
+    seed, target = study.profile.seeds[0], target or study.profile.targets[0]
+    config = study.point_run("afd", seed, budget=1.0, target=target)
+    result, source = network(study, config, needs=(MODEL, OBJECTIVE)), network(study, study.afs_source_run)
+    if result is None or source is None:
         return None
-    teacher, term = found
-    splits = replace(target, seed=seed).load()
+    splits, (model, teacher) = (
+        replace(target, seed=seed).load(),
+        (afs.load(r.artifact(MODEL)) for r in (result, source)),
+    )
+    objective = Objective(model, config.regulariser, teacher, (3, splits.test.size, splits.test.size))
+    objective.load_state_dict(load_file(result.artifact(OBJECTIVE)))
+    assert objective.teacher is not None and isinstance(objective.term, AFDLoss)
     images, label = splits.statistics[index]
-    _, features = teacher(images[None])
-    rho = term.attention(features)
+    _, features = objective.teacher(images[None])
+    rho = objective.term.attention(features)
     large = [name for name in features if features[name].shape[2] >= 8]
     layer = large[-1] if large else max(features, key=lambda name: features[name].shape[2])
-    return AttentionView(
-        image=splits.statistics.raw(index),
-        caption=str(splits.captions[label]),
-        layer=layer,
-        weights=rho[layer][0].double().numpy(),
-        maps=features[layer][0].double().numpy(),
-        total={name: float(weights.double().sum()) for name, weights in rho.items()},
-    )
+    weights, maps = (values[layer][0].double().numpy() for values in (rho, features))
+    total = {name: float(one.double().sum()) for name, one in rho.items()}
+    return AttentionView(splits.statistics.raw(index), str(splits.captions[label]), layer, weights, maps, total)
 
 
 def attentions(study: Study) -> dict[str, AttentionView]:
@@ -204,11 +159,10 @@ def entropy_text(study: Study) -> Text:
     """How far AFD's attention went from a uniform one while the unpruned networks were trained, by target."""
     lines = []
     for title, target in study.targets.items():
-        lowest, highest, uniform = entropy_bounds(study, target)
-        lines.append(
-            f"In the sweep's unpruned networks on {title} the entropy stays between {100 * lowest / uniform:.2f} and "
-            f"{100 * highest / uniform:.2f} % of a uniform attention's."
-        )
+        *bounds, uniform = entropy_bounds(study, target)
+        lowest, highest = (f"{100 * bound / uniform:.2f}" for bound in bounds)
+        where = f"In the sweep's unpruned networks on {title} the entropy stays between {lowest} and {highest}"
+        lines.append(f"{where} % of a uniform attention's.")
     return Text(" ".join(lines))
 
 
@@ -224,26 +178,14 @@ def _feature_shapes(study: Study, side: int) -> dict[str, tuple[int, int, int]]:
     return compared_shapes(study.profile.network, features, side)
 
 
-# ----------------------------------------------------------------------------------------------------------- confusion
+class Confusion(NamedTuple):
+    """The confusion matrix of one network on a target's test images."""
 
-
-@dataclass(frozen=True)
-class Confusion:
-    """The confusion matrix of one network on a target's test images.
-
-    Attributes:
-        matrix: images by (true class, predicted class).
-        captions: readable class names.
-        budget: of the network.
-        accuracy: as the sweep's table has it.
-        images: in the test set.
-    """
-
-    matrix: list[list[int]]
-    captions: tuple[str, ...]
-    budget: float
-    accuracy: float
-    images: int
+    matrix: list[list[int]]  # images by (true class, predicted class)
+    captions: tuple[str, ...]  # readable class names
+    budget: float  # of the network
+    accuracy: float  # as the sweep's table has it
+    images: int  # in the test set
 
 
 def confusions(study: Study, sweep: pd.DataFrame, method: str) -> dict[str, Confusion]:

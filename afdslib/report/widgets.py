@@ -20,14 +20,8 @@ __all__ = ["explore", "view"]
 
 
 def view(study: Study, sweep: pd.DataFrame, method: str, budget: float) -> tuple[str, bytes]:
-    """What the slider shows at one budget of a sweep's table, of the primary target.
-
-    Returns:
-        A line of HTML (test accuracy and measured MACs over the seeds), and a PNG of the gates of the first seed.
-
-    Raises:
-        AFDSError: the sweep has no such network.
-    """
+    """A line of HTML on one budget of the primary target (test accuracy and measured MACs over the seeds), and a PNG of
+    the gates of the first seed; AFDSError where the sweep has no such network."""
     target = next(iter(study.targets))
     rows = at(sweep[(sweep.target == target) & (sweep.method == method)], budget)
     if rows.empty:

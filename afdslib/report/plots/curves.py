@@ -46,9 +46,6 @@ def learning_curves(histories: Mapping[str, Sequence[pd.DataFrame]], *, title: s
     """Loss and accuracy over the steps, one line per method or stage, bands of one standard deviation over seeds.
 
     The second panel shows validation images where they were evaluated during training, else training images.
-
-    Args:
-        histories: logged rows of each seed (`Result.history()`), by method or by any label.
     """
     validated = any("validation_accuracy" in frame for many in histories.values() for frame in many)
     second = "validation_accuracy" if validated else "train_accuracy"
@@ -69,13 +66,11 @@ def learning_curves(histories: Mapping[str, Sequence[pd.DataFrame]], *, title: s
 def attention_entropy(
     histories: Mapping[str, Sequence[pd.DataFrame]], shapes: Mapping[str, tuple], *, title: str = ""
 ) -> Figure:
-    """Entropy of the attention over the steps, as a share of the uniform attention's, with bands over seeds.
+    """Entropy of the attention over the steps, by variant ("joint", "detached"), as a share of the uniform one's.
 
-    Args:
-        histories: logged rows of each seed, by variant ("joint", "detached").
-        shapes: (C, H, W) of the tapped layers.
+    The shapes are the (C, H, W) of the tapped layers.
     """
-    uniform = np.mean([math.log(shape[0]) for shape in shapes.values()])
+    uniform = float(np.mean([math.log(shape[0]) for shape in shapes.values()]))
     looks = [Look("joint", "#D55E00", "D"), Look("detached", "#0072B2", "o", (5, 1.5))][: len(histories)]
     fig, ((ax,),) = canvas(5.2, 3.1, title=title)
     _bands(ax, histories, "entropy", looks, 100 / uniform)
@@ -112,13 +107,7 @@ def trials(
     table: pd.DataFrame, chosen: Mapping[str, float], *, xlabel: str = "strength of the regulariser (log scale)",
     title: str = ""
 ) -> Figure:  # fmt: skip
-    """Validation accuracy of every strength or weight tried, one line per method; the chosen one is ringed.
-
-    Args:
-        table: columns method, strength, validation_accuracy.
-        chosen: strength by method.
-        xlabel: what was tried, in which scale.
-    """
+    """Validation accuracy of every strength or weight tried, one line per method; the chosen one is ringed."""
     table, looks = labelled(table)
     shifts = {method: 1.08**index for index, method in enumerate(dict.fromkeys(table.method))}
     # Methods with the same grid and the same accuracy would hide each other.

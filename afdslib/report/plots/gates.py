@@ -1,8 +1,8 @@
-"""Gates of the whole network: how large they are, and which channels became static, dynamic or removed."""
+"""Gates of the whole network, which channels became static, dynamic or removed, and what is taken for what."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -79,7 +79,9 @@ def gates_heatmap(layers: Mapping[str, Layers], *, quantity: str = "gate_quantil
 def channel_states(layers: Mapping[float, Layers], *, title: str = "") -> Figure:
     """Which channels are dynamic, static and removed, by layer: one row of stacked bars per budget."""
     names, white = list(next(iter(layers.values()))), {"edgecolor": "white", "linewidth": 0}
-    drawn = {state: {"facecolor": colour, "hatch": hatch, **white} for state, (colour, hatch) in STATES.items()}
+    drawn: dict[str, Any] = {
+        state: {"facecolor": colour, "hatch": hatch, **white} for state, (colour, hatch) in STATES.items()
+    }
     size = max(6.4, min(11, 1.5 + 0.3 * len(names))), 1.25 * len(layers) + 1.5
     fig, axes = canvas(*size, len(layers), title=title, sharex=True)
     for (ax,), (budget, one) in zip(axes, layers.items(), strict=True):
@@ -101,4 +103,22 @@ def channel_states(layers: Mapping[float, Layers], *, title: str = "") -> Figure
     axes[-1, 0].set_xlabel("layer, input first")
     entries = [Patch(**signs, label=state) for state, signs in drawn.items()]
     fig.legend(handles=entries, loc="outside upper right", ncols=3)
+    return fig
+
+
+@styled
+def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str], *, title: str = "") -> Figure:
+    """Confusion matrix: share of each true class (row) that is taken for each class (column), in percent."""
+    counts = np.asarray(matrix, dtype=float)
+    share = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    few = len(classes) <= 20
+    side = 1.9 + (0.44 * len(classes) if few else 4.4)
+    fig, ((ax,),) = canvas(side + 0.8, side, title=title)
+    ax.grid(False)
+    sns.heatmap(
+        pd.DataFrame(share, classes, classes) if few else share, ax=ax, vmin=0, vmax=100, cmap="cividis", square=True,
+        annot=few, fmt=".0f", annot_kws={"fontsize": 8},
+        cbar_kws={"label": "share of the true class (%)", "shrink": 0.85, "pad": 0.03}
+    )  # fmt: skip
+    ax.set(xlabel="predicted class", ylabel="true class")
     return fig

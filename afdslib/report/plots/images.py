@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from afdslib.base.atomic import atomic_path
 from afdslib.data import MEAN, STD, ImageDataset
+from afdslib.inference.maps import MapsView
 from afdslib.report.plots.style import canvas, styled
-
-if TYPE_CHECKING:
-    from afdslib.inference.maps import MapsView
-    from afdslib.report.views import AttentionView
+from afdslib.report.views import AttentionView
 
 
 def _show(ax: Axes, image: np.ndarray | None, caption: str = "", heat: np.ndarray | None = None, **kwargs) -> None:
@@ -39,17 +39,10 @@ def _short(text: str, length: int = 13) -> str:
 
 
 @styled
-def samples(
-    dataset: ImageDataset, *, captions: Sequence[str] = (), classes: int = 10, per_class: int = 4, title: str = ""
-) -> Figure:
-    """A grid of images, resized but neither augmented nor normalised: a column per class, its name above.
-
-    Args:
-        captions: readable class names; default: the data set's own.
-        classes: columns at most, evenly spaced over the classes.
-    """
+def samples(dataset: ImageDataset, *, captions: Sequence[str] = (), per_class: int = 4, title: str = "") -> Figure:
+    """A grid of images, resized but neither augmented nor normalised: a column for each of ten classes at most."""
     names = captions or dataset.classes
-    count = min(classes, len(names))
+    count = min(10, len(names))
     fig, axes = canvas(0.95 * count + 0.2, 0.95 * per_class + 0.6, per_class, count, title=title)
     for column, target in enumerate(i * len(names) // count for i in range(count)):
         found = np.flatnonzero(dataset.targets == target)[:per_class]
@@ -119,3 +112,11 @@ def attention_maps(view: MapsView, *, title: str = "") -> Figure:
             _show(ax, view.image, caption, heat / (heat.max() or 1))
         _show(line[-1], view.image, "gradient of the loss", seen.gradient / (seen.gradient.max() or 1))
     return fig
+
+
+def draw_maps(view: MapsView, output: str | Path) -> Path:
+    """Writes `attention_maps` as a PNG, for `afds maps`."""
+    output, figure = Path(output), attention_maps(view)
+    with atomic_path(output) as part:
+        figure.savefig(part, format="png", dpi=150)
+    return output

@@ -25,6 +25,12 @@ def shown_width(png: bytes) -> int:
     return int.from_bytes(png[16:20], "big") * 100 // DPI
 
 
+def img(name: str, content: str, width: int | None) -> str:
+    """A PNG, base64, with its name as the alternative text."""
+    size = f' width="{width}"' if width else ""
+    return f'<p><img alt="{name}"{size} src="data:image/png;base64,{content}"></p>'
+
+
 class Picture:
     """A saved figure, the PNG at `path`; a notebook shows it as an image."""
 
@@ -49,12 +55,8 @@ class Gallery:
         return "\n".join(map(repr, self.pictures))
 
     def _repr_html_(self) -> str:
-        lines = []
-        for picture in self.pictures:
-            content, size = picture._repr_png_()
-            data = base64.b64encode(content).decode("ascii")
-            lines.append(f'<p><img alt="{picture}" width="{size["width"]}" src="data:image/png;base64,{data}"></p>')
-        return "\n".join(lines)
+        images = [(str(picture), *picture._repr_png_()) for picture in self.pictures]
+        return "\n".join(img(name, base64.b64encode(png).decode("ascii"), size["width"]) for name, png, size in images)
 
 
 def _file(profile: str, name: str, target: str = "") -> Path:
@@ -68,13 +70,7 @@ def _shown(files: Sequence[Path]) -> Picture | Gallery:
 
 
 def save(figure: Figure | Mapping[str, Figure], profile: str, name: str) -> Picture | Gallery:
-    """Writes a figure to the profile's folder of figures, atomically: the same figure gives the same bytes.
-
-    Args:
-        figure: one, or one per target, by the target's title.
-        profile: the profile's name.
-        name: of the file, without suffix; a target's title is added to it.
-    """
+    """Writes a figure, or one per target by its title, to a profile's folder: the same figure gives the same bytes."""
     figures = figure if isinstance(figure, Mapping) else {"": figure}
     files = [_file(profile, name, target) for target in figures]
     for file, fig in zip(files, figures.values(), strict=True):

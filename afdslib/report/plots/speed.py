@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
@@ -29,7 +31,7 @@ def _log(axis: XAxis | YAxis, unit: str = "") -> None:
 
 def _ideal(ax: Axes, most: float) -> None:
     """The line on which time follows MACs, and the axes of a panel of speed-ups."""
-    ax.plot([1, most], [1, most], color=_IDEAL.colour, linewidth=0.9, linestyle=(0, _IDEAL.dashes), label=_IDEAL.label)
+    ax.plot([1, most], [1, most], color=_IDEAL.colour, linewidth=0.9, linestyle=_IDEAL.line, label=_IDEAL.label)
     _log(ax.xaxis, "x")
     _log(ax.yaxis, "x")
     ax.set(xlabel="MACs, reduction (log scale)", ylabel="measured speed-up over the dense network")
@@ -37,10 +39,7 @@ def _ideal(ax: Axes, most: float) -> None:
 
 @styled
 def latency(table: pd.DataFrame, *, title: str = "") -> Figure:
-    """Left: accuracy against milliseconds per image. Right: speed-up over the dense network against MACs saved.
-
-    Args:
-        table: of one target, from `speed.times`; a sentence is drawn where it is empty.
+    """`speed.times` of one target. Left: accuracy against time per image. Right: speed-up against MACs saved.
 
     The right panel has the ideal line, on which time follows MACs, and two sets of points: against the MACs that the
     gates leave, and against those that the compact network computes, which does not skip dynamic channels. Error bars
@@ -51,11 +50,8 @@ def latency(table: pd.DataFrame, *, title: str = "") -> Figure:
     fig, ((left, right),) = canvas(9.8, 4.2, 1, 2, title=title)
     style = look(table.method.iloc[0])
     for index, (batch, rows) in enumerate(table.sort_values("budget").groupby("batch")):
-        drawn = {
-            "elinewidth": 1.0,
-            "fillstyle": ("full", "none")[index % 2],
-            "linestyle": ("-", (0, (4, 1.5)))[index % 2],
-        }
+        drawn: dict[str, Any] = {"elinewidth": 1.0, "fillstyle": ("full", "none")[index % 2]}
+        drawn["linestyle"] = ("-", (0, (4, 1.5)))[index % 2]
         spread = [(rows.median_ms - rows.q1_ms) / batch, (rows.q3_ms - rows.median_ms) / batch]
         ours = {"color": style.colour, "marker": style.marker}
         left.errorbar(rows.median_ms / batch, rows.test_accuracy, xerr=spread, label=f"batch {batch}", **ours, **drawn)
@@ -77,12 +73,9 @@ def latency(table: pd.DataFrame, *, title: str = "") -> Figure:
 
 @styled
 def speed(table: pd.DataFrame, *, title: str = "") -> Figure:
-    """Measured speed-up over the dense network against MACs saved, each in its fastest runtime, with the ideal line.
+    """`speed.best`: measured speed-up over the dense network against MACs saved, with the ideal line.
 
     A panel per device, number of threads, size of the images and batch size; networks cut by random masks are left out.
-
-    Args:
-        table: of `speed.best`; a sentence is drawn where it is empty.
     """
     trained = table.network[table.note.fillna("").str.startswith("masks of")] if len(table) else ()
     rows = table[table.variant.isin(list(_VARIANTS)) & table.network.isin(trained)] if len(table) else table

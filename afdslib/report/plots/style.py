@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import matplotlib
 import pandas as pd
@@ -117,18 +116,8 @@ def handles(looks: Iterable[Look], **kwargs: Any) -> list[Line2D]:
     ]
 
 
-_Draw = TypeVar("_Draw", bound=Callable[..., Figure])
-
-
-def styled(draw: _Draw) -> _Draw:
-    """Decorator: draws in the report's style and leaves matplotlib's global settings as they are."""
-
-    @functools.wraps(draw)
-    def wrapper(*args: Any, **kwargs: Any) -> Figure:
-        with matplotlib.rc_context(STYLE):
-            return draw(*args, **kwargs)
-
-    return wrapper  # type: ignore[return-value]
+styled = matplotlib.rc_context(STYLE)
+"""Decorator: draws in the report's style and leaves matplotlib's global settings as they are."""
 
 
 def canvas(
