@@ -13,12 +13,9 @@ from packaging.version import Version
 from afdslib import __version__
 from afdslib.base import paths
 
-LINUX = {
-    "sys_platform": "linux",
-    "platform_machine": "x86_64",
-    "python_version": "3.11",
-    "python_full_version": "3.11.0",
-}
+LINUX = {"sys_platform": "linux", "platform_machine": "x86_64"} | {
+    "python_version": "3.11", "python_full_version": "3.11.0"
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -68,25 +65,21 @@ def test_lock_holds_every_direct_dependency_in_an_allowed_version(direct, locked
         assert requirement.specifier.contains(locked[name]), f"{name} {locked[name]} is not {requirement.specifier}"
 
 
-def test_environment_yml_pins_the_direct_dependencies_as_the_lock_does(direct, locked, conda):
+def test_environment_yml_pins_the_direct_dependencies_as_the_lock_does_and_an_allowed_python(
+    direct, locked, conda, project
+):
     (pip,) = [entry["pip"] for entry in conda["dependencies"] if isinstance(entry, dict)]
     assert pip[-1] == "-e ."
     assert sorted(pip[:-1]) == sorted(f"{name}=={locked[name]}" for name in direct), "run: make lock"
-
-
-def test_environment_yml_takes_a_python_that_the_project_allows(project, conda):
     (python,) = [entry for entry in conda["dependencies"] if str(entry).startswith("python=")]
     assert Requirement(f"python{project['requires-python']}").specifier.contains(python.removeprefix("python="))
     assert "pip" in conda["dependencies"]
 
 
-def test_installed_packages_are_the_locked_ones(direct, locked):
+def test_installed_packages_are_the_locked_ones(project, direct, locked):
+    assert project["version"] == __version__ == importlib.metadata.version("afdslib")
     for name in direct:
         assert Version(importlib.metadata.version(name)).public == locked[name].public, f"{name}: make test installs it"
-
-
-def test_package_version_is_written_once_more_and_equal(project):
-    assert project["version"] == __version__ == importlib.metadata.version("afdslib")
 
 
 def test_make_lock_uses_the_command_that_the_lock_names():

@@ -36,10 +36,8 @@ def named(text: str) -> set[tuple[str, str]]:
 
 
 def known(name: str, year: str) -> bool:
-    return any(
-        re.search(rf"author\s*= \{{[^=]*\b{name}\b", entry) and re.search(rf"year\s*= \{{{year}\}}", entry)
-        for entry in ENTRIES
-    )
+    who, when = rf"author\s*= \{{[^=]*\b{name}\b", rf"year\s*= \{{{year}\}}"
+    return any(re.search(who, entry) and re.search(when, entry) for entry in ENTRIES)
 
 
 def test_every_paper_cited_by_number_is_in_the_bibliography():
@@ -66,20 +64,16 @@ def test_every_paper_cited_by_name_and_year_is_in_the_bibliography():
     cited = {(*one, where) for where, text in TEXTS.items() for one in named(text)}
     assert {("Holm", "1979"), ("Chan", "1983"), ("Zagoruyko", "2017")} <= {one[:2] for one in cited}
     assert not [one for one in sorted(cited) if not known(*one[:2])]
-
-
-def test_papers_whose_code_or_numbers_are_quoted_under_another_name_are_there():
+    # Papers whose code or numbers are quoted under another name.
     for word, entry in {"RepDistiller": "tian2020crd", "BSS": "chen2019bss", "FitNets": "romero2015fitnets"}.items():
         cited = word == "BSS" or any(word in text for text in TEXTS.values())  # BSS is one of DELTA's competitors
         assert cited and f"{{{entry}," in BIBLIOGRAPHY, word
 
 
 def test_entries_are_complete_and_their_keys_unique():
-    entries = re.findall(r"^@(\w+)\{(\w+),\n(.*?)^\}", BIBLIOGRAPHY, re.MULTILINE | re.DOTALL)
-    assert len(entries) == BIBLIOGRAPHY.count("\n@") > 30
-    keys = [key for _, key, _ in entries]
-    assert len(set(keys)) == len(keys)
-    for _, key, fields in entries:
+    entries = re.findall(r"^@\w+\{(\w+),\n(.*?)^\}", BIBLIOGRAPHY, re.MULTILINE | re.DOTALL)
+    assert len(dict(entries)) == len(entries) == BIBLIOGRAPHY.count("\n@") > 30
+    for key, fields in entries:
         names = set(re.findall(r"^  (\w+)\s*=", fields, re.MULTILINE))
         assert {"author", "title", "year"} <= names, key
         assert fields.count("{") == fields.count("}"), key
@@ -115,12 +109,9 @@ def test_a_command_of_the_paper_profile_trains_two_hundred_epochs(command):
     assert chosen.student_training.batch_size == 128
 
 
-def test_the_guide_names_the_studies_of_the_paper_profile():
+def test_the_guide_names_the_studies_of_the_paper_profile_and_every_command_of_the_old_readmes():
     assert sum("--profile paper" in one for one in COMMANDS) >= 2
     assert {"distill --recipe scenes-at --data-dir DIR", "distill --recipe cub-at --data-dir DIR"} <= commands(STUDENTS)
-
-
-def test_the_guide_has_every_command_of_the_old_readmes():
     assert len(COMMANDS) > 15
     for old in (
         "--depth 40 --width 1", "--depth 16 --width 2", "--depth 40 --width 2", "--beta 1e+3", "--alpha 0.9",

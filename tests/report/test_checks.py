@@ -5,10 +5,9 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
-import faulty
 import nbformat
 import pandas as pd
 import pytest
@@ -19,7 +18,6 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 from afdslib import afs, runs
 from afdslib.report import checks
-from afdslib.studies.sweep import Study
 
 
 def transferred(folder, name: str = "afd", strength: float = 0.01, steps: int = 24, **kwargs) -> runs.Result:
@@ -41,24 +39,17 @@ def test_a_lambda_of_zero_is_noticed(tmp_path, name, term):
 def test_a_regulariser_acts_only_if_it_is_configured_logged_and_visible():
     rows = pd.DataFrame({"loss": [1.01, 1.02], "cross_entropy": [1.0, 1.0], "afd": [1.0, 2.0]})
     assert checks.adds_up(rows, 0.01, "afd")
-    assert not checks.adds_up(rows, 0.02, "afd")
-    assert not checks.adds_up(rows, 0.0, "afd")
-    assert not checks.adds_up(rows, 0.01, "feature_map")
-    assert not checks.adds_up(rows[:0], 0.01, "afd")
-    assert not checks.adds_up(pd.DataFrame({"loss": [1.0], "cross_entropy": [1.0], "afd": [1e-9]}), 1.0, "afd")
-
-
-def networks():
-    dynamic = tiny.gated().eval()
-    pruned = tiny.gated().eval()
-    afs.set_density(pruned, 0.6)
-    afs.update_masks(pruned, afs.collect_statistics(pruned, tiny.batches()), macs_budget=0.3, loader=tiny.batches())
-    return {"converted": afs.convert(tiny.network().eval()), "dynamic": dynamic, "pruned": pruned}
+    tiny = pd.DataFrame({"loss": [1.0], "cross_entropy": [1.0], "afd": [1e-9]})
+    others = ((rows, 0.02, "afd"), (rows, 0.0, "afd"), (rows, 0.01, "feature_map"), (rows[:0], 0.01, "afd"))
+    assert not any(checks.adds_up(*one) for one in (*others, (tiny, 1.0, "afd")))
 
 
 @pytest.mark.parametrize("kind", ["converted", "dynamic", "pruned"])
 def test_ignored_gates_are_noticed(kind):
-    model = networks()[kind]
+    model = afs.convert(tiny.network().eval()) if kind == "converted" else tiny.gated().eval()
+    if kind == "pruned":
+        afs.set_density(model, 0.6)
+        afs.update_masks(model, afs.collect_statistics(model, tiny.batches()), macs_budget=0.3, loader=tiny.batches())
     before = {name: value.clone() for name, value in model.state_dict().items()}
     images = torch.cat([x for x, _ in tiny.batches()])
     assert checks.obeys_gates(model, images)
@@ -66,11 +57,7 @@ def test_ignored_gates_are_noticed(kind):
     for mutant in (selection.gates_ignored, selection.removed_channel_keeps_its_shift, selection.extra_relu):
         with mutant():
             assert not checks.obeys_gates(model, images)
-    assert checks.obeys_gates(model, images)
-
-
-def test_a_network_without_gates_has_none_that_act():
-    assert not checks.obeys_gates(tiny.network(), torch.zeros(1, 3, tiny.SIZE, tiny.SIZE))
+    assert checks.obeys_gates(model, images) and not checks.obeys_gates(tiny.network(), images[:1])
 
 
 def test_shuffled_labels_are_noticed(tmp_path):
@@ -89,38 +76,11 @@ def test_learning_is_judged_by_class_too_and_against_chance():
     assert checks.learns({"validation_accuracy": 0.4, "validation_mean_class_accuracy": 0.3}, 0.1, split="validation")
 
 
-# the same of a study, as the notebooks ask
-
-
-@pytest.fixture
-def report(tmp_path, monkeypatch) -> Study:
-    monkeypatch.setenv("AFDS_HOME", str(tmp_path))
-    monkeypatch.setenv("AFDS_RUNS", str(tiny.store(tmp_path)))
-    monkeypatch.delenv("AFDS_FRESH", raising=False)
-    return Study(replace(faulty.profile(), transfer=tiny.settings(4, log_rows=2), budgets=(1.0, 0.5)), workers=1)
-
-
-def test_the_notebooks_statement_on_lambda_turns_false_without_it(report):
-    with tiny.served():
-        assert checks.regulariser_acts(report, "afd")
-        runs.remove(report.point("afd", 0, 1.0).id)
-        with study.lambda_is_zero():
-            assert not checks.regulariser_acts(report, "afd")
-
-
-def test_the_notebooks_statement_on_gates_turns_false_where_they_are_ignored(report):
-    with tiny.served():
-        assert checks.gates_act(report, "afd", 0, (1.0, 0.5), images=16)
-        with selection.gates_ignored():
-            assert not checks.gates_act(report, "afd", 0, (1.0, 0.5), images=16)
-
-
-def test_a_sweep_has_learnt_only_if_every_target_has(report):
-    row = {"target": "tiny-target", "test_accuracy": 0.6, "test_mean_class_accuracy": 0.6}
-    with tiny.served():
-        assert checks.sweep_learns(report, pd.DataFrame([row, row]))
-        assert not checks.sweep_learns(report, pd.DataFrame([row, row | {"test_mean_class_accuracy": 0.4}]))
-        assert not checks.sweep_learns(report, pd.DataFrame([row])[:0])
+def test_a_sweep_has_learnt_only_if_every_target_has():
+    study, row = SimpleNamespace(chance={"t": 1 / 3}), {"target": "t", "test_accuracy": 0.6}
+    rows = [row | {"test_mean_class_accuracy": share} for share in (0.6, 0.4)]
+    assert checks.sweep_learns(study, pd.DataFrame(rows[:1])) and not checks.sweep_learns(study, pd.DataFrame(rows))
+    assert not checks.sweep_learns(study, pd.DataFrame(rows)[:0])
 
 
 # the notebooks themselves

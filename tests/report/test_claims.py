@@ -1,7 +1,9 @@
 """Every rule reaches each of its verdicts on written CSVs, and a changed CSV changes the verdict."""
 
+import itertools
 import math
 import re
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -74,14 +76,10 @@ def comparison(profile: str, target: str, gain, *, seeds=10, macs=0.1, budget="s
 
 def sweep(gain, other="l2", *, seeds=6, budget="standard") -> None:
     gain = np.broadcast_to(gain, seeds)
-    rows = [
-        {"target": CIFAR, "method": m, "seed": s, "budget": b}
-        | {"test_accuracy": 0.5 + (gain[s] if m == "afd" else 0)}
-        for m in ("afd", other)
-        for s in range(seeds)
-        for b in (1.0, 0.1)
-    ]  # fmt: skip
-    write(f"imagenet32/{budget}/sweep", rows)
+    keys = itertools.product(("afd", other), range(seeds), (1.0, 0.1))
+    rows = [(CIFAR, m, s, b, 0.5 + (gain[s] if m == "afd" else 0)) for m, s, b in keys]
+    columns = ["target", "method", "seed", "budget", "test_accuracy"]
+    write(f"imagenet32/{budget}/sweep", pd.DataFrame(rows, columns=columns))
 
 
 def students(file: str, gains, *, seeds=4, teacher="wrn-16-2", student="wrn-16-1") -> None:
@@ -107,19 +105,9 @@ def curves(profile: str, halves, *, seeds=4) -> None:
     write(f"{profile}/curves.csv", rows)
 
 
-def times(
-    dense=(30, 31, 32),
-    compact=(3, 3.1, 3.2),
-    *,
-    batch=1,
-    repeats=5,
-    note="masks of resnet101-10x.json",
-    name="a",
-    size=224,
-):
-    row = {"case": "networks", "network": "resnet101-10x", "batch": batch, "device": "CPU", "threads": 1}
-    row |= {"size": size, "width": 1.0}
-    row |= {"repeats": repeats}
+def times(dense=(30, 31, 32), compact=(3, 3.1, 3.2), *, note="masks of resnet101-10x.json", name="a", **facts):
+    row = {"case": "networks", "network": "resnet101-10x", "batch": 1, "device": "CPU", "threads": 1}
+    row |= {"size": 224, "width": 1.0, "repeats": 5} | facts
     rows = [
         row | {"variant": v, "runtime": r, "q1_ms": f * t[0], "median_ms": f * t[1], "q3_ms": f * t[2], "note": n}
         for v, t, n in (("dense", dense, "batch norm folded"), ("compact", compact, note))
@@ -129,8 +117,12 @@ def times(
     write(f"speed/{name}.csv", rows)
 
 
+def named(title: str) -> claims.Claim:
+    return {c.title: c for c in claims.claims()}[title]
+
+
 def verdict(title: str) -> str:
-    return {c.title: c for c in claims.claims()}[title].judge().verdict
+    return named(title).judge().verdict
 
 
 # pure rules
@@ -183,52 +175,92 @@ def test_without_results_no_claim_is_tested():
     assert all(f.why.startswith("No committed result file has") for f in found.values())
 
 
-SIGNS = {
-    "sign at 10x, 32 px": ("imagenet32", CIFAR),
-    "sign at 10x, disjoint classes": ("imagenet32-disjoint", DISJOINT),
-}
+def lines(file: str, alone, taught) -> None:
+    students(file, {"at": 0.0, "alone": 0.0}, seeds=len(alone))
+    curves("imagenet32", {"alone": alone, "at": taught}, seeds=len(alone))
 
 
-@pytest.mark.parametrize("title", SIGNS)
-def test_the_sign_against_the_rival(title):
+def tried(*accuracies) -> None:
+    students(QUICK, {"at": NOISE[:4], "alone": 0.0})
+    rows = zip((1, 10, 100), accuracies, strict=True)
+    write(f"{QUICK}/trials", [{"method": "at", "strength": w, "validation_accuracy": v} for w, v in rows])
+
+
+def gains(file: str, teacher: str, student: str, one: str, other: str, margin: float = 0):
+    pair = {"teacher": teacher, "student": student}
+    cases = ((0.02 + NOISE[:4], 4), (margin / 2 - 0.02 + NOISE[:4], 4), (WIDE[:4], 4), (0.02, 2))
+    yield from (partial(students, file, {one: gain, other: 0.0}, seeds=seeds, **pair) for gain, seeds in cases)
+
+
+QUICK = "imagenet32/quick/attention"
+SLOW, FAST = np.array([100, 103, 97, 101]), np.array([50, 49, 51, 50])
+THIRD, TENTHS = ("wrn-16-2", "wrn-16-1"), ("resnet101", "inception_bn")
+BY = [(0.02 + NOISE[::-1], 10), (-0.02 + NOISE[::-1], 10), (WIDE, 10), (0.02, 9)]
+FEW = [(0.02 + NOISE[::-1][:5], 5), (-0.02 + NOISE[::-1][:5], 5), (WIDE[:5], 5), (0.02, 4)]
+LESS = [0.08 + NOISE, -0.08 + NOISE, WIDE]
+SAME = [(0.02 + NOISE[:6], 6), (-0.02 + NOISE[:6], 6), (WIDE[:6], 6), (0.02, 2)]
+RULES = {  # what is written, one after the other: replicated, not replicated, inconclusive, and for another reason
+    "sign at 10x, 32 px": [partial(comparison, "imagenet32", CIFAR, g, seeds=n) for g, n in BY],
+    "sign at 10x, disjoint classes": [partial(comparison, "imagenet32-disjoint", DISJOINT, g, seeds=n) for g, n in FEW],
+    "+11.07 points": [partial(comparison, "paper", DOGS, g) for g in (0.12, 0.05 + NOISE, 0.1107 + 2 * WIDE)],
+    "10x fewer MACs": [
+        partial(comparison, "paper", DOGS, 0.0, macs=macs, seeds=seeds)
+        for macs, seeds in ((0.0995, 10), (0.12, 10), (0.102, 10), (0.0995, 9))
+    ],
+    "computation at the same accuracy": [partial(comparison, "paper", DOGS, gain) for gain in LESS],
+    "MACs at the same accuracy, 32 px": [partial(comparison, "imagenet32", CIFAR, gain) for gain in LESS],
+    "AFD over L2, 32 px": [partial(sweep, gain, seeds=seeds) for gain, seeds in SAME],
+    "attention, 32 px": [partial(sweep, gain, "feature-map", seeds=seeds) for gain, seeds in SAME],
+    "faster CNNs": [
+        times, partial(times, (3, 3.1, 3.2), (30, 31, 32), batch=16, name="b"),
+        partial(times, (3, 3.1, 3.2), (3, 3.1, 3.2), batch=16, name="b"), partial(times, batch=16, repeats=4, name="b")
+    ],
+    "AT on CIFAR-10": [*gains("paper/standard/attention", *THIRD, "at", "alone", 0.0084)],
+    "AT, few epochs": [*gains(QUICK, *THIRD, "at", "alone")],
+    "AT on ImageNet": [*gains("paper/quick/attention", "resnet34", "resnet18", "at", "alone", 0.011)],
+    "NST on ImageNet": [*gains("paper/standard/selectivity", *TENTHS, "nst-poly", "alone", 0.0093)],
+    "NST + KD on ImageNet": [*gains("paper/quick/selectivity", *TENTHS, "nst-poly+kd", "nst-poly", 0.0047)],
+    "NST, CIFAR-10": [*gains("imagenet32/standard/attention", *THIRD, "nst", "alone")],
+    "NST + KD, CIFAR-10": [
+        *gains("imagenet32/quick/selectivity", "wrn-16-2", "inception_bn", "nst-poly+kd", "nst-poly")
+    ],
+    "AT converges faster": [
+        partial(lines, QUICK, *two)
+        for two in ((SLOW, FAST), (FAST, SLOW), (SLOW, [103, 97, 100, 101]), (SLOW[:2], FAST[:2]))
+    ],
+    "AT's weight matters": [
+        partial(tried, *values) for values in ((0.70, 0.80, 0.70), (0.800, 0.801, 0.802), (0.790, 0.801, 0.802))
+    ]
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("title", [c.title for c in claims.claims()])
+def test_each_rule_reaches_each_of_its_verdicts(title):
     seen = [verdict(title)]
-    every = {"sign at 10x, 32 px": 10, "sign at 10x, disjoint classes": 5}[title]
-    noise, wide = NOISE[::-1][:every], WIDE[:every]
-    for gain, seeds in ((0.02 + noise, every), (-0.02 + noise, every), (wide, every), (0.02, every - 1)):
-        comparison(*SIGNS[title], gain, seeds=seeds)
+    for written in RULES[title]:
+        written()
         seen.append(verdict(title))
-    assert seen == [UNTESTED, REPLICATED, NOT_REPLICATED, INCONCLUSIVE, INCONCLUSIVE]
+    assert seen == [UNTESTED, REPLICATED, NOT_REPLICATED, INCONCLUSIVE, INCONCLUSIVE][: len(seen)]
 
 
-def test_the_margin_of_the_paper_is_held_against_stanford_dogs_only():
-    title = "+11.07 points"
+def test_a_claim_is_held_against_the_data_and_networks_that_it_names_only():
     comparison("imagenet32", CIFAR, 0.12)
     comparison("paper", "mit-indoors", 0.12)
-    seen = [verdict(title)]
-    for gain in (0.12, 0.05 + NOISE, -0.05, 0.1107 + 2 * WIDE):
-        comparison("paper", DOGS, gain)
-        seen.append(verdict(title))
-    assert seen == [UNTESTED, REPLICATED, NOT_REPLICATED, NOT_REPLICATED, INCONCLUSIVE]
+    for file in ("paper/quick/attention", "imagenet32/standard/attention"):
+        students(file, {"at": 0.02 + NOISE[:4], "alone": 0.0})
+    assert verdict("+11.07 points") == verdict("AT on CIFAR-10") == UNTESTED
+    assert verdict("AT, few epochs") == REPLICATED
+    comparison("paper", DOGS, -0.05)
+    assert verdict("+11.07 points") == NOT_REPLICATED
+    students(QUICK, {"nst-poly+kd": 0.05, "nst-poly": 0.0}, teacher="another", student="inception_bn")
+    assert verdict("NST + KD, CIFAR-10") == UNTESTED
 
 
-def test_ten_times_fewer_macs_are_measured():
-    seen = [verdict("10x fewer MACs")]
-    for macs, seeds in ((0.0995, 10), (0.12, 10), (0.102, 10), (0.0995, 9)):
-        comparison("paper", DOGS, 0.0, macs=macs, seeds=seeds)
-        seen.append(verdict("10x fewer MACs"))
-    assert seen == [UNTESTED, REPLICATED, NOT_REPLICATED, INCONCLUSIVE, INCONCLUSIVE]
-
-
-@pytest.mark.parametrize(
-    ("title", "profile", "target"),
-    [("computation at the same accuracy", "paper", DOGS), ("MACs at the same accuracy, 32 px", "imagenet32", CIFAR)],
-)
-def test_macs_at_the_same_accuracy(title, profile, target):
-    seen = [verdict(title)]
-    for gain in (0.08 + NOISE, -0.08 + NOISE, WIDE):
-        comparison(profile, target, gain)
-        seen.append(verdict(title))
-    assert seen == [UNTESTED, REPLICATED, NOT_REPLICATED, INCONCLUSIVE]
+def test_a_learning_curve_that_is_missing_is_one_sentence():
+    lines(QUICK, SLOW, FAST)
+    curves("imagenet32", {"alone": 100, "at": 50}, seeds=1)
+    with pytest.raises(AFDSError, match="curves.csv has no row"):
+        verdict("AT converges faster")
 
 
 def test_macs_at_the_same_accuracy_are_held_against_the_most_frugal_competitor():
@@ -246,7 +278,7 @@ def test_macs_at_the_same_accuracy_are_held_against_the_most_frugal_competitor()
         for seed in range(10)
     ]
     write(f"imagenet32/quick/comparison-{CIFAR}", rows)
-    (found,) = (c.judge() for c in claims.claims() if c.title == "MACs at the same accuracy, 32 px")
+    found = named("MACs at the same accuracy, 32 px").judge()
     assert found.verdict == NOT_REPLICATED
     assert found.why.startswith("MACs that L2 + Taylor needs minus those that AFDS needs: -25.0 [")
     assert "L2 + narrower network, the rival at 10x, minus AFDS: +4" in found.why
@@ -255,98 +287,16 @@ def test_macs_at_the_same_accuracy_are_held_against_the_most_frugal_competitor()
     assert verdict("MACs at the same accuracy, 32 px") == REPLICATED
 
 
-@pytest.mark.parametrize(("title", "other"), [("AFD over L2, 32 px", "l2"), ("attention, 32 px", "feature-map")])
-def test_the_same_selection(title, other):
-    seen = [verdict(title)]
-    for gain, seeds in ((0.02 + NOISE[:6], 6), (-0.02 + NOISE[:6], 6), (WIDE[:6], 6), (0.02, 2)):
-        sweep(gain, other, seeds=seeds)
-        seen.append(verdict(title))
-    assert seen == [UNTESTED, REPLICATED, NOT_REPLICATED, INCONCLUSIVE, INCONCLUSIVE]
-
-
-def test_measured_time():
-    seen = [verdict("faster CNNs")]
-    times()
-    seen.append(verdict("faster CNNs"))
-    times((3, 3.1, 3.2), (30, 31, 32), batch=16, name="b")
-    seen.append(verdict("faster CNNs"))
-    times((3, 3.1, 3.2), (3, 3.1, 3.2), batch=16, name="b")
-    seen.append(verdict("faster CNNs"))
-    times(batch=16, repeats=4, name="b")
-    seen.append(verdict("faster CNNs"))
-    assert seen == [UNTESTED, REPLICATED, NOT_REPLICATED, INCONCLUSIVE, INCONCLUSIVE]
-
-
 def test_times_of_random_masks_are_no_evidence_and_each_network_has_its_best_runtime():
     times(note="random masks: 0.2 inner")
     assert verdict("faster CNNs") == UNTESTED
     times(size=64)
     assert verdict("faster CNNs") == UNTESTED
     times((30, 31, 32), (25, 26, 27))
-    (found,) = (c.judge() for c in claims.claims() if c.title == "faster CNNs")
+    found = named("faster CNNs").judge()
     assert found.verdict == REPLICATED  # eager compact (37.5 ms) does not count
     assert "batch 1 on CPU: 1.2x as fast, 26.0 [25.0, 27.0] ms in onnxruntime against 31.0 [30.0, 32.0] ms" in found.why
     assert found.files == ("speed/a.csv",)
-
-
-GAINS = {  # title: file, pair, methods, margin
-    "AT on CIFAR-10": ("paper/standard/attention", ("wrn-16-2", "wrn-16-1"), ("at", "alone"), 0.0084),
-    "AT, few epochs": ("imagenet32/quick/attention", ("wrn-16-2", "wrn-16-1"), ("at", "alone"), 0),
-    "AT on ImageNet": ("paper/quick/attention", ("resnet34", "resnet18"), ("at", "alone"), 0.011),
-    "NST on ImageNet": ("paper/standard/selectivity", ("resnet101", "inception_bn"), ("nst-poly", "alone"), 0.0093),
-    "NST + KD on ImageNet": (
-        "paper/quick/selectivity", ("resnet101", "inception_bn"), ("nst-poly+kd", "nst-poly"), 0.0047
-    ),
-    "NST, CIFAR-10": ("imagenet32/standard/attention", ("wrn-16-2", "wrn-16-1"), ("nst", "alone"), 0),
-    "NST + KD, CIFAR-10": (
-        "imagenet32/quick/selectivity", ("wrn-16-2", "inception_bn"), ("nst-poly+kd", "nst-poly"), 0
-    )
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("title", GAINS)
-def test_gains_of_students(title):
-    file, pair, (one, other), margin = GAINS[title]
-    seen = []
-    students(file, {one: 0.05, other: 0.0}, teacher="another", student=pair[1])
-    seen.append(verdict(title))
-    for gain, seeds in ((0.02 + NOISE[:4], 4), (margin / 2 - 0.02 + NOISE[:4], 4), (WIDE[:4], 4), (0.02, 2)):
-        students(file, {one: gain, other: 0.0}, seeds=seeds, teacher=pair[0], student=pair[1])
-        seen.append(verdict(title))
-    assert seen == [UNTESTED, REPLICATED, NOT_REPLICATED, INCONCLUSIVE, INCONCLUSIVE]
-
-
-def test_two_hundred_epochs_are_what_the_attention_claim_names():
-    for file in ("paper/quick/attention", "imagenet32/standard/attention"):
-        students(file, {"at": 0.02 + NOISE[:4], "alone": 0.0})
-    assert verdict("AT on CIFAR-10") == UNTESTED and verdict("AT, few epochs") == REPLICATED
-
-
-def test_convergence():
-    title, file = "AT converges faster", "imagenet32/quick/attention"
-    seen = [verdict(title)]
-    slow, fast = np.array([100, 103, 97, 101]), np.array([50, 49, 51, 50])
-    for alone, at, seeds in ((slow, fast, 4), (fast, slow, 4), (slow, [103, 97, 100, 101], 4), (slow[:2], fast[:2], 2)):
-        students(file, {"at": 0.0, "alone": 0.0}, seeds=seeds)
-        curves("imagenet32", {"alone": alone, "at": at}, seeds=seeds)
-        seen.append(verdict(title))
-    assert seen == [UNTESTED, REPLICATED, NOT_REPLICATED, INCONCLUSIVE, INCONCLUSIVE]
-    curves("imagenet32", {"alone": 100, "at": 50}, seeds=1)
-    with pytest.raises(AFDSError, match="curves.csv has no row"):
-        verdict(title)
-
-
-def test_the_weight_of_attention_transfer():
-    title, file = "AT's weight matters", "imagenet32/quick/attention"
-    students(file, {"at": NOISE[:4], "alone": 0.0})
-    seen = [verdict(title)]
-    for values in ((0.70, 0.80, 0.70), (0.800, 0.801, 0.802), (0.790, 0.801, 0.802)):
-        trials = [
-            {"method": "at", "strength": w, "validation_accuracy": v} for w, v in zip((1, 10, 100), values, strict=True)
-        ]
-        write(f"{file}/trials", trials)
-        seen.append(verdict(title))
-    assert seen == [UNTESTED, REPLICATED, NOT_REPLICATED, INCONCLUSIVE]
 
 
 # what a rule reads
@@ -355,7 +305,7 @@ def test_the_weight_of_attention_transfer():
 def test_a_changed_file_changes_the_verdict_and_its_sentence():
     comparison("imagenet32", CIFAR, 0.0206 + NOISE)
     file = f"imagenet32/standard/comparison-{CIFAR}"
-    (claim,) = (c for c in claims.claims() if c.title == "sign at 10x, 32 px")
+    claim = named("sign at 10x, 32 px")
     before = claim.judge()
     table = results.named(file)
     table.loc[(table.method == "afd+afs") & (table.budget == 0.1), "test_accuracy"] -= 0.05
@@ -368,7 +318,7 @@ def test_a_changed_file_changes_the_verdict_and_its_sentence():
 
 def test_the_rival_is_chosen_on_validation_and_parts_of_afds_are_no_rivals():
     comparison("imagenet32", CIFAR, 0.02 + NOISE)
-    (claim,) = (c for c in claims.claims() if c.title == "sign at 10x, 32 px")
+    claim = named("sign at 10x, 32 px")
     assert "AFDS minus its rival, L2 + Taylor, at 10x" in claim.judge().why
     file = f"imagenet32/standard/comparison-{CIFAR}"
     table = results.named(file)
@@ -392,7 +342,7 @@ def test_seeds_that_diverged_are_told():
     comparison("imagenet32", CIFAR, 0.02 + NOISE)
     rows = [{"target": "x", "method": m, "seed": 9, "budget": b} for m in ("afd+afs", "l2+width") for b in (0.1, 0.5)]
     write(f"imagenet32/standard/comparison-{CIFAR}/missing", rows)
-    (claim,) = (c for c in claims.claims() if c.title == "sign at 10x, 32 px")
+    claim = named("sign at 10x, 32 px")
     assert claim.judge().why.endswith("Seeds without a network at 10x: AFD + AFS 1.")
 
 

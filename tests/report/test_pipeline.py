@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import papermill
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
@@ -42,18 +43,17 @@ def write(name: str, *cells, parameters: str | None = PARAMETERS) -> Path:
 
 
 def no_kernel(monkeypatch) -> None:
-    import papermill
-
-    def refuse(*_, **__):
-        raise AssertionError("a kernel was started")
-
-    monkeypatch.setattr(papermill, "execute_notebook", refuse)
+    monkeypatch.setattr(papermill, "execute_notebook", lambda *_, **__: pytest.fail("a kernel was started"))
 
 
 def sentence(info) -> str:
     text = str(info.value)
     assert "\n" not in text and "Traceback" not in text
     return text
+
+
+def no_echo(_line: str) -> None:
+    pass
 
 
 # parameters
@@ -75,12 +75,14 @@ def test_anything_but_plain_literals_is_refused(line):
 
 
 def test_parameters_cell_must_exist_once_and_be_python():
-    with pytest.raises(AFDSError, match="0 code cells tagged"):
-        pipeline.parameters_of(write("01_a.ipynb", "x = 1", parameters=None))
-    with pytest.raises(AFDSError, match="2 code cells tagged"):
-        pipeline.parameters_of(write("01_a.ipynb", new_code_cell("b = 1", metadata={"tags": ["parameters"]})))
-    with pytest.raises(AFDSError, match="no Python .line 2"):
-        pipeline.parameters_of(write("01_a.ipynb", parameters="x = 1\ny = = 2"))
+    second = new_code_cell("b = 1", metadata={"tags": ["parameters"]})
+    for file, words in (
+        (lambda: write("01_a.ipynb", "x = 1", parameters=None), "0 code cells tagged"),
+        (lambda: write("01_a.ipynb", second), "2 code cells tagged"),
+        (lambda: write("01_a.ipynb", parameters="x = 1\ny = = 2"), "no Python .line 2"),
+    ):
+        with pytest.raises(AFDSError, match=words):
+            pipeline.parameters_of(file())
     (paths.notebooks() / "01_a.ipynb").write_text("{")
     with pytest.raises(AFDSError, match="is not a notebook"):
         pipeline.parameters_of(paths.notebooks() / "01_a.ipynb")
@@ -117,24 +119,22 @@ def test_unknown_names_and_wrong_types_are_refused_before_a_kernel_starts(monkey
     no_kernel(monkeypatch)
     write("01_a.ipynb")
     write("02_b.ipynb", parameters="profile = 'demo'\nonly_here = 1")
-    with pytest.raises(AFDSError, match="no notebook has a parameter 'stepps'; there are: budget, data_dir"):
-        pipeline.execute("demo", {"stepps": 3})
-    with pytest.raises(AFDSError, match="parameter only_here = 'x' must be of type int"):
-        pipeline.execute("demo", {"only_here": "x"})
-    with pytest.raises(AFDSError, match="cannot name a profile"):
-        pipeline.execute("../demo")
+    for arguments, words in (
+        (("demo", {"stepps": 3}), "no notebook has a parameter 'stepps'; there are: budget, data_dir"),
+        (("demo", {"only_here": "x"}), "parameter only_here = 'x' must be of type int"),
+        (("../demo",), "cannot name a profile"),
+    ):
+        with pytest.raises(AFDSError, match=words):
+            pipeline.execute(*arguments)
     write("03_c.ipynb", parameters="budget = 'quick'")
     with pytest.raises(AFDSError, match="03_c.ipynb has no parameter 'profile'"):
         pipeline.execute("demo")
     assert not (paths.root() / "figures").exists()
 
 
-def test_project_without_notebooks_is_one_sentence():
+def test_each_notebook_gets_the_parameters_that_it_has():
     with pytest.raises(AFDSError, match="no notebook named like 01_name.ipynb"):
         pipeline.plan("demo")
-
-
-def test_each_notebook_gets_the_parameters_that_it_has():
     write("01_a.ipynb")
     write("02_b.ipynb", parameters="profile = 'x'\nother = 1")
     first, second = pipeline.plan("demo", {"other": "2", "lr": "1"})
@@ -204,6 +204,18 @@ def test_stages_run_in_order_with_typed_parameters_and_end_in_one_html_file(caps
     assert str(paths.root()) not in (executed / "02_b.ipynb").read_text()
     assert lines[0] == "[1/2] 01_a: log in figures/tiny/executed/01_a.log"
     assert lines[-1] == "report: figures/tiny/report.html"
+    # A second call executes nothing, a changed notebook itself, and fresh all.
+    given = {"steps": "5", "lr": 1, "show": "yes"}
+    with monkeypatch.context() as patch:
+        no_kernel(patch)
+        pipeline.execute("tiny", given, echo=no_echo)
+        report.unlink()
+        assert pipeline.render("tiny") == report and report.exists()
+    write("02_b.ipynb", "open('order.txt', 'a').write('c')")
+    pipeline.execute("tiny", given, echo=no_echo)
+    assert (paths.root() / "order.txt").read_text() == "abc"
+    pipeline.execute("tiny", given, echo=no_echo, fresh=True)
+    assert (paths.root() / "order.txt").read_text() == "abcac"
 
 
 @pytest.mark.slow
@@ -228,10 +240,6 @@ def test_failed_stage_names_notebook_cell_and_log_and_the_next_call_resumes_ther
     assert "before the fall" in log.read_text() and "Traceback" not in log.read_text()
 
 
-def no_echo(_line: str) -> None:
-    pass
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("end", ["import os; os.kill(os.getpid(), 9)", "import sys; sys.exit(0)"])
 def test_notebook_that_ends_early_is_not_finished(end):
@@ -241,23 +249,6 @@ def test_notebook_that_ends_early_is_not_finished(end):
     assert "01_a.ipynb failed in code cell 3" in sentence(info) and repr(end) in sentence(info)
     assert ("kernel died" if "kill" in end else "ended before its last cell") in sentence(info)
     assert not pipeline.plan("tiny")[0].finished
-
-
-@pytest.mark.slow
-def test_second_call_executes_nothing_and_fresh_executes_all(monkeypatch):
-    write("01_a.ipynb", "open('count.txt', 'a').write('x')")
-    write("02_b.ipynb", "open('count.txt', 'a').write('y')")
-    pipeline.execute("tiny", echo=no_echo)
-    with monkeypatch.context() as patch:
-        no_kernel(patch)
-        pipeline.execute("tiny", echo=no_echo)
-        (paths.figures("tiny") / "report.html").unlink()
-        assert pipeline.render("tiny").exists()
-    pipeline.execute("tiny", echo=no_echo, fresh=True)
-    assert Path("count.txt").read_text() == "xyxy"
-    write("02_b.ipynb", "open('count.txt', 'a').write('z')")
-    pipeline.execute("tiny", echo=no_echo)
-    assert Path("count.txt").read_text() == "xyxyz"
 
 
 def test_two_processes_do_not_write_the_same_folder():

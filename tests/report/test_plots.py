@@ -21,17 +21,11 @@ BUDGETS = (1.0, 0.5, 0.1)
 
 @pytest.fixture
 def sweep():
-    rows = []
-    for method, seed, budget in itertools.product(METHODS, (0, 1), BUDGETS):
-        rows.append(
-            {
-                "target": "toy", "method": method, "seed": seed, "budget": budget, "macs": budget * 0.98,
-                "test_accuracy": 0.5 + 0.3 * budget + 0.02 * seed, "test_mean_class_accuracy": 0.5 + 0.2 * budget,
-                "parameters": int(1e5 * budget), "density": max(0.5, budget**0.5), "removed": int(100 * (1 - budget)),
-                "static": 10, "dynamic": int(100 * budget)
-            }
-        )  # fmt: skip
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(itertools.product(METHODS, (0, 1), BUDGETS), columns=["method", "seed", "budget"])
+    b = table.budget
+    table = table.assign(target="toy", macs=0.98 * b, test_accuracy=0.5 + 0.3 * b + 0.02 * table.seed, static=10)
+    table["test_mean_class_accuracy"], table["density"] = 0.5 + 0.2 * b, (b**0.5).clip(lower=0.5)
+    return table.assign(parameters=(1e5 * b).astype(int), removed=(100 * (1 - b)).astype(int), dynamic=100 * b)
 
 
 def layers(removed=2):
@@ -50,8 +44,9 @@ def dataset(augment=False):
     return ArrayImages(images, np.arange(6), np.array([0, 0, 0, 1, 1, 1]), ("cat", "dog"), augment=augment)
 
 
-def axes_with_data(fig):
-    return [ax for ax in fig.get_axes() if ax.lines or ax.containers or ax.images or ax.patches]
+def attended(weights):
+    image, maps = np.zeros((16, 16, 3), np.uint8), np.ones((5, 4, 4))
+    return SimpleNamespace(image=image, caption="cat", layer="layer3.0", weights=weights, maps=maps)
 
 
 def test_accuracy_has_one_line_with_error_bars_per_method_on_a_log_axis(sweep):
@@ -79,6 +74,10 @@ def test_error_bars_are_the_standard_deviation_over_seeds(sweep):
     assert "2 seeds" in figure.legends[0].get_title().get_text()
     one = plots.accuracy_macs(sweep[sweep.seed == 0])
     assert "no error bars" in one.legends[0].get_title().get_text()
+    for fig, word in ((plots.parameters_budget(sweep), "thousands"), (plots.density_and_masks(sweep), "%")):
+        ax = fig.get_axes()[0]
+        assert ax.get_xscale() == "log" and word in ax.get_ylabel() and "MACs" in ax.get_xlabel()
+        assert len([c for c in ax.containers if isinstance(c, ErrorbarContainer)]) == len(METHODS)
 
 
 def test_each_target_has_its_own_row(sweep):
@@ -90,13 +89,7 @@ def test_each_target_has_its_own_row(sweep):
 
 
 def test_a_figure_of_one_target_says_which(sweep):
-    view = SimpleNamespace(
-        image=np.zeros((16, 16, 3), np.uint8),
-        caption="cat",
-        layer="a",
-        weights=np.full(5, 0.2),
-        maps=np.ones((5, 4, 4)),
-    )
+    view = attended(np.full(5, 0.2))
     curve = history(entropy=[1.0, 0.5])
     for fig in (
         plots.density_and_masks(sweep, title="toy"), plots.parameters_budget(sweep, title="toy"),
@@ -121,14 +114,7 @@ def test_targets_have_files_of_their_own_and_are_shown_below_each_other(tmp_path
     assert plots.sentence("nothing to draw").get_axes()[0].texts[0].get_text() == "nothing to draw"
 
 
-def test_parameters_and_density_share_the_macs_axis(sweep):
-    for fig, word in ((plots.parameters_budget(sweep), "thousands"), (plots.density_and_masks(sweep), "%")):
-        ax = fig.get_axes()[0]
-        assert ax.get_xscale() == "log" and word in ax.get_ylabel() and "MACs" in ax.get_xlabel()
-        assert len([c for c in ax.containers if isinstance(c, ErrorbarContainer)]) == len(METHODS)
-
-
-def test_looks_differ_in_colour_and_marker_and_in_grey():
+def test_looks_differ_in_colour_and_marker_and_in_grey_and_an_unknown_one_is_one_sentence(sweep):
     main = [plots.look(name) for name in ("l2", "l2sp", "feature-map", "afd")]
     assert len({style.colour for style in main}) == len({style.marker for style in main}) == len(main)
     assert len({style.dashes for style in main}) == len(main)
@@ -136,9 +122,6 @@ def test_looks_differ_in_colour_and_marker_and_in_grey():
     assert len(set(everything)) == len(everything)
     grey = sorted(np.dot(to_rgb(style.colour), (0.299, 0.587, 0.114)) for style in main)
     assert grey[1] - grey[0] > 0.2  # L2 is black; markers and lines tell the others apart
-
-
-def test_unknown_method_is_one_sentence(sweep):
     with pytest.raises(AFDSError, match="no colour and marker for method 'dropout'"):
         plots.accuracy_macs(sweep.assign(method="dropout"))
 
@@ -152,14 +135,18 @@ def test_learning_curves_have_bands_over_seeds_and_units():
     validated = plots.learning_curves({"source": [history(validation_accuracy=[0.1, 0.2])]})
     assert "validation" in validated.get_axes()[1].get_ylabel()
     assert not validated.get_axes()[0].collections  # one seed has no band
+    validated = plots.learning_curves({"source": [history(validation_accuracy=[0.07, 0.25])]})
+    validated.draw_without_rendering()
+    axis = validated.get_axes()[1].yaxis
+    for place, label in zip(axis.get_majorticklocs(), axis.get_majorticklabels(), strict=True):
+        assert float(label.get_text()) == pytest.approx(100 * place)  # not rounded to the wrong number
     empty = plots.learning_curves({"source": [pd.DataFrame()]})
     assert "no curve" in empty.get_axes()[0].texts[0].get_text()
 
 
 def test_trials_ring_the_chosen_strength():
-    table = pd.DataFrame(
-        {"method": ["l2", "l2", "afd"], "strength": [1e-3, 1e-2, 0.1], "validation_accuracy": [0.5, 0.6, 0.7]}
-    )
+    rows = [("l2", 1e-3, 0.5), ("l2", 1e-2, 0.6), ("afd", 0.1, 0.7)]
+    table = pd.DataFrame(rows, columns=["method", "strength", "validation_accuracy"])
     ax = plots.trials(table, {"l2": 1e-2, "afd": 0.1}).get_axes()[0]
     rings = ax.collections[-1].get_offsets()[:, 0]
     assert ax.get_xscale() == "log" and list(rings) == pytest.approx([1e-2, 0.1], rel=0.1)
@@ -203,11 +190,7 @@ def test_confusion_is_in_percent_of_the_true_class():
 
 
 def test_attention_shows_every_channel_and_the_top_ones_on_the_image():
-    weights = np.array([0.1, 0.4, 0.2, 0.0, 0.3])
-    view = SimpleNamespace(
-        image=np.zeros((16, 16, 3), np.uint8), caption="cat", layer="layer3.0", weights=weights, maps=np.ones((5, 4, 4))
-    )
-    fig = plots.attention(view, top=2)
+    fig = plots.attention(attended(np.array([0.1, 0.4, 0.2, 0.0, 0.3])), top=2)
     axes = fig.get_axes()
     heights = [bar.get_height() for bar in axes[0].containers[0]]
     assert heights == pytest.approx([60, 20, -20, -60])  # against 1/4; the removed channel is left out
@@ -222,14 +205,11 @@ def test_attention_entropy_is_a_share_of_uniform():
     assert ax.lines[0].get_ydata() == pytest.approx([100, 50]) and "%" in ax.get_ylabel()
 
 
-def test_samples_show_each_class_under_its_name():
+def test_samples_show_each_class_under_its_name_and_augmentations_leave_the_epoch_as_it_was():
     fig = plots.samples(dataset(), captions=("Felis catus, cat", "a very long class name"), per_class=2)
     titles = [ax.get_title(loc="center") for ax in fig.get_axes()]
     assert "Felis catus" in titles and any(title.endswith("…") for title in titles)
     assert sum(bool(ax.images) for ax in fig.get_axes()) == 4
-
-
-def test_augmentations_leave_the_epoch_as_it_was():
     images = dataset(augment=True)
     images.set_epoch(3)
     fig = plots.augmentations(images, epochs=4)
@@ -264,12 +244,3 @@ def test_saved_figures_are_the_same_bytes_and_change_no_setting(sweep, tmp_path,
     assert dict(matplotlib.rcParams) == before
     assert repr(plots.stored("toy", "accuracy")) == repr(picture)
     assert "afds run --profile toy" in plots.stored("toy", "nothing")
-
-
-def test_percent_ticks_are_not_rounded_to_the_wrong_number():
-    curve = history(validation_accuracy=[0.07, 0.25])
-    fig = plots.learning_curves({"source": [curve]})
-    fig.draw_without_rendering()
-    axis = fig.get_axes()[1].yaxis
-    for place, label in zip(axis.get_majorticklocs(), axis.get_majorticklabels(), strict=True):
-        assert float(label.get_text()) == pytest.approx(100 * place)

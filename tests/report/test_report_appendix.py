@@ -50,7 +50,7 @@ def test_every_committed_table_is_shown_under_its_own_profile(home):
     assert "afds study --part attention --profile imagenet32 --scale quick" in text
 
 
-def test_the_cost_is_the_sum_of_what_the_runs_took(home):
+def test_the_cost_is_the_sum_of_what_the_runs_took_and_every_kind_has_a_name_for_readers(home):
     lines = [{"environment": "e0", "value": runs.environment()}]
     for name, times in (("a", {"seconds": 1800}), ("b", {"seconds": 5400}), ("c", {})):
         line = {"id": name, "kind": "SourceRun", "environment": "e0", "config": {}, "metrics": {}, "times": times}
@@ -60,6 +60,8 @@ def test_the_cost_is_the_sum_of_what_the_runs_took(home):
     (home / "data/results/imagenet32/runs.jsonl").write_text(text)
     ((profile, kind, _, count, hours),) = evidence.cost_table().rows
     assert (profile, kind, count, hours) == ("imagenet32", "source networks", "3", "2.00")
+    kinds = {name for name, kind in config._registry.items() if kind.__module__.startswith("afdslib")}
+    assert {name for name in kinds if name.endswith("Run")} == set(evidence.KINDS)
 
 
 def test_every_figure_that_a_notebook_saves_has_its_command(monkeypatch, tmp_path):
@@ -76,14 +78,3 @@ def test_every_reference_names_its_authors_title_year_and_where_it_is():
     form = re.compile(r"- .+: \*.+\*, (19|20)\d\d\. (arXiv \d{4}\.\d{4,5}|https://\S+)")
     assert not [line for line in lines if not form.fullmatch(line)]
     assert lines[0].startswith("- Wang et al.: *Pay Attention to Features, Transfer Learn Faster CNNs*, 2020.")
-
-
-def test_every_kind_of_run_that_trains_has_a_name_for_readers():
-    import afdslib.experiments  # noqa: F401  (every kind of run)
-
-    kinds = {
-        name
-        for name, kind in config._registry.items()
-        if kind.__module__.startswith("afdslib") and name.endswith("Run")
-    }
-    assert kinds == set(evidence.KINDS)

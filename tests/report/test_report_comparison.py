@@ -42,9 +42,6 @@ def test_tables_name_methods_and_give_mean_spread_and_paired_difference(compared
     row = next(line for line in paired if line.startswith("L2 + Taylor"))
     assert "31.0" in row and "+10.0" in row and row.rstrip().endswith("2")
     assert "-12.0" in next(line for line in paired if "with KD" in line)
-
-
-def test_sizes_are_those_at_the_endpoint(compared):
     known = {"macs_predictors": 0.004, "train_macs": 0.099, "parameters": 12_345, "dynamic": 7, "static": 3}
     shown = competitors.size_table(compared.assign(**known), 0.1)
     assert shown.rows[0] == ["AFD + AFS", "10.00 %", "0.40 %", "9.90 %", "12", "7"] and len(shown.rows) == 4
@@ -85,12 +82,8 @@ def test_the_paired_figure_has_a_row_per_method_at_its_difference(compared):
 
 
 def test_every_trial_is_drawn_and_those_without_a_value_are_counted():
-    rows = [
-        ("regulariser", "l2", 0.4),
-        ("regulariser", "l2", 0.5),
-        ("selection", "afs", None),
-        ("strength", "l2+afs", 0.3),
-    ]
+    rows = [("regulariser", "l2", 0.4), ("regulariser", "l2", 0.5)]
+    rows += [("selection", "afs", None), ("strength", "l2+afs", 0.3)]
     trials = pd.DataFrame(rows, columns=["stage", "name", "validation_accuracy"])
     axes = plots.competitor_trials(trials).axes
     assert [[label.get_text() for label in ax.get_yticklabels()] for ax in axes] == [["L2"], ["AFS"], ["L2 + AFS"]]
@@ -107,13 +100,9 @@ def variants(rows) -> pd.DataFrame:
 
 
 def test_ablations_are_set_against_afds_seed_by_seed_and_lost_seeds_are_counted():
-    rows = [("both (AFDS)", s, 0.1, 0.4 + s / 10) for s in (0, 1)] + [
-        ("static only", 0, 0.1, 0.3),
-        ("static only", 1, 0.1, None),
-        ("multiples", 0, 0.25, 0.6),
-        ("both (AFDS)", 0, 0.25, 0.7),
-        ("unpruned", 0, 1.0, 0.5),
-    ]
+    rows = [("both (AFDS)", 0, 0.1, 0.4), ("both (AFDS)", 1, 0.1, 0.5), ("static only", 0, 0.1, 0.3)]
+    rows += [("static only", 1, 0.1, None), ("multiples", 0, 0.25, 0.6), ("both (AFDS)", 0, 0.25, 0.7)]
+    rows += [("unpruned", 0, 1.0, 0.5)]
     shown = competitors.ablation_table(variants(rows))
     assert shown.rows == [
         ["both (AFDS)", "10x", "45.0 ± 7.1", "–", "–", "2 of 2"],
@@ -152,17 +141,17 @@ def test_variants_that_beat_afds_are_named_with_their_distance_to_the_rival():
     assert none == ""
 
 
-def test_an_ablation_says_why_a_variant_has_no_network():
-    rows = [
-        ("random predictors", 0.1, "in the source stage, the loss is nan"),
-        ("random predictors", 0.1, "in the source stage, the loss is nan"),
-        ("multiples", 0.25, "out of reach"),
-        ("both (AFDS)", 0.1, None),
-    ]
+def test_it_is_said_why_a_variant_or_a_point_has_no_network():
+    rows = [("random predictors", 0.1, "in the source stage, the loss is nan")] * 2
+    rows += [("multiples", 0.25, "out of reach"), ("both (AFDS)", 0.1, None)]
     shown = competitors.untrained_text(pd.DataFrame(rows, columns=["variant", "budget", "diverged"]))
     assert "- random predictors at 10x, 2 seeds: in the source stage, the loss is nan\n" in shown
     assert "- multiples at 4x, 1 seed: out of reach\n" in shown and "AFDS" not in shown
     assert competitors.untrained_text(pd.DataFrame(rows[-1:], columns=["variant", "budget", "diverged"])) == ""
+    rows = [("l2+width", "out of reach"), ("l2+width", "out of reach"), ("afd+afs", "diverged")]
+    shown = competitors.missing_text(pd.DataFrame(rows, columns=["method", "reason"]))
+    assert "- L2 + narrower network: 2 points: out of reach" in shown and "- AFD + AFS: 1 point: diverged" in shown
+    assert competitors.missing_text(pd.DataFrame(columns=["method", "reason"])) == "Every planned point has a network."
 
 
 def test_a_comparison_that_was_not_run_says_how_to_run_it(tmp_path, monkeypatch):
@@ -172,10 +161,3 @@ def test_a_comparison_that_was_not_run_says_how_to_run_it(tmp_path, monkeypatch)
     assert none.sentence().endswith("afds study --profile imagenet32 --scale quick --part comparison --workers 2")
     assert not any((none.accuracy(), none.paired(), none.sizes(), none.costs(), none.ablations(), none.missing()))
     assert list(none.figures(lambda *_: pytest.fail("nothing to draw"))) == [""]
-
-
-def test_what_is_missing_is_counted_by_method_and_reason():
-    rows = [("l2+width", "out of reach"), ("l2+width", "out of reach"), ("afd+afs", "diverged")]
-    shown = competitors.missing_text(pd.DataFrame(rows, columns=["method", "reason"]))
-    assert "- L2 + narrower network: 2 points: out of reach" in shown and "- AFD + AFS: 1 point: diverged" in shown
-    assert competitors.missing_text(pd.DataFrame(columns=["method", "reason"])) == "Every planned point has a network."

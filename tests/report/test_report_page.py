@@ -31,7 +31,7 @@ def page(tmp_path, monkeypatch):
     return pipeline.render("toy").read_text(encoding="utf-8")
 
 
-def test_the_style_is_the_last_one_of_the_head_and_nothing_is_fetched(page):
+def test_the_style_is_the_last_of_the_head_nothing_is_fetched_and_what_cells_print_is_there_without_progress(page):
     soup = BeautifulSoup(page, "html.parser")
     assert soup.head.find_all("style")[-1].string == CSS and page.count(CSS) == 1
     fetched = [tag.get("src") or tag.get("href") for tag in soup.find_all(["link", "script", "img", "iframe"])]
@@ -39,9 +39,6 @@ def test_the_style_is_the_last_one_of_the_head_and_nothing_is_fetched(page):
     assert not re.search(r"url\(|@import|</", CSS)
     assert 'name="viewport"' in page  # or a phone shows the page as wide as a desktop's
     assert "<table>" in page and 'class="jp-Notebook"' in page and "jp-RenderedHTMLCommon" in page
-
-
-def test_the_report_holds_what_cells_print_but_not_their_progress(page):
     assert "a result" in page and "step 5/10" not in page
 
 

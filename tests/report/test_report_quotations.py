@@ -31,6 +31,7 @@ def test_the_quotations_are_those_of_the_list_and_no_others():
         for q in quoted.quotations()
         if q.source
     }
+    assert [("quoted.table(study)" in file.read_text(encoding="utf-8")) for file in NOTEBOOKS] == [True, True]
     assert found == {("accuracy", *k): v for k, v in ACCURACY.items()} | {("error", *k): v for k, v in ERROR.items()}
 
 
@@ -51,9 +52,3 @@ def test_the_claims_quote_the_list():
     tops = [[text.partition("/")[0] for text in numbers.values()] for numbers in ERROR.values()]
     quoted = [row["quoted"] for row in claims._written()["students"] if "quoted" in row]
     assert quoted == [["91.23", "92.07"], tops[0], tops[1][:2], tops[1][1:]]
-
-
-def test_both_notebooks_show_the_quotations():
-    assert len(NOTEBOOKS) == 2
-    for file in NOTEBOOKS:
-        assert "quoted.table(study)" in file.read_text(encoding="utf-8")

@@ -72,18 +72,14 @@ def test_kept_times_are_read_unless_they_are_of_other_networks_and_only_publishi
     assert set(speed.times(study, sweep, method="l2").budget) == {1.0} and not here.exists()
 
 
-def test_without_weights_nothing_is_measured_and_it_says_so(study, monkeypatch):
-    sweep = study.sweep()
+def test_without_weights_nothing_is_measured_and_the_number_of_threads_is_given_back(study, monkeypatch):
+    sweep, before = study.sweep(), torch.get_num_threads()
+    speed.measure(study, sweep, method="l2", settings=replace(SETTINGS, threads=2))
+    assert torch.get_num_threads() == before
     monkeypatch.setattr(runs, "lookup", lambda config, **kwargs: None)
     table = speed.measure(study, sweep, method="l2", settings=SETTINGS)
     assert table.empty and speed.sentence(table, sweep).startswith("Not measured")
     assert isinstance(plots.latency(table).axes[0].texts[0].get_text(), str)
-
-
-def test_the_number_of_threads_is_given_back(study):
-    before = torch.get_num_threads()
-    speed.measure(study, study.sweep(), method="l2", settings=replace(SETTINGS, threads=2))
-    assert torch.get_num_threads() == before
 
 
 # the committed measurements

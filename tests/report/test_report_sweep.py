@@ -20,18 +20,11 @@ def sweep():
         ("l2", 0.1): (0.4, 0.2),
         ("afd", 0.1): (0.3, 0.3),
     }
-    rows = []
-    for (method, budget), values in accuracies.items():
-        for seed, accuracy in enumerate(values):
-            rows.append(
-                {
-                    "target": "toy", "method": method, "seed": seed, "budget": budget, "test_accuracy": accuracy,
-                    "macs": budget, "macs_predictors": 0.01, "density": max(0.5, budget), "parameters": 1000 * budget,
-                    "dynamic": 10 * budget, "static": 1, "removed": 10 - 10 * budget, "dead_gates": 0.1,
-                    "gate_variance": 0.2
-                }
-            )  # fmt: skip
-    return pd.DataFrame(rows)
+    rows = [(*key, seed, value) for key, values in accuracies.items() for seed, value in enumerate(values)]
+    table = pd.DataFrame(rows, columns=["method", "budget", "seed", "test_accuracy"])
+    b = table.budget
+    table = table.assign(target="toy", macs=b, macs_predictors=0.01, density=b.clip(lower=0.5), parameters=1000 * b)
+    return table.assign(dynamic=10 * b, static=1, removed=10 - 10 * b, dead_gates=0.1, gate_variance=0.2)
 
 
 def test_table_shows_mean_and_standard_deviation_over_seeds(sweep):
@@ -65,34 +58,25 @@ def test_sentence_says_how_the_difference_compares_with_its_spread(sweep, values
     assert f"**1x**, toy: AFD minus L2 is {words}" in text
 
 
-def test_one_seed_has_no_spread_and_many_seeds_no_warning(sweep):
+def test_one_seed_has_no_spread_many_seeds_no_warning_and_what_rounds_to_zero_no_minus(sweep):
     assert "so the interval is not known" in results.differences_text(sweep[sweep.seed == 0])
     many = pd.concat([sweep.assign(seed=sweep.seed + 2 * i) for i in range(3)])
     assert "6 seeds" in results.differences_text(many) and "too few" not in results.differences_text(many)
-
-
-def test_a_difference_that_rounds_to_zero_has_no_minus(sweep):
     sweep.loc[(sweep.method == "afd") & (sweep.budget == 1), "test_accuracy"] = (0.4999, 0.5999)
     assert "+0.0 points" in results.differences_text(sweep, budgets=(1.0,))
 
 
-def test_missing_rows_are_one_sentence(sweep):
+def test_missing_rows_are_one_sentence_and_those_that_are_there_are_shown(sweep):
     with pytest.raises(AFDSError, match="no seed with both afd and at"):
         results.differences(sweep, "afd", "at")
     with pytest.raises(AFDSError, match="no row of method 'at'"):
         tables.smallest(sweep, "at")
     with pytest.raises(AFDSError, match="none of the budgets 4x"):
         results.differences_text(sweep, budgets=(0.25,))
-
-
-def test_smallest_network_growing_and_budgets(sweep):
     row = tables.smallest(sweep)
     assert (row.budget, row.seed, row.method) == (0.1, 0, "afd")
     assert results.budgets_of(sweep) == [1.0, 0.1]
     assert results.growing(sweep, "removed") and not results.growing(sweep, "parameters")
-
-
-def test_network_table_and_gates_sentence(sweep):
     assert results.network_table(sweep, "afd").rows[1] == ["10x", "0.50", "10.0 %", "1.0 %", "0", "1", "1", "9"]
     assert "on toy: L2 10.0 % dead, variation 0.200; AFD 10.0 % dead" in results.gates_text(sweep)
 
@@ -114,6 +98,7 @@ def test_a_data_set_is_described_and_one_that_is_not_read_says_so():
     assert "size of an image: 32 x 32 pixels" in text and "shared with the source: 5, 6, 7, 8, 9" in text
     assert "fitting images: 1.00" in text and "shared" not in results.about_data(source)
     assert results.about_data(None) == results.PUBLISHED
+    assert "shared with the source: none" in results.about_data(target, load("digits-0-4"))
 
 
 def test_channels_left_checks_what_it_counts():
@@ -134,12 +119,7 @@ def test_scope_says_what_is_not_tested():
 def test_settings_name_every_stage_of_every_profile():
     for name, budget in itertools.product(profiles.names(), ("quick", "standard")):
         profile = profiles.get(name, budget)
-        shown = {key: value for key, value in results.settings(profile).rows}
+        shown = dict(results.settings(profile).rows)
         assert str(profile.transfer.steps) in shown["transfer, unpruned"] and "10x" in shown["budgets"]
         assert shown["regularisers"].count("{") == len(profile.candidates)
         assert results.networks(profile) % len(profile.seeds) == 0
-
-
-def test_shared_classes_are_found_by_readable_names():
-    assert results.share_classes(load("digits-0-4"), load("digits-5-9")) == []
-    assert results.share_classes(load("digits"), load("digits-5-9")) == list("56789")

@@ -47,12 +47,9 @@ def study(tmp_path_factory):
         yield made
 
 
-def test_conversion_is_exact_in_both_modes(study):
+def test_conversion_is_exact_in_both_modes_and_random_predictors_are_noticed(study, monkeypatch):
     errors = inspection.conversion_error(study, images=6)
     assert errors["float64 eval"] <= 1e-9 and errors["float64 train"] <= 1e-9 and errors["float32 eval"] <= 1e-5
-
-
-def test_conversion_with_random_predictors_is_noticed(study, monkeypatch):
     exact = afs.convert
 
     def random(model, **options):
@@ -83,9 +80,6 @@ def test_a_regulariser_acts_in_a_study_unless_its_strength_is_forced_to_zero(stu
     monkeypatch.setattr(Objective, "forward", without)
     other = Study(replace(study.profile, transfer=replace(study.profile.transfer, lr=0.0123)), workers=1)
     assert not checks.regulariser_acts(other, "afd")
-
-
-def test_strength_of_zero_does_not_pass(study):
     candidates = tuple(replace(c, strengths=(0.0,)) for c in study.profile.candidates)
     assert not checks.regulariser_acts(Study(replace(study.profile, candidates=candidates), workers=1), "afd")
 

@@ -16,7 +16,7 @@ from afdslib.base.errors import AFDSError
 from afdslib.experiments import DataSource, Distillation, Network
 from afdslib.inference import bench
 from afdslib.losses import BetaSchedule
-from afdslib.report import claims, quoted, students
+from afdslib.report import claims, pages, quoted, students
 from afdslib.report import plots as figures
 from afdslib.studies import engine, results
 from afdslib.studies import students as distillation_study
@@ -183,7 +183,7 @@ def test_steps_saved_are_paired_by_seed_and_measured_on_each_seeds_own_plain_stu
 def test_the_notebook_measures_convergence_as_the_claim_does(study, monkeypatch, tmp_path):
     monkeypatch.setenv("AFDS_HOME", str(tmp_path))
     engine.publish(DistillationStudy(replace(study.profile, committed=True, name="mini")))
-    told = claims.converges_faster(["mini/quick/attention"], ("wrn-10-2", "wrn-10-1")).why
+    told = next(claims.converges_faster(["mini/quick/attention"], ("wrn-10-2", "wrn-10-1"))).why
     number = re.search(r": (.*)\.$", told)[1]
     assert f"- student alone minus AT: {number}." in students.saved_text(study)
     assert students.saved_text(study).count("\n- ") == 3  # AT, KD, AT + KD; of the first teacher alone
@@ -335,7 +335,7 @@ def test_unknown_names_are_one_sentence(capsys):
 
 
 def test_the_page_of_a_finished_study(study):
-    page = students.write_page(study).read_text()
+    page = pages.write(study)[0].read_text()
     assert "afds study --part attention --profile demo" in page and "| teacher wrn-10-2 |" in page
     assert "## β in two scales\n\n| maps |" in page and "student alone minus AT: " in page
     assert "the teacher was fitted on" in page

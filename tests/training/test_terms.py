@@ -20,7 +20,7 @@ from afdslib.experiments import OBJECTIVE, DataSource, DenseRun, ExtendedSourceR
 from afdslib.losses import TERMS, Axis, Batch, Term, kd_loss
 from afdslib.losses.kd import Distil, SoftLabels
 from afdslib.report.plots import style
-from afdslib.report.plots.sweep import accuracy_macs
+from afdslib.report.plots.methods import accuracy_macs
 from afdslib.studies import workers
 from afdslib.studies.profile import Candidates
 from afdslib.studies.protocol import Method, label_of, regulariser_space
