@@ -125,7 +125,7 @@ def start(work) -> int:
             tqdm.set_lock(threading.RLock())
             work()
             code = 0
-        except (AFDSError, OSError) as error:
+        except AFDSError as error:
             code = 3 if "\n" in str(error) else 2
         finally:
             os._exit(code)
