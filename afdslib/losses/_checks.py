@@ -34,17 +34,13 @@ def pair(student: Tensor, teacher: Tensor, what: str, *, dims: int = 4, equal: b
         if x.numel() == 0:
             raise AFDSError(f"The {who}'s {what} is empty, {shape}; check the tapped layer and the batch.")
     if len(student) != len(teacher):
-        raise AFDSError(
-            f"The student's {what} holds {len(student)} samples and the teacher's {len(teacher)}; give both networks "
-            f"the same batch."
-        )
+        samples = f"{len(student)} samples and the teacher's {len(teacher)}"
+        raise AFDSError(f"The student's {what} holds {samples}; give both networks the same batch.")
     if teacher.requires_grad:
         raise AFDSError(f"The teacher's {what} carries gradients; {frozen}.")
     if equal and student.shape != teacher.shape:
-        raise AFDSError(
-            f"The student's {what} has the shape {tuple(student.shape)} and the teacher's {tuple(teacher.shape)}; "
-            f"this loss needs equal shapes, tap matching layers or put an adapter on the student."
-        )
+        shapes = f"{tuple(student.shape)} and the teacher's {tuple(teacher.shape)}"
+        raise AFDSError(f"The student's {what} is {shapes}; this loss needs equal shapes, compare matching layers.")
 
 
 def targets(target: Tensor, logits: Tensor) -> None:
@@ -57,9 +53,7 @@ def targets(target: Tensor, logits: Tensor) -> None:
         )
     wrong = target[(target < 0) | (target >= classes)] if target.device.type == "cpu" else target[:0]
     if len(wrong):
-        raise AFDSError(
-            f"The target {int(wrong[0])} is none of the {classes} classes; give indices from 0 to {classes - 1}."
-        )
+        raise AFDSError(f"The target {wrong[0]:d} is none of the {classes} classes; give one from 0 to {classes - 1}.")
 
 
 def finite(loss: Tensor, **inputs: Tensor) -> Tensor:
@@ -76,6 +70,4 @@ def finite(loss: Tensor, **inputs: Tensor) -> Tensor:
             name = name.replace("_", " ").capitalize()
             raise DivergedError(f"{name} holds {bad} values that are NaN or infinite out of {x.numel()}; {advice}.")
     largest = max(float(x.detach().abs().max()) for x in inputs.values())
-    raise DivergedError(
-        f"The loss is {float(loss)} although its inputs are finite, the largest {largest:.1e}; {advice}."
-    )
+    raise DivergedError(f"The loss is {loss:g} although its inputs are finite, the largest {largest:.1e}; {advice}.")

@@ -43,16 +43,13 @@ class _Attention(nn.Module):
 class AFDLoss(LayerLoss):
     """The attentive feature regulariser R over a small set of layers, and the attention it learns.
 
+    Called with the features of student and source, (B, C, H, W) by layer name, it returns "afd", R, and "entropy", of
+    rho in nats, mean over samples and layers, detached.
+
     Args:
         shapes: (C, H, W) of each layer's features, by layer name. The loss is bound to them; another shape is an error.
         attention: "joint", trained to minimise the loss it weights (it can collapse onto the channels that move least:
             watch the entropy); "detached", trained beforehand with `fit_attention`, then frozen.
-
-    Shape:
-        student, source: by layer name, (B, C, H, W) each; both must see the same batch.
-
-    Returns:
-        "afd": R, a scalar. "entropy": of rho in nats, mean over samples and layers, detached.
     """
 
     persistent = True
@@ -92,10 +89,8 @@ class AFDLoss(LayerLoss):
 
     def _check(self, name: str, features: Tensor, whose: str) -> None:
         if tuple(features.shape[1:]) != self.shapes[name]:
-            raise AFDSError(
-                f"{whose} features of {name!r} have shape {tuple(features.shape[1:])}, but this AFDLoss was made for "
-                f"{self.shapes[name]}; make a new one for another input size"
-            )
+            shapes = f"{tuple(features.shape[1:])}, and this AFDLoss was made for {self.shapes[name]}"
+            raise AFDSError(f"{whose} features of {name!r} are {shapes}; make a new one for another input size")
 
 
 @torch.enable_grad()
@@ -118,10 +113,7 @@ def fit_attention(
         lr: learning rate of attention and heads.
 
     Returns:
-        The cross-entropy (mean over layers) at each step.
-
-    Raises:
-        AFDSError: an attention that is trained jointly, or a cross-entropy that is not finite.
+        The cross-entropy (mean over layers) at each step; one that is not finite is an AFDSError.
     """
     if loss.mode != "detached":
         raise AFDSError("fit_attention trains a detached attention; this AFDLoss was made with attention='joint'")
@@ -146,9 +138,7 @@ def fit_attention(
     loss.attentions.requires_grad_(False)
     loss.zero_grad(set_to_none=True)  # an optimiser would go on applying the last gradient
     if not all(map(math.isfinite, history)):
-        raise AFDSError(
-            f"the detached attention did not converge (its loss is not finite); lower its learning rate {lr:g}"
-        )
+        raise AFDSError(f"the detached attention did not converge to a finite loss; lower its learning rate {lr:g}")
     return history
 
 

@@ -74,8 +74,8 @@ def at_loss(student: Tensor, teacher: Tensor, *, p: float = 2, mode: str = "code
         (B, C, H, W) and (B, C', H', W'); the result is a scalar, 0 for maps that are equal up to a positive factor.
 
     Raises:
-        AFDSError: other shapes, whole numbers, an empty map, a teacher with gradient, an unknown mode, p not above 0;
-            a loss that is not finite, on the CPU (else it is returned, and the training loop names it).
+        AFDSError: as all losses, for other shapes, whole numbers, an empty map, a teacher with gradient and, on the
+            CPU, a loss that is not finite (else it is returned, and the training loop names it).
     """
     if mode not in ("code", "paper"):
         raise AFDSError(f"The mode {mode!r} of attention transfer is unknown; use 'code' or 'paper'.")
@@ -108,15 +108,14 @@ class ATLoss(LayerLoss):
 
 
 def input_gradient(logits: Tensor, target: Tensor, inputs: Tensor, *, create_graph: bool = True) -> Tensor:
-    """Gradient of each sample's cross-entropy with respect to its image.
+    """Gradient of the batch's summed cross-entropy with respect to each image, (B, 3, H, W).
 
-    The cross-entropy is summed over the batch, so a sample's gradient does not shrink with the batch. In eval mode it
-    is the sample's own; batch norm in train mode adds the effect of an image on the losses of the others.
+    In eval mode it is of the sample's own; batch norm in train mode adds the effect on the losses of the others.
 
     Args:
         logits: Outputs for `inputs`, (B, classes).
         target: Class indices, (B,).
-        inputs: The images, (B, 3, H, W) as the result, with `requires_grad` before the forward pass.
+        inputs: The images, with `requires_grad` before the forward pass.
         create_graph: True for the student (the loss is differentiated again), False for the teacher.
 
     Raises:
@@ -137,9 +136,6 @@ def gradient_at_loss(student_grad: Tensor, teacher_grad: Tensor) -> Tensor:
     Args:
         student_grad: `input_gradient` of the student, with its graph (double backward), (B, 3, H, W).
         teacher_grad: `input_gradient` of the teacher, `create_graph=False`.
-
-    Raises:
-        AFDSError: other shapes, an empty gradient, a teacher's that has a graph; not finite, as `at_loss`.
     """
     frozen = "take it with create_graph=False, or detach() it"
     _checks.pair(student_grad, teacher_grad, "input gradient", equal=True, frozen=frozen)

@@ -4,7 +4,7 @@ With equal weights it is the feature-map regulariser that its authors compare wi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -94,7 +94,7 @@ class DELTA(FeatureMap):
 
 
 def channel_weights(
-    model: nn.Module, names: Sequence[str], loader: Iterable[tuple[Tensor, Tensor]]
+    model: nn.Module, names: Iterable[str], loader: Iterable[tuple[Tensor, Tensor]]
 ) -> dict[str, Tensor]:
     """softmax(z / 5) over a layer's channels, z the standardised increase of the loss when the channel is removed.
 
@@ -103,12 +103,9 @@ def channel_weights(
     all images of the loader (the code takes four training batches); z divides by the population deviation [code], and
     all weights are 1/C where removal changes nothing.
 
-    Many ablated copies of the layer's output go through the rest of the network together. Where the output meets
-    another stream later (a layer inside a residual block), the whole network is run for each copy instead.
-
     Args:
         model: The source network with a classifier for the loader's classes: `fit_classifier`. Its mode is restored.
-        names: Layers, in any order.
+        names: Layers.
         loader: (images, class indices) for training.
 
     Returns:
@@ -117,7 +114,7 @@ def channel_weights(
     Raises:
         AFDSError: an unknown layer, an empty loader, targets that are no classes, a loss that is not finite.
     """
-    modules = dict(model.named_modules())
+    modules, names = dict(model.named_modules()), list(names)
     if unknown := [name for name in names if name not in modules]:
         raise AFDSError(f"The network has no layer {unknown[0]!r} to weigh the channels of.")
     device, count = next(model.parameters()).device, 0
@@ -146,7 +143,11 @@ def channel_weights(
 
 
 def _ablated(model: nn.Module, module: nn.Module, images: Tensor, target: Tensor) -> Tensor:
-    """(C,) float64: the summed cross-entropy without each channel of the module's output."""
+    """(C,) float64: the summed cross-entropy without each channel of the module's output.
+
+    Many ablated copies of the output go through the rest of the network together. Where it meets another stream later
+    (a layer inside a residual block), the whole network is run for each copy instead.
+    """
     with kept({"": module}) as outputs:
         model(images[:1])
     batch, (_, width, *rest) = len(target), outputs[""].shape
@@ -180,29 +181,22 @@ def _run_without(model: nn.Module, module: nn.Module, images: Tensor, channels: 
         return model(images)
 
 
-def fit_classifier(
-    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], *, weight_decay: float = 1e-4
-) -> float:
+def fit_classifier(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], *, weight_decay: float = 1e-4) -> float:
     """Fits the last linear layer alone on frozen features, in place; what DELTA does before it weighs the channels.
 
     The public code takes ten epochs of SGD [code]; the problem is convex, so here the features are computed once and
-    L-BFGS fits the layer, with no seed and no learning rate. [ours]
+    L-BFGS fits the layer, with no seed and no learning rate. [ours] It returns the cross-entropy reached.
 
     Args:
         model: A network with a classifier for the loader's classes (`backbones.reset_classifier`); mode restored.
         loader: (images, class indices), in any order.
         weight_decay: Weight of |v|^2 / 2.
 
-    Returns:
-        The cross-entropy reached.
-
     Raises:
         AFDSError: an empty loader, or targets that are no classes.
     """
-    head = model.get_submodule(classifier_name(model))
-    device = next(model.parameters()).device
-    features: list[Tensor] = []
-    targets: list[Tensor] = []
+    head, device = model.get_submodule(classifier_name(model)), next(model.parameters()).device
+    features, targets = [], []
     with kept({"": head}, inputs=True) as entering, eval_mode(model), torch.no_grad():
         for images, target in loader:
             _checks.targets(target, model(images.to(device)))

@@ -14,14 +14,7 @@ __all__ = ["hint_loss"]
 
 
 def hint_loss(student: Tensor, source: Tensor) -> Tensor:
-    """Mean squared difference over all elements of adapted features and the teacher's, which carry no gradient.
-
-    Shape:
-        two (B, C, H, W); the result is a scalar.
-
-    Raises:
-        AFDSError: other shapes, an empty map, a teacher with gradient; not finite, as `at_loss`.
-    """
+    """Mean squared difference over all elements of adapted features and the teacher's, two (B, C, H, W)."""
     _checks.pair(student, source, "feature map", equal=True)
     loss = (full_precision(student) - full_precision(source)).square().mean()
     return _checks.finite(loss, student_map=student, teacher_map=source)

@@ -32,8 +32,8 @@ def kd_loss(
         alpha: Share of the soft term, 0 to 1.
 
     Raises:
-        AFDSError: other shapes, T not above 0, alpha outside 0 to 1, targets that are no whole numbers; on the CPU
-            also a target that is no class (-100, too, which torch would leave out), and a loss that is not finite.
+        AFDSError: as `at_loss`; also T or alpha out of range, targets that are no whole numbers and, on the CPU, a
+            target that is no class (-100, too, which torch would leave out).
     """
     checks.number("alpha, the soft term's share,", alpha, least=0, most=1)
     soft = soft_kl_loss(student_logits, teacher_logits, T=T)

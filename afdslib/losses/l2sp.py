@@ -54,10 +54,9 @@ class L2SP(nn.Module):
         for i, name in enumerate(self.names):
             start, w = self.get_buffer(f"start{i}"), own.pop(name, None)
             if w is None or w.shape != start.shape:
-                raise AFDSError(
-                    f"L2-SP holds {name} of shape {tuple(start.shape)} and the model's is "
-                    f"{'gone' if w is None else tuple(w.shape)}; make the loss anew for the network that is trained."
-                )
+                own_shape = "gone" if w is None else tuple(w.shape)
+                shapes = f"{name} of shape {tuple(start.shape)} and the model's is {own_shape}"
+                raise AFDSError(f"L2-SP holds {shapes}; make the loss anew for the network that is trained.")
             pairs.append((w, start))
         return pairs, list(own.values())
 

@@ -51,8 +51,7 @@ def nst_loss(student: Tensor, teacher: Tensor, *, kernel: str = "poly", d: int =
         (B, C, H, W) and (B, C', H', W'); the result is a scalar.
 
     Raises:
-        AFDSError: other shapes, an empty map, a teacher with gradient, an unknown kernel, a bad degree or offset; a
-            loss that is not finite, from NaN or from a map too large for its norm, on the CPU (else it is returned).
+        AFDSError: as `at_loss`; also a map too large for its norm, an unknown kernel, a bad degree or offset.
     """
     if kernel not in ("poly", "linear", "gaussian"):
         raise AFDSError(f"The kernel {kernel!r} is unknown; use 'poly', 'linear' or 'gaussian'.")

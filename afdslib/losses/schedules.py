@@ -48,16 +48,13 @@ class BetaSchedule:
 
     def check(self, total: int) -> None:
         """Refuses a decay that would not end, or a milestone that would not be reached, in a run of `total`."""
+        what = ""
         if self.kind == "step" and self.milestones[-1] >= total:
-            raise AFDSError(
-                f"The step beta schedule has a milestone at {self.milestones[-1]} and the run ends at {total}, before "
-                f"it counts; take the milestone out or lengthen the run."
-            )
+            what = f"has a milestone at {self.milestones[-1]} and the run ends at {total}; take it out"
         if self.kind in ("linear", "cosine") and (self.length or 0) > total:
-            raise AFDSError(
-                f"The {self.kind} beta schedule takes {self.length} and the run only {total}; shorten the schedule or "
-                f"lengthen the run."
-            )
+            what = f"takes {self.length} and the run only {total}; shorten the schedule"
+        if what:
+            raise AFDSError(f"The {self.kind} beta schedule {what} or lengthen the run.")
 
     def __call__(self, now: float, total: int) -> float:
         """The weight at time `now` (0 at the start) of a run of `total`."""

@@ -1,9 +1,9 @@
 """Several processes that train one network together: who is who, shared numbers, batch norm, and one writer.
 
-`torchrun` or `fabric run` starts the processes, never a call from here. Each holds the whole network and computes an
-equal share of every batch; Lightning Fabric averages the gradients (DistributedDataParallel). With the same batch in
-all, N processes take the steps that one would take, up to rounding: the order of the images does not depend on N, and
-batch norm normalises by the whole batch. (Random draws inside the network, as of dropout, are each process's own.)
+`torchrun` or `fabric run` starts the processes. Each holds the whole network and computes an equal share of every
+batch; Lightning Fabric averages the gradients (DistributedDataParallel). N processes take the steps that one would
+take, up to rounding: the order of the images does not depend on N, and batch norm normalises by the whole batch.
+(Random draws inside the network, as of dropout, are each process's own.)
 """
 
 from __future__ import annotations
@@ -165,8 +165,7 @@ def _synchronised(norm: _BatchNorm, x: Tensor) -> Tensor:
     if norm.track_running_stats and norm.running_mean is not None and norm.running_var is not None:
         count = x.numel() // x.shape[1] * world()
         with torch.no_grad():
-            if norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.add_(1)
+            norm.num_batches_tracked.add_(1)  # type: ignore[union-attr]
             momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum  # type: ignore[arg-type]
             norm.running_mean.lerp_(mean.to(norm.running_mean), momentum)
             norm.running_var.lerp_((variance * (count / max(1, count - 1))).to(norm.running_var), momentum)

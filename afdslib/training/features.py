@@ -43,17 +43,12 @@ def taps(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
 
     def refuse_changed(*_: Any) -> None:
         if changed := [name for name, version in versions.items() if features[name]._version != version]:
-            raise AFDSError(
-                f"the output of block {changed[0]!r} is changed in place after it, so it is no feature; compare "
-                f"another layer"
-            )
+            raise AFDSError(f"the output of block {changed[0]!r} is changed in place after it; compare another layer")
 
     with ExitStack() as hooks:
         for name in names:
             if name not in modules:
-                raise AFDSError(
-                    f"no layer {name!r} in {type(model).__name__}; its layers are those of model.named_modules()"
-                )
+                raise AFDSError(f"no layer {name!r} in {type(model).__name__}; see model.named_modules()")
             hook = modules[name].register_forward_hook
             hooks.enter_context(hook(lambda module, _, output, name=name: record(name, module, output)))
         hooks.enter_context(model.register_forward_hook(refuse_changed))
@@ -63,22 +58,17 @@ def taps(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
 def feature_names(model: nn.Module, features: str) -> list[str]:
     """The layers a feature regulariser compares: the last block of each residual stage. [code]
 
-    Args:
-        model: a ResNet, converted or not.
-        features: "block", after the residual add and ReLU [ours]; "convbn", the gated output of the block's last
-            ConvBN, as in the paper's figure.
+    The features are those of the "block", after the residual add and ReLU [ours], or of its last "convbn", gated in a
+    converted network, as in the paper's figure.
     """
     checks.choice("features", features, ("block", "convbn"))
     blocks = stages(model)
     if features == "block":
         return blocks
-    names = []
-    for block in blocks:
-        children = [n for n, m in model.get_submodule(block).named_children() if n.startswith("conv")]
-        last = f"{block}.{max(children)}"
-        gated = isinstance(model.get_submodule(last), AFSConvBN)
-        names.append(last if gated else last.replace("conv", "bn"))
-    return names
+    last = [max(n for n, _ in model.get_submodule(b).named_children() if n.startswith("conv")) for b in blocks]
+    names = [f"{block}.{child}" for block, child in zip(blocks, last, strict=True)]
+    gated = [isinstance(model.get_submodule(name), AFSConvBN) for name in names]
+    return [n if g else n.replace("conv", "bn") for n, g in zip(names, gated, strict=True)]
 
 
 def feature_shapes(
@@ -93,15 +83,9 @@ def feature_shapes(
 def pair_layers(
     model: nn.Module, teacher: nn.Module, own: Sequence[str], other: Sequence[str], input_size: tuple[int, int, int]
 ) -> tuple[Pair, ...]:
-    """Layers of a student and its teacher, stage by stage; the networks may have blocks of other numbers and widths.
-
-    Raises:
-        AFDSError: networks of unequally many stages.
-    """
+    """Layers of a student and its teacher, stage by stage; blocks may be of other numbers and widths."""
     if len(own) != len(other):
-        raise AFDSError(
-            f"the student has {len(own)} stages and the teacher {len(other)}; use taps 'last' for such a pair"
-        )
+        raise AFDSError(f"the student has {len(own)} stages and the teacher {len(other)}; use taps 'last' for them")
     shapes = [list(feature_shapes(*of, input_size).values()) for of in ((model, own), (teacher, other))]
     return tuple(map(Pair, own, other, *shapes))
 

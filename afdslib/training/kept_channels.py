@@ -57,10 +57,8 @@ def matching(source: nn.Module, kept: Kept, names: Iterable[str], size: tuple[in
         inside = [n for n in makers if n == name or n.startswith(f"{name}.")]
         candidates = inside or [n for n in makers if order.index(n) < order.index(name)]
         if not candidates:
-            raise AFDSError(
-                f"it cannot be told which channels of {name!r} a pruned {type(source).__name__} has; use l2 or l2sp on "
-                f"it"
-            )
+            kind = type(source).__name__
+            raise AFDSError(f"it cannot be told which channels of {name!r} a pruned {kind} has; use l2 or l2sp on it")
         member, alive = makers[max(candidates, key=order.index)]
         positions[name] = torch.tensor(sorted(p for root, p in member.positions if root in alive))
     head = classifier_name(source)

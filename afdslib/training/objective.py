@@ -115,7 +115,7 @@ class Objective(nn.Module):
         return model.get_submodule(classifier_name(model))
 
     def prepare(self, batches: Iterator[tuple[Tensor, Tensor]], num_classes: int) -> list[float]:
-        """Trains what stays fixed during the run, such as a detached attention; nothing to do for the others."""
+        """Trains what stays fixed during the run, such as a detached attention."""
         device = next((p.device for p in self.parameters()), torch.device("cpu"))
         taught = lambda images: self._teach(images.to(device))[1]  # noqa: E731
         return [loss for term in self.terms for loss in term.prepare(taught, batches, num_classes)]
@@ -123,13 +123,11 @@ class Objective(nn.Module):
     def inherit(self, state: Mapping[str, Tensor]) -> None:
         """Takes over what the objective of the larger network before has learnt, where a term's state goes on."""
         anew = tuple(f"{term.slot}." for term in self.terms if not term.inherited)
-        own = {name: value for name, value in state.items() if not name.startswith(anew)}
-        if set(own) != {name for name in self.state_dict() if not name.startswith(anew)}:
+        own = {name for name in self.state_dict() if not name.startswith(anew)}
+        if own != {name for name in state if not name.startswith(anew)}:
             raise AFDSError(f"the state of another regulariser than {self.terms[0].name} cannot be taken over")
-        flags = {n: b.clone() for n, b in self.named_buffers() if "alive" in n}
-        self.load_state_dict(own, strict=False)
-        for name, flag in flags.items():  # the masks are this network's own
-            self.get_buffer(name).copy_(flag)
+        # The living channels are this network's own.
+        self.load_state_dict({name: state[name] for name in own if "alive" not in name}, strict=False)
 
     def masks_changed(self, model: nn.Module) -> None:
         """Leaves channels that the masks prove zero out of the feature terms."""

@@ -80,7 +80,7 @@ CASES = [
     (lambda: kd_loss(LOGITS, OTHER, LOGITS.softmax(1)), "one class index per sample"),
     (lambda: kd_loss(LOGITS, OTHER, torch.tensor([0, -100])), "target -100 is none of the 3 classes"),
     (lambda: kd_loss(LOGITS, OTHER, torch.tensor([-100, -100])), "target -100 is none of the 3 classes"),
-    (lambda: kd_loss(LOGITS, OTHER, TARGET + 1), "target 3 is none of the 3 classes; give indices from 0 to 2"),
+    (lambda: kd_loss(LOGITS, OTHER, TARGET + 1), "target 3 is none of the 3 classes; give one from 0 to 2"),
     (lambda: DELTALoss({}), "was given no layer"),
     (lambda: DELTALoss({"a": torch.tensor([0.5, -0.5])}), "of at least 0"),
     (lambda: delta()({}, {"a": MAP}), "lack a; they hold nothing"),

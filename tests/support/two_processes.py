@@ -1,6 +1,6 @@
-"""A program for torchrun: trains small students in all processes and says what each saw.
+"""A program for several processes: trains small students in all of them and says what each saw.
 
-    torchrun --nproc-per-node 2 two_processes.py FOLDER
+    fabric run --devices 2 --accelerator cpu two_processes.py FOLDER
 
 FOLDER holds `tree`, an ImageFolder tree, and `teacher.safetensors`. Each run goes to the store FOLDER/SIZE, where SIZE
 is the number of processes; each process writes what it got to FOLDER/SIZE-RANK.json.
@@ -9,13 +9,17 @@ is the number of processes; each process writes what it got to FOLDER/SIZE-RANK.
 from __future__ import annotations
 
 import json
+import os
 import sys
+from contextlib import redirect_stdout
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from unittest import mock
 
 import torch
 
+from afdslib import cli
 from afdslib.base.errors import AFDSError
 from afdslib.experiments import Distillation, Network, Photographs, PhotoRun, Published
 from afdslib.losses import BetaSchedule
@@ -64,15 +68,25 @@ def main(folder: Path) -> None:
         world, rank = distributed.world(), distributed.rank()
         store = folder / str(world)
         said: dict[str, object] = {}
-        for name, config in (cases(folder) | {"again": student(folder)}).items():  # stored by now: nobody computes
-            result = distributed.get_or_run(config, store=store)
-            said[name] = [result.id, result.metrics]
-        if world > 1:
-            odd = replace(student(folder), optimisation=replace(student(folder).optimisation, batch_size=7))
-            try:
-                distributed.get_or_run(odd, store=store)
-            except AFDSError as error:
-                said["odd"] = str(error)
+        with mock.patch.dict(os.environ, {"LT_CLI_USED": "0"}):  # as torchrun starts processes
+            for name, config in (cases(folder) | {"again": student(folder)}).items():  # stored by now: nobody computes
+                result = distributed.get_or_run(config, store=store)
+                said[name] = [result.id, result.metrics]
+            if world > 1:
+                odd = replace(student(folder), optimisation=replace(student(folder).optimisation, batch_size=7))
+                try:
+                    distributed.get_or_run(odd, store=store)
+                except AFDSError as error:
+                    said["odd"] = str(error)
+        # The command line, as `fabric run` starts it; it ends the group.
+        options = (
+            "distill", "--recipe", "resnet18-at", "--data", str(folder / "tree"), "--size", "32", "--width", "0.0625",
+            "--teacher", str(folder / "teacher.safetensors"), "--epochs", "2", "--batch-size", "10", "--lr", "0.01",
+        )  # fmt: skip
+        with mock.patch.dict(os.environ, {"AFDS_RUNS": str(folder / f"cli{world}")}):
+            with redirect_stdout(StringIO()) as printed:
+                assert cli.main(options) == 0
+        (folder / f"cli-{world}-{rank}.json").write_text(printed.getvalue())
         (folder / f"{world}-{rank}.json").write_text(json.dumps(said))
 
 

@@ -16,7 +16,7 @@ import two_processes
 from PIL import Image
 from torch import nn
 
-from afdslib import afs, backbones, cli, runs
+from afdslib import afs, backbones, runs
 from afdslib.base.errors import AFDSError
 from afdslib.experiments import PhotoRun
 from afdslib.training import distributed, loop
@@ -49,17 +49,20 @@ def make_teacher(file: Path) -> Path:
     return file
 
 
-def launch(*command: str, folder: Path) -> str:
-    """What a program prints that starts two processes on the CPU."""
+def launch(folder: Path) -> None:
+    """Runs the program in two processes on the CPU."""
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("AFDS_")},
-        "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}",
-        "LT_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "AFDS_HOME": str(folder),
+        "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
+        "AFDS_HOME": str(folder),
     }  # fmt: skip
-    command = (sys.executable, *command)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    fabric = (sys.executable, str(Path(sys.executable).with_name("fabric")), "run", "--devices", "2")
+    command = (*fabric, "--accelerator", "cpu", "--main-port", port, str(TESTS / "two_processes.py"), str(folder))
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 def interrupt(config: PhotoRun, store: Path) -> None:
@@ -80,8 +83,7 @@ def trained(tmp_path_factory) -> Path:
         patch.setenv("AFDS_HOME", str(folder))
         two_processes.main(folder)
         interrupt(two_processes.cases(folder)["resumed"], folder / "2")
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    launch(*torchrun, str(TESTS / "two_processes.py"), str(folder), folder=folder)
+    launch(folder)
     return folder
 
 
@@ -130,29 +132,16 @@ def test_a_batch_that_cannot_be_divided_is_refused_by_all(trained):
         assert "a batch of 7 images cannot be divided among 2 processes" in said(trained, f"2-{rank}")["odd"]
 
 
-def test_the_command_line_trains_with_fabric_run(trained, monkeypatch, capsys):
+def test_the_command_line_trains_in_several_processes(trained):
     """The documented command; its single-precision loss is that of the same command without a launcher."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    options = (
-        "distill", "--recipe", "resnet18-at", "--data", str(trained / "tree"), "--size", "32", "--width", "0.0625",
-        "--teacher", str(trained / "teacher.safetensors"), "--epochs", "2", "--batch-size", "10", "--lr", "0.01",
-    )  # fmt: skip
-    script = trained / "afds"
-    script.write_text("import sys\nfrom afdslib.cli import main\nsys.exit(main())\n")
-    monkeypatch.setenv("AFDS_RUNS", str(trained / "alone"))
-    monkeypatch.setattr(loop, "workers", lambda _: 0)
-    assert cli.main(options) == 0
-    fabric = (str(Path(sys.executable).with_name("fabric")), "run", "--devices", "2", "--accelerator", "cpu")
-    together = launch(*fabric, "--main-port", str(port), str(script), *options, folder=trained)
     losses = []
-    for processes, text, store in ((1, capsys.readouterr().out, "alone"), (2, together, "runs")):
-        printed = json.loads(text)
+    for processes in (1, 2):
+        printed = json.loads((trained / f"cli-{processes}-0.json").read_text())
         assert printed["processes"] == processes and printed["steps"] == 4
         assert printed["images"] == 20 and 0 <= printed["test_accuracy"] <= printed["test_top5_accuracy"] == 1
-        losses.append(pd.read_csv(trained / store / printed["id"] / "metrics.csv")["loss"])
+        losses.append(pd.read_csv(trained / f"cli{processes}" / printed["id"] / "metrics.csv")["loss"])
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+    assert (trained / "cli-2-1.json").read_text() == ""  # one process speaks for all
 
 
 def test_an_ordinary_program_is_one_process_and_nothing_is_shared():
