@@ -28,8 +28,15 @@ def attention_map(features: Tensor, p: float = 2) -> Tensor:
 
 
 def _energy(features: Tensor, p: float) -> Tensor:
-    """(B, C, H, W) -> (B, H, W): the mean over channels of |F|^p."""
-    x = _visible(full_precision(features), p)
+    """(B, C, H, W) -> (B, H, W): the mean over channels of |F|^p, of faint maps times a power of two."""
+    x = full_precision(features)
+    # Of the faintest maps |F|^p would vanish beside 1e-12. The norm takes the factor out again; for other maps it is 1,
+    # which changes no bit. It may not be finite itself.
+    largest = x.detach().abs().amax((1, 2, 3), keepdim=True)
+    faint = (largest > 0) & (largest.pow(p) < 1e-8)
+    exponent = torch.where(faint, -torch.frexp(largest).exponent, 0)
+    half = torch.div(exponent, 2, rounding_mode="floor")
+    x = x * torch.exp2(half.to(x)) * torch.exp2((exponent - half).to(x))
     if p == 2:
         return x.square().mean(1)
     x = x.abs()
@@ -38,16 +45,6 @@ def _energy(features: Tensor, p: float) -> Tensor:
     # Below 1 the slope at 0 is infinite; a channel that is off gets none, as behind a ReLU.
     off = x == 0
     return torch.where(off, 0.0, torch.where(off, 1.0, x).pow(p)).mean(1)
-
-
-def _visible(x: Tensor, p: float) -> Tensor:
-    """The maps (B, C, H, W), those of them so faint that |F|^p would vanish beside 1e-12 times a power of two."""
-    largest = x.detach().abs().amax((1, 2, 3), keepdim=True)
-    faint = (largest > 0) & (largest.pow(p) < 1e-8)
-    exponent = torch.where(faint, -torch.frexp(largest).exponent, 0)
-    # The norm takes the factor out again; for other maps it is 1, which changes no bit. It may not be finite itself.
-    half = torch.div(exponent, 2, rounding_mode="floor")
-    return x * torch.exp2(half.to(x)) * torch.exp2((exponent - half).to(x))
 
 
 def _normalised(energy: Tensor) -> Tensor:

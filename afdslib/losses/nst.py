@@ -104,10 +104,10 @@ def _gaussian(x: Tensor, y: Tensor, variance: Tensor) -> Tensor:
     return torch.exp(-distance / (2 * variance[:, None, None]))
 
 
-def _chunk_loss(s: Tensor, t: Tensor, kernel: Kernel) -> Tensor:
+def _summed(s: Tensor, t: Tensor, kernel: Kernel) -> Tensor:
     """The summed discrepancies of some samples."""
-    # (B,): the mean over student-teacher pairs of |s - t|^2, without building the pairs. It is 0 only where all points
-    # of both networks coincide; the kernel is then 1 everywhere, whatever the width.
+    # The mean over student-teacher pairs of |s - t|^2, (B,), is 0 only where all points of both networks coincide; the
+    # kernel is then 1 everywhere, whatever the width.
     variance = s.square().sum(2).mean(1) + t.square().sum(2).mean(1) - 2 * (s.mean(1) * t.mean(1)).sum(1)
     variance = variance.clamp(min=1e-6)
     ss, st, tt = (kernel(x, y, variance).double().mean((1, 2)) for x, y in ((s, s), (s, t), (t, t)))
@@ -129,7 +129,7 @@ class _InChunks(torch.autograd.Function):
             part = slice(start, start + step)
             with torch.set_grad_enabled(gradient is not None):
                 chunk = s[part].detach().requires_grad_(gradient is not None)
-                loss = _chunk_loss(chunk, t[part], kernel) / batch
+                loss = _summed(chunk, t[part], kernel) / batch
                 if gradient is not None:
                     gradient[part] = torch.autograd.grad(loss, chunk)[0]
             total += loss.detach()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -161,6 +162,7 @@ class Objective(nn.Module):
             return loss, logged, logits
         # The teacher's pass, and what both give brought to the same channels.
         taught, teacher = self._teach(images.detach())
+        frozen: Any = self.teacher
         inputs = entering.get("")
         if self.channels is not None:
             widened = self.channels.widened
@@ -168,7 +170,8 @@ class Objective(nn.Module):
             inputs = None if inputs is None else widened(inputs, *self.channels.inputs)
         batch = Batch(
             inner, images, labels, logits, features, teacher, inputs, taught, label_smoothing=smoothing,
-            gradients=lambda: self._gradients(images, labels, logits), step=step,
+            gradients=lambda: (input_gradient(logits, labels, images), frozen.input_gradient(images, labels)),
+            step=step,
         )  # fmt: skip
         for term in self.terms:
             loss, added = term.add(loss, batch)
@@ -181,10 +184,6 @@ class Objective(nn.Module):
             return None, {}
         logits, features = self.teacher(images)
         return logits, {pair.student: features[pair.teacher] for pair in self.pairs}
-
-    def _gradients(self, images: Tensor, labels: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        assert self.teacher is not None
-        return input_gradient(logits, labels, images), self.teacher.input_gradient(images, labels)
 
     @torch.no_grad()
     def diagnostics(self, model: nn.Module) -> dict[str, float]:
