@@ -45,25 +45,21 @@ class L2SP(nn.Module):
             raise AFDSError("L2-SP found no parameter that model and starting point share; give matching networks.")
         for i, name in enumerate(self.names):
             self.register_buffer(f"start{i}", start[name].detach().clone())
-        self._split()
+        with torch.no_grad():
+            self()  # refuses other shapes
 
-    def _split(self) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
-        """(w, w0) of each shared parameter, and all v."""
+    def forward(self) -> dict[str, Tensor]:
         own: dict[str, Tensor] = dict(self._model[0].named_parameters())
-        pairs = []
+        distances = []
         for i, name in enumerate(self.names):
             start, w = self.get_buffer(f"start{i}"), own.pop(name, None)
             if w is None or w.shape != start.shape:
                 own_shape = "gone" if w is None else tuple(w.shape)
                 shapes = f"{name} of shape {tuple(start.shape)} and the model's is {own_shape}"
                 raise AFDSError(f"L2-SP holds {shapes}; make the loss anew for the network that is trained.")
-            pairs.append((w, start))
-        return pairs, list(own.values())
-
-    def forward(self) -> dict[str, Tensor]:
-        pairs, rest = self._split()
-        distance = _half_squares((w - start for w, start in pairs), self.alpha)
-        return {"l2sp": distance, "l2": _half_squares(rest, self.beta) if self.beta else torch.zeros_like(distance)}
+            distances.append(w - start)
+        decay = _half_squares(own.values(), self.beta) if self.beta else distances[0].new_zeros(())
+        return {"l2sp": _half_squares(distances, self.alpha), "l2": decay}
 
 
 def _half_squares(parameters: Iterable[Tensor], weight: float) -> Tensor:
