@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def taps(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
     versions: dict[str, int] = {}
     modules = dict(model.named_modules())
 
-    def record(name: str, module: nn.Module, output: Tensor) -> None:
+    def record(name: str, module: nn.Module, _: tuple, output: Tensor) -> None:
         single = isinstance(module, AFSConvBN) or next(module.children(), None) is None
         copied = single or not output.requires_grad
         features[name] = output.clone() if copied else output
@@ -49,8 +50,7 @@ def taps(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
         for name in names:
             if name not in modules:
                 raise AFDSError(f"no layer {name!r} in {type(model).__name__}; see model.named_modules()")
-            hook = modules[name].register_forward_hook
-            hooks.enter_context(hook(lambda module, _, output, name=name: record(name, module, output)))
+            hooks.enter_context(modules[name].register_forward_hook(partial(record, name)))
         hooks.enter_context(model.register_forward_hook(refuse_changed))
         yield features
 
