@@ -99,6 +99,7 @@ def fit_attention(
     source: Callable[[Tensor], Mapping[str, Tensor]],
     batches: Iterable[tuple[Tensor, Tensor]],
     num_classes: int,
+    *,
     lr: float = 0.01,
 ) -> list[float]:
     """Trains a detached attention with the cross-entropy of a linear head on C * rho_c * gap(x_S)_c, then freezes it.

@@ -99,7 +99,7 @@ class ATLoss(LayerLoss):
             # Zero channels add nothing to the student's energy, whose scale the norm takes out. A teacher of another
             # width has no counterparts to the student's channels.
             if name in self.partial and a.shape[1] == b.shape[1]:
-                b = b.index_select(1, self.alive(name).nonzero().flatten())
+                b = b.index_select(1, self.alive(name).nonzero().flatten().to(b.device))
             terms.append(at_loss(a, b))
         return torch.stack(terms).sum()
 
