@@ -11,11 +11,9 @@ import json
 import logging
 import math
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 from afdslib import afs, runs
 from afdslib.afs.compact import compact
 from afdslib.backbones.inputs import IMAGENET, input_of
+from afdslib.base import checks
 from afdslib.base.atomic import atomic_path, output_path
 from afdslib.base.errors import AFDSError
 from afdslib.data.images import MEAN, STD
@@ -31,51 +30,35 @@ from afdslib.inference.kernels import KernelConvBN
 
 __all__ = ["KEY", "OPSET", "TOLERANCE", "Card", "card_of", "export_run", "save_onnx", "session"]
 
-OPSET = 18
-"""The version of ONNX's operators that files are written for: onnxruntime 1.14 (2023) and later read it."""
-TOLERANCE = 1e-4
-"""What onnxruntime's outputs may differ by from torch's: max|a-b| / max|b|."""
+OPSET = 18  # the version of ONNX's operators that files are written for: onnxruntime 1.14 (2023) and later read it
+TOLERANCE = 1e-4  # what onnxruntime's outputs may differ by from torch's: max|a-b| / max|b|
 KEY = "afds_export"
 
 
 @dataclass(frozen=True)
 class Card:
-    """What a file says beside its weights, as JSON under `KEY` in its metadata.
+    """What a file says beside its weights, as JSON under `KEY` in its metadata."""
 
-    Attributes:
-        classes: names, indexed by the network's outputs.
-        size: side in pixels of the square that is cut from the centre.
-        resize: the shorter side in pixels before that; bilinear with antialiasing.
-        mean, std: of RGB values from 0 to 1: (value - mean) / std goes in, (B, 3, size, size).
-        network: the backbone, where it is known.
-        run: the run that trained it, or "".
-        opset: of an ONNX file, else 0.
-    """
-
-    classes: tuple[str, ...]
-    size: int
-    resize: int
-    mean: tuple[float, ...] = MEAN
+    classes: tuple[str, ...]  # names, indexed by the network's outputs
+    size: int  # side in pixels of the square that is cut from the centre
+    resize: int  # the shorter side in pixels before that; bilinear with antialiasing
+    mean: tuple[float, ...] = MEAN  # of RGB values from 0 to 1: (value - mean) / std goes in, (B, 3, size, size)
     std: tuple[float, ...] = STD
-    network: str = ""
-    run: str = ""
-    opset: int = 0
+    network: str = ""  # the backbone, where it is known
+    run: str = ""  # the run that trained it, or ""
+    opset: int = 0  # of an ONNX file, else 0
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> Card:
-        """What `to_json` wrote.
-
-        Raises:
-            ValueError, KeyError, TypeError: for anything else.
-        """
+        """What `to_json` wrote; ValueError, KeyError or TypeError for anything else."""
         values: Any = json.loads(text)
         if not isinstance(values, dict):
             raise ValueError("it is no JSON object")
-        values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-        card = cls(**values)
+        fields: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        card = cls(**fields)
         card = replace(card, classes=tuple(map(str, card.classes)))
         sides = all(isinstance(side, int) and side >= 1 for side in (card.size, card.resize))
         numbers = all(isinstance(v, (int, float)) and math.isfinite(v) for v in (*card.mean, *card.std))
@@ -84,32 +67,12 @@ class Card:
         return card
 
 
-# --------------------------------------------------------------------------------------------------------------- ONNX
-
-
 def need(name: str) -> Any:
-    """A package of the export extra.
-
-    Raises:
-        AFDSError: if it is not installed.
-    """
+    """A package of the export extra; AFDSError if it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError:
         raise AFDSError(f"{name} is not installed; install it with: pip install 'afdslib[export]'") from None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter's notes on its own operators are nothing a user can act on."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
 
 
 def save_onnx(
@@ -153,21 +116,19 @@ def save_onnx(
             "the dynamic network runs on our own kernel, which no file can hold; export the network it was made from"
         )
     reference = copy.deepcopy(model).float().cpu()
-    generator = torch.Generator().manual_seed(0)
-
-    def some(count: int) -> Tensor:
-        if images is not None:
-            return images[:count].float().cpu()
-        noise = torch.randn(count, *input_size, generator=generator)
-        return noise + torch.randn(count, input_size[0], 1, 1, generator=generator)
-
-    program = _program(reference, some(2 if batch is None else batch), opset, any_batch=batch is None)
+    if images is None:
+        generator = torch.Generator().manual_seed(0)
+        count = batch or 3
+        images = torch.randn(count, *input_size, generator=generator)
+        images += torch.randn(count, input_size[0], 1, 1, generator=generator)
+    images = images.float().cpu()
+    program = _program(reference, images[: batch or 2], opset, any_batch=batch is None)
     if card is not None:
         program.model.metadata_props[KEY] = replace(card, opset=opset).to_json()
     with atomic_path(path) as part:
         program.save(str(part), external_data=False)
         runtime = session(part)
-        worst = max(_difference(reference, runtime, some(count)) for count in ((1, 3) if batch is None else (batch,)))
+        worst = max(_difference(reference, runtime, images[:count]) for count in ([batch] if batch else (1, 3)))
         if not worst <= TOLERANCE:
             raise AFDSError(
                 f"onnxruntime's outputs differ by {worst:.1e} of the largest from torch's, more than {TOLERANCE:g}: "
@@ -177,27 +138,29 @@ def save_onnx(
 
 
 def _program(model: nn.Module, example: Tensor, opset: int, *, any_batch: bool) -> Any:
-    with _quiet(), torch.no_grad():
-        try:
+    shapes, disabled = ({0: torch.export.Dim("batch")},) if any_batch else None, logging.root.manager.disable
+    logging.disable(logging.WARNING)  # the exporter's notes on its own operators are nothing a user can act on
+    try:
+        with warnings.catch_warnings(action="ignore"), torch.no_grad():
             program: Any = torch.onnx.export(
                 inference(model), (example,), dynamo=True, opset_version=opset, input_names=["image"],
-                output_names=["logits"], verbose=False,
-                dynamic_shapes=({0: torch.export.Dim("batch")},) if any_batch else None,
+                output_names=["logits"], verbose=False, dynamic_shapes=shapes,
             )  # fmt: skip
-        except Exception as error:  # the exporter raises many types; all mean the same to the caller
-            reason = str(error).split("## Exception summary")[-1].strip().splitlines()
-            raise AFDSError(
-                f"torch.onnx cannot export {type(model).__name__} ({reason[0] if reason else type(error).__name__})"
-            ) from error
+    except Exception as error:  # the exporter raises many types; all mean the same to the caller
+        reason = str(error).split("## Exception summary")[-1].strip().splitlines() or [type(error).__name__]
+        raise AFDSError(f"torch.onnx cannot export {type(model).__name__} ({reason[0]})") from error
+    finally:
+        logging.disable(disabled)
     written = int(program.model.opset_imports[""])
     if written != opset:
         raise AFDSError(f"torch.onnx cannot write opset {opset!r} here and would take {written}; ask for one it knows")
     return program
 
 
+@torch.no_grad()
 def _difference(model: nn.Module, runtime: Any, images: Tensor) -> float:
     """max|a-b| / max|b| between onnxruntime and torch; infinite where onnxruntime gives no number."""
-    expected = model_output(model, images)
+    expected = model(images)
     if not bool(expected.isfinite().all()):
         raise AFDSError("the network's outputs are not finite, so it is not exported; train it again")
     outputs = torch.from_numpy(runtime.run(None, {"image": images.numpy()})[0])
@@ -205,23 +168,15 @@ def _difference(model: nn.Module, runtime: Any, images: Tensor) -> float:
     return math.inf if math.isnan(difference) else difference
 
 
-def model_output(model: nn.Module, images: Tensor) -> Tensor:
-    """Logits in eval mode, without gradients."""
-    with torch.no_grad():
-        return model(images)
-
-
-def session(path: str | Path, *, threads: int | None = None) -> Any:
-    """An onnxruntime session on the CPU.
+def session(path: str | Path, *, threads: int = 0) -> Any:
+    """An onnxruntime session on the CPU, by default on as many threads as it likes.
 
     Raises:
         AFDSError: without onnxruntime, or for a damaged file.
     """
     ort = need("onnxruntime")
     options = ort.SessionOptions()
-    options.log_severity_level = 3
-    if threads is not None:
-        options.intra_op_num_threads = threads
+    options.log_severity_level, options.intra_op_num_threads = 3, threads
     try:
         return ort.InferenceSession(Path(path).read_bytes(), options, providers=["CPUExecutionProvider"])
     except OSError as error:
@@ -229,9 +184,6 @@ def session(path: str | Path, *, threads: int | None = None) -> Any:
     except Exception as error:  # onnxruntime has a type of its own for each kind of damage
         reason = " ".join(str(error).split())[:120]
         raise AFDSError(f"{path} is damaged or no ONNX file ({reason}); write it again with afds export") from None
-
-
-# ----------------------------------------------------------------------------------------------------- a trained run
 
 
 def card_of(data: Any, classes: tuple[str, ...], **more: Any) -> Card:
@@ -242,7 +194,7 @@ def card_of(data: Any, classes: tuple[str, ...], **more: Any) -> Card:
 def export_run(
     id: str, format: str, out: str | Path | None = None, *, store: str | Path | None = None
 ) -> tuple[Path, Card]:
-    """Writes the compact network of a finished run with its class names and preprocessing.
+    """Writes the compact network of a finished run to a file, and gives the file and what it says about itself.
 
     Args:
         id: the run, or the beginning of its id.
@@ -251,16 +203,12 @@ def export_run(
         out: the file; default: `<id>.onnx` or `<id>.safetensors` in the working directory.
         store: the run store.
 
-    Returns:
-        The file and what it says about itself.
-
     Raises:
         AFDSError: no such run, an unfinished one, one without a network or class names, a missing data set, or an
             unknown format.
     """
     suffixes = {"onnx": ".onnx", "torch": ".safetensors"}
-    if format not in suffixes:
-        raise AFDSError(f"the format {format!r} is unknown; use onnx or torch")
+    checks.choice("the format", format, suffixes)
     if out is not None:
         if Path(out).suffix != suffixes[format]:
             raise AFDSError(f"a file of the format {format} is named *{suffixes[format]}, got {str(out)!r}; rename it")
@@ -276,20 +224,18 @@ def export_run(
             "file; export one that was trained on a data set"
         )
     model = afs.load(result.artifact(runs.MODEL))
-    splits = data.load()
-    architecture: Any = model.architecture
-    pixels = input_of(model)  # that of torchvision's networks is stated as usual, for values from 0 to 1
+    splits, architecture, pixels = data.load(), cast(Any, model.architecture), input_of(model)
+    # That of torchvision's networks is stated as usual, for values from 0 to 1.
     scaled = (tuple(value / 255 for value in values) for values in (pixels.mean, pixels.deviation))
     mean, std = (MEAN, STD) if pixels == IMAGENET else scaled
-    classes, network = tuple(splits.captions or splits.classes), architecture["name"]
+    classes, network = splits.captions or splits.classes, architecture["name"]
     card = card_of(splits.test, classes, mean=mean, std=std, network=network, run=result.id)
     if len(card.classes) != architecture["num_classes"]:
         raise AFDSError(
             f"the network of run {result.id} has {architecture['num_classes']} outputs but its data set "
             f"{len(card.classes)} classes, so their names are not known; export a run that was trained on it"
         )
-    size = (3, card.size, card.size)
-    path = Path(out) if out is not None else Path(f"{result.id}{suffixes[format]}")
+    size, path = (3, card.size, card.size), Path(out or f"{result.id}{suffixes[format]}")
     cut = compact(model, input_size=size, fold_bn=format == "onnx")
     if format == "onnx":
         save_onnx(cut, path, size, card=card)

@@ -20,14 +20,6 @@ class GatedInference(nn.Module):
         (B, C_in, H, W) -> (B, C, H', W').
     """
 
-    conv: nn.Module
-    order: Tensor
-    weight: Tensor
-    bias: Tensor
-    gamma: Tensor
-    active: Tensor
-    shift: Tensor
-
     def __init__(self, layer: AFSConvBN):
         super().__init__()
         self.conv = copy.deepcopy(layer.conv)
@@ -39,12 +31,10 @@ class GatedInference(nn.Module):
         wide = torch.promote_types(torch.float32, weight.dtype)
         self.places = min(max(layer.k - int(static.sum()), 0), len(rows))
         self.dynamic, self.channels = len(rows), layer.m.numel()
-        self.register_buffer("order", torch.cat([rows, rest]).argsort())
-        self.register_buffer("weight", weight.detach()[rows].to(wide))
-        self.register_buffer("bias", bias.detach()[rows].to(wide))
-        self.register_buffer("gamma", torch.where(static, layer.gamma, 0)[None].to(wide))
-        self.register_buffer("active", static.to(wide)[None])
-        self.register_buffer("shift", layer.beta.detach().to(wide))
+        self.order = nn.Buffer(torch.cat([rows, rest]).argsort())
+        self.weight, self.bias = nn.Buffer(weight.detach()[rows].to(wide)), nn.Buffer(bias.detach()[rows].to(wide))
+        self.gamma = nn.Buffer(torch.where(static, layer.gamma, 0)[None].to(wide))
+        self.active, self.shift = nn.Buffer(static.to(wide)[None]), nn.Buffer(layer.beta.detach().to(wide))
 
     def forward(self, x: Tensor) -> Tensor:
         scale, active = self._gates(x) if self.places else (self.gamma, self.active)

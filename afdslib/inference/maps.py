@@ -15,97 +15,51 @@ from afdslib.afs.graph import eval_mode
 from afdslib.backbones import classifier_name, stages
 from afdslib.backbones.inputs import IMAGENET, fed
 from afdslib.base.errors import AFDSError
-from afdslib.data.images import read_rgb, resized_to
+from afdslib.inference.predict import read_image
 from afdslib.losses.at import attention_map, input_gradient
 from afdslib.training.features import taps
 
-__all__ = ["MapsView", "NetworkMaps", "activation_maps", "gradient_map", "look_at", "read_image", "view"]
+__all__ = ["MapsView", "NetworkMaps", "look_at", "maps_of", "view"]
 
 
 @dataclass(frozen=True)
 class NetworkMaps:
-    """What one network does with an image.
+    """What one network does with an image."""
 
-    Attributes:
-        stages: the activation map of each stage, (h, w), at least 0 and of 2-norm 1, by the layer's name.
-        gradient: 2-norm over the colours of the loss's gradient with respect to each pixel, (H, W).
-        prediction: the class it names.
-    """
-
-    stages: dict[str, np.ndarray]
-    gradient: np.ndarray
-    prediction: str
+    stages: dict[str, np.ndarray]  # the activation map of each stage, (h, w), >= 0, of 2-norm 1, by the layer's name
+    gradient: np.ndarray  # 2-norm over the colours of the loss's gradient with respect to each pixel, (H, W)
+    prediction: str  # the class it names
 
 
 @dataclass(frozen=True)
 class MapsView:
-    """One image seen by several networks.
+    """One image seen by several networks."""
 
-    Attributes:
-        image: uint8 (H, W, 3).
-        caption: its class, or "unknown".
-        networks: by name.
-    """
-
-    image: np.ndarray
-    caption: str
-    networks: dict[str, NetworkMaps]
+    image: np.ndarray  # uint8 (H, W, 3)
+    caption: str  # its class, or "unknown"
+    networks: dict[str, NetworkMaps]  # by name
 
 
-@torch.no_grad()
-def activation_maps(
-    model: nn.Module, images: Tensor, *, layers: Sequence[str] | None = None, p: float = 2
-) -> dict[str, Tensor]:
-    """The attention map of each layer: mean over channels of |F|^p, divided by its 2-norm; see `losses.attention_map`.
+def maps_of(model: nn.Module, images: Tensor, labels: Tensor | None = None) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """What a network, in eval mode, does with images; its mode and its parameters' gradients are left as they were.
 
     Args:
-        model: any network; its mode is restored.
+        model: one with known stages.
         images: (B, 3, H, W), normalised.
-        layers: by default the ends of the network's stages.
-        p: exponent.
+        labels: class indices (B,) of the loss; by default the network's own answers.
 
     Returns:
-        (B, h, w) by layer.
-
-    Raises:
-        AFDSError: a network without known stages and no `layers`, or a layer whose output is no map.
+        The attention map of each stage, (B, h, w), by the layer's name: mean over channels of F^2, divided by its
+        2-norm. The size of the loss's gradient at each pixel, (B, H, W), 2-norm over the colours. The answers, (B,).
     """
-    names = list(layers) if layers is not None else stages(model)
-    with eval_mode(model), taps(model, names) as features:
-        model(images)
-    found = {}
-    for name in names:
-        if features[name].ndim != 4:
-            raise AFDSError(f"the output of {name!r} is {tuple(features[name].shape)}, no feature map; name another")
-        found[name] = attention_map(features[name], p).view(len(images), *features[name].shape[2:])
-    return found
-
-
-@torch.enable_grad()
-def gradient_map(model: nn.Module, images: Tensor, labels: Tensor | None = None) -> Tensor:
-    """The size of the loss's gradient at each pixel, 2-norm over the colours, in eval mode.
-
-    Args:
-        model: any network; its mode and its parameters' gradients are left as they were.
-        images: (B, 3, H, W), normalised.
-        labels: class indices (B,); by default the network's own answers.
-
-    Returns:
-        (B, H, W).
-    """
-    images = images.detach().clone().requires_grad_()
     with eval_mode(model):
-        logits = model(images)
-        labels = logits.detach().argmax(1) if labels is None else labels
-        gradient = input_gradient(logits, labels, images, create_graph=False)
-    return torch.linalg.vector_norm(gradient, dim=1)
-
-
-def read_image(path: str | Path, size: int) -> np.ndarray:
-    """An image file as the networks see it: shorter side to `size`, centre crop, uint8 (size, size, 3)."""
-    if not Path(path).is_file():
-        raise AFDSError(f"there is no image file {path}; give the path of one")
-    return resized_to(read_rgb(path), size)
+        with torch.no_grad(), taps(model, stages(model)) as features:
+            answers = model(images).argmax(1)
+        pixels = images.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            gradient = input_gradient(model(pixels), answers if labels is None else labels, pixels, create_graph=False)
+    maps = {name: attention_map(f).view(len(images), *f.shape[2:]) for name, f in features.items()}
+    return maps, torch.linalg.vector_norm(gradient, dim=1), answers
 
 
 def look_at(
@@ -130,19 +84,16 @@ def look_at(
         raise AFDSError(f"the image is {image.dtype} of shape {image.shape}; give a square uint8 image with 3 colours")
     if label is not None and not 0 <= label < len(classes):
         raise AFDSError(f"the label {label} is no class; give 0 to {len(classes) - 1}")
-    only = data.ArrayImages(image[None], np.arange(1), np.zeros(1), ("?",), augment=False)
-    batch = only[0][0][None]
+    pixels = data.ArrayImages(image[None], np.arange(1), np.zeros(1), ("?",), augment=False)[0][0][None]
     target = None if label is None else torch.tensor([label])
-    seen = {}
+    views = {}
     for name, model in networks.items():
-        x = batch.to(next(model.parameters()))
         with fed(model, IMAGENET):
-            with torch.no_grad(), eval_mode(model):
-                answer = int(model(x).argmax(1))
-            maps = {layer: m[0].double().cpu().numpy() for layer, m in activation_maps(model, x).items()}
-            gradient = gradient_map(model, x, target)[0].double().cpu().numpy()
-        seen[name] = NetworkMaps(maps, gradient, str(classes[answer]) if answer < len(classes) else str(answer))
-    return MapsView(image, "unknown" if label is None else str(classes[label]), seen)
+            maps, gradient, (answer,) = maps_of(model, pixels.to(next(model.parameters())), target)
+        heat = {layer: each[0].double().cpu().numpy() for layer, each in maps.items()}
+        prediction = str(classes[answer] if answer < len(classes) else int(answer))
+        views[name] = NetworkMaps(heat, gradient[0].double().cpu().numpy(), prediction)
+    return MapsView(image, "unknown" if label is None else str(classes[label]), views)
 
 
 def view(
@@ -164,19 +115,15 @@ def view(
         data_set: names the classes, and holds the test image.
         index: of the test image.
         size: side of the image in pixels.
-        data_dir: folder with the data set's archive or tree.
-        skip_corrupt: see `data.load`.
+        data_dir, skip_corrupt: see `data.load`.
 
     Raises:
         AFDSError: neither image nor data set, a file that is no network or no image, or an index beyond the data set.
     """
     if image is None and data_set is None:
         raise AFDSError("there is no image to look at; give an image file or a data set")
-    models = {}
-    for text in networks:
-        name, equals, which = text.partition("=")
-        models[name if equals else Path(text).stem] = afs.load_network(which if equals else text)
-    label = None
+    named = {Path(text).stem if "=" not in text else text.split("=")[0]: text.split("=", 1)[-1] for text in networks}
+    models = {name: afs.load_network(which) for name, which in named.items()}
     if data_set is not None:
         splits = data.load(data_set, data_dir, size=size, skip_corrupt=skip_corrupt)
         classes: Sequence[str] = splits.captions or splits.classes
@@ -184,9 +131,7 @@ def view(
         outputs = [m.get_submodule(classifier_name(m)).weight.shape[0] for m in models.values()]  # type: ignore
         classes = [f"class {i}" for i in range(max(outputs))]
     if image is not None:
-        pixels = read_image(image, size)
-    else:
-        if not 0 <= index < len(splits.test):
-            raise AFDSError(f"the data set {data_set} has {len(splits.test)} test images and no number {index}")
-        pixels, label = splits.test.raw(index), int(splits.test.targets[index])
-    return look_at(models, pixels, classes, label=label)
+        return look_at(models, read_image(image, size), classes)
+    if not 0 <= index < len(splits.test):
+        raise AFDSError(f"the data set {data_set} has {len(splits.test)} test images and no number {index}")
+    return look_at(models, splits.test.raw(index), classes, label=int(splits.test.targets[index]))

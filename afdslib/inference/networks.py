@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import copy
-import statistics
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from afdslib import afs, backbones
 from afdslib.afs import macs
 from afdslib.afs.compact import compact
 from afdslib.afs.graph import streams
+from afdslib.afs.layer import AFSConvBN
 from afdslib.base.errors import AFDSError
 
 __all__ = ["cut", "folded", "jaccard", "photographs", "plain_network", "random_gates", "rebuilt", "torch_pruned"]
@@ -65,52 +65,41 @@ def random_gates(model: nn.Module, images: Tensor, *, spread: float = 0.05, seed
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def prepare(layer: afs.AFSConvBN, arguments: tuple[Tensor, ...]) -> None:
-        (x,) = arguments
-        pooled = x.mean((2, 3))
-        mean, deviation = pooled.mean(0), pooled.std(0).norm()
+    def prepare(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        if not isinstance(layer, AFSConvBN):
+            return
+        pooled = arguments[0].mean((2, 3))
+        mean, scale = pooled.mean(0), pooled.mean(0).norm()
         phi = torch.randn(layer.predictor.weight.shape, generator=generator).to(pooled)
-        if mean.norm() > 0.1 * deviation:
-            direction = mean / mean.norm()
-            phi -= torch.outer(phi @ direction, direction)
+        steady = scale > 0.1 * pooled.std(0).norm()
+        direction = mean / scale if steady else torch.zeros_like(mean)
+        phi -= torch.outer(phi @ direction, direction)
         phi *= spread / ((pooled - mean) @ phi.T).std(0)[:, None].clamp_min(1e-6)
-        if mean.norm() > 0.1 * deviation:
-            phi -= 0.3 * mean / mean.square().sum()
+        phi -= 0.3 * direction / scale.clamp_min(1e-30)
         layer.predictor.weight.copy_(phi)
         offset = torch.randn(len(phi), generator=generator).to(pooled) / 3
         layer.predictor.bias.copy_(1 + spread * offset - phi @ mean)
-        y = layer.conv(x)
+        y = layer.conv(arguments[0])
         layer.norm.running_mean.copy_(y.mean((0, 2, 3)))  # type: ignore[union-attr]
         layer.norm.running_var.copy_(y.var((0, 2, 3)))  # type: ignore[union-attr]
 
-    with _hooked(model, prepare):
+    with register_module_forward_pre_hook(prepare):
         model.eval()(images)
-
-
-@contextmanager
-def _hooked(model: nn.Module, hook: Any) -> Iterator[None]:
-    """For a while, `hook` is called with every AFS layer and its arguments before the layer runs."""
-    handles = [layer.register_forward_pre_hook(hook) for layer in afs.layers(model).values()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()
 def jaccard(model: nn.Module, images: Tensor) -> float:
     """Mean over layers and pairs of neighbouring images of |kept by both| / |kept by either|."""
-    overlaps: list[float] = []
+    overlaps: list[Tensor] = []
 
-    def compare(layer: afs.AFSConvBN, arguments: tuple[Tensor, ...]) -> None:
-        kept = layer.gates(arguments[0]).active > 0
-        both, either = (kept[1:] & kept[:-1]).sum(1), (kept[1:] | kept[:-1]).sum(1)
-        overlaps.extend((both / either.clamp_min(1)).tolist())
+    def compare(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        if isinstance(layer, AFSConvBN):
+            kept = layer.gates(arguments[0]).active > 0
+            overlaps.append((kept[1:] & kept[:-1]).sum(1) / (kept[1:] | kept[:-1]).sum(1).clamp_min(1))
 
-    with _hooked(model, compare):
+    with register_module_forward_pre_hook(compare):
         model(images)
-    return statistics.mean(overlaps)
+    return float(torch.cat(overlaps).mean())
 
 
 @torch.no_grad()
@@ -128,12 +117,11 @@ def cut(model: nn.Module, *, keep: float, stream: float, multiple: int, seed: in
     together = {name: names for names in streams(model) for name in names}
     chosen: dict[tuple[str, ...], Tensor] = {}
     for name, layer in afs.layers(model).items():
-        names, share = together.get(name, (name,)), stream if name in together else keep
+        names, share, width = together.get(name, (name,)), stream if name in together else keep, layer.m.numel()
         if names not in chosen:
-            width = layer.m.numel()
             kept = min(width, max(multiple, multiple * round(share * width / multiple)))
-            chosen[names] = torch.zeros(width).index_fill_(0, torch.randperm(width, generator=generator)[:kept], 1.0)
-        layer.m.copy_(chosen[names])
+            chosen[names] = torch.randperm(width, generator=generator)[:kept]
+        layer.m.zero_()[chosen[names]] = 1
         layer.gamma.copy_(layer.predictor.bias.relu())
         layer.s.zero_()
 
@@ -145,16 +133,14 @@ def torch_pruned(model: nn.Module, size: int, allowed: float, multiple: int) -> 
     """
     import torch_pruning
 
-    image = torch.zeros(1, 3, size, size)
     low, high, best = 0.0, 0.98, None
     for _ in range(10):
-        ratio = (low + high) / 2
-        pruned = copy.deepcopy(model)
-        pruner = torch_pruning.pruner.BasePruner(
-            pruned, image, importance=torch_pruning.importance.MagnitudeImportance(p=1), pruning_ratio=ratio,
-            ignored_layers=[pruned.get_submodule(backbones.classifier_name(pruned))], round_to=multiple,
-        )  # fmt: skip
-        pruner.step()
+        ratio, pruned = (low + high) / 2, copy.deepcopy(model)
+        torch_pruning.pruner.BasePruner(
+            pruned, torch.zeros(1, 3, size, size), importance=torch_pruning.importance.MagnitudeImportance(p=1),
+            pruning_ratio=ratio, round_to=multiple,
+            ignored_layers=[pruned.get_submodule(backbones.classifier_name(pruned))],
+        ).step()  # fmt: skip
         if macs.count(pruned, (3, size, size)).total <= allowed:
             high, best = ratio, pruned
         else:

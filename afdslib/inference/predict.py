@@ -8,19 +8,20 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from scipy.special import softmax
 
 from afdslib import afs
+from afdslib.base import checks
 from afdslib.base.errors import AFDSError
-from afdslib.data.images import CorruptImageError, read_rgb, resized_to
-from afdslib.inference.export import KEY, Card, model_output, session
+from afdslib.data.images import read_rgb, resized_to
+from afdslib.inference.export import KEY, Card, session
 
-__all__ = ["Network", "load", "predict", "prepare"]
+__all__ = ["Network", "load", "predict", "prepare", "read_image"]
 
-Network = Callable[[np.ndarray], np.ndarray]
-"""Images float32 (B, 3, size, size) to logits (B, classes)."""
-
+Network = Callable[[np.ndarray], np.ndarray]  # images float32 (B, 3, size, size) to logits (B, classes)
+# Of images longer than this many times their shorter side only the middle is looked at: enlarged as a whole, a line of
+# one pixel would fill the memory.
 _LONGEST = 16
-"""Of images longer than this many times their shorter side only the middle is looked at; the crop takes no more."""
 
 
 def load(path: str | Path) -> tuple[Network, Card]:
@@ -47,11 +48,8 @@ def load(path: str | Path) -> tuple[Network, Card]:
     except (SafetensorError, OSError) as error:
         reason = " ".join(str(error).split())[:120]
         raise AFDSError(f"{path} is damaged or no safetensors file ({reason}); export it again") from None
-    card = _card(text, path)
-    model = afs.load(path)
-    if next(model.parameters()).dtype != torch.float32:
-        model.float()
-    return lambda images: model_output(model, torch.from_numpy(images)).numpy(), card
+    card, model = _card(text, path), afs.load(path).float().requires_grad_(False)
+    return lambda images: model(torch.from_numpy(images)).numpy(), card
 
 
 def _card(text: str | None, path: Path) -> Card:
@@ -63,66 +61,59 @@ def _card(text: str | None, path: Path) -> Card:
         raise AFDSError(f"{path} says nothing sensible about its input ({error}); write it again") from None
 
 
-def prepare(path: str | Path, card: Card) -> np.ndarray:
-    """One image file as the network wants it, float32 (3, size, size).
+def read_image(path: str | Path, size: int, *, shorter: int | None = None) -> np.ndarray:
+    """An image file as networks see it: shorter side to `shorter` (default `size`), centre crop; uint8 (size, size, 3).
 
     Raises:
         AFDSError: no such file, or no image.
     """
     _there(path)
-    try:
-        image = read_rgb(path)
-    except CorruptImageError as error:
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise AFDSError(f"{path} is no image that can be read ({reason}); give a PNG, JPEG or the like") from None
-    longest = _LONGEST * min(image.size)
-    if max(image.size) > longest:  # enlarged as a whole, a line of one pixel would fill the memory
-        width, height = (min(side, longest) for side in image.size)
-        left, top = (image.width - width) // 2, (image.height - height) // 2
-        image = image.crop((left, top, left + width, top + height))
-    pixels = resized_to(image, card.size, shorter=card.resize).astype(np.float32) / 255
-    mean, std = (np.asarray(values, dtype=np.float32) for values in (card.mean, card.std))
-    return np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1))
+    image = read_rgb(path)
+    width, height = (min(side, _LONGEST * min(image.size)) for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return resized_to(image.crop((left, top, left + width, top + height)), size, shorter=shorter)
 
 
 def _there(path: str | Path) -> None:
     if not Path(path).is_file():
-        raise AFDSError(f"there is no image {path}; give the path of an image file")
+        raise AFDSError(f"there is no image file {path}; give the path of one")
+
+
+def prepare(path: str | Path, card: Card) -> np.ndarray:
+    """One image file as the network wants it, float32 (3, size, size); see `read_image`."""
+    pixels = read_image(path, card.size, shorter=card.resize).astype(np.float32) / 255
+    mean, std = (np.asarray(values, dtype=np.float32) for values in (card.mean, card.std))
+    return np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1))
 
 
 def predict(
     paths: Sequence[str | Path], model: str | Path, *, top: int = 5
 ) -> list[tuple[str, list[tuple[str, float]]]]:
-    """The likeliest classes of images.
+    """For each image file its path and its likeliest (class, probability), the likeliest first.
 
     Args:
         paths: image files.
         model: a file of `afds export`.
         top: how many classes of each; all if there are fewer.
 
-    Returns:
-        For each image its path and (class, probability), likeliest first.
-
     Raises:
         AFDSError: for a bad model file, a file that is no image, or a network whose outputs and names differ in number
             or whose outputs are not finite.
     """
-    if isinstance(top, bool) or not isinstance(top, int) or top < 1:
-        raise AFDSError(f"top must be a whole number of at least 1, got {top!r}")
+    checks.whole("top", top, 1)
     if not paths:
         raise AFDSError("no image is given; give the paths of one or more image files")
     network, card = load(model)
     for path in paths:  # a wrong name is told before anything is computed
         _there(path)
-    found = []
+    predictions = []
     for path in paths:
         logits = network(prepare(path, card)[None])[0].astype(np.float64)
         if len(logits) != len(card.classes):
             raise AFDSError(f"{model} has {len(logits)} outputs but {len(card.classes)} class names; export it again")
         if not np.isfinite(logits).all():
             raise AFDSError(f"{model} gives outputs that are not finite for {path}; train it again and export it")
-        shares = np.exp(logits - logits.max())
-        shares /= shares.sum()
+        shares = softmax(logits)
         best = np.argsort(-shares, kind="stable")[:top]
-        found.append((str(path), [(card.classes[i], float(shares[i])) for i in best]))
-    return found
+        predictions.append((str(path), [(card.classes[i], float(shares[i])) for i in best]))
+    return predictions

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import multiprocessing
-import statistics
+import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-__all__ = ["interleave", "on_threads", "peak", "quartiles"]
+__all__ = ["interleave", "on_threads", "peak"]
 
 
 def interleave(
@@ -28,23 +28,19 @@ def interleave(
             in the caches, as a network that is served does, and no thread of another variant that still spins.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
+    wait: Callable[[], None] = torch.accelerator.synchronize if torch.accelerator.is_available() else lambda: None
     for repeat in range(-warmup, repeats):
         for name, call in variants.items():
             begin = time.perf_counter()
             while time.perf_counter() - begin < before:
                 call(repeat + 1)
-            _wait()
+            wait()
             start = time.perf_counter()
             call(repeat)
-            _wait()
+            wait()
             if repeat >= 0:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
-
-
-def _wait() -> None:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
 
 
 @contextmanager
@@ -56,14 +52,6 @@ def on_threads(number: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """Median, first and third quartile."""
-    if len(values) < 2:
-        return values[0], values[0], values[0]
-    first, median, third = statistics.quantiles(values, n=4, method="inclusive")
-    return median, first, third
 
 
 def peak(target: Callable[..., Callable[[], object]], *arguments: object) -> float | None:
@@ -86,5 +74,4 @@ def _measure_peak(target: Callable[..., Callable[[], object]], arguments: tuple)
 
 
 def _kib(what: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{what}:"))
+    return int(re.findall(rf"{what}:\s+(\d+)", Path("/proc/self/status").read_text())[0])

@@ -287,8 +287,8 @@ def test_files_that_are_no_images(exported, home, refused):
     (home / "empty.png").touch()
     (home / "cut.png").write_bytes((home / "good.png").read_bytes()[:60])
     for name in ("text.jpg", "empty.png", "cut.png"):
-        assert f"{name} is no image that can be read" in refused("predict", "good.png", name, *model)
-    assert "there is no image gone.png" in refused("predict", "gone.png", *model)
+        assert f"the image {name} cannot be decoded" in refused("predict", "good.png", name, *model)
+    assert "there is no image file gone.png" in refused("predict", "gone.png", *model)
     assert "there is no image" in refused("predict", str(home), *model)
 
 
@@ -330,7 +330,7 @@ def test_runs_that_cannot_be_exported(trained, home, refused):
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(runs.to_json(tiny.transfer())))
     assert f"run {other} is not finished" in refused("export", "--run", other)
-    assert "the format 'tflite' is unknown" in refused("export", "--run", trained, "--format", "tflite")
+    assert "the format must be one of onnx, torch, got 'tflite'" in refused("export", "--run", trained, "--format", "tflite")
     assert "is named *.safetensors" in refused("export", "--run", trained, "--format", "torch", "--out", "net.pt")
     assert "begin with 'ffffffffffff'" in refused("export", "--run", "ffffffffffff")
     assert "'nonsense' is not a run id" in refused("export", "--run", "nonsense")

@@ -172,8 +172,5 @@ def test_without_a_working_compiler_layers_are_masked(compiler, monkeypatch) -> 
         network = dynamic.dynamic(model, x, way="kernel")
         assert set(network.ways.values()) == {"mask"}
         torch.testing.assert_close(network(x), model(x), rtol=1e-4, atol=1e-5)
-        stream, values, index = torch.zeros(1, 2, 1, 1), torch.zeros(1, 1, 1, 1), torch.zeros(1, dtype=torch.int64)
-        with pytest.raises(RuntimeError, match="could not be compiled"):
-            kernels.add_relu(stream, values, index, None)
     finally:
         kernels._library.cache_clear()

@@ -12,6 +12,7 @@ from afdslib import afs, backbones, cli
 from afdslib.backbones.inputs import RAW, set_input
 from afdslib.base.errors import AFDSError
 from afdslib.inference import maps
+from afdslib.training.features import taps
 
 
 def pixels(size=32, seed=0):
@@ -50,36 +51,21 @@ def test_a_network_that_was_trained_on_raw_pixels_sees_raw_pixels():
     set_input(model, RAW)
     raw = torch.from_numpy(image).permute(2, 0, 1)[None].float()
     heat = maps.look_at({"one": model}, image, "abcd").networks["one"]
-    for layer, wanted in maps.activation_maps(model, raw).items():
+    for layer, wanted in maps.maps_of(model, raw)[0].items():
         assert np.allclose(heat.stages[layer], wanted[0].numpy(), atol=1e-5)
     assert not model._forward_pre_hooks
 
 
-def test_a_map_is_the_mean_square_over_channels():
-    class Two(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.maps = torch.nn.Conv2d(3, 2, 1, bias=False)
-            self.fc = torch.nn.Linear(2, 2)
-
-        def forward(self, x):
-            return self.fc(self.maps(x).mean((2, 3)))
-
-    model = Two()
-    x = torch.randn(2, 3, 4, 4)
-    expected = model.maps(x).square().mean(1).flatten(1)
-    expected = expected / expected.norm(dim=1, keepdim=True)
-    found = maps.activation_maps(model, x, layers=["maps"])["maps"]
-    assert torch.allclose(found.flatten(1), expected, atol=1e-6)
-    with pytest.raises(AFDSError, match="no feature map; name another"):
-        maps.activation_maps(model, x, layers=["fc"])
-
-
-def test_the_gradient_map_is_the_size_of_the_losss_slope_at_each_pixel():
+def test_maps_are_mean_squares_and_gradients_the_losss_slope_at_each_pixel():
     torch.manual_seed(0)
     model = backbones.build("wrn-10-1", 3).eval().double()
     x, label = torch.randn(1, 3, 8, 8, dtype=torch.float64), torch.tensor([1])
-    found = maps.gradient_map(model, x, label)
+    heat, gradient, answers = maps.maps_of(model, x, label)
+    with taps(model, heat) as features:
+        assert torch.equal(model(x).argmax(1), answers)
+    for layer, found in heat.items():
+        expected = features[layer].square().mean(1)
+        assert torch.allclose(found, expected / expected.norm(), atol=1e-6)
     step = torch.zeros_like(x)
     step[0, 1, 3, 4] = 1e-6
     with torch.no_grad():
@@ -87,7 +73,7 @@ def test_the_gradient_map_is_the_size_of_the_losss_slope_at_each_pixel():
     images = x.clone().requires_grad_()
     torch.nn.functional.cross_entropy(model(images), label).backward()
     assert float((up - down) / 2e-6) == pytest.approx(float(images.grad[0, 1, 3, 4]), rel=1e-3)
-    assert torch.allclose(found, images.grad.norm(dim=1))
+    assert torch.allclose(gradient, images.grad.norm(dim=1))
 
 
 @pytest.mark.parametrize(

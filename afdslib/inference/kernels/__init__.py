@@ -7,6 +7,7 @@ and dynamic execution masks. [ours]
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
 import logging
@@ -16,10 +17,12 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from afdslib.afs.compact import fold_norm
 from afdslib.afs.layer import AFSConvBN
 
 __all__ = ["KernelConvBN", "add_relu", "available", "suits"]
@@ -29,15 +32,8 @@ _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 _SECONDS = 120
 
 
-class _Layer(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("phi", "phi_bias", "weight", "terms", "gamma", "numbers")),
-        *((name, ctypes.c_int64) for name in ("in_channels", "rows", "statics", "dynamic", "places", "side", "stride")),
-    ]
-
-
 @functools.cache
-def _library() -> ctypes.CDLL | None:
+def _library() -> Any:
     command = shlex.split(os.environ.get("CXX") or "c++")
     if shutil.which(command[0]) is None:
         return None
@@ -51,19 +47,8 @@ def _library() -> ctypes.CDLL | None:
             reason = getattr(error, "stderr", None) or str(error).encode()
             logging.getLogger(__name__).debug("no kernels: %s", reason.decode(errors="replace"))
             return None
-    pointer, integer, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    library.afds_gated_conv.restype = library.afds_add_relu.restype = None
-    library.afds_gated_conv.argtypes = [
-        ctypes.POINTER(_Layer), *[pointer] * 3, *[integer] * 3, *[number] * 2, *[pointer] * 3,
-    ]  # fmt: skip
-    library.afds_add_relu.argtypes = [pointer, *[integer] * 2, *[pointer] * 2, integer, *[number] * 2, pointer]
-    return library
-
-
-def _loaded() -> ctypes.CDLL:
-    library = _library()
-    if library is None:
-        raise RuntimeError("the kernels could not be compiled here")
+    for function, count in ((library.afds_gated_conv, 12), (library.afds_add_relu, 9)):
+        function.restype, function.argtypes = None, [ctypes.c_void_p] * count  # pointers and int64_t: 8 bytes each
     return library
 
 
@@ -82,15 +67,15 @@ def suits(conv: nn.Module | None) -> bool:
     return known and conv.weight.device.type == "cpu" and conv.weight.dtype == torch.float32 and available()
 
 
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _addresses(*tensors: Tensor | None) -> list[Any]:
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 class KernelConvBN(nn.Module):
     """Gates, selection and convolution of one image in one pass; weights are prepared once and not trained.
 
-    The batch norm's fixed statistics are folded into weights and bias: W' = W / std, b' = (b - mean) / std. Only rows
-    of living channels are kept, static ones first.
+    The batch norm's fixed statistics are folded into weights and bias. Only rows of living channels are kept, static
+    ones first. It needs `available`.
 
     Args:
         layer: one whose convolution `suits`, in eval mode; it is left as it is.
@@ -100,62 +85,48 @@ class KernelConvBN(nn.Module):
         - pooled: means of the values over positions, (1, n_in); None without dynamic channels
         - result: the kept channels (1, n, H', W'), their numbers by ascending row (n,), and their means over positions
           (1, n); with `relu` negative values become 0
-
-    Raises:
-        RuntimeError: when it is called and `available` says no.
     """
-
-    phi: Tensor
-    phi_bias: Tensor
-    weight: Tensor
-    terms: Tensor
-    gamma: Tensor
-    numbers: Tensor
 
     @torch.no_grad()
     def __init__(self, layer: AFSConvBN):
         super().__init__()
-        conv, norm = layer.conv, layer.norm
+        conv = copy.deepcopy(layer.conv)
+        fold_norm(conv, layer.norm)
         dynamic = layer.m * layer.s > 0
-        static_rows, dynamic_rows = ((layer.m > 0) & ~dynamic).nonzero()[:, 0], dynamic.nonzero()[:, 0]
+        static_rows, dynamic_rows = (rows.nonzero()[:, 0] for rows in ((layer.m > 0) & ~dynamic, dynamic))
+        rows = torch.cat([static_rows, dynamic_rows])
         self.static = len(static_rows)
         self.places = min(max(0, layer.k - self.static), len(dynamic_rows))
         self.side, self.stride = conv.kernel_size[0], conv.stride[0]
-        numbers = torch.cat([static_rows, dynamic_rows])
-        scale = torch.rsqrt(norm.running_var + norm.eps)  # type: ignore[operator, arg-type]
-        bias = ((0 if conv.bias is None else conv.bias) - norm.running_mean) * scale  # type: ignore[operator]
         phi, phi_bias = layer.predictor_weights()
-        self.register_buffer("phi", phi[dynamic_rows].T.contiguous())  # (C_in, dynamic)
-        self.register_buffer("phi_bias", phi_bias[dynamic_rows].clone())
-        self.register_buffer("weight", (conv.weight * scale[:, None, None, None])[numbers].flatten(2).contiguous())
-        self.register_buffer("terms", torch.stack([bias, layer.beta])[:, numbers].contiguous())
-        self.register_buffer("gamma", layer.gamma[numbers].clone())
-        self.register_buffer("numbers", numbers)
+        self.phi = nn.Buffer(phi[dynamic_rows].T.contiguous())  # (C_in, dynamic)
+        self.phi_bias = nn.Buffer(phi_bias[dynamic_rows])
+        self.weight = nn.Buffer(conv.weight[rows].flatten(2).contiguous())
+        self.terms = nn.Buffer(torch.stack([conv.bias, layer.beta])[:, rows].contiguous())  # type: ignore[list-item]
+        self.gamma, self.numbers = nn.Buffer(layer.gamma[rows]), nn.Buffer(rows)
 
     def forward(
         self, values: Tensor, index: Tensor | None, pooled: Tensor | None, relu: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         values, index, pooled = (None if t is None else t.contiguous() for t in (values, index, pooled))  # type: ignore
         _, inputs, height, width = values.shape
-        outputs, rows, in_channels = self.static + self.places, len(self.numbers), self.weight.shape[1]
+        outputs = self.static + self.places
         maps = values.new_empty(1, outputs, (height - 1) // self.stride + 1, (width - 1) // self.stride + 1)
         kept, means = torch.empty(outputs, dtype=torch.int64), values.new_empty(1, outputs)
-        layer = _Layer(
-            *map(_address, (self.phi, self.phi_bias, self.weight, self.terms, self.gamma, self.numbers)),
-            in_channels, rows, self.static, len(self.phi_bias), self.places, self.side, self.stride,
+        layer = (ctypes.c_int64 * 13)(  # the struct Layer
+            *_addresses(self.phi, self.phi_bias, self.weight, self.terms, self.gamma, self.numbers),
+            self.weight.shape[1], len(self.numbers), self.static, len(self.phi_bias), self.places, self.side,
+            self.stride,
         )  # fmt: skip
-        _loaded().afds_gated_conv(
-            layer, *map(_address, (values, index, pooled)), inputs, height, width, relu, torch.get_num_threads(),
-            *map(_address, (maps, kept, means)),
+        _library().afds_gated_conv(
+            layer, *_addresses(values, index, pooled), inputs, height, width, relu, torch.get_num_threads(),
+            *_addresses(maps, kept, means),
         )  # fmt: skip
         return maps, kept, means
 
-    def extra_repr(self) -> str:
-        return f"{self.static + self.places} of {len(self.numbers)} living"
-
 
 def add_relu(stream: Tensor, values: Tensor, index: Tensor, means: Tensor | None) -> tuple[Tensor, Tensor]:
-    """relu(stream + values) of one image, in place, where the values are of some channels only.
+    """relu(stream + values) of one image, in place, where the values are of some channels only; needs `available`.
 
     Args:
         stream: the maps of all channels, (1, C, H, W); if they are not contiguous, a copy is changed.
@@ -166,15 +137,11 @@ def add_relu(stream: Tensor, values: Tensor, index: Tensor, means: Tensor | None
 
     Returns:
         The stream and its means.
-
-    Raises:
-        RuntimeError: if `available` says no.
     """
     stream, values, index, known = stream.contiguous(), values.contiguous(), index.contiguous(), means is not None
-    if means is None:
-        means = stream.new_empty(stream.shape[:2])
-    _loaded().afds_add_relu(
-        stream.data_ptr(), stream.shape[1], stream.shape[2] * stream.shape[3], values.data_ptr(), index.data_ptr(),
-        len(index), known, torch.get_num_threads(), means.data_ptr(),
+    means = stream.new_empty(stream.shape[:2]) if means is None else means
+    _library().afds_add_relu(
+        stream.data_ptr(), stream.shape[1], stream.shape[2] * stream.shape[3], *_addresses(values, index), len(index),
+        known, torch.get_num_threads(), means.data_ptr(),
     )  # fmt: skip
     return stream, means

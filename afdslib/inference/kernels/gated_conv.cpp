@@ -72,7 +72,8 @@ struct Scratch {
 };
 thread_local Scratch scratch;
 
-float* of_size(std::vector<float>& memory, int64_t size) {
+template <class T>
+T* of_size(std::vector<T>& memory, int64_t size) {
     if (int64_t(memory.size()) < size) memory.resize(size);
     return memory.data();
 }
@@ -97,7 +98,8 @@ struct Layer {
 //   out: (statics + places, down * across), where a side of the result is (side of the map - 1) / stride + 1; kept:
 //   their channel numbers, by ascending row; means: of `out` over positions.
 void afds_gated_conv(const Layer* layer, const float* x, const int64_t* index, const float* pooled, int64_t inputs,
-                     int64_t height, int64_t width, int relu, int threads, float* out, int64_t* kept, float* means) {
+                     int64_t height, int64_t width, int64_t relu, int64_t threads, float* out, int64_t* kept,
+                     float* means) {
     const Layer& l = *layer;
     const int64_t taps = l.side * l.side, edge = l.side / 2, stride = l.stride;
     const int64_t steps = inputs * taps, outputs = l.statics + l.places;
@@ -117,20 +119,17 @@ void afds_gated_conv(const Layer* layer, const float* x, const int64_t* index, c
     const int64_t panels = apart ? even : fewest, tall = (outputs + panels - 1) / panels;
     const int64_t blocks = (positions + BLOCK - 1) / BLOCK;
 
-    float* gates = of_size(scratch.gates, 2 * l.dynamic);
+    float *gates = of_size(scratch.gates, 2 * l.dynamic), *starts = of_size(scratch.starts, panels * PANEL);
     float* packed = of_size(scratch.panels, (apart ? threads : panels) * steps * PANEL);
-    float* starts = of_size(scratch.starts, panels * PANEL);
     // Tiles read past the end of the last channels, which are therefore copied in any case.
     const int64_t tail = std::min(inputs, (LANES + area - 1) / area);
     float* copied = of_size(scratch.inputs, (direct ? tail * area : inputs * padded) + BLOCK);
     float* sums = of_size(scratch.sums, panels * blocks * PANEL);
-    if (int64_t(scratch.offsets.size()) < steps) scratch.offsets.resize(steps);
-    if (int64_t(scratch.keys.size()) < l.dynamic) scratch.keys.resize(l.dynamic);
-    if (int64_t(scratch.local.size()) < outputs) scratch.local.resize(outputs);
-    int64_t *offsets = scratch.offsets.data(), *local = scratch.local.data();
-    uint64_t* keys = scratch.keys.data();
+    int64_t *offsets = of_size(scratch.offsets, steps), *local = of_size(scratch.local, outputs);
+    uint64_t* keys = of_size(scratch.keys, l.dynamic);
     const float* source = direct ? x : copied;
 
+    const auto channel = [&](int64_t i) { return index ? index[i] : i; };
     const auto pack = [&](int64_t panel, float* to) {
         const int64_t top = panel * tall, rows = std::min(tall, outputs - top);
         if (rows <= 0) return;  // what a multiple of the threads leaves over
@@ -149,7 +148,7 @@ void afds_gated_conv(const Layer* layer, const float* x, const int64_t* index, c
                 fetch(l.weight + local[next] * l.in_channels * taps, l.in_channels * taps);
         }
         for (int64_t i = 0; i < inputs; ++i) {
-            const int64_t at = (index ? index[i] : i) * taps;
+            const int64_t at = channel(i) * taps;
             for (int64_t t = 0; t < taps; ++t, to += PANEL)
                 for (int64_t r = 0; r < PANEL; ++r) to[r] = etas[r] * filters[r][at + t];
         }
@@ -188,24 +187,19 @@ void afds_gated_conv(const Layer* layer, const float* x, const int64_t* index, c
             // Part by part, for long sums of small numbers round more: selections at their edge would differ.
             float* part = gates + l.dynamic;
             for (int64_t begin = 0; begin < inputs; begin += PART) {
-                const int64_t end = std::min(begin + PART, inputs);
                 std::fill(part + first, part + last, 0.0f);
-                int64_t i = begin;
-                for (; i + ROWS <= end; i += ROWS) {
-                    const float *rows[ROWS], *by = pooled + i;
+                for (int64_t i = begin; i < std::min(begin + PART, inputs); i += ROWS) {
+                    const float* rows[ROWS];
+                    float by[ROWS];
                     for (int64_t r = 0; r < ROWS; ++r) {
-                        const int64_t ahead = i + r + ROWS;
-                        rows[r] = l.phi + (index ? index[i + r] : i + r) * l.dynamic;
-                        if (ahead < inputs)
-                            fetch(l.phi + (index ? index[ahead] : ahead) * l.dynamic + first, last - first);
+                        rows[r] = l.phi + channel(std::min(i + r, inputs - 1)) * l.dynamic;
+                        by[r] = i + r < inputs ? pooled[i + r] : 0;
+                        if (i + r + ROWS < inputs)
+                            fetch(l.phi + channel(i + r + ROWS) * l.dynamic + first, last - first);
                     }
                     for (int64_t d = first; d < last; ++d)
                         part[d] +=
                             (by[0] * rows[0][d] + by[1] * rows[1][d]) + (by[2] * rows[2][d] + by[3] * rows[3][d]);
-                }
-                for (; i < end; ++i) {
-                    const float* row = l.phi + (index ? index[i] : i) * l.dynamic;
-                    for (int64_t d = first; d < last; ++d) part[d] += pooled[i] * row[d];
                 }
                 for (int64_t d = first; d < last; ++d) gates[d] += part[d];
             }
@@ -225,11 +219,10 @@ void afds_gated_conv(const Layer* layer, const float* x, const int64_t* index, c
                         const int64_t c = (edge - px + stride - 1) / stride * (edge > px);
                         const int64_t begin = c * stride + px - edge;
                         const int64_t end = std::min(line, c + (width - begin + stride - 1) / stride);
-                        if (stride == 1) {
+                        if (stride == 1)
                             std::copy_n(from + y * width, width, at + c);
-                        } else {
+                        else
                             for (int64_t k = c; k < end; ++k) at[k] = from[y * width + begin + (k - c) * stride];
-                        }
                     }
                 }
             }
@@ -252,14 +245,11 @@ void afds_gated_conv(const Layer* layer, const float* x, const int64_t* index, c
         {
             int64_t* chosen = local;
             for (int64_t i = 0; i < l.statics; ++i) *chosen++ = i;
-            if (l.places < l.dynamic) {
-                for (int64_t d = 0; d < l.dynamic; ++d) keys[d] = key(gates[d], d);
-                std::nth_element(keys, keys + l.places, keys + l.dynamic, std::greater<uint64_t>());
-                for (int64_t p = 0; p < l.places; ++p) chosen[p] = l.statics + uint32_t(~uint32_t(keys[p]));
-                std::sort(chosen, chosen + l.places);
-            } else {
-                for (int64_t p = 0; p < l.places; ++p) chosen[p] = l.statics + p;
-            }
+            const bool all = l.places == l.dynamic;
+            for (int64_t d = 0; d < l.dynamic && !all; ++d) keys[d] = key(gates[d], d);
+            if (!all) std::nth_element(keys, keys + l.places, keys + l.dynamic, std::greater<uint64_t>());
+            for (int64_t p = 0; p < l.places; ++p) chosen[p] = l.statics + (all ? p : uint32_t(~uint32_t(keys[p])));
+            if (!all) std::sort(chosen, chosen + l.places);
             for (int64_t o = 0; o < outputs; ++o) kept[o] = l.numbers[local[o]];
         }
         if (apart) {
@@ -291,7 +281,7 @@ void afds_gated_conv(const Layer* layer, const float* x, const int64_t* index, c
 //   stream: (channels, area), changed; values: (count, area); index: (count) channel numbers.
 //   means: (channels), of the stream, changed. Unless `known`, they are not known yet, nor is the stream's ReLU taken.
 void afds_add_relu(float* stream, int64_t channels, int64_t area, const float* values, const int64_t* index,
-                   int64_t count, int known, int threads, float* means) {
+                   int64_t count, int64_t known, int64_t threads, float* means) {
     const auto finish = [&](int64_t channel, const float* more) {
         float* row = stream + channel * area;
         if (more)
