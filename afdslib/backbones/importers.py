@@ -1,19 +1,18 @@
 """The public weight files of attention transfer: flat dictionaries with the batch norms folded away. [code]
 
 - `resnet-34-export.pth` (the teacher): a post-activation ResNet whose batch norms are in the convolutions' biases:
-  `group{g}.block{b}.conv{i}.weight` and `.bias`, `conv_dim` for the shortcut. The training code adds the shortcut
-  without its bias, the export's own notebook with it; the notebook's sum is the network that was trained, so that is
-  what is built here.
+  `group{g}.block{b}.conv{i}.weight` and `.bias`, `conv_dim` for the shortcut. Its bias is added, as in the export's own
+  notebook and unlike in the training code.
 - `resnet-18-at-export.pth` (the student trained with attention transfer): a pre-activation ResNet,
   `group{g}.block{b}.conv{i}` without biases, and `affine{i}.a` and `.b`, what a batch norm in eval mode comes to.
 
-Both become ordinary networks of this project with batch norms (mean 0, variance 1 - eps) that compute the same in eval
-mode. In train mode they would normalise by the batch, which is another function: these are teachers and things to look
-at, not starting points for fine-tuning (their authors say so too).
+Both become networks with batch norms (mean 0, variance 1 - eps) that compute the same in eval mode. In train mode they
+would normalise by the batch: these are teachers, not starting points for fine-tuning (their authors say so too).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -26,50 +25,38 @@ from afdslib.backbones.registry import build
 from afdslib.backbones.resnet import LAYOUTS
 from afdslib.base.errors import AFDSError
 
-__all__ = ["import_export", "load_export"]
+__all__ = ["load_export"]
 
 _URL = "https://s3.amazonaws.com/modelzoo-networks"
 _GROUPS = range(4)
 
 
 def load_export(path: str | Path) -> nn.Module:
-    """Reads `resnet-34-export.pth`, `resnet-18-at-export.pth` or a file of the same form.
-
-    Returns:
-        The network, in eval mode, with `architecture`.
+    """The network in `resnet-34-export.pth`, `resnet-18-at-export.pth` or a file of the same form, in eval mode.
 
     Raises:
         AFDSError: no such file, a file of the older .hkl form, damaged, or missing and foreign names.
     """
     if Path(path).suffix == ".hkl":
         raise AFDSError(f"{path} is a Hickle file, which is not read here; take the .pth of the same name from {_URL}.")
-    return import_export(read_state(path), source=str(path))
-
-
-def import_export(state: Mapping[str, Tensor], *, source: str = "The state dict") -> nn.Module:
-    """The network of a flat dictionary; see `load_export`."""
+    state = read_state(path)
     preact = any(".affine" in name or name.startswith("affine") for name in state)
     if preact:  # the convolutions may carry the suffix that the other file's have
         state = {n.removesuffix(".weight") if ".conv" in f".{n}" else n: v for n, v in state.items()}
     suffix = "" if preact else ".weight"
-    blocks = tuple(sum(_is_first_conv(name, g, suffix) for name in state) for g in _GROUPS)
+    blocks = tuple(sum(bool(re.fullmatch(rf"group{g}\.block[^.]*\.conv0{suffix}", n)) for n in state) for g in _GROUPS)
     layouts = PREACT_LAYOUTS if preact else {n: LAYOUTS[n][1] for n in ("resnet18", "resnet34")}
     names = [name for name, layout in layouts.items() if layout == blocks]
     if not names or f"conv0{suffix}" not in state or "fc.weight" not in state:
         raise AFDSError(
-            f"{source} is none of the exports: it holds {'-'.join(map(str, blocks))} blocks of the form "
+            f"{path} is none of the exports: it holds {'-'.join(map(str, blocks))} blocks of the form "
             f"group0.block0.conv0{suffix} where a ResNet-18 has 2-2-2-2 and a ResNet-34 3-4-6-3, or lacks "
             f"conv0{suffix} or fc.weight; fetch resnet-34-export.pth or resnet-18-at-export.pth from {_URL}."
         )
     width = state[f"conv0{suffix}"].shape[0] / 64
     model = build(names[0], state["fc.weight"].shape[0], width=width)
-    load_state(model, _translated(model, state, preact=preact, source=source), source=source)
+    load_state(model, _translated(model, state, preact=preact, source=str(path)), source=str(path))
     return model.eval()
-
-
-def _is_first_conv(name: str, group: int, suffix: str) -> bool:
-    parts = name.split(".block")
-    return parts[0] == f"group{group}" and len(parts) == 2 and parts[1].split(".", 1)[1:] == [f"conv0{suffix}"]
 
 
 def _translated(model: nn.Module, state: Mapping[str, Tensor], *, preact: bool, source: str) -> dict[str, Tensor]:
@@ -79,12 +66,11 @@ def _translated(model: nn.Module, state: Mapping[str, Tensor], *, preact: bool, 
     translated = {ours: state[theirs] for ours, theirs in pairs.items()}
     for name, module in model.named_modules():
         if isinstance(module, nn.BatchNorm2d):
-            translated[f"{name}.running_mean"] = torch.zeros_like(module.running_mean)  # type: ignore[arg-type]
-            # So that the square root of variance + eps is 1.
-            translated[f"{name}.running_var"] = torch.full_like(module.running_var, 1 - module.eps)  # type: ignore[arg-type]
-            translated[f"{name}.num_batches_tracked"] = torch.zeros_like(module.num_batches_tracked)  # type: ignore[arg-type]
+            zeros = torch.zeros(module.num_features)
+            translated[f"{name}.running_mean"] = zeros
+            translated[f"{name}.running_var"] = zeros + (1 - module.eps)  # the square root of variance + eps is 1
             if not preact:
-                translated[f"{name}.weight"] = torch.ones_like(module.weight)
+                translated[f"{name}.weight"] = zeros + 1
     return translated
 
 

@@ -1,26 +1,9 @@
 """Inception-BN, the student of neuron selectivity transfer.
 
-Ioffe, Szegedy, "Batch Normalization", arXiv 1502.03167, with the channels of the public NST code [code]:
-
-    layer    output at 224   1x1   3x3 reduce -> 3x3   double 3x3 reduce -> 3x3 -> 3x3   pool -> projection
-    conv1    112x112x64      7x7 stride 2
-    pool1    55x55x64        max 3x3 stride 2
-    conv2    55x55x192       1x1 to 64, then 3x3
-    pool2    27x27x192       max 3x3 stride 2
-    in3a     27x27x256       64    64 -> 64            64 -> 96 -> 96                    avg -> 32
-    in3b     27x27x320       64    64 -> 96            64 -> 96 -> 96                    avg -> 64
-    in3c     14x14x576             128 -> 160 /2       64 -> 96 -> 96 /2                 max /2
-    in4a     14x14x576       224   64 -> 96            96 -> 128 -> 128                  avg -> 128
-    in4b     14x14x576       192   96 -> 128           96 -> 128 -> 128                  avg -> 128
-    in4c     14x14x608       160   128 -> 160          128 -> 160 -> 160                 avg -> 128
-    in4d     14x14x608       96    128 -> 192          160 -> 192 -> 192                 avg -> 128
-    in4e     7x7x1056              128 -> 192 /2       192 -> 256 -> 256 /2              max /2
-    in5a     7x7x1024        352   192 -> 320          160 -> 224 -> 224                 avg -> 128
-    in5b     7x7x1024        352   192 -> 320          192 -> 224 -> 224                 max -> 128
-
-Every convolution is followed by batch norm (eps 2e-5) and ReLU. The biases that the code's convolutions carry are left
-out: the batch norm behind them cancels them. The network opens with a batch norm on its raw input, whose scale stays 1
-(`fix_gamma`), so that it needs no mean and deviation of the data. [code]
+Ioffe, Szegedy, "Batch Normalization", arXiv 1502.03167, with the channels of the public NST code. Every convolution is
+followed by batch norm (eps 2e-5) and ReLU. The biases that the code's convolutions carry are left out: the batch norm
+behind them cancels them. The network opens with a batch norm on its raw input, whose scale stays 1 (`fix_gamma`), so
+that it needs no mean and deviation of the data. [code]
 """
 
 from __future__ import annotations
@@ -30,28 +13,23 @@ from torch import Tensor, nn
 
 from afdslib.backbones.resnet import scaled
 
-__all__ = ["ConvBN", "Inception", "InceptionBN", "inception_bn"]
+__all__ = ["ConvBN", "Inception", "InceptionBN"]
 
 EPS = 2e-5
 
 # name: (1x1, 3x3 reduce, 3x3, double 3x3 reduce, double 3x3, pool, projection); the two without 1x1 have stride 2.
 BLOCKS: dict[str, tuple[int, int, int, int, int, str, int]] = {
-    "in3a": (64, 64, 64, 64, 96, "avg", 32),
-    "in3b": (64, 64, 96, 64, 96, "avg", 64),
-    "in3c": (0, 128, 160, 64, 96, "max", 0),
+    "in3a": (64, 64, 64, 64, 96, "avg", 32),  # at 224 px: 256 channels of 27x27
+    "in3b": (64, 64, 96, 64, 96, "avg", 64),  # 320
+    "in3c": (0, 128, 160, 64, 96, "max", 0),  # 576 of 14x14
     "in4a": (224, 64, 96, 96, 128, "avg", 128),
     "in4b": (192, 96, 128, 96, 128, "avg", 128),
-    "in4c": (160, 128, 160, 128, 160, "avg", 128),
+    "in4c": (160, 128, 160, 128, 160, "avg", 128),  # 608
     "in4d": (96, 128, 192, 160, 192, "avg", 128),
-    "in4e": (0, 128, 192, 192, 256, "max", 0),
-    "in5a": (352, 192, 320, 160, 224, "avg", 128),
+    "in4e": (0, 128, 192, 192, 256, "max", 0),  # 1056 of 7x7
+    "in5a": (352, 192, 320, 160, 224, "avg", 128),  # 1024
     "in5b": (352, 192, 320, 192, 224, "max", 128),
 }
-
-
-def _scaled(channels: int | str, width: float) -> int:
-    """`scaled`, with 0 for a branch that is not there."""
-    return scaled(int(channels), width) if channels else 0
 
 
 class ConvBN(nn.Sequential):
@@ -66,21 +44,18 @@ class ConvBN(nn.Sequential):
 
 
 class Inception(nn.Module):
-    """Four branches, or three that halve the map, concatenated.
+    """Four branches, or three that halve the map, concatenated: (B, inputs, H, W) -> (B, outputs, H', W').
 
-    The ReLUs that end the branches are one ReLU on their concatenation, the same function, so that `before_relu` is a
-    named place to tap: the batch norms' outputs, side by side. (The max pool of a halving block passes through it too;
-    its input is no longer negative anyway.)
-
-    Shape:
-        (B, inputs, H, W) -> (B, outputs, H, W), or (B, outputs, ceil(H/2), ceil(W/2)) for a halving block.
+    The ReLUs that end the branches are one ReLU on their concatenation, the same function (the max pool's input is not
+    negative), so that `before_relu` is a named place to tap: the batch norms' outputs, side by side.
     """
 
     def __init__(self, inputs: int, spec: tuple[int, int, int, int, int, str, int], width: float) -> None:
         super().__init__()
         *counts, pool, last = spec
-        one, reduce3, three, reduce_double, double = (_scaled(n, width) for n in counts)
-        projection = _scaled(last, width)
+        one, reduce3, three, reduce_double, double, projection = (
+            scaled(int(n), width) if n else 0 for n in (*counts, last)
+        )
         stride = 1 if one else 2
         self.branch_1x1 = ConvBN(inputs, one, 1, relu=False) if one else None
         self.branch_3x3 = nn.Sequential(ConvBN(inputs, reduce3, 1), ConvBN(reduce3, three, 3, stride, relu=False))
@@ -103,16 +78,14 @@ class Inception(nn.Module):
 
 
 class InceptionBN(nn.Module):
-    """Inception-BN; see the module's table.
+    """Inception-BN: (B, 3, H, W), raw or normalised -> (B, num_classes).
+
+    Taps: `in3a` to `in5b` (after the ReLU) and `in5b.before_relu`, where the code takes the student's feature.
 
     Args:
         num_classes: Outputs of the classifier.
-        stem: "imagenet" as in the table; "cifar" has a 3x3 stride-1 `conv1` and no `pool1`, so that 32 px end at 4x4.
+        stem: "imagenet"; "cifar" has a 3x3 stride-1 `conv1` and no `pool1`, so that 32 px end at 4x4.
         width: Factor on every channel count.
-
-    Shape:
-        input (B, 3, H, W), raw or normalised; output (B, num_classes). Taps: `in3a` to `in5b` (after the ReLU) and
-        `in5b.before_relu`, where the code takes the student's feature.
     """
 
     def __init__(self, num_classes: int, *, stem: str = "imagenet", width: float = 1.0) -> None:
@@ -142,8 +115,3 @@ class InceptionBN(nn.Module):
         for name in BLOCKS:
             x = getattr(self, name)(x)
         return self.fc(torch.flatten(self.avgpool(x), 1))
-
-
-def inception_bn(num_classes: int, *, stem: str = "imagenet", width: float = 1.0) -> InceptionBN:
-    """Inception-BN with random weights."""
-    return InceptionBN(num_classes, stem=stem, width=width)

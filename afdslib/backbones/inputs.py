@@ -1,14 +1,13 @@
 """What each backbone expects its images to be: the mean and deviation they are normalised by, or none.
 
-Two networks that see one batch, a student and its teacher, may expect two things; `expect` puts the conversion into the
-second network, so that one batch, augmented once, serves both. A network that was trained on other images than
-torchvision's says so in its `architecture`, and with it in its file.
+A student and its teacher may expect two things; `expect` puts the conversion into the second network, so that one
+batch serves both. A network that was trained on other images than torchvision's says so in its `architecture`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
@@ -27,21 +26,19 @@ class InputStatistics:
     deviation: tuple[float, float, float]
 
 
-# torchvision's weights: 0.485, 0.456, 0.406 and 0.229, 0.224, 0.225 of values from 0 to 1.
-IMAGENET = InputStatistics((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
-# The values as they are: Inception-BN opens with a batch norm of its own. [code]
+IMAGENET = InputStatistics((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))  # torchvision's weights
 RAW = InputStatistics((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-# The modified ResNet-50 of neuron selectivity transfer, as its README gives them. [code]
-SENET = InputStatistics((123.68, 116.28, 103.53), (58.395, 57.12, 57.375))
-# EfficientNet-Lite's files. [code]
-LITE = InputStatistics((127.0, 127.0, 127.0), (128.0, 128.0, 128.0))
-
-_OTHERS = {"inception_bn": RAW, "resnet50_senet": SENET}
+_OTHERS = {
+    "inception_bn": RAW,  # opens with a batch norm of its own [code]
+    "resnet50_senet": InputStatistics((123.68, 116.28, 103.53), (58.395, 57.12, 57.375)),  # its README [code]
+}
 
 
 def input_statistics(name: str) -> InputStatistics:
     """What the recipe of the backbone of that name feeds it; torchvision's statistics for most."""
-    return LITE if name.startswith("efficientnet_lite") else _OTHERS.get(name, IMAGENET)
+    if name.startswith("efficientnet_lite"):
+        return InputStatistics((127.0, 127.0, 127.0), (128.0, 128.0, 128.0))  # of its files [code]
+    return _OTHERS.get(name, IMAGENET)
 
 
 def set_input(model: nn.Module, statistics: InputStatistics) -> None:
@@ -53,11 +50,7 @@ def set_input(model: nn.Module, statistics: InputStatistics) -> None:
 
 
 def input_of(model: nn.Module) -> InputStatistics:
-    """What a network was trained on, as its `architecture` says.
-
-    Raises:
-        AFDSError: it says something that makes no sense.
-    """
+    """What a network was trained on, as its `architecture` says; an AFDSError if that makes no sense."""
     architecture = getattr(model, "architecture", None)
     said = architecture.get("input") if isinstance(architecture, dict) else None
     if said is None:
@@ -75,9 +68,9 @@ class _Conversion:
     """A forward pre-hook: from one normalisation to another. It holds numbers only, so it goes with a model's copy."""
 
     def __init__(self, given: InputStatistics, wanted: InputStatistics) -> None:
-        pairs = list(zip(given.mean, given.deviation, wanted.mean, wanted.deviation, strict=True))
-        self.scale = [d / other for _, d, _, other in pairs]
-        self.shift = [(m - mean) / other for m, _, mean, other in pairs]
+        self.scale = [d / other for d, other in zip(given.deviation, wanted.deviation, strict=True)]
+        means = zip(given.mean, wanted.mean, wanted.deviation, strict=True)
+        self.shift = [(m - mean) / deviation for m, mean, deviation in means]
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         images, *rest = args
@@ -86,15 +79,9 @@ class _Conversion:
 
 
 def expect(model: nn.Module, given: InputStatistics, wanted: InputStatistics) -> nn.Module:
-    """Lets a network that expects `wanted` be fed images normalised by `given`.
+    """The network, which expects images normalised by `wanted`, takes them normalised by `given` from now on.
 
-    Args:
-        model: changed in place, by a hook that goes with its copies and is no part of its state dict.
-        given: how the images are normalised.
-        wanted: how the network expects them.
-
-    Returns:
-        The model.
+    It is changed by a hook that goes with its copies and is no part of its state dict.
     """
     if given != wanted:
         model.register_forward_pre_hook(_Conversion(given, wanted))
@@ -133,9 +120,5 @@ def see_at(model: nn.Module, side: int) -> nn.Module:
 def fed(model: nn.Module, given: InputStatistics) -> Iterator[None]:
     """Inside the block a network takes images normalised by `given`, whatever its `input_of` is."""
     wanted = input_of(model)
-    handle = None if given == wanted else model.register_forward_pre_hook(_Conversion(given, wanted))
-    try:
+    with model.register_forward_pre_hook(_Conversion(given, wanted)) if given != wanted else nullcontext():
         yield
-    finally:
-        if handle is not None:
-            handle.remove()

@@ -25,7 +25,6 @@ from afdslib.base.errors import AFDSError
 
 __all__ = ["architecture", "few", "imagenet_state", "load_file", "load_state", "read_state"]
 
-_SUFFIXES = (".safetensors", ".pt", ".pth", ".tar", ".ckpt")
 # Under which training programs keep a state dict, and its moving average.
 _HOLDERS = (
     "state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights", "params", "module",
@@ -34,10 +33,6 @@ _HOLDERS = (
 )  # fmt: skip
 # Parts of names: of DataParallel and DistributedDataParallel, torch.compile, FSDP and checkpointing.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-# What thop leaves in a network, and the counter of torch's AveragedModel.
-_LEFTOVERS = {"total_ops", "total_params", "n_averaged"}
-# Values beside the tensors that say nothing of the weights.
-_NOTES = (bool, int, float, str, type(None))
 # Plain data of training programs that torch does not unpickle by itself: options, and numpy's numbers.
 _SCALAR = np._core.multiarray.scalar  # type: ignore[attr-defined]
 _PLAIN = [
@@ -53,11 +48,7 @@ def few(names: Iterable[str], limit: int = 3) -> str:
 
 
 def imagenet_file(name: str) -> tuple[Path, str]:
-    """Where torchvision's IMAGENET1K_V1 file of a network belongs on this machine, and where it is fetched from.
-
-    Raises:
-        AFDSError: there are no such weights.
-    """
+    """Where torchvision's IMAGENET1K_V1 file of a network belongs, and its address; an AFDSError if it has none."""
     try:
         url = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].url
     except (ValueError, KeyError):
@@ -72,34 +63,24 @@ def imagenet_state(name: str) -> dict[str, torch.Tensor]:
         AFDSError: there are no such weights, the file cannot be downloaded, or its checksum is wrong.
     """
     file, url = imagenet_file(name)
-    folder = file.parent
+    prefix = file.stem.rsplit("-", 1)[1]  # of the sha256, which torchvision writes into the name
     if not file.exists():
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(file), hash_prefix=_hash_prefix(file), progress=sys.stderr.isatty())
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(file), hash_prefix=prefix, progress=sys.stderr.isatty())
         except (URLError, OSError, RuntimeError) as error:
-            reason = getattr(error, "reason", None) or error
             raise AFDSError(
-                f"The ImageNet weights of {name} could not be downloaded ({reason}): fetch {file.name} from "
-                f"{url} and put it in {folder}."
+                f"The ImageNet weights of {name} could not be downloaded ({getattr(error, 'reason', None) or error}): "
+                f"fetch {file.name} from {url} and put it in {file.parent}."
             ) from error
-    _verify(file, url)
-    return read_state(file)
-
-
-def _hash_prefix(file: Path) -> str:
-    """torchvision writes the first 8 hex digits of the sha256 into the name: resnet50-0676ba61.pth."""
-    return file.stem.rsplit("-", 1)[1]
-
-
-def _verify(file: Path, url: str) -> None:
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    if not digest.startswith(_hash_prefix(file)):
+    if not digest.startswith(prefix):
         raise AFDSError(
-            f"{file} has the sha256 {digest[:8]}... where its name says {_hash_prefix(file)}: delete it and fetch it "
-            f"again from {url}."
+            f"{file} has the sha256 {digest[:8]}... where its name says {prefix}: delete it and fetch it again from "
+            f"{url}."
         )
+    return read_state(file)
 
 
 def architecture(path: str | Path) -> dict[str, Any] | None:
@@ -123,13 +104,9 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise AFDSError(
-            f"There is no weight file {path}; give weights=None, 'imagenet' or the path of an existing file."
-        )
-    if path.suffix not in _SUFFIXES:
-        raise AFDSError(
-            f"{path} is not a weight file this project reads: use .safetensors, .pt or .pth (or .pth.tar, .ckpt)."
-        )
+        raise AFDSError(f"There is no weight file {path}; give weights=None, 'imagenet' or the path of a file.")
+    if path.suffix not in (".safetensors", ".pt", ".pth", ".tar", ".ckpt"):
+        raise AFDSError(f"{path} is not a weight file this project reads (.safetensors, .pt, .pth, .pth.tar, .ckpt)")
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(str(path))
@@ -139,28 +116,25 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
         safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError,
         AttributeError, TypeError,
     ) as error:  # fmt: skip
-        unsafe = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if unsafe:
-            raise AFDSError(
-                f"{path} is not a readable weight file: it pickles {unsafe[1]}, which is not unpickled here; save "
-                f"model.state_dict() alone."
-            ) from error
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise AFDSError(f"{path} is not a readable weight file ({reason[:120]}): fetch or write it again.") from error
-    found = dict(_state_dicts(content))
-    if len(found) > 1 and not _equal(list(found.values())):
-        raise AFDSError(
-            f"{path} holds {len(found)} networks, {' and '.join(found)}: save the one you mean alone, as in "
-            f"torch.save(torch.load(path)[{list(found)[0].split('.')[0]!r}], 'one.pth')."
-        )
-    if not found:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        why = f" ({reason}): fetch or write it again."
+        if unsafe := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            why = f": it pickles {unsafe[1]}, which is not unpickled here; save model.state_dict() alone."
+        raise AFDSError(f"{path} is not a readable weight file{why}") from error
+    states = dict(_state_dicts(content))
+    if not states:
         held = f"a {type(content).__name__}"
         if isinstance(content, Mapping):
             held = few(map(str, content)) if content else "nothing"
+        raise AFDSError(f"{path} holds no state dict (names to tensors) but {held}: save model.state_dict() alone.")
+    first, *others = ({_bare(n): v for n, v in state.items()} for state in states.values())
+    # An average that was not updated yet is the same network.
+    if any(o.keys() != first.keys() or not all(torch.equal(v, first[n]) for n, v in o.items()) for o in others):
         raise AFDSError(
-            f"{path} does not hold a state dict (names to tensors) but {held}: save model.state_dict() alone."
+            f"{path} holds {len(states)} networks, {' and '.join(states)}: save the one you mean alone, as in "
+            f"torch.save(torch.load(path)[{list(states)[0].split('.')[0]!r}], 'one.pth')."
         )
-    return dict(next(iter(found.values())))
+    return next(iter(states.values()))
 
 
 def _state_dicts(content: Any, where: str = "") -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
@@ -171,16 +145,9 @@ def _state_dicts(content: Any, where: str = "") -> Iterator[tuple[str, dict[str,
     for key in held:
         yield from _state_dicts(content[key], f"{where}.{key}".strip("."))
     tensors = {n: v for n, v in content.items() if isinstance(n, str) and isinstance(v, torch.Tensor)}
-    if tensors and not held and all(isinstance(v, _NOTES) for n, v in content.items() if n not in tensors):
+    notes = [v for n, v in content.items() if n not in tensors]  # they say nothing of the weights
+    if tensors and not held and all(isinstance(v, (bool, int, float, str, type(None))) for v in notes):
         yield where, tensors
-
-
-def _equal(states: list[dict[str, torch.Tensor]]) -> bool:
-    """Whether all hold the same values, as an average that was not updated yet."""
-    own = [{_bare(n): v for n, v in state.items()} for state in states]
-    return all(
-        other.keys() == own[0].keys() and all(torch.equal(v, own[0][n]) for n, v in other.items()) for other in own
-    )
 
 
 def _bare(name: str) -> str:
@@ -191,11 +158,12 @@ def _bare(name: str) -> str:
 def _fitted(own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
     """A state dict under a network's own names: without wrappers' parts, one common prefix and profilers' leftovers.
 
-    Files from before torch 0.4.1 have no counters of batches, which only a batch norm without momentum reads; they
-    start at 0.
+    Counters of batches, which files from before torch 0.4.1 lack, start at 0.
     """
     if own.keys() != state.keys():
-        used = {n: v for n, v in state.items() if n.rpartition(".")[2] not in _LEFTOVERS}
+        # What thop leaves in a network, and the counter of torch's AveragedModel.
+        leftovers = ("total_ops", "total_params", "n_averaged")
+        used = {n: v for n, v in state.items() if n.rpartition(".")[2] not in leftovers}
         bare = {_bare(n): v for n, v in used.items()}
         if len(bare) < len(used):
             raise AFDSError(f"{source} holds parameters with and without a wrapper's name: save one network alone.")
@@ -218,29 +186,28 @@ def load_state(
     """Copies a state dict into a model; nothing is copied unless everything fits.
 
     Args:
-        model: The network, changed in place.
-        state: Names to tensors; with the prefixes of DataParallel, torch.compile, averages or Lightning, too.
-        source: Where the state is from, for the sentence.
-        classifier: Name of the last linear layer; if the file has another number of classes there (and nothing else
-            differs), that layer alone keeps the model's own values.
+        model: changed in place.
+        state: names to tensors; with the prefixes of DataParallel, torch.compile, averages or Lightning, too.
+        source: where the state is from, for the sentence.
+        classifier: name of the last linear layer, which keeps the model's own values where the file has another number
+            of classes.
 
     Raises:
         AFDSError: missing or foreign names, names of two networks, or another shape.
     """
     own = model.state_dict()
     state = _fitted(own, state, source)
-    if classifier is not None and _other_classes(own, state, classifier):
-        for name in (f"{classifier}.weight", f"{classifier}.bias"):
-            if name in own and name in state:
-                state[name] = own[name]
+    weight, bias = f"{classifier}.weight", f"{classifier}.bias"
+    if weight in own and weight in state:
+        (classes, *inputs), (given, *given_inputs) = own[weight].shape, state[weight].shape or (0,)
+        if classes != given and inputs == given_inputs:
+            state.update({name: own[name] for name in (weight, bias) if name in own and name in state})
     refuse_other_names(own, state, f"{source} %s: these are weights of another network, give the matching name.")
-    wrong = {n for n in own if own[n].shape != state[n].shape}
-    if wrong:
-        first = min(wrong, key=list(own).index)
+    if wrong := [n for n in own if own[n].shape != state[n].shape]:
+        first, differ = wrong[0], f" ({len(wrong)} tensors differ)" if len(wrong) > 1 else ""
         raise AFDSError(
             f"{source} has the shape {tuple(state[first].shape)} for {first} where this network has "
-            f"{tuple(own[first].shape)}{f' ({len(wrong)} tensors differ)' if len(wrong) > 1 else ''}: check name, "
-            f"stem, width and number of classes."
+            f"{tuple(own[first].shape)}{differ}: check name, stem, width and number of classes."
         )
     model.load_state_dict(state)
 
@@ -254,19 +221,10 @@ def refuse_other_names(wanted: Iterable[str], given: Iterable[str], sentence: st
         raise AFDSError(sentence.replace("%s", " and ".join(parts)))
 
 
-def _other_classes(own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], classifier: str) -> bool:
-    weight = f"{classifier}.weight"
-    return (
-        weight in own
-        and weight in state
-        and state[weight].shape[:1] != own[weight].shape[:1]
-        and state[weight].shape[1:] == own[weight].shape[1:]
-    )
-
-
 def load_file(model: nn.Module, path: str | Path, *, classifier: str | None = None) -> None:
     """`read_state` and `load_state` in one step."""
-    known = architecture(path)
-    form = "" if known is None else f" (a {known['name']} of width {known.get('width', 1):g}"
-    form += " with gates)" if known and known.get("gates") else ")" if form else ""
+    form = ""
+    if known := architecture(path):
+        gates = " with gates" if known.get("gates") else ""
+        form = f" (a {known['name']} of width {known.get('width', 1):g}{gates})"
     load_state(model, read_state(path), source=f"{path}{form}", classifier=classifier)

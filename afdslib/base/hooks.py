@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -26,8 +28,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 def kept(modules: Mapping[str, nn.Module], *, inputs: bool = False, graph: bool = False) -> Iterator[dict[str, Tensor]]:
     """Keeps a copy of what modules give in each forward pass inside the block; the last pass overwrites the others.
 
-    Copies, since what follows a layer may work in place (torchvision's ReLU, and its residual add into the last batch
-    norm's output): the kept tensor would be that of another layer.
+    Copies, since what follows a layer may work in place, as torchvision's ReLU and residual add do.
 
     Args:
         modules: by the name under which each tensor is kept, in the order in which the layers are called.
@@ -37,21 +38,12 @@ def kept(modules: Mapping[str, nn.Module], *, inputs: bool = False, graph: bool 
     """
     tensors: dict[str, Tensor] = {}
 
-    def output_hook(name: str):
-        def record(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-            tensors[name] = output if graph else output.clone()
-            return output.clone() if graph else None
-
-        return record
-
-    def input_hook(name: str):
-        def record(module: nn.Module, args: tuple) -> None:
-            tensors[name] = args[0].clone()
-
-        return record
+    def keep(name: str, module: nn.Module, args: tuple, output: Any = None) -> Tensor | None:
+        tensors[name] = output if graph else args[0].clone() if inputs else output.clone()
+        return output.clone() if graph else None
 
     with ExitStack() as stack:
         for name, module in modules.items():
             register = module.register_forward_pre_hook if inputs else module.register_forward_hook
-            stack.enter_context(register((input_hook if inputs else output_hook)(name)))
+            stack.enter_context(register(functools.partial(keep, name)))
         yield tensors

@@ -1,4 +1,4 @@
-"""Every folder of the project, derived in one place, because notebooks and commands run in different folders.
+"""Every folder of the project, derived in one place.
 
 The root is `AFDS_HOME`, else the checkout this package lies in, else (an installed copy) the user's data folder for
 runs and figures and the user's cache folder for data sets, both named afds, as the platform has them.

@@ -74,7 +74,7 @@ def test_weights_that_do_not_fit_are_one_sentence(tmp_path, change, words):
         ("broken.safetensors", b"not a tensor file", "not a readable weight file"),
         ("broken.pt", b"\x80\x02garbage", "not a readable weight file"),
         ("empty.pt", b"", "not a readable weight file"),
-        ("net.bin", b"", "use .safetensors, .pt or .pth"),
+        ("net.bin", b"", "(.safetensors, .pt, .pth, .pth.tar, .ckpt)"),
     ],
 )
 def test_damaged_files_are_one_sentence(tmp_path, name, content, words):
