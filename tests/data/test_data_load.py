@@ -1,15 +1,22 @@
 """`load`: names, paths, splits, and caches that are whole or absent, whatever is killed."""
 
+import contextlib
+import itertools
 import json
+import os
+import pkgutil
+import signal
 import subprocess
 import sys
 import tarfile
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
+from tqdm import tqdm
 
 from afdslib import data
 from afdslib.base.errors import AFDSError
@@ -179,31 +186,27 @@ def test_detail_tells_a_split_that_was_scaled_by_another_filter_and_prepare_prin
     assert (table["detail"] > 1).all()
 
 
-_KILLED = """
-import os, sys
-from afdslib import data
-from afdslib.data import {module}
-real, calls = {module}.{function}, 0
-def dying(*args, **options):
-    global calls
-    calls += 1
-    if calls == {after}:
-        os.kill(os.getpid(), 9)
-    return real(*args, **options)
-{module}.{function} = dying
-data.load(sys.argv[1], size=16)
-"""
-
-
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize(
-    "module, function, after",
-    [("cache", "resized_to", 7), ("fetch", "tarfile.TarFile.extract", 5), ("fetch", "os.replace", 3)],
+    "place, after", [("cache.resized_to", 7), ("fetch.tarfile.TarFile.extract", 5), ("fetch.os.replace", 3)]
 )
-def test_a_killed_preparation_is_done_anew_and_leaves_no_rest(home, make, tree, tmp_path, module, function, after):
+def test_a_killed_preparation_is_done_anew_and_leaves_no_rest(home, make, tree, tmp_path, monkeypatch, place, after):
     archive = make.tar(tmp_path / "t.tar", tree)
-    script = _KILLED.format(module=module, function=function, after=after)
-    done = subprocess.run([sys.executable, "-c", script, str(archive)], cwd=Path(data.__file__).parents[2])
-    assert done.returncode == -9
+    child = os.fork()
+    if child == 0:
+        tqdm.set_lock(threading.RLock())  # else the killed process keeps the one of its parent
+        real, calls = pkgutil.resolve_name(f"afdslib.data.{place}"), itertools.count(1)
+
+        def dying(*args, **options):
+            if next(calls) == after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **options)
+
+        monkeypatch.setattr(f"afdslib.data.{place}", dying)
+        with contextlib.suppress(BaseException):
+            data.load(archive, size=16)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
     assert _lengths(data.load(archive, size=16)) == (12, 2, 2)
     assert not [p for p in (home / "data").rglob(".*") if p.name != ".afds.json"]
 
