@@ -18,22 +18,7 @@ class ChannelOp(nn.Module):
 
     def channels(self, entering: list[Tensor | None]) -> Tensor | None:
         """The output's set from the inputs' sets; a set is (B, C) with 1 for active, or None for "all channels"."""
-        raise NotImplementedError
-
-
-def _scatter(channels: Tensor, index: Tensor | None, width: int) -> Tensor:
-    if index is None:
-        return channels
-    return channels.new_zeros(channels.shape[0], width).index_copy(1, index, channels)
-
-
-def _places(index: Tensor | None, width: int) -> Tensor | None:
-    """For each of `width` channels its place among the kept ones, and behind them all for one that is not kept."""
-    if index is None:
         return None
-    places = torch.full((width,), len(index), device=index.device)
-    places[index] = torch.arange(len(index), device=index.device)
-    return places
 
 
 def _with_zeros(x: Tensor) -> Tensor:
@@ -41,16 +26,8 @@ def _with_zeros(x: Tensor) -> Tensor:
     return nn.functional.pad(x, (0, 0) * (x.dim() - 2) + (0, 1))
 
 
-def _gathered(x: Tensor, places: Tensor | None) -> Tensor:
-    return x if places is None else _with_zeros(x).index_select(1, places)
-
-
 class Spread(ChannelOp):
-    """Kept channels back to their places in the full width; the others are zero.
-
-    Shape:
-        (B, len(index), ...) -> (B, width, ...).
-    """
+    """Kept channels back to their places in the full width, else zeros: (B, len(index), ...) -> (B, width, ...)."""
 
     index: Tensor
     places: Tensor
@@ -59,27 +36,27 @@ class Spread(ChannelOp):
         super().__init__()
         self.width = width
         self.register_buffer("index", index, persistent=False)
-        self.register_buffer("places", _places(index, width), persistent=False)
+        # Of each channel its place among the kept ones, and behind them all for one that is not kept.
+        places = torch.full((width,), len(index), device=index.device)
+        places[index] = torch.arange(len(index), device=index.device)
+        self.register_buffer("places", places, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_exporting():
-            return _gathered(x, self.places)
+            # onnxruntime gathers much faster than it scatters; in torch it is the other way round.
+            return _with_zeros(x).index_select(1, self.places)
         return x.new_zeros(x.shape[0], self.width, *x.shape[2:]).index_copy(1, self.index, x)
 
     def channels(self, entering: list[Tensor | None]) -> Tensor | None:
         known = self.index.new_ones(1, len(self.index)).float() if entering[0] is None else entering[0]
-        return _scatter(known, self.index, self.width)
+        return known.new_zeros(len(known), self.width).index_copy(1, self.index, known)
 
     def extra_repr(self) -> str:
         return f"{len(self.index)} of {self.width}"
 
 
 class Pick(ChannelOp):
-    """Some channels of a tensor.
-
-    Shape:
-        (B, C, ...) -> (B, len(index), ...).
-    """
+    """Some channels of a tensor: (B, C, ...) -> (B, len(index), ...)."""
 
     index: Tensor
 
@@ -102,48 +79,40 @@ class Join(ChannelOp):
 
     Args:
         width: channels of the sum.
-        left: where the channels of the first addend go; None if it has all of them.
-        right: the same for the second addend.
+        left, right: where the channels of the two addends go; None if one has all of them.
 
     Shape:
         (B, len(left), H, W), (B, len(right), H, W) -> (B, width, H, W).
     """
 
-    left: Tensor | None
-    right: Tensor | None
-    left_places: Tensor | None
-    right_places: Tensor | None
-
     def __init__(self, width: int, left: Tensor | None, right: Tensor | None):
         super().__init__()
         self.width = width
-        for name, index in (("left", left), ("right", right)):
-            self.register_buffer(name, index, persistent=False)
-            self.register_buffer(f"{name}_places", _places(index, width), persistent=False)
+        self.left, self.right = (None if index is None else Spread(index, width) for index in (left, right))
+
+    @property
+    def indices(self) -> list[Tensor | None]:
+        """The channels of both addends."""
+        return [None if spread is None else spread.index for spread in (self.left, self.right)]
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        left, right = self.left, self.right
         if torch.compiler.is_exporting():
-            # onnxruntime gathers and adds much faster than it scatters; in torch it is the other way round.
-            return _gathered(a, self.left_places) + _gathered(b, self.right_places)
-        into, of = self.left, self.right
-        if into is not None and (of is None or len(of) > len(into)):
-            a, b, into, of = b, a, of, into
-        if into is not None:
-            a = a.new_zeros(a.shape[0], self.width, *a.shape[2:]).index_copy(1, into, a)
-        return a + b if of is None else a.index_add(1, of, b)
+            return (a if left is None else left(a)) + (b if right is None else right(b))
+        if left is not None and (right is None or len(right.index) > len(left.index)):
+            a, b, left, right = b, a, right, left
+        if left is not None:
+            a = left(a)
+        return a + b if right is None else a.index_add(1, right.index, b)
 
     def channels(self, entering: list[Tensor | None]) -> Tensor | None:
-        sets = []
-        for channels, index in zip(entering, (self.left, self.right), strict=True):
-            if channels is None:
-                if index is None:
-                    return None
-                channels = torch.ones(1, len(index), device=index.device)
-            sets.append(_scatter(channels, index, self.width))
-        return torch.maximum(*sets)
+        pairs = list(zip((self.left, self.right), entering, strict=True))
+        if any(spread is None and known is None for spread, known in pairs):
+            return None
+        return torch.maximum(*(known if spread is None else spread.channels([known]) for spread, known in pairs))
 
     def extra_repr(self) -> str:
-        left, right = ("all" if i is None else str(len(i)) for i in (self.left, self.right))
+        left, right = ("all" if index is None else len(index) for index in self.indices)
         return f"{left} + {right} of {self.width}"
 
 
@@ -172,41 +141,27 @@ class GroupedConv2d(ChannelOp):
         self._gathers = self._pads or not torch.equal(reads.cpu(), torch.arange(in_channels))
         self._selects = not torch.equal(writes.cpu(), torch.arange(conv.out_channels))
 
-    @property
-    def weight(self) -> Tensor:
-        return self.conv.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.conv.bias
-
     def forward(self, x: Tensor) -> Tensor:
         if self._pads:
             x = _with_zeros(x)
-        if self._gathers:
-            x = x.index_select(1, self.reads)
-        y = self.conv(x)
+        y = self.conv(x.index_select(1, self.reads) if self._gathers else x)
         return y.index_select(1, self.writes) if self._selects else y
-
-    def channels(self, entering: list[Tensor | None]) -> Tensor | None:
-        return None
 
     def slots(self, entering: Tensor | None, leaving: Tensor | None) -> tuple[Tensor, Tensor]:
         """The sets of input and output channels as sets of the slots of the convolution inside."""
-        if entering is None:
-            entering = torch.ones(1, self.in_channels, device=self.reads.device)
-        if leaving is None:
-            leaving = torch.ones(1, self.out_channels, device=self.writes.device)
-        read = torch.cat([entering, entering.new_zeros(entering.shape[0], 1)], 1)[:, self.reads]
-        return read, _scatter(leaving, self.writes, self.conv.out_channels)
+        everything = torch.ones(1, max(self.in_channels, self.out_channels), device=self.reads.device)
+        entering = everything[:, : self.in_channels] if entering is None else entering
+        leaving = everything[:, : self.out_channels] if leaving is None else leaving
+        written = leaving.new_zeros(len(leaving), self.conv.out_channels).index_copy(1, self.writes, leaving)
+        return _with_zeros(entering[..., None, None]).flatten(1)[:, self.reads], written
 
 
 class CutConvBN(AFSConvBN):
-    """A selected convolution whose static channels have no row in the predictor.
+    """A selected convolution whose predictor has rows for some channels only; all others are static.
 
     Args:
         conv, norm, width: as for AFSConvBN.
-        rows: the channels that the predictor gives importances for; all others are static.
+        rows: the channels that the predictor gives importances for.
     """
 
     rows: Tensor

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from afdslib.afs.channels import CutConvBN, GroupedConv2d, Join, Pick, Spread
-from afdslib.afs.graph import is_add, keeps_channels, propagate, shapes, trace
+from afdslib.afs.graph import called, is_add, keeps_channels, name_of, propagate, shapes, trace, usual_size
 from afdslib.afs.layer import AFSConvBN
 from afdslib.afs.verify import require_own_weights, require_same
 from afdslib.base.errors import AFDSError
@@ -27,8 +27,7 @@ __all__ = ["CompactNetwork", "compact", "fold_norm", "masks", "set_masks"]
 class CompactNetwork(fx.GraphModule):
     """What `compact` returns: the layers of the original under their names, called by a graph of their own.
 
-    It trains, takes mask updates where gates remain, and can be compacted again. `architecture` is what `afs.save`
-    writes: the arguments of the original network and, for each compaction, the masks it was made by.
+    `architecture` has the arguments of the original network and, for each compaction, the masks it was made by.
     """
 
     architecture: Any = None
@@ -51,11 +50,7 @@ def masks(model: nn.Module) -> dict[str, str]:
 
 @torch.no_grad()
 def set_masks(model: nn.Module, texts: dict[str, str]) -> None:
-    """Sets what `masks` gave.
-
-    Raises:
-        AFDSError: the layers or their widths are others, or a letter is.
-    """
+    """Sets what `masks` gave; an AFDSError if the layers, their widths or a letter are others."""
     found = {name: layer for name, layer in model.named_modules() if isinstance(layer, AFSConvBN)}
     if set(found) != set(texts) or any(len(texts[n]) != layer.m.numel() for n, layer in found.items()):
         raise AFDSError(f"the masks belong to another network than this {type(model).__name__}")
@@ -70,12 +65,11 @@ def set_masks(model: nn.Module, texts: dict[str, str]) -> None:
 def compact(
     model: nn.Module, *, input_size: tuple[int, int, int] | None = None, fold_bn: bool = False
 ) -> CompactNetwork:
-    """A copy of a network without its removed channels, equal to it in eval mode.
+    """A copy of a network without its removed channels, in eval mode, equal to it there.
 
     A layer whose living channels are all static becomes a Conv2d and a BatchNorm2d of the usual kind; in a layer where
     gates remain, the predictor has rows for the dynamic channels only, and k is still computed from the original
-    width. Without any removed channel the copy is an equal network. Masks may be lowered and the result compacted
-    again.
+    width. Masks may be lowered and the result compacted again.
 
     Args:
         model: a network in eval mode, converted or not; it is left as it is.
@@ -84,16 +78,13 @@ def compact(
         fold_bn: also fold each batch norm into the convolution before it, for inference: such a network no longer
             normalises when it is trained.
 
-    Returns:
-        The compact network, in eval mode, on the same device, in the same precision.
-
     Raises:
         AFDSError: in train mode, if every channel of a layer is removed, if torch.fx cannot follow the network, for
             weights that a layer does not own, or if the result is another function.
     """
     require_own_weights(model, "compact")
     network = compact_in_place(copy.deepcopy(model), input_size=input_size, fold_bn=fold_bn)
-    require_same(model, network, "compact", input_size=input_size or _input_size(getattr(model, "architecture", None)))
+    require_same(model, network, "compact", input_size=input_size or usual_size(model))
     return network
 
 
@@ -104,9 +95,7 @@ def compact_in_place(model: nn.Module, *, input_size: tuple[int, int, int] | Non
     for name, layer in model.named_modules():
         if isinstance(layer, AFSConvBN) and not bool(layer.m.any()):
             raise AFDSError(f"every channel of layer {name!r} is removed, so nothing passes it; keep at least one")
-    architecture = getattr(model, "architecture", None)
-    if input_size is None:
-        input_size = _input_size(architecture)
+    architecture, input_size = getattr(model, "architecture", None), input_size or usual_size(model)
     steps = {"masks": masks(model), "input_size": list(input_size), "fold_bn": fold_bn}
     with torch.no_grad():
         try:
@@ -119,12 +108,6 @@ def compact_in_place(model: nn.Module, *, input_size: tuple[int, int, int] | Non
     if isinstance(architecture, dict):
         network.architecture = {**architecture, "compact": [*architecture.get("compact", []), steps]}
     return network.eval()
-
-
-def _input_size(architecture: object) -> tuple[int, int, int]:
-    known = architecture if isinstance(architecture, dict) else {}
-    small = known.get("stem") == "cifar" or str(known.get("name")).startswith("wrn-")
-    return (3, 32, 32) if small else (3, 224, 224)
 
 
 class _Surgeon:
@@ -146,12 +129,11 @@ class _Surgeon:
     def operate(self) -> CompactNetwork:
         living = {n: m.m[None] for n, m in self.modules.items() if isinstance(m, AFSConvBN)}
         for node, _, leaving in list(propagate(self.graph, self.modules, living, self.shapes)):
-            alive = None if leaving is None or bool((leaving > 0).all()) else leaving[0].nonzero()[:, 0]
-            self.kept[node] = alive
-            if node.op == "output":
+            self.kept[node] = None if leaving is None or bool((leaving > 0).all()) else leaving[0].nonzero()[:, 0]
+            if module := called(node, self.modules):
+                self._cut_module(node, module)
+            elif node.op == "output":
                 self._rigid(node)
-            elif node.op == "call_module":
-                self._cut_module(node, self.modules[node.target])
             elif node.op != "placeholder":
                 self._cut_function(node)
         for node in list(self.graph.nodes):
@@ -165,30 +147,25 @@ class _Surgeon:
         network.recompile()
         return network
 
-    # ------------------------------------------------------------------------------------------------------- nodes
-
     def _cut_module(self, node: fx.Node, module: nn.Module) -> None:
-        source = node.args[0] if node.args else None
-        assert isinstance(source, fx.Node)
+        source: Any = node.args[0]
         enters, leaves = self.kept[source], self.kept[node]
         if isinstance(module, Join):
-            self._cut_join(node, list(node.args), [module.left, module.right])  # type: ignore[arg-type]
+            self._cut_join(node, list(node.args), module.indices)  # type: ignore[arg-type]
         elif isinstance(module, Spread):
             self._swap(node, nn.Identity())  # what reads it widens again where it must
         elif isinstance(module, Pick):
             # Of the channels it gives, those that are left, by their places in what now enters.
-            wanted = module.index if leaves is None else module.index[leaves]
-            places = _within(wanted, enters)
+            places = _within(module.index if leaves is None else module.index[leaves], enters)
             whole = len(places) == (self.shapes[source.name][1] if enters is None else len(enters))
             self._swap(node, nn.Identity() if whole else Pick(places))
         elif isinstance(module, AFSConvBN):
             self._cut_gated(node, module, enters, leaves)
-        elif isinstance(module, (nn.Conv2d, GroupedConv2d)):
+        elif isinstance(module, (nn.Conv2d, GroupedConv2d)) or (
+            isinstance(module, nn.Linear) and len(self.shapes[source.name]) == 2
+        ):
             if enters is not None:
-                self._swap(node, _cut_conv(module, enters, None))
-        elif isinstance(module, nn.Linear) and len(self.shapes[source.name]) == 2:
-            if enters is not None:
-                self._swap(node, _cut_linear(module, enters, None))
+                self._swap(node, _cut(module, enters, None))
         elif isinstance(module, nn.PReLU) and module.num_parameters > 1 and enters is not None:
             narrow = nn.PReLU(len(enters))
             narrow.weight = _part(module.weight, module.weight[enters])
@@ -197,39 +174,27 @@ class _Surgeon:
             self._rigid(node)
 
     def _cut_function(self, node: fx.Node) -> None:
-        name = getattr(node.target, "__name__", str(node.target))
-        addends = [a for a in node.args[:2] if isinstance(a, fx.Node)]
-        if is_add(node):
-            same = len({self.shapes[a.name] for a in addends}) == 1
-            if len(addends) == 2 and same and not node.kwargs:
-                self._cut_join(node, addends, [None, None])
-            else:
-                self._rigid(node)
+        name, addends = name_of(node), [a for a in node.args[:2] if isinstance(a, fx.Node)]
+        if is_add(node) and len({self.shapes[a.name] for a in addends}) == 1 and len(addends) == 2 and not node.kwargs:
+            self._cut_join(node, addends, [None, None])
         elif name in ("size", "getattr") and _asks_batch(node):
             pass  # what is read of the shape does not change
-        elif self.kept[node] is None or (name in ("view", "reshape") and not _flattens(node)):
+        elif is_add(node) or self.kept[node] is None or (name in ("view", "reshape") and not _flattens(node)):
             self._rigid(node)
 
-    def _cut_join(self, node: fx.Node, addends: list[fx.Node], index: list[Tensor | None]) -> None:
+    def _cut_join(self, node: fx.Node, addends: list[fx.Node], indices: list[Tensor | None]) -> None:
         """A residual add: plain where both addends hold the same channels, else each writes its own."""
         out, width = self.kept[node], self.shapes[node.name][1]
-        places: list[Tensor | None] = []
-        for addend, where in zip(addends, index, strict=True):
-            held = self._everything(addend) if self.kept[addend] is None else self.kept[addend]
-            assert held is not None
-            written = held if where is None else where[held]
-            places.append(_within(written, out))
         total = width if out is None else len(out)
-        joined = [None if len(p) == total else p for p in places if p is not None]
-        if joined == [None, None]:
-            if node.op == "call_module":
-                with self.graph.inserting_after(node):
-                    plain = self.graph.call_function(operator.add, tuple(addends))
-                self._take_over(node, plain)
-        else:
-            with self.graph.inserting_after(node):
-                new = self.graph.call_module(self._add(Join(total, *joined)), tuple(addends))
-            self._take_over(node, new)
+        joined: list[Tensor | None] = []
+        for addend, index in zip(addends, indices, strict=True):
+            held = _or_all(self.kept[addend], self.shapes[addend.name][1], self.model)
+            places = _within(held if index is None else index[held], out)
+            joined.append(None if len(places) == total else places)
+        if joined != [None, None]:
+            self._behind(node, Join(total, *joined), tuple(addends))
+        elif node.op == "call_module":
+            self._behind(node, operator.add, tuple(addends))
 
     def _rigid(self, node: fx.Node) -> None:
         """Leaves a node that cannot be cut as it is: what enters is widened before it, what leaves narrowed after."""
@@ -242,16 +207,21 @@ class _Surgeon:
                 self.kept[wide] = None
         alive = self.kept[node]
         if alive is not None and node.op != "output":
-            with self.graph.inserting_after(node):
-                narrow = self.graph.call_module(self._add(Pick(alive)), (node,))
-            node.replace_all_uses_with(narrow, delete_user_cb=lambda user: user is not narrow)
-            self.kept[narrow] = alive
-            self.shapes[narrow.name] = self.shapes[node.name]
+            self._behind(node, Pick(alive))
 
-    def _everything(self, node: fx.Node) -> Tensor:
-        return torch.arange(self.shapes[node.name][1], device=next(self.model.parameters()).device)
+    def _behind(self, node: fx.Node, what: Any, inputs: tuple[fx.Node, ...] = ()) -> None:
+        """A layer or function of a node's value, or in place of the node if it has inputs of its own."""
+        with self.graph.inserting_after(node):
+            layer = isinstance(what, nn.Module)
+            call = self.graph.call_module if layer else self.graph.call_function
+            new = call(self._add(what) if layer else what, inputs or (node,))
+        node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+        self.kept[new], self.shapes[new.name] = self.kept[node], self.shapes[node.name]
+        if inputs:
+            self.graph.erase_node(node)
 
     def _add(self, module: nn.Module) -> str:
+        # Files of networks hold these names.
         while hasattr(self.model, name := f"{type(module).__name__.lower()}_{self._made}"):
             self._made += 1
         self.model.add_module(name, module.eval())
@@ -264,61 +234,32 @@ class _Surgeon:
         else:
             self.model.set_submodule(node.target, module.eval())
 
-    def _replace(self, node: fx.Node, by: fx.Node) -> None:
-        node.replace_all_uses_with(by)
-        self.graph.erase_node(node)
-
-    def _take_over(self, node: fx.Node, new: fx.Node) -> None:
-        self.kept[new], self.shapes[new.name] = self.kept[node], self.shapes[node.name]
-        self._replace(node, new)
-
-    # ------------------------------------------------------------------------------------------------------ layers
-
     def _cut_gated(self, node: fx.Node, layer: AFSConvBN, enters: Tensor | None, leaves: Tensor | None) -> None:
-        conv = _cut_conv(layer.conv, enters, leaves)
-        dynamic = layer.m * layer.s > 0
-        if not bool(dynamic.any()):
-            norm = _norm(layer.norm, leaves, affine=True)
-            norm.weight = _part(layer.beta, _take(layer.gamma, leaves))
-            norm.bias = _part(layer.beta, _take(layer.beta, leaves))
+        kept = _or_all(leaves, layer.m.numel(), layer)
+        conv, norm = _cut(layer.conv, enters, leaves), copy.deepcopy(layer.norm)
+        norm.num_features = len(kept)
+        norm.running_mean, norm.running_var = norm.running_mean[kept], norm.running_var[kept]  # type: ignore[index]
+        beta = _part(layer.beta, layer.beta[kept])
+        rows = (layer.m * layer.s > 0)[kept].nonzero()[:, 0]
+        if not len(rows):
+            norm.affine, norm.weight, norm.bias = True, _part(layer.beta, layer.gamma[kept]), beta
             self._swap(node, conv)
-            self._put_norm(node, norm)
+            # Where the conversion left an Identity, else in a node of its own.
+            after = next(iter(node.users), None)
+            alone = len(node.users) == 1 and type(called(after, self.modules)) is nn.Identity  # type: ignore[arg-type]
+            if alone and self.calls[after.target] == 1:  # type: ignore[union-attr]
+                self._swap(after, norm)  # type: ignore[arg-type]
+            else:
+                self._behind(node, norm)
             return
-        bare = _norm(layer.norm, leaves, affine=False)
-        kept = self._kept_channels(layer, leaves)
-        rows = dynamic[kept].nonzero()[:, 0]
-        places = kept[rows]  # of the rows among the layer's channels
-        if isinstance(layer, CutConvBN):
-            places = _within(places, layer.rows)
         if len(rows) == len(kept):
-            cut = AFSConvBN(conv, bare, width=layer.width)  # type: ignore[arg-type]
+            cut = AFSConvBN(conv, norm, width=layer.width)
         else:
-            cut = CutConvBN(conv, bare, width=layer.width, rows=rows)  # type: ignore[arg-type]
-        cut.density = layer.density
-        cut.predictor = _cut_linear(layer.predictor, enters, places)
-        cut.beta = _part(layer.beta, layer.beta[kept])
+            cut = CutConvBN(conv, norm, width=layer.width, rows=rows)
+        places = _within(kept[rows], layer.rows if isinstance(layer, CutConvBN) else None)
+        cut.density, cut.beta, cut.predictor = layer.density, beta, _cut(layer.predictor, enters, places)
         cut.m, cut.s, cut.gamma = layer.m[kept], layer.s[kept], layer.gamma[kept]
         self._swap(node, cut)
-
-    def _kept_channels(self, layer: AFSConvBN, leaves: Tensor | None) -> Tensor:
-        return torch.arange(layer.m.numel(), device=layer.m.device) if leaves is None else leaves
-
-    def _put_norm(self, node: fx.Node, norm: nn.BatchNorm2d) -> None:
-        """Where the conversion left an Identity, else in a node of its own."""
-        after = next(iter(node.users), None)
-        if (
-            len(node.users) == 1
-            and after is not None
-            and after.op == "call_module"
-            and type(self.modules[str(after.target)]) is nn.Identity
-            and self.calls[after.target] == 1
-        ):
-            self._swap(after, norm)
-            return
-        with self.graph.inserting_after(node):
-            new = self.graph.call_module(self._add(norm), (node,))
-        node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
-        self.kept[new], self.shapes[new.name] = self.kept[node], self.shapes[node.name]
 
 
 def _asks_batch(node: fx.Node) -> bool:
@@ -336,6 +277,10 @@ def _flattens(node: fx.Node) -> bool:
     return len(sizes) == 2 and bool(sizes[1] == -1)
 
 
+def _or_all(kept: Tensor | None, width: int, like: nn.Module) -> Tensor:
+    return torch.arange(width, device=next(like.parameters()).device) if kept is None else kept
+
+
 def _take(tensor: Tensor, index: Tensor | None) -> Tensor:
     return tensor.clone() if index is None else tensor[index]
 
@@ -350,92 +295,56 @@ def _part(old: Tensor, values: Tensor) -> nn.Parameter:
     return nn.Parameter(values.detach().clone(), requires_grad=old.requires_grad)
 
 
-def _norm(norm: nn.BatchNorm2d, kept: Tensor | None, *, affine: bool) -> nn.BatchNorm2d:
-    assert norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None
-    mean, var = _take(norm.running_mean, kept), _take(norm.running_var, kept)
-    cut = nn.BatchNorm2d(len(mean), norm.eps, norm.momentum, affine=affine, device=mean.device, dtype=mean.dtype)
-    cut.running_mean, cut.running_var = mean, var
-    cut.num_batches_tracked = norm.num_batches_tracked.clone()
+def _cut(layer: Any, inputs: Tensor | None, outputs: Tensor | None) -> Any:
+    """A convolution or a linear layer with some of the input and output channels (None for all)."""
+    if isinstance(layer, GroupedConv2d) or (isinstance(layer, nn.Conv2d) and layer.groups > 1):
+        return copy.deepcopy(layer) if inputs is None and outputs is None else _cut_groups(layer, inputs, outputs)
+    weight = _take(_take(layer.weight, outputs).transpose(0, 1), inputs).transpose(0, 1)
+    return _like(layer, weight, None if layer.bias is None else _take(layer.bias, outputs))
+
+
+def _like(layer: Any, weight: Tensor, bias: Tensor | None, groups: int = 1) -> Any:
+    """A copy of a layer with other weights."""
+    cut = copy.deepcopy(layer)
+    cut.weight = _part(layer.weight, weight.contiguous())
+    cut.bias = None if bias is None else _part(layer.bias, bias)
+    if isinstance(layer, nn.Conv2d):
+        cut.out_channels, cut.in_channels, cut.groups = len(weight), weight.shape[1] * groups, groups
+    else:
+        cut.out_features, cut.in_features = weight.shape
     return cut
-
-
-def _cut_linear(linear: nn.Linear, inputs: Tensor | None, outputs: Tensor | None) -> nn.Linear:
-    weight = _take(_take(linear.weight, outputs).T, inputs).T
-    cut = nn.utils.skip_init(
-        nn.Linear, weight.shape[1], weight.shape[0], bias=linear.bias is not None, device=weight.device,
-        dtype=weight.dtype,
-    )  # fmt: skip
-    cut.weight = _part(linear.weight, weight.contiguous())
-    if linear.bias is not None:
-        cut.bias = _part(linear.bias, _take(linear.bias, outputs))
-    return cut
-
-
-def _conv_like(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, groups: int) -> nn.Conv2d:
-    cut = nn.utils.skip_init(
-        nn.Conv2d, weight.shape[1] * groups, weight.shape[0], conv.kernel_size, stride=conv.stride,
-        padding=conv.padding, dilation=conv.dilation, groups=groups, bias=bias is not None,
-        padding_mode=conv.padding_mode, device=weight.device, dtype=weight.dtype,
-    )  # fmt: skip
-    cut.weight = _part(conv.weight, weight.contiguous())
-    if bias is not None and conv.bias is not None:
-        cut.bias = _part(conv.bias, bias)
-    return cut
-
-
-def _cut_conv(
-    conv: nn.Conv2d | GroupedConv2d, inputs: Tensor | None, outputs: Tensor | None
-) -> nn.Conv2d | GroupedConv2d:
-    """A convolution with some of the input and output channels (None for all)."""
-    if isinstance(conv, nn.Conv2d) and conv.groups == 1:
-        weight = _take(_take(conv.weight, outputs).transpose(0, 1), inputs).transpose(0, 1)
-        return _conv_like(conv, weight, None if conv.bias is None else _take(conv.bias, outputs), 1)
-    if inputs is None and outputs is None:
-        return copy.deepcopy(conv)
-    return _cut_groups(conv, inputs, outputs)
 
 
 def _cut_groups(conv: nn.Conv2d | GroupedConv2d, inputs: Tensor | None, outputs: Tensor | None) -> GroupedConv2d:
     """A grouped convolution: groups without outputs go, and the others are padded to equal sizes."""
-    inner = conv.conv if isinstance(conv, GroupedConv2d) else conv
-    device = inner.weight.device
-    read = list(range(conv.in_channels)) if isinstance(conv, nn.Conv2d) else conv.reads.tolist()
-    write: list[int | None] = [None] * inner.out_channels
-    for channel, slot in enumerate(range(conv.out_channels) if isinstance(conv, nn.Conv2d) else conv.writes.tolist()):
-        write[slot] = channel
-    # Old channel numbers to new ones; the number of inputs stands for zeros.
-    held = range(conv.in_channels) if inputs is None else inputs.tolist()
+    grouped = isinstance(conv, GroupedConv2d)
+    inner = conv.conv if grouped else conv
+    reads = conv.reads.tolist() if grouped else range(conv.in_channels)
+    writes = conv.writes.tolist() if grouped else range(conv.out_channels)
+    # Old channels (of the outputs: the slots that write them) to new ones.
+    held = {old: new for new, old in enumerate(range(conv.in_channels) if inputs is None else inputs.tolist())}
     wanted = range(conv.out_channels) if outputs is None else outputs.tolist()
-    new_input = {old: new for new, old in enumerate(held)}
-    new_output: dict[int | None, int] = {old: new for new, old in enumerate(wanted)}
+    written = {writes[old]: new for new, old in enumerate(wanted)}
     per_in, per_out = inner.in_channels // inner.groups, inner.out_channels // inner.groups
     groups = []
     for group in range(inner.groups):
-        slots_in = [i for i in range(per_in) if read[group * per_in + i] in new_input]
-        slots_out = [o for o in range(group * per_out, (group + 1) * per_out) if write[o] in new_output]
-        if slots_out:
-            groups.append((group, slots_in, slots_out))
-    most_in = max(1, *(len(slots_in) for _, slots_in, _ in groups))
-    most_out = max(len(slots_out) for _, _, slots_out in groups)
+        columns = [i for i in range(per_in) if reads[group * per_in + i] in held]
+        if rows := [o for o in range(group * per_out, (group + 1) * per_out) if o in written]:
+            groups.append((rows, columns, [held[reads[group * per_in + i]] for i in columns]))
+    most_in = max(1, *(len(columns) for _, columns, _ in groups))
+    most_out = max(len(rows) for rows, _, _ in groups)
     weight = inner.weight.new_zeros(len(groups) * most_out, most_in, *inner.kernel_size)
     bias = None if inner.bias is None else inner.bias.new_zeros(len(weight))
-    reads = torch.full((len(groups) * most_in,), len(new_input))
-    writes = torch.empty(len(new_output), dtype=torch.long)
-    for place, (group, slots_in, slots_out) in enumerate(groups):
-        for position, slot in enumerate(slots_in):
-            reads[place * most_in + position] = new_input[read[group * per_in + slot]]
-        for position, slot in enumerate(slots_out):
-            row = place * most_out + position
-            writes[new_output[write[slot]]] = row
-            if slots_in:
-                weight[row, : len(slots_in)] = inner.weight[slot, slots_in]
-            if bias is not None and inner.bias is not None:
-                bias[row] = inner.bias[slot]
-    cut = _conv_like(inner, weight, bias, len(groups))
-    return GroupedConv2d(cut, len(new_input), reads.to(device), writes.to(device))
-
-
-# -------------------------------------------------------------------------------------------------------- batch norms
+    new_reads, new_writes = torch.full((len(groups), most_in), len(held)), torch.empty(len(written), dtype=torch.long)
+    for place, (rows, columns, channels) in enumerate(groups):
+        new_reads[place, : len(columns)] = torch.tensor(channels, dtype=torch.long)
+        start = place * most_out
+        weight[start : start + len(rows), : len(columns)] = inner.weight[rows][:, columns]
+        if bias is not None:
+            bias[start : start + len(rows)] = inner.bias[rows]  # type: ignore[index]
+        new_writes[[written[row] for row in rows]] = torch.arange(start, start + len(rows))
+    cut, device = _like(inner, weight, bias, len(groups)), inner.weight.device
+    return GroupedConv2d(cut, len(held), new_reads.flatten().to(device), new_writes.to(device))
 
 
 def _fold(network: CompactNetwork) -> None:
@@ -443,16 +352,15 @@ def _fold(network: CompactNetwork) -> None:
     modules = dict(network.named_modules())
     calls = Counter(node.target for node in network.graph.nodes if node.op == "call_module")
     for node in list(network.graph.nodes):
-        norm = modules.get(str(node.target)) if node.op == "call_module" else None
-        if not isinstance(norm, nn.BatchNorm2d) or calls[node.target] > 1:
-            continue
-        source = node.args[0]
-        conv = modules.get(str(source.target)) if source.op == "call_module" else None
-        if not isinstance(conv, (nn.Conv2d, GroupedConv2d)) or len(source.users) > 1 or calls[source.target] > 1:
-            continue
-        fold_norm(conv, norm)
-        node.replace_all_uses_with(source)
-        network.graph.erase_node(node)
+        norm = called(node, modules)
+        if isinstance(norm, nn.BatchNorm2d) and calls[node.target] == 1:
+            source = node.args[0]
+            conv = called(source, modules)
+            alone = len(source.users) == 1 and calls[source.target] == 1
+            if alone and isinstance(conv, (nn.Conv2d, GroupedConv2d)):
+                fold_norm(conv, norm)
+                node.replace_all_uses_with(source)
+                network.graph.erase_node(node)
     network.delete_all_unused_submodules()
     network.recompile()
 
@@ -461,17 +369,13 @@ def fold_norm(conv: nn.Conv2d | GroupedConv2d, norm: nn.BatchNorm2d) -> None:
     """Gives a convolution, in place, the weights and the bias with which it also does the batch norm behind it."""
     assert norm.running_mean is not None and norm.running_var is not None
     scale = (norm.running_var + norm.eps).rsqrt()
-    if norm.affine:
-        scale = scale * norm.weight
+    scale = scale * norm.weight if norm.affine else scale
     shift = -norm.running_mean * scale
-    if norm.affine:
-        shift = shift + norm.bias
-    inner = conv
+    shift = shift + norm.bias if norm.affine else shift
     if isinstance(conv, GroupedConv2d):
-        inner = conv.conv
-        scale, shift = (v.new_zeros(inner.out_channels).index_copy(0, conv.writes, v) for v in (scale, shift))
-    assert isinstance(inner, nn.Conv2d)
-    if inner.bias is not None:
-        shift = shift + scale * inner.bias
-    inner.weight = _part(inner.weight, inner.weight * scale[:, None, None, None])
-    inner.bias = _part(inner.weight, shift)
+        scale, shift = (v.new_zeros(conv.conv.out_channels).index_copy(0, conv.writes, v) for v in (scale, shift))
+        conv = conv.conv
+    if conv.bias is not None:
+        shift = shift + scale * conv.bias
+    conv.weight = _part(conv.weight, conv.weight * scale[:, None, None, None])
+    conv.bias = _part(conv.weight, shift)

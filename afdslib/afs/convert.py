@@ -5,21 +5,22 @@ from __future__ import annotations
 import copy
 import re
 from collections import Counter
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx, nn
 
-from afdslib.afs.graph import output_makers, trace
+from afdslib.afs.graph import called, output_makers, trace
 from afdslib.afs.layer import AFSConvBN
 from afdslib.afs.verify import require_own_weights, require_same
+from afdslib.base.checks import choice, number
 from afdslib.base.errors import AFDSError
 
 __all__ = ["convert", "layers", "set_density"]
 
 # Of each network the kinds of its modules by name, and the names of its AFS layers in forward order: tracing is slow.
 _ORDERS: WeakKeyDictionary[nn.Module, tuple[tuple[tuple[str, type], ...], tuple[str, ...]]] = WeakKeyDictionary()
-_BLOCK_CONV = re.compile(r"layer\d+\.\d+\.conv\d+")
 
 
 def layers(model: nn.Module) -> dict[str, AFSConvBN]:
@@ -36,24 +37,18 @@ def layers(model: nn.Module) -> dict[str, AFSConvBN]:
 
 
 def gated(model: nn.Module) -> dict[str, AFSConvBN]:
-    """`layers` of a network that has some.
-
-    Raises:
-        AFDSError: if it has none.
-    """
+    """`layers` of a network that has some; an AFDSError if it has none."""
     if found := layers(model):
         return found
     raise AFDSError(f"{type(model).__name__} has no AFS layer; convert it with afs.convert first")
 
 
 def set_density(model: nn.Module, d: float) -> None:
-    """Sets the density of every selected convolution: k = ceil(d * C - 1e-9) places with C the original width.
+    """Sets the density, 0 < d <= 1, of every selected convolution: k = ceil(d * C - 1e-9) places, C the original width.
 
-    Raises:
-        AFDSError: unless 0 < d <= 1, or if the network has no AFS layer.
+    Another density, or a network without AFS layers, is an AFDSError.
     """
-    if isinstance(d, bool) or not (isinstance(d, (int, float)) and 0 < d <= 1):
-        raise AFDSError(f"density must be in (0, 1], got {d!r}")
+    number("density", d, above=0, most=1)
     for layer in gated(model).values():
         layer.density = float(d)
 
@@ -68,22 +63,18 @@ def _pairs(model: nn.Module, graph: fx.Graph) -> list[tuple[str, str]]:
     outputs = output_makers(graph, modules)
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     for node in graph.nodes:
-        if node.op != "call_module" or not isinstance(modules[node.target], nn.BatchNorm2d):
+        norm = called(node, modules)
+        # A batch norm on the raw input (Inception-BN) normalises the image; there is nothing to select.
+        if not isinstance(norm, nn.BatchNorm2d) or (source := node.args[0]).op == "placeholder":
             continue
-        source = node.args[0]
-        if source.op == "placeholder":
-            continue  # a batch norm on the raw input (Inception-BN) normalises the image; there is nothing to select
-        conv = modules.get(str(source.target)) if source.op == "call_module" else None
-        if not isinstance(conv, nn.Conv2d) or len(source.users) != 1:
+        if not isinstance(called(source, modules), nn.Conv2d) or len(source.users) != 1:
             raise AFDSError(
                 f"batch norm {node.target!r} does not directly follow a convolution of its own, as in pre-activation "
                 "networks; AFS converts networks in which each Conv2d is followed by its BatchNorm2d"
             )
         if calls[source.target] > 1 or calls[node.target] > 1:
-            raise AFDSError(
-                f"layer {source.target!r} is used more than once per forward pass; AFS needs a layer per use"
-            )
-        if not modules[node.target].track_running_stats:
+            raise AFDSError(f"layer {source.target!r} is used more than once per forward pass; AFS needs one per use")
+        if not norm.track_running_stats:
             raise AFDSError(f"batch norm {node.target!r} keeps no running statistics; AFS needs them")
         if source.target not in outputs:
             pairs.append((source.target, node.target))
@@ -93,32 +84,20 @@ def _pairs(model: nn.Module, graph: fx.Graph) -> list[tuple[str, str]]:
 @torch.no_grad()
 def _convert_pair(conv: nn.Conv2d, norm: nn.BatchNorm2d, conv_name: str, norm_name: str) -> AFSConvBN:
     """The selected convolution that equals conv followed by norm. Source: method, exact conversion [ours]."""
-    assert norm.running_mean is not None  # _pairs refuses the others
-    bare = nn.BatchNorm2d(
-        norm.num_features,
-        norm.eps,
-        norm.momentum,
-        affine=False,
-        device=conv.weight.device,
-        dtype=norm.running_mean.dtype,
-    )
+    mean: Any = norm.running_mean  # _pairs refuses norms without
+    kind = {"device": conv.weight.device, "dtype": mean.dtype}
+    bare = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum, affine=False, **kind)
     bare.load_state_dict(norm.state_dict(), strict=False)
-    bare.train(norm.training)
-    gamma = norm.weight.detach() if norm.affine else torch.ones_like(norm.running_mean)
-    beta = norm.bias.detach() if norm.affine else torch.zeros_like(norm.running_mean)
+    gamma, beta = (norm.weight, norm.bias) if norm.affine else (torch.ones_like(mean), torch.zeros_like(mean))
     if bool((gamma == 0).all()):
         raise AFDSError(
             f"every scale of batch norm {norm_name!r} is 0 (a zero-initialised residual branch), so {conv_name!r} has "
             "no channel to select; train the network before converting it"
         )
-    negative = gamma < 0
-    conv.weight[negative] *= -1
-    if conv.bias is not None:
-        conv.bias[negative] *= -1
-    if bare.running_mean is not None:
-        bare.running_mean[negative] *= -1
-    layer = AFSConvBN(conv, bare)
-    layer.train(norm.training)
+    for tensor in (conv.weight, conv.bias, bare.running_mean):
+        if tensor is not None:
+            tensor[gamma < 0] *= -1
+    layer = AFSConvBN(conv, bare).train(norm.training)
     layer.predictor.weight.zero_()
     layer.predictor.bias.copy_(gamma.abs())
     layer.beta.copy_(beta)
@@ -129,7 +108,7 @@ def _convert_pair(conv: nn.Conv2d, norm: nn.BatchNorm2d, conv_name: str, norm_na
 
 
 def convert(model: nn.Module, *, gates: str = "all") -> nn.Module:
-    """A copy of a network with selected convolutions in place of Conv2d-BatchNorm2d pairs, and the same function.
+    """A copy, in the same mode, with selected convolutions in place of Conv2d-BatchNorm2d pairs: the same function.
 
     The predictors start with Phi = 0 and phi = |gamma_bn|, so the gates are constant and equal to the trained scales;
     filters with a negative scale are negated together with their bias and running mean. [ours: exact conversion]
@@ -139,9 +118,6 @@ def convert(model: nn.Module, *, gates: str = "all") -> nn.Module:
         gates: "all", every pair (104 in ResNet-101) but those that make the network's outputs; "blocks", only the
             convolutions inside a ResNet's residual blocks (99), as in the seed's code.
 
-    Returns:
-        The converted copy, in the same mode, with k = C everywhere (density 1).
-
     Raises:
         AFDSError: for pre-activation networks, networks that torch.fx cannot follow, a layer whose scales are all
             zero, weights that a layer does not own (shared, pruned, parametrised), a network that has been converted
@@ -150,20 +126,17 @@ def convert(model: nn.Module, *, gates: str = "all") -> nn.Module:
     if any(isinstance(module, AFSConvBN) for module in model.modules()):
         raise AFDSError("the network has AFS layers already; convert the plain network")
     require_own_weights(model, "afs.convert")
-    twins = dict(_pairs(model, trace(model)))
+    pairs = _pairs(model, trace(model))
     converted = convert_in_place(copy.deepcopy(model), gates=gates)
-    twins = {conv: norm for conv, norm in twins.items() if isinstance(converted.get_submodule(conv), AFSConvBN)}
+    twins = {conv: norm for conv, norm in pairs if isinstance(converted.get_submodule(conv), AFSConvBN)}
     require_same(model, converted, "afs.convert", twins=twins)
     return converted
 
 
 def convert_in_place(model: nn.Module, *, gates: str) -> nn.Module:
     """What `convert` does, to the network itself, which is spoilt where it is refused; for those with the only copy."""
-    if gates not in ("all", "blocks"):
-        raise AFDSError(f"gates must be 'all' or 'blocks', got {gates!r}")
-    pairs = _pairs(model, trace(model))
-    if gates == "blocks":
-        pairs = [(conv, norm) for conv, norm in pairs if _BLOCK_CONV.fullmatch(conv)]
+    choice("gates", gates, ("all", "blocks"))
+    pairs = [p for p in _pairs(model, trace(model)) if gates == "all" or re.fullmatch(r"layer\d+\.\d+\.conv\d+", p[0])]
     if not pairs:
         raise AFDSError(f"no convolution with a batch norm to gate in {type(model).__name__} with gates={gates!r}")
     for conv_name, norm_name in pairs:

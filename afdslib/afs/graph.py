@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,8 +21,8 @@ from afdslib.base.errors import AFDSError
 from afdslib.base.hooks import eval_mode
 
 __all__ = [
-    "Recorder", "is_add", "keeps_channels", "keeps_channels_call", "living_channels", "output_makers", "propagate",
-    "shapes", "streams", "trace",
+    "Recorder", "called", "depthwise_ties", "is_add", "keeps_channels", "keeps_channels_call", "living_channels",
+    "name_of", "output_makers", "propagate", "shapes", "streams", "trace", "usual_size",
 ]  # fmt: skip
 
 # Modules and functions that map a zero channel to a zero channel and leave the channels in their order.
@@ -34,18 +34,26 @@ _KEEP_FUNCTIONS = {
     "relu", "relu_", "relu6", "leaky_relu", "gelu", "silu", "hardswish", "tanh", "dropout", "max_pool2d", "avg_pool2d",
     "adaptive_avg_pool2d", "adaptive_max_pool2d", "interpolate", "contiguous", "clone", "float",
 }  # fmt: skip
-# Shapes are those of a batch of two, so that the batch differs from dimensions of size one.
-_BATCH = 2
 
 
-def keeps_channels(module: nn.Module) -> bool:
+def keeps_channels(module: nn.Module | None) -> bool:
     """Whether a layer maps a zero channel to a zero channel and leaves the channels in their order."""
     return isinstance(module, _KEEP_MODULES)
 
 
 def keeps_channels_call(node: fx.Node) -> bool:
     """The same of a function or method that a node calls; `propagate` also knows the spatial mean."""
-    return node.op in ("call_function", "call_method") and _name(node) in _KEEP_FUNCTIONS
+    return node.op in ("call_function", "call_method") and name_of(node) in _KEEP_FUNCTIONS
+
+
+def name_of(node: fx.Node) -> str:
+    """The name of what a node calls."""
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def called(node: fx.Node, modules: Mapping[str, nn.Module]) -> nn.Module | None:
+    """The layer that a node calls."""
+    return modules.get(str(node.target)) if node.op == "call_module" else None
 
 
 class _Tracer(fx.Tracer):
@@ -57,8 +65,7 @@ class _Tracer(fx.Tracer):
 def trace(model: nn.Module) -> fx.Graph:
     """The graph of a network in eval mode, with selected convolutions as single nodes.
 
-    Raises:
-        AFDSError: if torch.fx cannot follow the network, or a tensor is changed in place and read again afterwards.
+    A network that torch.fx cannot follow, or a tensor that is read after a change in place, is an AFDSError.
     """
     try:
         with eval_mode(model):
@@ -74,7 +81,7 @@ def trace(model: nn.Module) -> fx.Graph:
         changed = node.args[0] if node.args and _writes(node, modules) else None
         if isinstance(changed, fx.Node) and any(order[user] > order[node] for user in changed.users):
             raise AFDSError(
-                f"{type(model).__name__} changes the tensor {changed.name!r} in place ({_name(node)}) and reads it "
+                f"{type(model).__name__} changes the tensor {changed.name!r} in place ({name_of(node)}) and reads it "
                 "again afterwards; use the result of that operation instead"
             )
     return graph
@@ -82,24 +89,18 @@ def trace(model: nn.Module) -> fx.Graph:
 
 def _writes(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether a node changes its first argument in place, and not so that channels that are zero stay zero."""
-    if node.op == "call_module":
-        module = modules[str(node.target)]
+    if module := called(node, modules):
         return getattr(module, "inplace", False) is True and not keeps_channels(module)
-    name = _name(node)
+    name = name_of(node)
     marked = name.endswith("_") and not name.endswith("__") or node.kwargs.get("inplace") is True
     in_place = marked or node.target in (operator.iadd, operator.imul, operator.isub, operator.itruediv)
     return node.op in ("call_function", "call_method") and in_place and name not in _KEEP_FUNCTIONS
 
 
-def _name(node: fx.Node) -> str:
-    return getattr(node.target, "__name__", str(node.target))
-
-
 def is_add(node: fx.Node) -> bool:
     """Whether a node is a sum, in place or not."""
-    if node.op not in ("call_function", "call_method"):
-        return False
-    return node.target in (operator.add, operator.iadd, torch.add) or _name(node) in ("add", "add_")
+    named = node.target in (operator.add, operator.iadd, torch.add) or name_of(node) in ("add", "add_")
+    return named and node.op in ("call_function", "call_method")
 
 
 def output_makers(graph: fx.Graph, modules: dict[str, nn.Module]) -> set[str]:
@@ -108,82 +109,58 @@ def output_makers(graph: fx.Graph, modules: dict[str, nn.Module]) -> set[str]:
     waiting = [node for node in graph.nodes if node.op == "output"]
     while waiting:
         node = waiting.pop()
-        module = modules.get(str(node.target)) if node.op == "call_module" else None
-        if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear, AFSConvBN, GroupedConv2d)):
+        if isinstance(called(node, modules), (nn.modules.conv._ConvNd, nn.Linear, AFSConvBN, GroupedConv2d)):
             makers.add(str(node.target))
-        elif _name(node) not in ("size", "dim", "getattr"):  # what is read of a shape is no channel
+        elif name_of(node) not in ("size", "dim", "getattr"):  # what is read of a shape is no channel
             waiting += [source for source in node.all_input_nodes if source not in seen]
             seen.update(node.all_input_nodes)
     return makers
 
 
 def _union(left: Tensor | None, right: Tensor | None) -> Tensor | None:
-    if left is None or right is None:
-        return None
-    return torch.maximum(left, right)
+    return None if left is None or right is None else torch.maximum(left, right)
 
 
 def propagate(
-    graph: fx.Graph,
-    modules: dict[str, nn.Module],
-    active: dict[str, Tensor],
-    shapes: dict[str, tuple[int, ...]],
+    graph: fx.Graph, modules: dict[str, nn.Module], active: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]
 ) -> Iterator[tuple[fx.Node, Tensor | None, Tensor | None]]:
-    """Walks the graph in order and says which channels enter and leave each node.
+    """Walks the graph in order and yields (node, set of channels that enter, set that leaves).
 
-    What a node does to channels follows from its name and from its shapes; where they do not fit, all are active.
-
-    Args:
-        graph: from `trace`.
-        modules: the network's modules by name.
-        active: for each AFSConvBN its a(x), (B, C), or its mask m, (1, C).
-        shapes: of every node's output by node name, from `shapes`.
-
-    Yields:
-        (node, input set, output set); a set is (B, C) with 1 for active, or None for "all channels".
+    A set is (B, C) with 1 for active, or None for "all channels". `active` is for each AFSConvBN its a(x), (B, C), or
+    its mask m, (1, C); the shapes are from `shapes`. What a node does to channels follows from its name and from its
+    shapes; where they do not fit, all are active.
     """
     sets: dict[fx.Node, Tensor | None] = {}
     for node in graph.nodes:
         source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
-        before = () if source is None else shapes[source.name]
-        first = None if source is None else sets[source]
-        after, name = shapes[node.name], _name(node)
+        before, first = ((), None) if source is None else (shapes[source.name], sets[source])
+        after, name, module = shapes[node.name], name_of(node), called(node, modules)
         result: Tensor | None = None
-        module = modules[node.target] if node.op == "call_module" else None
-        called = node.op in ("call_function", "call_method")
+        function = node.op in ("call_function", "call_method")
         if node.op == "output":
             result = first
         elif isinstance(module, AFSConvBN):
             result = active[node.target]
         elif isinstance(module, ChannelOp):
             result = module.channels([sets[n] for n in node.args])
-        elif isinstance(module, nn.Flatten) or (called and name in ("flatten", "view", "reshape")):
-            result = _flatten(first, before, after)
+        elif isinstance(module, nn.Flatten) or (function and name in ("flatten", "view", "reshape")):
+            # Each channel becomes H*W neighbouring features, if a row is an image.
+            if first is not None and after == (before[0], math.prod(before[1:])):
+                result = first.repeat_interleave(after[1] // first.shape[1], dim=1)
         elif isinstance(module, _KEEP_MODULES) or keeps_channels_call(node):
             result = first if before[:2] == after[:2] and len(before) == len(after) else None
-        elif called and is_add(node):
+        elif is_add(node):
             addends = [a for a in node.args[:2] if isinstance(a, fx.Node)]
             # A constant addend makes zero channels non-zero; so may one whose dimensions are others.
             same = len({(len(shapes[a.name]), *shapes[a.name][:2]) for a in addends} | {(len(after), *after[:2])}) == 1
             result = _union(sets[addends[0]], sets[addends[1]]) if len(addends) == 2 and same else None
-        elif called and (node.target is torch.cat or name in ("cat", "concat")):
+        elif function and name in ("cat", "concat"):
             result = _concatenate(node, sets, shapes)
-        elif called and name == "mean" and len(before) == 4 and _spatial(node):
-            result = first
+        elif function and name == "mean" and len(before) == 4:
+            dims: Any = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+            result = first if isinstance(dims, (list, tuple)) and sorted(d % 4 for d in dims) == [2, 3] else None
         sets[node] = result
         yield node, first, result
-
-
-def _spatial(node: fx.Node) -> bool:
-    dims: Any = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
-    return isinstance(dims, (list, tuple)) and sorted(d % 4 for d in dims) == [2, 3]
-
-
-def _flatten(channels: Tensor | None, before: tuple[int, ...], after: tuple[int, ...]) -> Tensor | None:
-    """Each channel becomes H*W neighbouring features, if a row is an image."""
-    if channels is None or after != (before[0], math.prod(before[1:])):
-        return None
-    return channels.repeat_interleave(after[1] // channels.shape[1], dim=1)
 
 
 def _concatenate(
@@ -191,19 +168,24 @@ def _concatenate(
 ) -> Tensor | None:
     parts: Any = node.args[0] if node.args else node.kwargs.get("tensors")
     dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
-    known = [found for p in parts if (found := sets[p]) is not None] if isinstance(parts, (list, tuple)) else []
+    known = [s for p in parts if (s := sets[p]) is not None] if isinstance(parts, (list, tuple)) else []
     if dim != 1 or not known:
         return None
-    batch = max(len(each) for each in known)  # what holds for every image has a batch of one
-    full = known[0].new_ones(batch, 1)
-    widened = [
-        full.expand(-1, shapes[p.name][1]) if (found := sets[p]) is None else found.expand(batch, -1) for p in parts
-    ]
-    return torch.cat(widened, dim=1)
+    batch = max(map(len, known))  # what holds for every image has a batch of one
+    widened = (known[0].new_ones(1, shapes[p.name][1]) if (s := sets[p]) is None else s for p in parts)
+    return torch.cat([s.expand(batch, -1) for s in widened], dim=1)
+
+
+def usual_size(model: nn.Module, photographs: int = 224) -> tuple[int, int, int]:
+    """(3, H, W) of the images of a network: 32 px by its `architecture`'s stem for small ones, else another size."""
+    architecture = getattr(model, "architecture", None)
+    known = architecture if isinstance(architecture, dict) else {}
+    small = known.get("stem") == "cifar" or str(known.get("name")).startswith("wrn-")
+    return (3, 32, 32) if small else (3, photographs, photographs)
 
 
 class Recorder(fx.Interpreter):
-    """Runs a network on two images and keeps of each node's output, by the node's name, what is asked of it.
+    """Runs a network on two images, so that the batch differs from dimensions of one, and keeps, by the node's name:
 
     Attributes:
         shapes: the output's shape; () where a node gives no tensor.
@@ -215,14 +197,14 @@ class Recorder(fx.Interpreter):
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.macs: dict[str, float] = {}
         parameter = next(model.parameters())
-        images = torch.zeros(_BATCH, *input_size, device=parameter.device, dtype=parameter.dtype)
+        images = torch.zeros(2, *input_size, device=parameter.device, dtype=parameter.dtype)
         with eval_mode(model), torch.no_grad(), FlopCounterMode(display=False) as self._counter:
             self.run(images)
 
     def run_node(self, n: fx.Node) -> Any:
         before = self._counter.get_total_flops()
         value = super().run_node(n)
-        self.macs[n.name] = (self._counter.get_total_flops() - before) / (2 * _BATCH)
+        self.macs[n.name] = (self._counter.get_total_flops() - before) / 4
         self.shapes[n.name] = tuple(value.shape) if isinstance(value, Tensor) else ()
         return value
 
@@ -244,8 +226,7 @@ def streams(model: nn.Module) -> list[tuple[str, ...]]:
     carried: dict[fx.Node, frozenset[str | None]] = {}
     found: list[frozenset[str | None]] = []
     for node in graph.nodes:
-        module = modules[node.target] if node.op == "call_module" else None
-        inputs = [carried[n] for n in node.all_input_nodes]
+        module, inputs = called(node, modules), [carried[n] for n in node.all_input_nodes]
         if isinstance(module, AFSConvBN):
             carried[node] = frozenset([node.target])
         elif is_add(node) or isinstance(module, Join):
@@ -265,10 +246,6 @@ def streams(model: nn.Module) -> list[tuple[str, ...]]:
     return sorted((tuple(names) for names in complete), key=lambda names: order[names[0]])
 
 
-def _module(node: fx.Node, modules: dict[str, nn.Module]) -> nn.Module | None:
-    return modules[str(node.target)] if node.op == "call_module" else None
-
-
 def depthwise_ties(model: nn.Module) -> list[tuple[str, ...]]:
     """AFS layers with the depthwise ones that alone read them, in forward order.
 
@@ -278,16 +255,14 @@ def depthwise_ties(model: nn.Module) -> list[tuple[str, ...]]:
     graph, modules = trace(model), dict(model.named_modules())
     tied: dict[str, list[str]] = {}
     for node in graph.nodes:
-        layer = _module(node, modules)
+        layer = called(node, modules)
         conv = layer.conv if isinstance(layer, AFSConvBN) else None
         if not isinstance(conv, nn.Conv2d) or not 1 < conv.groups == conv.in_channels == conv.out_channels:
             continue
         before = node.all_input_nodes[0]
-        while len(before.users) == 1 and (
-            isinstance(_module(before, modules), _KEEP_MODULES) or keeps_channels_call(before)
-        ):
+        while len(before.users) == 1 and (keeps_channels(called(before, modules)) or keeps_channels_call(before)):
             before = before.all_input_nodes[0]
-        writer = _module(before, modules)
+        writer = called(before, modules)
         if len(before.users) == 1 and isinstance(writer, AFSConvBN) and writer.m.numel() == conv.out_channels:
             tied[node.target] = [*tied.pop(before.target, [before.target]), node.target]
     return list(map(tuple, tied.values()))
@@ -296,16 +271,8 @@ def depthwise_ties(model: nn.Module) -> list[tuple[str, ...]]:
 def living_channels(model: nn.Module, names: Iterable[str], input_size: tuple[int, int, int]) -> dict[str, Tensor]:
     """Channels of some modules' outputs that can be other than zero for at least one image, as far as masks prove it.
 
-    Args:
-        model: a network, gated or not.
-        names: modules, such as the last blocks of the residual stages.
-        input_size: (3, H, W).
-
-    Returns:
-        For each name a bool tensor (C,): False where m = 0 in every addend of the stream. [ours]
-
-    Raises:
-        AFDSError: for a name that is no module of the network.
+    For each name, such as that of a block, a bool tensor (C,): False where m = 0 in every addend of the stream. [ours]
+    `input_size` is (3, H, W). A name that is no module of the network is an AFDSError.
     """
     graph, modules = trace(model), dict(model.named_modules())
     masks = {n: m.m[None] for n, m in modules.items() if isinstance(m, AFSConvBN)}
@@ -314,11 +281,10 @@ def living_channels(model: nn.Module, names: Iterable[str], input_size: tuple[in
     wanted = set(names)
     for node, _, leaving in propagate(graph, modules, masks, widths):
         # A block is not a node of its own; its output is the last node made inside it.
-        for owner in _owners(node):
-            if owner in wanted:
-                last[owner] = (leaving, widths[node.name][1])
-    missing = sorted(wanted - set(last))
-    if missing:
+        owners = {path for path, _ in (node.meta.get("nn_module_stack") or {}).values()}
+        owners |= {str(node.target)} if node.op == "call_module" else set()
+        last |= {owner: (leaving, widths[node.name][1]) for owner in owners & wanted}
+    if missing := sorted(wanted - set(last)):
         raise AFDSError(
             f"no layer {missing[0]!r} in {type(model).__name__}; its layers are named by model.named_modules()"
         )
@@ -328,9 +294,3 @@ def living_channels(model: nn.Module, names: Iterable[str], input_size: tuple[in
         for name, (channels, width) in last.items()
     }
 
-
-def _owners(node: fx.Node) -> set[str]:
-    owners = {path for path, _ in (node.meta.get("nn_module_stack") or {}).values()}
-    if node.op == "call_module":
-        owners.add(node.target)
-    return owners

@@ -23,12 +23,8 @@ def taylor_importance(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]])
     and L the cross entropy; in eval mode. [Molchanov et al. 2017, 1611.06440, eq. 8, with the absolute value of the sum
     over pixels; on gated layers ours] A channel that is never computed has 0.
 
-    Args:
-        model: an AFS network; its mode and gradients are left as they were.
-        loader: batches of (images, labels): training images, never the test set.
-
-    Returns:
-        By layer name, in forward order, (C,) float64 on the CPU.
+    By layer name, in forward order, (C,) float64 on the CPU, from batches of (training images, labels), never the test
+    set. The network's mode and gradients are left as they were.
 
     Raises:
         AFDSError: if the network has no AFS layer or cannot be differentiated, or the loader is empty.
@@ -48,8 +44,7 @@ def taylor_importance(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]])
                 reason = str(error).splitlines()[0]
                 raise AFDSError(f"torch cannot differentiate {type(model).__name__} ({reason})") from error
             for (name, output), gradient in zip(outputs.items(), gradients, strict=True):
-                change = (output.detach().double() * gradient.double()).sum((2, 3))
-                totals[name] += change.abs().sum(0).cpu()
+                totals[name] += (output.detach().double() * gradient.double()).sum((2, 3)).abs().sum(0).cpu()
             count += len(labels)
     if not count:
         raise AFDSError("no image to estimate the Taylor importance on; the loader is empty")

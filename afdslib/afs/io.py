@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from afdslib.afs.convert import convert_in_place
 from afdslib.afs.shrink import shrink
 from afdslib.afs.verify import confirm, sample
 from afdslib.backbones.inputs import input_of, see_at
+from afdslib.base.atomic import atomic_path
 from afdslib.base.errors import AFDSError
 
 __all__ = ["load", "load_network", "read_masks", "save", "weight_file"]
@@ -25,15 +25,8 @@ __all__ = ["load", "load_network", "read_masks", "save", "weight_file"]
 def save(model: nn.Module, path: str | Path, *, metadata: dict[str, str] | None = None) -> None:
     """Writes a network built by `backbones.build` (plain, converted or compact) to one safetensors file, atomically.
 
-    Of a compact network the file says by which masks it was cut, so that `load` can cut a fresh one alike.
-
-    Args:
-        model: the network.
-        path: the file.
-        metadata: more texts by name for the file's header, such as class names.
-
-    Raises:
-        AFDSError: for a network whose architecture is not known (not built by `backbones.build`).
+    Of a compact network the file says by which masks it was cut, so that `load` can cut a fresh one alike. `metadata`
+    are more texts for the file's header, such as class names. Another network is an AFDSError.
     """
     architecture = getattr(model, "architecture", None)
     if not isinstance(architecture, dict):
@@ -41,22 +34,13 @@ def save(model: nn.Module, path: str | Path, *, metadata: dict[str, str] | None 
             f"{type(model).__name__} does not say how to build it; networks that are saved must come from "
             "backbones.build"
         )
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    try:
-        save_file(tensors, temporary, metadata={**(metadata or {}), "afds": json.dumps(architecture, sort_keys=True)})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_path(path) as part:
+        save_file(tensors, part, metadata={**(metadata or {}), "afds": json.dumps(architecture, sort_keys=True)})
 
 
 def load(path: str | Path) -> nn.Module:
-    """The network in a file written by `save`, on the CPU, in eval mode.
-
-    Raises:
-        AFDSError: for a missing, damaged or foreign file.
-    """
+    """The network in a file written by `save`, on the CPU, in eval mode; another file is an AFDSError."""
     try:
         with safe_open(str(path), framework="pt") as file:
             architecture = json.loads((file.metadata() or {})["afds"])
@@ -80,11 +64,7 @@ def load(path: str | Path) -> nn.Module:
 
 
 def weight_file(path: str | Path) -> Path:
-    """The absolute path of an existing file that `load_network` may read.
-
-    Raises:
-        AFDSError: no such file.
-    """
+    """The absolute path of a file that `load_network` may read; an AFDSError if there is none."""
     file = Path(path).expanduser()
     if not file.is_file():
         raise AFDSError(
@@ -95,14 +75,9 @@ def weight_file(path: str | Path) -> Path:
 
 
 def load_network(weights: str | Path) -> nn.Module:
-    """A trained network.
+    """A trained network from a file of this library (.safetensors) or a public attention-transfer export (.pth).
 
-    Args:
-        weights: a file of this library (.safetensors), a public attention-transfer export (.pth), or the name of a
-            backbone for torchvision's ImageNet weights.
-
-    Raises:
-        AFDSError: no such file or backbone, or a file of another kind.
+    Or by the name of a backbone, for torchvision's ImageNet weights. Anything else is an AFDSError.
     """
     if str(weights) in backbones.known_names():
         return backbones.build(str(weights), 1000, weights="imagenet")
@@ -126,7 +101,10 @@ def _rebuild(architecture: Any) -> nn.Module:
     if kept is not None:  # a network that static pruning has made narrower
         model = shrink(model, {name: tuple(positions) for name, positions in kept.items()})
     if gates is not None:
-        before = sample(_unit_scales(model).eval())
+        for module in model.modules():  # a fresh network's zero-initialised branches cannot be converted
+            if isinstance(module, nn.BatchNorm2d) and module.affine:
+                nn.init.ones_(module.weight)
+        before = sample(model.eval())
         model = convert_in_place(model, gates=gates)
         confirm(before, model, "converting the saved network")
     for cut in cuts or ():
@@ -138,20 +116,8 @@ def _rebuild(architecture: Any) -> nn.Module:
     return see_at(model, int(side)) if side else model
 
 
-def _unit_scales(model: nn.Module) -> nn.Module:
-    """Scales of 1, so that a fresh network with zero-initialised branches can be converted to take its state."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d) and module.affine:
-            nn.init.ones_(module.weight)
-    return model
-
-
 def read_masks(path: str | Path) -> dict[str, Any]:
-    """Masks of `afds publish --part speed`, without weights: "architecture" and "masks", see `compact.set_masks`.
-
-    Raises:
-        AFDSError: a missing or foreign file.
-    """
+    """Masks of `afds publish --part speed`, without weights: "architecture" and "masks", see `compact.set_masks`."""
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
         named = isinstance(record["architecture"]["name"], str)

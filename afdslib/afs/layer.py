@@ -15,7 +15,7 @@ __all__ = ["AFSConvBN", "Gates", "select"]
 
 
 class Gates(NamedTuple):
-    """What the gates of one layer say about one batch; each field is (B, C).
+    """The gates of one layer for one batch, each (B, C).
 
     Attributes:
         pi: selected importances, 0 where a channel is not selected.
@@ -29,19 +29,11 @@ class Gates(NamedTuple):
 
 
 def select(h: Tensor, m: Tensor, s: Tensor, k: int) -> Tensor:
-    """Keeps, per sample, the largest importances of the living dynamic channels; the rest become 0.
+    """pi, (B, C): per sample, the largest importances h, (B, C), of the living dynamic channels; the rest is 0.
 
-    Living static channels (m=1, s=0) take places first; of the living dynamic ones the min(k - static, dynamic) largest
-    stay, found by a stable sort, so that the lowest index wins a tie. The gradient flows through what stays. [ours]
-
-    Args:
-        h: importances, (B, C), non-negative.
-        m: 1 for living channels, (C,).
-        s: 1 for dynamic channels, (C,).
-        k: places in the layer.
-
-    Returns:
-        pi, (B, C).
+    Living static channels (m = 1, s = 0 of (C,)) take places first; of the living dynamic ones the min(k - static,
+    dynamic) largest stay, found by a stable sort, so that the lowest index wins a tie. The gradient flows through what
+    stays. [ours]
     """
     dynamic = m * s
     h = h * dynamic
@@ -62,8 +54,7 @@ def _average(x: Tensor, dtype: torch.dtype) -> Tensor:
 class _ScaleShift(torch.autograd.Function):
     """scale * y + shift with one scale and shift per sample and channel, in float32, kept in y's own precision.
 
-    Autograd's own version keeps and multiplies float32 copies of whole feature maps, which made the gated network 2.5
-    times as slow to train as the plain one in bf16.
+    Autograd's own version keeps float32 copies of whole feature maps: training in bf16 took 2.5 times as long.
     """
 
     @staticmethod
@@ -82,10 +73,7 @@ class _ScaleShift(torch.autograd.Function):
 
 
 class _PoolThrough(torch.autograd.Function):
-    """A feature map and its global average, so that both gradients meet in one pass over the map.
-
-    Left to autograd, the average's gradient is spread over the map in float32, converted, and added: three more passes.
-    """
+    """A feature map and its global average, so that both gradients meet in one pass over the map, not in four."""
 
     @staticmethod
     def forward(ctx, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -126,8 +114,7 @@ class AFSConvBN(nn.Module):
         width: the original number of output channels, from which k is computed; default: the present one.
 
     Shape:
-        - Input: (B, C_in, H, W)
-        - Output: (B, C, H', W')
+        (B, C_in, H, W) -> (B, C, H', W').
     """
 
     m: Tensor
@@ -137,22 +124,17 @@ class AFSConvBN(nn.Module):
     def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, *, width: int | None = None):
         super().__init__()
         channels = conv.out_channels
-        if norm.affine:
-            raise AFDSError("the batch norm of an AFS layer has no affine part; convert a network with afs.convert")
-        if norm.num_features != channels:
+        if norm.affine or norm.num_features != channels or norm.running_mean is None:
             raise AFDSError(
-                f"the batch norm has {norm.num_features} channels and the convolution {channels}; they must agree"
+                f"the batch norm of an AFS layer has running statistics of its {channels} channels and no affine part; "
+                "convert a network with afs.convert"
             )
-        self.conv = conv
-        if norm.running_mean is None or norm.running_var is None:
-            raise AFDSError("the batch norm of an AFS layer keeps running statistics; set track_running_stats=True")
-        self.norm = norm
-        like = conv.weight.detach()
+        self.conv, self.norm = conv, norm
+        like = next(conv.parameters()).detach()
         self.predictor = nn.Linear(conv.in_channels, channels, device=like.device, dtype=like.dtype)
         self.beta = nn.Parameter(like.new_zeros(channels))
-        self.register_buffer("m", like.new_ones(channels))
-        self.register_buffer("s", like.new_ones(channels))
-        self.register_buffer("gamma", like.new_ones(channels))
+        for name in ("m", "s", "gamma"):
+            self.register_buffer(name, like.new_ones(channels))
         # The original width, from which k is computed even after channels have been cut out of the layer.
         self.width = channels if width is None else width
         self.density = 1.0
@@ -163,14 +145,7 @@ class AFSConvBN(nn.Module):
         return math.ceil(self.density * self.width - 1e-9)
 
     def gates(self, x: Tensor) -> Gates:
-        """The gates for a batch of inputs.
-
-        Args:
-            x: the layer's input, (B, C_in, H, W).
-
-        Returns:
-            pi, eta and active, each (B, C).
-        """
+        """The gates for a batch of the layer's inputs, (B, C_in, H, W)."""
         with torch.autocast(x.device.type, enabled=False):
             return self._gates(_average(x, self._dtype))
 
@@ -191,9 +166,7 @@ class AFSConvBN(nn.Module):
         dtype = pooled.dtype
         m, s = self.m.to(dtype), self.s.to(dtype)
         pi = select(self._importances(pooled), m, s, self.k)
-        eta = s * pi + (1 - s) * self.gamma.to(dtype)
-        active = m * ((1 - s) + s * (pi > 0).to(dtype))
-        return Gates(pi, eta, active)
+        return Gates(pi, s * pi + (1 - s) * self.gamma.to(dtype), m * ((1 - s) + s * (pi > 0).to(dtype)))
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):

@@ -9,7 +9,9 @@ count padded to equal sizes, as a compact network runs them.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from afdslib.afs.channels import GroupedConv2d
-from afdslib.afs.graph import Recorder, eval_mode, propagate, shapes, trace
+from afdslib.afs.graph import Recorder, called, eval_mode, propagate, shapes, trace
 from afdslib.afs.layer import AFSConvBN
 from afdslib.base.errors import AFDSError
 
@@ -26,46 +28,35 @@ __all__ = ["MACs", "Meter", "count", "expected", "parameters"]
 
 @dataclass(frozen=True)
 class MACs:
-    """Multiply-accumulates per image.
+    """Multiply-accumulates per image."""
 
-    Attributes:
-        total: all layers, predictors included.
-        by_layer: convolutions and linear layers by name, without predictors.
-        predictors: the gates' linear layers, part of total.
-    """
-
-    total: float
-    by_layer: dict[str, float] = field(repr=False)
-    predictors: float = 0.0
+    total: float  # of all layers, predictors included
+    by_layer: dict[str, float] = field(repr=False)  # convolutions and linear layers by name, without predictors
+    predictors: float = 0.0  # the gates' linear layers, part of total
 
 
 def count(model: nn.Module, input_size: tuple[int, int, int]) -> MACs:
     """MACs of the dense network for one image, by torch's own counter: all that it runs but the gates' predictors.
 
-    Args:
-        model: any network; an AFS network is counted as its ungated twin.
-        input_size: (3, H, W).
-
-    The convention is that of torchvision's `weights.meta["_ops"]`, which this equals for its ResNets.
+    An AFS network is counted as its ungated twin; `input_size` is (3, H, W). For torchvision's ResNets this equals
+    their `weights.meta["_ops"]`.
     """
     if len(input_size) != 3 or min(input_size) < 1:
         raise AFDSError(f"input_size must be (channels, height, width), got {tuple(input_size)}")
     parameter = next(model.parameters())
     with eval_mode(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype))
-    root = type(model).__name__
     done = {n: sum(ops.values()) // 2 for n, ops in counter.get_flop_counts().items() if n != "Global"}
     own = dict(done)  # what a module runs itself, outside its children
     for name, value in done.items():
-        parent = name.rpartition(".")[0]
-        while parent and parent not in done:
-            parent = parent.rpartition(".")[0]
-        if parent:
-            own[parent] -= value
+        while name := name.rpartition(".")[0]:
+            if name in done:
+                own[name] -= value
+                break
     modules = dict(model.named_modules())
     by_layer: dict[str, int] = {}
     for name, value in own.items():
-        layer = name.removeprefix(root).removeprefix(".")
+        layer = name.removeprefix(type(model).__name__).removeprefix(".")
         if not value or isinstance(modules[layer], AFSConvBN):
             continue  # the predictor
         # A convolution inside an AFS layer goes by the layer's name: dense and gated counts compare by name.
@@ -78,61 +69,46 @@ def count(model: nn.Module, input_size: tuple[int, int, int]) -> MACs:
 class Meter:
     """Adds up the MACs that single images cost while batches pass through a network in eval mode.
 
-    Use it around forward passes that are made anyway, so that accuracy and MACs come from one pass:
-
-    ```
-    with Meter(model) as meter:
-        for images, _ in loader:
-            model(images)
-    meter.macs()
-    ```
+    Use it around forward passes that are made anyway: `with Meter(model) as meter: model(images)`, then `meter.macs()`.
     """
 
     def __init__(self, model: nn.Module):
         self.model = model
         self._graph = trace(model)
         self._modules = dict(model.named_modules())
-        self._seen: Recorder | None = None
+        self._seen: Any = None
         self._input_size: tuple[int, int, int] = (0, 0, 0)
         self._active: dict[str, Tensor] = {}
-        self._sums: dict[str, float] = {}
-        self._predictors = 0.0
-        self._images = 0
-        self._handles: list = []
+        self._handles = ExitStack()
+        self.reset()
 
     def reset(self) -> None:
         """Forgets what has been counted, for another measurement of the same network."""
-        self._sums, self._predictors, self._images = {}, 0.0, 0
+        self._sums: dict[str, float] = {}
+        self._predictors, self._images = 0.0, 0
 
     def __enter__(self) -> Meter:
         for name, module in self._modules.items():
             if isinstance(module, AFSConvBN):
-                self._handles.append(module.register_forward_hook(self._record(name)))
-        self._handles.append(self.model.register_forward_hook(self._count))
+                self._handles.enter_context(module.register_forward_hook(partial(self._record, name)))
+        self._handles.enter_context(self.model.register_forward_hook(self._count))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._handles.close()
 
-    def _record(self, name: str):
-        def record(module: AFSConvBN, args: tuple[Tensor, ...], output: Tensor) -> None:
-            self._active[name] = module.gates(args[0]).active.double()
-
-        return record
+    def _record(self, name: str, module: AFSConvBN, args: tuple[Tensor, ...], output: Tensor) -> None:
+        self._active[name] = module.gates(args[0]).active.double()
 
     @torch.no_grad()
     def _count(self, model: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        active = dict(self._active)
-        channels, height, width = args[0].shape[1:]
-        if (channels, height, width) != self._input_size:
-            self._input_size = channels, height, width
+        active, size = dict(self._active), tuple(args[0].shape[1:])
+        if size != self._input_size:
+            self._input_size = size  # type: ignore[assignment]
             self._seen = Recorder(model, self._graph, self._input_size)
-        assert self._seen is not None
         shapes, dense, batch = self._seen.shapes, self._seen.macs, args[0].shape[0]
         for node, entering, leaving in propagate(self._graph, self._modules, active, shapes):
-            module = self._modules[node.target] if node.op == "call_module" else None
+            module = called(node, self._modules)
             entering = None if entering is None else entering.expand(batch, -1)
             if isinstance(module, AFSConvBN):
                 inputs = batch * module.conv.in_channels if entering is None else float(entering.sum())
@@ -152,15 +128,9 @@ class Meter:
         self._sums[name] = self._sums.get(name, 0.0) + value
 
     def macs(self) -> MACs:
-        """Mean per image over all images that have passed.
-
-        Raises:
-            AFDSError: if none has.
-        """
+        """Mean per image over all images that have passed; an AFDSError if none has."""
         if not self._images:
-            raise AFDSError(
-                "no image has passed through the network, so its mean MACs are not defined; the loader is empty"
-            )
+            raise AFDSError("no image has passed through the network, so it has no mean MACs; the loader is empty")
         by_layer = {name: value / self._images for name, value in self._sums.items()}
         predictors = self._predictors / self._images
         return MACs(sum(by_layer.values()) + predictors, by_layer, predictors)
@@ -190,13 +160,8 @@ def _conv_macs(conv: Any, entering: Tensor | None, leaving: Tensor | None, batch
 def expected(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], *, meter: Meter | None = None) -> MACs:
     """Measured MACs of a gated network: the mean over the loader's images of what each image costs.
 
-    Args:
-        model: an AFS network (a plain one costs the same for every image); its mode is restored.
-        loader: batches of (images, labels); labels are not used.
-        meter: one made for this network before, to save the tracing when the same network is measured often.
-
-    Raises:
-        AFDSError: if the loader is empty or torch.fx cannot follow the network.
+    The network's mode is restored; labels are not used; a meter made for this network before saves the tracing. An
+    empty loader is an AFDSError.
     """
     device = next(model.parameters()).device
     meter = Meter(model) if meter is None else meter
@@ -218,15 +183,17 @@ def parameters(model: nn.Module, input_size: tuple[int, int, int]) -> int:
     node_shapes = shapes(model, graph, input_size)
     total = 0.0
     for node, entering, leaving in propagate(graph, modules, masks, node_shapes):
-        module = modules[node.target] if node.op == "call_module" else None
+        module = called(node, modules)
         if isinstance(module, AFSConvBN):
             conv, alive = module.conv, float(module.m.sum())
             dynamic = float((module.m * module.s).sum())
             inputs = conv.in_channels if entering is None else float((entering > 0).sum())
-            total += _conv_weights(conv, entering, leaving) + (alive if conv.bias is not None else 0)
+            total += _conv_macs(conv, entering, leaving, 1, (1, 1, 1, 1))
+            total += alive if any(n.endswith("bias") for n, _ in conv.named_parameters()) else 0
             total += dynamic * (inputs + 1) + (alive - dynamic) + alive
         elif isinstance(module, (nn.Conv2d, GroupedConv2d)):
-            total += _conv_weights(module, entering, None) + (module.out_channels if module.bias is not None else 0)
+            total += _conv_macs(module, entering, None, 1, (1, 1, 1, 1))
+            total += module.out_channels if any(n.endswith("bias") for n, _ in module.named_parameters()) else 0
         elif isinstance(module, nn.Linear):
             inputs = module.in_features if entering is None else float((entering > 0).sum())
             total += inputs * module.out_features + (module.out_features if module.bias is not None else 0)
@@ -234,6 +201,3 @@ def parameters(model: nn.Module, input_size: tuple[int, int, int]) -> int:
             total += sum(p.numel() for p in module.parameters())
     return round(total)
 
-
-def _conv_weights(conv: Any, entering: Tensor | None, leaving: Tensor | None) -> float:
-    return _conv_macs(conv, entering, leaving, 1, (1, conv.out_channels, 1, 1))

@@ -7,8 +7,10 @@ gamma <- q where s becomes 0. [recall; delta_s and the budget are ours]
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from afdslib.afs import macs
 from afdslib.afs.convert import gated, layers
 from afdslib.afs.graph import depthwise_ties, eval_mode, streams
 from afdslib.afs.layer import AFSConvBN
+from afdslib.base.checks import choice, number, whole
 from afdslib.base.errors import AFDSError, UnreachableError
 
 __all__ = ["LayerStatistics", "MaskReport", "collect_statistics", "update_masks"]
@@ -26,38 +29,23 @@ __all__ = ["LayerStatistics", "MaskReport", "collect_statistics", "update_masks"
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """Statistics of one layer's gates over a set of images, float64 on the CPU.
+    """Statistics of one layer's gates over a set of images, (C,), float64 on the CPU."""
 
-    Attributes:
-        q: mean of eta, (C,).
-        p: population variance of pi, (C,).
-        active_rate: share of images for which each channel is computed, (C,).
-        n: images seen.
-    """
-
-    q: Tensor
-    p: Tensor
-    active_rate: Tensor
-    n: int
+    q: Tensor  # mean of eta
+    p: Tensor  # population variance of pi
+    active_rate: Tensor  # share of images for which each channel is computed
+    n: int  # images seen
 
 
 @dataclass(frozen=True)
 class MaskReport:
-    """What a mask update did.
+    """What a mask update did, in channels of all layers."""
 
-    Attributes:
-        delta_m: the threshold on q (or on the scores); 0 where only channels went that have 0, or none.
-        macs: expected MACs afterwards (None without a loader).
-        removed: channels with m = 0, of all layers.
-        static: living channels with constant gates.
-        dynamic: living channels whose gates depend on the input.
-    """
-
-    delta_m: float
-    macs: macs.MACs | None
-    removed: int
-    static: int
-    dynamic: int
+    delta_m: float  # the threshold on q (or on the scores); 0 where only channels went that have 0, or none
+    macs: macs.MACs | None  # expected ones afterwards; None without a loader
+    removed: int  # m = 0
+    static: int  # living, with constant gates
+    dynamic: int  # living, with gates that depend on the input
 
 
 class _Welford:
@@ -82,15 +70,12 @@ class _Welford:
 def collect_statistics(
     model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], *, device: torch.device | str | None = None
 ) -> dict[str, LayerStatistics]:
-    """Gate statistics of every AFS layer over training images, in eval mode and without gradients.
+    """Gate statistics by layer name, in forward order, over training images, in eval mode and without gradients.
 
     Args:
         model: an AFS network; its mode is restored.
         loader: batches of (images, labels): the TRAINING images under the test-time transform, never the test set.
         device: where to run; default: where the network is.
-
-    Returns:
-        Statistics by layer name, in forward order.
 
     Raises:
         AFDSError: if the network has no AFS layer or the loader is empty.
@@ -100,30 +85,24 @@ def collect_statistics(
     device = home if device is None else torch.device(device)
     accumulators = {name: tuple(_Welford(layer.m.numel()) for _ in range(3)) for name, layer in found.items()}
 
-    def hook(name: str):
-        def record(module: AFSConvBN, args: tuple[Tensor, ...], output: Tensor) -> None:
-            gates = module.gates(args[0])
-            for accumulator, values in zip(accumulators[name], (gates.eta, gates.pi, gates.active), strict=True):
-                accumulator.update(values)
+    def record(name: str, module: AFSConvBN, args: tuple[Tensor, ...], output: Tensor) -> None:
+        gates = module.gates(args[0])
+        for accumulator, values in zip(accumulators[name], (gates.pi, gates.eta, gates.active), strict=True):
+            accumulator.update(values)
 
-        return record
-
-    handles = [layer.register_forward_hook(hook(name)) for name, layer in found.items()]
-    try:
-        with eval_mode(model), torch.no_grad():
-            model.to(device)
-            for images, _ in loader:
-                model(images.to(device))
-    finally:
-        model.to(home)
-        for handle in handles:
-            handle.remove()
-    statistics = {}
-    for name, (eta, pi, active) in accumulators.items():
-        if eta.n == 0:
-            raise AFDSError("no image to collect gate statistics from; the loader is empty")
-        statistics[name] = LayerStatistics(eta.mean, pi.deviation / pi.n, active.mean, eta.n)
-    return statistics
+    with ExitStack() as stack, eval_mode(model), torch.no_grad():
+        for name, layer in found.items():
+            stack.enter_context(layer.register_forward_hook(partial(record, name)))
+        stack.callback(model.to, home)
+        model.to(device)
+        for images, _ in loader:
+            model(images.to(device))
+    if any(pi.n == 0 for pi, _, _ in accumulators.values()):
+        raise AFDSError("no image to collect gate statistics from; the loader is empty")
+    return {
+        name: LayerStatistics(eta.mean, pi.deviation / pi.n, active.mean, pi.n)
+        for name, (pi, eta, active) in accumulators.items()
+    }
 
 
 def update_masks(
@@ -154,13 +133,11 @@ def update_masks(
         loader: a fixed subset of training images, needed for `macs_budget`; it must give the same images each time.
         multiple: round each layer's kept channels up to a multiple (never above its width), for kernels that like such
             shapes; the budget is met all the same, by removing more elsewhere.
-        stream: "free", every layer decides alone; "coupled", the layers that are added up in a residual stream decide
-            together: a channel of the stream goes from all of them or from none, by the largest of their q, so that it
-            stays while any of them needs it, and the layers that read the stream narrow with it. Not by the mean: where
-            the last batch norms of blocks begin at 0, few blocks write to a channel. Streams with an addend without
-            gates stay free. [ours]
-            A layer and the depthwise ones that read it decide together in both cases, by the smallest of their q; see
-            `graph.depthwise_ties`.
+        stream: "free", every layer decides alone; "coupled", a channel of a residual stream goes from all the layers
+            that are added up in it or from none, by the largest of their q (not the mean: where the last batch norms
+            of blocks begin at 0, few blocks write to a channel), and the layers that read the stream narrow with it.
+            Streams with an addend without gates stay free. [ours] In both cases a layer and the depthwise ones that
+            read it decide together, by the smallest of their q; see `graph.depthwise_ties`.
         scores: by layer name, (C,), non-negative: what channels are ranked by instead of q, which then decides about
             freezing alone; with `macs_budget` only. [ours]
 
@@ -170,84 +147,56 @@ def update_masks(
             smallest that can be reached).
     """
     found = layers(model)
-    _check(found, statistics, delta_m, delta_s, macs_budget, loader, multiple, stream, scores)
+    ranked = {name: values.q for name, values in statistics.items()} if scores is None else scores
+    for what, given in (("statistics", {n: v.q for n, v in statistics.items()}), ("scores", ranked)):
+        if {name: values.numel() for name, values in given.items()} != {n: x.m.numel() for n, x in found.items()}:
+            raise AFDSError(f"the {what} belong to another network; collect them on this one, with afs.layers' names")
+    if (delta_m is None) == (macs_budget is None):
+        raise AFDSError("give exactly one of delta_m and macs_budget")
+    if delta_s != math.inf:
+        number("delta_s", delta_s, least=0)
+    whole("multiple", multiple, 1)
+    choice("stream", stream, ("free", "coupled"))
+    if delta_m is not None:
+        if scores is not None:
+            raise AFDSError("delta_m is a threshold on q; give scores together with macs_budget")
+        if delta_m not in (math.inf, -math.inf):
+            number("delta_m", delta_m)
+    elif loader is None:
+        raise AFDSError("macs_budget needs a loader of training images to measure the expected MACs on")
+    else:
+        number("macs_budget", macs_budget, above=0, most=1)
     ties = depthwise_ties(model)
     units = _units(model, found, stream, ties)
-    by_q = scores is None
-    scores = {name: statistics[name].q for name in found} if scores is None else dict(scores)
     for names in ties:
-        scores |= dict.fromkeys(names, torch.stack([scores[name] for name in names]).amin(0))
+        ranked = {**ranked, **dict.fromkeys(names, torch.stack([ranked[name] for name in names]).amin(0))}
 
-    kept = ("m", "s", "gamma", "beta")
-    before = {name: {part: getattr(layer, part).detach().clone() for part in kept} for name, layer in found.items()}
+    parts = [getattr(layer, part) for layer in found.values() for part in ("m", "s", "gamma", "beta")]
+    before = [part.detach().clone() for part in parts]
     try:
         _freeze(found, statistics, delta_s)
-        ranking = _ranking(found, scores, units)
-        living = {name: layer.m.clone() for name, layer in found.items()}
-        measured: macs.MACs | None = None
+        ranking = _ranking(found, ranked, units)
+        remove = partial(_remove, found, units, {name: layer.m.clone() for name, layer in found.items()}, multiple)
         if delta_m is not None:
-            removals = sum(q <= delta_m for q, _, _ in ranking)
-            _remove(found, units, living, ranking[:removals], multiple)
-            threshold = float(delta_m)
-            if loader is not None:
-                measured = macs.expected(model, loader)
-        elif macs_budget is not None and loader is not None:
+            remove(ranking[: sum(q <= delta_m for q, _, _ in ranking)])
+            threshold, measured = float(delta_m), None if loader is None else macs.expected(model, loader)
+        else:
             # Gates with q = 0 go with any threshold of at least 0.
-            closed = sum(q <= 0 for q, _, _ in ranking) if by_q else 0
-            removals, measured = _bisect(model, found, units, living, ranking, macs_budget, loader, multiple, closed)
+            closed = sum(q <= 0 for q, _, _ in ranking) if scores is None else 0
+            several = f"{multiple} channels per layer, or all where there are fewer,"
+            least = "one channel per layer" if multiple == 1 else several
+            removals, measured = _bisect(model, remove, ranking, closed, macs_budget, loader, least)  # type: ignore[arg-type]
             threshold = max(0.0, ranking[removals - 1][0]) if removals else 0.0
     except BaseException:
         # Nothing half done: a refused or interrupted update leaves the masks as they were.
         with torch.no_grad():
-            for name, values in before.items():
-                for part, value in values.items():
-                    getattr(found[name], part).copy_(value)
+            for part, value in zip(parts, before, strict=True):
+                part.copy_(value)
         raise
     alive = sum(int(layer.m.sum()) for layer in found.values())
     dynamic = sum(int((layer.m * layer.s).sum()) for layer in found.values())
     width = sum(layer.m.numel() for layer in found.values())
     return MaskReport(threshold, measured, width - alive, alive - dynamic, dynamic)
-
-
-def _check(
-    found: dict[str, AFSConvBN],
-    statistics: dict[str, LayerStatistics],
-    delta_m: float | None,
-    delta_s: float,
-    macs_budget: float | None,
-    loader: object,
-    multiple: int,
-    stream: str,
-    scores: Mapping[str, Tensor] | None,
-) -> None:
-    """Refuses arguments of `update_masks` that are out of range or of another network."""
-    if set(found) != set(statistics) or any(found[n].m.numel() != statistics[n].q.numel() for n in found):
-        raise AFDSError(
-            "the statistics belong to another network; collect them with afs.collect_statistics on this one"
-        )
-    if (delta_m is None) == (macs_budget is None):
-        raise AFDSError("give exactly one of delta_m and macs_budget")
-    for name, value in (("delta_m", delta_m), ("delta_s", delta_s), ("macs_budget", macs_budget)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise AFDSError(f"{name} must be a number, got {value!r}")
-    if not delta_s >= 0:
-        raise AFDSError(f"delta_s must be at least 0, got {delta_s!r}")
-    if not (isinstance(multiple, int) and not isinstance(multiple, bool) and multiple >= 1):
-        raise AFDSError(f"multiple must be a whole number of at least 1, got {multiple!r}")
-    if stream not in ("free", "coupled"):
-        raise AFDSError(f"stream must be 'free' or 'coupled', got {stream!r}")
-    if scores is not None and delta_m is not None:
-        raise AFDSError("delta_m is a threshold on q; give scores together with macs_budget")
-    if scores is not None and (
-        set(found) != set(scores) or any(found[n].m.numel() != scores[n].numel() for n in found)
-    ):
-        raise AFDSError("the scores belong to another network; they are by layer name, one per channel")
-    if macs_budget is not None and not 0 < macs_budget <= 1:
-        raise AFDSError(f"macs_budget must be in (0, 1], got {macs_budget!r}")
-    if macs_budget is not None and loader is None:
-        raise AFDSError("macs_budget needs a loader of training images to measure the expected MACs on")
-    if delta_m is not None and math.isnan(delta_m):
-        raise AFDSError("delta_m must be a number, got nan")
 
 
 def _units(
@@ -307,8 +256,8 @@ def _remove(
     found: dict[str, AFSConvBN],
     units: list[tuple[str, ...]],
     living: dict[str, Tensor],
-    removals: list[tuple[float, int, int]],
     multiple: int,
+    removals: list[tuple[float, int, int]],
 ) -> None:
     """Sets the masks to `living` less the removals; each unit keeps a multiple of channels where it can."""
     chosen: dict[int, list[int]] = {}
@@ -347,47 +296,39 @@ class _Repeated:
         self._kept = batches if size <= self._limit else None
 
 
-def _least(multiple: int) -> str:
-    return "one channel per layer" if multiple == 1 else f"{multiple} channels per layer, or all where there are fewer,"
-
-
 def _bisect(
     model: nn.Module,
-    found: dict[str, AFSConvBN],
-    units: list[tuple[str, ...]],
-    living: dict[str, Tensor],
+    remove: Callable[[list[tuple[float, int, int]]], None],
     ranking: list[tuple[float, int, int]],
+    fewest: int,
     budget: float,
     loader: Iterable[tuple[Tensor, Tensor]],
-    multiple: int,
-    least: int,
+    least: str,
 ) -> tuple[int, macs.MACs]:
-    """The smallest number of removals (in ranking order, from `least`) that meets the budget, and the expected MACs."""
+    """The smallest number of removals (in ranking order, from `fewest`) that meets the budget, and the MACs then."""
     batches = _Repeated(loader)
     images = next(iter(batches), None)
     if images is None:
         raise AFDSError("no image to measure the expected MACs on; the loader is empty")
     channels, height, width = images[0].shape[1:]
     dense = macs.count(model, (channels, height, width)).total
-    allowed = budget * dense
-    meter = macs.Meter(model)
+    allowed, meter, found = budget * dense, macs.Meter(model), layers(model).values()
     bar = tqdm(total=1 + len(ranking).bit_length(), desc="mask update", unit="pass", mininterval=1, disable=None)
 
     def measure(removals: int) -> macs.MACs:
-        _remove(found, units, living, ranking[:removals], multiple)
+        remove(ranking[:removals])
         # Where every gate is constant, all images cost what the first one does.
-        varies = any(bool((layer.m * layer.s).any()) for layer in found.values())
+        varies = any(bool((layer.m * layer.s).any()) for layer in found)
         seen: Any = batches if varies else [(images[0][:1], None)]
-        measured = macs.expected(model, seen, meter=meter)
         bar.update()
-        return measured
+        return macs.expected(model, seen, meter=meter)
 
-    low, high = least, len(ranking)
+    low, high = fewest, len(ranking)
     best = measure(high)
     if best.total > allowed:
         raise UnreachableError(
-            f"macs_budget {budget:g} cannot be reached: {_least(multiple)} still costs {best.total / dense:.4f} of "
-            "the dense network; ask for at least that, or gate more layers"
+            f"macs_budget {budget:g} cannot be reached: {least} still costs {best.total / dense:.4f} of the dense "
+            "network; ask for at least that, or gate more layers"
         )
     while low < high:
         middle = (low + high) // 2
@@ -397,6 +338,5 @@ def _bisect(
         else:
             low = middle + 1
     bar.close()
-    # The masks must be those of `high`, whichever number was measured last.
-    _remove(found, units, living, ranking[:high], multiple)
+    remove(ranking[:high])  # whichever number was measured last
     return high, best

@@ -7,7 +7,7 @@ inputs of the layers it feeds, or all the addends of a residual stream.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from afdslib.afs import macs
-from afdslib.afs.graph import eval_mode, output_makers, trace
+from afdslib.afs.graph import eval_mode, output_makers, trace, usual_size
 from afdslib.afs.layer import AFSConvBN
 from afdslib.afs.verify import confirm, require_own_weights, sample
 from afdslib.backbones import classifier_name
@@ -29,13 +29,7 @@ Kept = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Member:
-    """One layer's part in a group.
-
-    Attributes:
-        layer: its name.
-        output: whether the channels are its outputs; else its inputs.
-        positions: (root, position) pairs: the group's channel and the layer's channel.
-    """
+    """One layer's outputs, or inputs, in a group; the pairs are the group's channel and the layer's channel."""
 
     layer: str
     output: bool
@@ -44,13 +38,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Group:
-    """Channels that go together.
-
-    Attributes:
-        name: of the first of its convolutions (or linear layers), in the network's order.
-        width: channels.
-        members: the layers concerned.
-    """
+    """So many channels that go together, named by the first of their convolutions or linear layers."""
 
     name: str
     width: int
@@ -60,18 +48,6 @@ class Group:
     def outputs(self) -> tuple[str, ...]:
         """The layers whose outputs they are."""
         return tuple(m.layer for m in self.members if m.output)
-
-
-def _refuse(model: nn.Module) -> None:
-    require_own_weights(model, "static pruning")
-    for name, module in model.named_modules():
-        if isinstance(module, AFSConvBN):
-            raise AFDSError(f"layer {name!r} is gated; static pruning takes the plain network, before afs.convert")
-        if isinstance(module, nn.Conv2d) and 1 < module.groups < module.in_channels:
-            raise AFDSError(
-                f"layer {name!r} is a convolution of {module.groups} groups, whose channels cannot be removed one by "
-                "one; choose a network without grouped convolutions"
-            )
 
 
 def _graph(model: nn.Module, size: tuple[int, int, int]):
@@ -85,8 +61,6 @@ def _graph(model: nn.Module, size: tuple[int, int, int]):
         with eval_mode(model), torch.enable_grad():
             model.requires_grad_(True)  # the graph is read from the gradient's functions
             return torch_pruning.DependencyGraph().build_dependency(model, image, verbose=False)
-    except AFDSError:
-        raise
     except Exception as error:  # torch-pruning raises many types; all mean the same to the caller
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise AFDSError(
@@ -98,20 +72,27 @@ def _graph(model: nn.Module, size: tuple[int, int, int]):
 
 
 def groups(model: nn.Module, size: tuple[int, int, int]) -> list[Group]:
-    """The groups of a plain network in its order, without the classifier's outputs.
-
-    Args:
-        model: a network of convolutions, batch norms and linear layers.
-        size: (3, H, W) of its images.
+    """The groups of a plain network in its order, without its outputs; `size` is (3, H, W) of its images.
 
     Raises:
         AFDSError: for a gated network, grouped convolutions, or one that torch-pruning cannot follow.
     """
-    _refuse(model)
+    require_own_weights(model, "static pruning")
+    for name, module in model.named_modules():
+        if isinstance(module, AFSConvBN):
+            raise AFDSError(f"layer {name!r} is gated; static pruning takes the plain network, before afs.convert")
+        if isinstance(module, nn.Conv2d) and 1 < module.groups < module.in_channels:
+            raise AFDSError(
+                f"layer {name!r} is a convolution of {module.groups} groups, whose channels cannot be removed one by "
+                "one; choose a network without grouped convolutions"
+            )
     graph = _graph(model, size)
     names = {module: name for name, module in model.named_modules()}
     order = {name: position for position, name in enumerate(names.values())}
-    fixed = _fixed(model)
+    try:
+        fixed = output_makers(trace(model), dict(model.named_modules()))  # whose channels are classes
+    except AFDSError:  # torch.fx cannot follow what torch-pruning perhaps can
+        fixed = {classifier_name(model)}
     found = []
     for raw in graph.get_all_groups(root_module_types=[nn.Conv2d, nn.Linear]):
         members = []
@@ -141,14 +122,6 @@ def groups(model: nn.Module, size: tuple[int, int, int]) -> list[Group]:
     return found
 
 
-def _fixed(model: nn.Module) -> set[str]:
-    """The layers whose outputs are the network's: their channels are classes."""
-    try:
-        return output_makers(trace(model), dict(model.named_modules()))
-    except AFDSError:  # torch.fx cannot follow what torch-pruning perhaps can
-        return {classifier_name(model)}
-
-
 def _width(layer: nn.Module, output: bool) -> int:
     if isinstance(layer, nn.Conv2d):
         return layer.out_channels if output else layer.in_channels
@@ -160,20 +133,16 @@ def _width(layer: nn.Module, output: bool) -> int:
 @torch.no_grad()
 def _silence(model: nn.Module, group: Group, gone: list[int]) -> None:
     """Sets some channels of a group to zero, in place."""
-    roots = set(gone)
-    for member in group.members:
+    for member in (m for m in group.members if m.output):
         layer: Any = model.get_submodule(member.layer)
-        places = [place for root, place in member.positions if root in roots]
-        if member.output:
-            for values in (layer.weight, layer.bias, getattr(layer, "running_mean", None)):
-                if values is not None:
-                    values[places] = 0
+        places = [place for root, place in member.positions if root in set(gone)]
+        for values in (layer.weight, layer.bias, getattr(layer, "running_mean", None)):
+            if values is not None:
+                values[places] = 0
 
 
 def shrink(model: nn.Module, kept: Kept, size: tuple[int, int, int] | None = None) -> nn.Module:
-    """A copy of a network with only some channels of each group.
-
-    Its `architecture["kept"]` says which ones of the dense network's, so that `afs.save` and `afs.load` work.
+    """A copy of a network with only some channels of each group; its `architecture["kept"]` says which.
 
     Args:
         model: plain, dense or pruned before.
@@ -184,7 +153,7 @@ def shrink(model: nn.Module, kept: Kept, size: tuple[int, int, int] | None = Non
         AFDSError: for an unknown group, positions out of range, a group left without a channel, weights that a layer
             does not own, or a result that is not the network with those channels at zero.
     """
-    size = size or _tracing_size(model)
+    size = size or usual_size(model, 64)
     pruned = copy.deepcopy(model)
     found = {group.name: group for group in groups(pruned, size)}
     for name, positions in kept.items():
@@ -195,7 +164,6 @@ def shrink(model: nn.Module, kept: Kept, size: tuple[int, int, int] | None = Non
                 f"the kept channels of {name!r} must be increasing positions below {found[name].width}, at least one"
             )
     graph = _graph(pruned, size)
-    modes = {n: m.training for n, m in pruned.named_modules()}
     removed = {name: sorted(set(range(g.width)) - set(kept.get(name, range(g.width)))) for name, g in found.items()}
     for name, gone in removed.items():
         _silence(pruned, found[name], gone)
@@ -208,8 +176,6 @@ def shrink(model: nn.Module, kept: Kept, size: tuple[int, int, int] | None = Non
     confirm(silenced, pruned, "static pruning")
     for parameter in pruned.parameters():
         parameter.grad = None
-    for name, mode in modes.items():
-        pruned.get_submodule(name).training = mode
     architecture = getattr(model, "architecture", None)
     if isinstance(architecture, dict):
         before = architecture.get("kept") or {name: list(range(group.width)) for name, group in found.items()}
@@ -218,62 +184,34 @@ def shrink(model: nn.Module, kept: Kept, size: tuple[int, int, int] | None = Non
     return pruned
 
 
-def _tracing_size(model: nn.Module) -> tuple[int, int, int]:
-    architecture = getattr(model, "architecture", None) or {}
-    small = architecture.get("stem") == "cifar" or str(architecture.get("name", "")).startswith("wrn")
-    return (3, 32, 32) if small else (3, 64, 64)
-
-
-@dataclass(frozen=True)
-class _Layer:
-    per_pair: float
-    inputs: int
-    outputs: int
-    depthwise: bool
-
-
 class Cost:
-    """MACs of a network as a function of the channels removed from it, equal to `macs.count` of the shrunken network.
-
-    Args:
-        model: the network.
-        found: its groups.
-        size: (3, H, W).
-    """
+    """MACs of a network as a function of the channels removed from its groups, equal to `macs.count` once shrunken."""
 
     def __init__(self, model: nn.Module, found: list[Group], size: tuple[int, int, int]):
-        self._layers: dict[str, _Layer] = {}
-        by_layer = macs.count(model, size).by_layer
-        for name, total in by_layer.items():
+        self._per_pair: dict[str, float] = {}
+        self._widths: dict[tuple[str, bool], int] = {}  # inputs (1 of a depthwise convolution) and outputs
+        for name, total in macs.count(model, size).by_layer.items():
             module = model.get_submodule(name)
+            inputs = outputs = 1  # what no layer of a group does costs the same for all
             if isinstance(module, (nn.Conv2d, nn.Linear)):
-                inputs, outputs = _width(module, False), _width(module, True)
-            else:
-                inputs = outputs = 1  # what no layer of a group does costs the same for all
-            depthwise = isinstance(module, nn.Conv2d) and module.groups > 1
-            per_pair = total / (outputs if depthwise else inputs * outputs)
-            self._layers[name] = _Layer(per_pair, inputs, outputs, depthwise)
-        # What one channel of a group takes from each layer: (inputs, outputs).
-        self._takes: list[list[tuple[str, bool, Tensor]]] = []
+                depthwise = isinstance(module, nn.Conv2d) and module.groups > 1
+                inputs, outputs = 1 if depthwise else _width(module, False), _width(module, True)
+            self._widths |= {(name, False): inputs, (name, True): outputs}
+            self._per_pair[name] = total / (inputs * outputs)
+        # What each channel of a group takes from the inputs or outputs of a layer.
+        self._takes: list[list[tuple[tuple[str, bool], Tensor]]] = []
         for group in found:
-            takes = []
-            for member in group.members:
-                if member.layer in self._layers:
-                    counts = torch.zeros(group.width, dtype=torch.int64)
-                    for root, _ in member.positions:
-                        counts[root] += 1
-                    takes.append((member.layer, member.output, counts))
-            self._takes.append(takes)
+            counted = [m for m in group.members if m.layer in self._per_pair]
+            counted = [m for m in counted if m.output or getattr(model.get_submodule(m.layer), "groups", 1) == 1]
+            roots = [torch.tensor([root for root, _ in m.positions]) for m in counted]
+            counts = [torch.bincount(each, minlength=group.width) for each in roots]
+            self._takes.append([((m.layer, m.output), each) for m, each in zip(counted, counts, strict=True)])
         self.dense = self(())
 
-    def __call__(self, removed: tuple[Tensor, ...] | list[Tensor] | tuple[()]) -> float:
+    def __call__(self, removed: Sequence[Tensor]) -> float:
         """MACs once the flagged channels (bool (C,) by group) are gone."""
-        inputs = {name: layer.inputs for name, layer in self._layers.items()}
-        outputs = {name: layer.outputs for name, layer in self._layers.items()}
+        widths = dict(self._widths)
         for flags, takes in zip(removed, self._takes, strict=False):
-            for name, output, counts in takes:
-                (outputs if output else inputs)[name] -= int(counts[flags].sum())
-        return sum(
-            layer.per_pair * outputs[name] * (1 if layer.depthwise else inputs[name])
-            for name, layer in self._layers.items()
-        )
+            for side, counts in takes:
+                widths[side] -= int(counts[flags].sum())
+        return sum(each * widths[name, True] * widths[name, False] for name, each in self._per_pair.items())

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import itertools
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,6 @@ from afdslib.base.hooks import kept
 
 __all__ = ["Sample", "confirm", "require_own_weights", "require_same", "sample"]
 
-TOLERANCE = 1e-4
 _SIDES = (32, 64, 16, 28, 8, 12, 48, 96, 128, 224, 299)
 _WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._BatchNorm)
 
@@ -31,13 +30,12 @@ class Sample(NamedTuple):
 
 
 def require_own_weights(model: nn.Module, deed: str) -> None:
-    """Refuses layers whose weights are not plain parameters of their own.
+    """Refuses layers whose weights are not plain parameters of their own, by an AFDSError with the layer's name.
 
-    Raises:
-        AFDSError: for a weight that is computed (`torch.nn.utils.prune`, weight norm, parametrisations, hooks), not yet
-            initialised, or shared by two layers, wholly or in part; it names the layer.
+    A weight is computed (`torch.nn.utils.prune`, weight norm, parametrisations, hooks), not yet initialised, or shared
+    by two layers, wholly or in part.
     """
-    spans: list[tuple[int, int, str, object]] = []
+    spans: list[tuple[str, int, int, str]] = []
     for name, module in model.named_modules():
         if not isinstance(module, _WEIGHTED):
             continue
@@ -53,33 +51,27 @@ def require_own_weights(model: nn.Module, deed: str) -> None:
                 raise AFDSError(f"{deed} needs weights, and layer {name!r} has none yet; pass an image through it")
             if tensor is not None and tensor.numel():
                 end = tensor.data_ptr() + tensor.numel() * tensor.element_size()
-                spans.append((tensor.data_ptr(), end, name, tensor.device))
-    spans.sort(key=lambda span: (str(span[3]), *span[:2]))
-    for (_, end, first, device), (start, _, second, other) in zip(spans, spans[1:], strict=False):
-        if device == other and device != torch.device("meta") and start < end:
+                spans.append((str(tensor.device), tensor.data_ptr(), end, name))
+    for (device, _, end, first), (other, start, _, second) in itertools.pairwise(sorted(spans)):
+        if device == other != "meta" and start < end:
             raise AFDSError(
                 f"{deed} needs a weight per layer, and layers {first!r} and {second!r} share one; give each a copy"
             )
 
 
-@contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, and random numbers and buffers afterwards as they were."""
+@torch.no_grad()
+def _outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """What a network gives in eval mode; random numbers and buffers stay as they were."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     devices = list({b.device for b in model.parameters() if b.device.type == "cuda"})
-    with torch.random.fork_rng(devices), eval_mode(model), torch.no_grad():
+    with torch.random.fork_rng(devices), eval_mode(model):
         torch.manual_seed(0)  # for dropout that is on in eval mode, too
         try:
-            yield
+            return [leaf.clone() for leaf in tree_leaves(model(images)) if isinstance(leaf, Tensor)]
         finally:
             for name, buffer in model.named_buffers():
                 if name in buffers and buffer.shape == buffers[name].shape:
                     buffer.copy_(buffers[name])
-
-
-def _outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
-    with _untouched(model):
-        return [leaf.clone() for leaf in tree_leaves(model(images)) if isinstance(leaf, Tensor)]
 
 
 def sample(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> Sample:
@@ -112,12 +104,12 @@ def _difference(a: list[Tensor], b: list[Tensor]) -> float:
         if bool(x.isfinite().all()) != bool(y.isfinite().all()):
             return float("inf")
         if bool(finite.any()):
-            error, scale = (x - y)[finite].abs().max(), y[finite].abs().max()
-            worst = max(worst, float(error / scale.clamp_min(1e-30)))
+            worst = max(worst, float((x - y)[finite].abs().max() / y[finite].abs().max().clamp_min(1e-30)))
     return worst
 
 
-def _compare(before: Sample, rebuilt: nn.Module, deed: str) -> float:
+def _excess(before: Sample, rebuilt: nn.Module, deed: str) -> float:
+    """The difference of a rebuilt network's outputs; 0 where it is within the tolerance of their precision."""
     if before.images is None:
         return 0.0
     try:
@@ -127,12 +119,12 @@ def _compare(before: Sample, rebuilt: nn.Module, deed: str) -> float:
         raise AFDSError(
             f"{deed} cannot follow this network: its result does not run ({reason}); nothing was changed"
         ) from error
-    return _difference(after, before.outputs)
+    difference = _difference(after, before.outputs)
+    return difference if difference > _tolerance(before.outputs) else 0.0
 
 
-def _tolerance(before: Sample) -> float:
-    kinds = [torch.finfo(t.dtype).eps for t in before.outputs if t.is_floating_point()]
-    return max([TOLERANCE, *(16 * eps for eps in kinds)])
+def _tolerance(outputs: list[Tensor]) -> float:
+    return max([1e-4, *(16 * torch.finfo(t.dtype).eps for t in outputs if t.is_floating_point())])
 
 
 def confirm(before: Sample, rebuilt: nn.Module, deed: str) -> None:
@@ -142,7 +134,7 @@ def confirm(before: Sample, rebuilt: nn.Module, deed: str) -> None:
         AFDSError: if it does not run, or an output differs by more than 1e-4 of the largest (rounding, in half
             precision); what is not finite on both sides is not compared.
     """
-    if (error := _compare(before, rebuilt, deed)) > _tolerance(before):
+    if error := _excess(before, rebuilt, deed):
         raise AFDSError(
             f"{deed} cannot follow this network: its result computes another function (the outputs differ by "
             f"{error:.2g} of the largest); nothing was changed"
@@ -150,13 +142,9 @@ def confirm(before: Sample, rebuilt: nn.Module, deed: str) -> None:
 
 
 def require_same(
-    original: nn.Module,
-    rebuilt: nn.Module,
-    deed: str,
-    *,
-    input_size: tuple[int, int, int] | None = None,
+    original: nn.Module, rebuilt: nn.Module, deed: str, *, input_size: tuple[int, int, int] | None = None,
     twins: Mapping[str, str] | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Refuses a rebuilt network that is not the same function as the original, in eval mode on one random input.
 
     Where they differ, both are compared once more as copies in float64: rounding may tip the choice of a gate.
@@ -171,21 +159,18 @@ def require_same(
         AFDSError: see `confirm`.
     """
     before = sample(original, input_size)
-    if _compare(before, rebuilt, deed) <= _tolerance(before):
+    if before.images is None or not _excess(before, rebuilt, deed):
         return
-    assert before.images is not None
     try:
         original, rebuilt = copy.deepcopy(original).double(), copy.deepcopy(rebuilt).double()
         exact = Sample(before.images.double(), _outputs(original, before.images.double()))
     except Exception:  # a network that insists on its own precision
         return confirm(before, rebuilt, deed)
     for name, twin in (twins or {}).items():
-        found = []
-        for model, layer in ((original, twin), (rebuilt, name)):
-            with kept({layer: model.get_submodule(layer)}) as tensors:
-                _outputs(model, exact.images)  # type: ignore[arg-type]
-            found.append(list(tensors.values()))
-        if _difference(found[1], found[0]) > _tolerance(exact):
+        with kept({name: rebuilt.get_submodule(name)}) as ours, kept({name: original.get_submodule(twin)}) as theirs:
+            for model in (original, rebuilt):
+                _outputs(model, before.images.double())
+        if _difference(list(ours.values()), list(theirs.values())) > _tolerance(exact.outputs):
             raise AFDSError(
                 f"{deed} does not keep the function of layer {name!r}, whose weights or outputs something else "
                 "computes (a hook, a parametrisation or a layer class of its own); make them plain first"

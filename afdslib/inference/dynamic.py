@@ -100,7 +100,7 @@ class _Builder:
         if isinstance(module, AFSConvBN):
             return self._gated(node, module)
         if isinstance(module, Join):
-            both = zip(node.args, (module.left, module.right), strict=True)
+            both = zip(node.args, module.indices, strict=True)
             return self._added(node, *(self._moved(n, places, module.width, node) for n, places in both))
         if isinstance(module, Spread):
             return self._moved(inputs[0], module.index, module.width, node)

@@ -35,14 +35,11 @@ def test_statistics_equal_the_direct_ones_whatever_the_batches(model, loader):
     statistics = afs.collect_statistics(model, loader)
     name, layer = "layer1.0.conv1", model.layer1[0].conv1
     inputs = []
-    handle = layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    with torch.no_grad():
+    with torch.no_grad(), layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0])):
         for images, _ in loader:
             model(images)
-    handle.remove()
     gates = [layer.gates(x) for x in inputs]
-    pi = torch.cat([g.pi for g in gates]).double()
-    eta = torch.cat([g.eta for g in gates]).double()
+    pi, eta = (torch.cat([getattr(g, part) for g in gates]).double() for part in ("pi", "eta"))
     assert torch.allclose(statistics[name].q, eta.mean(0), atol=1e-12)
     assert torch.allclose(statistics[name].p, pi.var(0, unbiased=False), atol=1e-10)
     assert torch.allclose(statistics[name].active_rate, (pi > 0).double().mean(0))

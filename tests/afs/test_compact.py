@@ -132,7 +132,7 @@ def test_removed_channels_are_gone_everywhere_and_static_layers_are_ordinary():
     # Static channels need no importance: 20 to 39 are dynamic.
     assert third.predictor.out_features == 20 and third.conv.out_channels == 40 and third.width == 64
     joins = [module for module in small.modules() if isinstance(module, Join)]
-    assert [str(join) for join in joins] == ["Join(40 + all of 64)"]
+    assert [join.extra_repr() for join in joins] == ["40 + all of 64"]
     assert not any(type(module) is nn.Identity for module in small.modules())
 
 
@@ -291,10 +291,10 @@ def test_channel_operations_are_what_their_index_says():
 def test_a_grouped_convolution_loses_what_each_group_lost():
     torch.manual_seed(0)
     conv = nn.Conv2d(12, 8, 3, groups=4, padding=1).double()
-    from afdslib.afs.compact import _cut_conv
+    from afdslib.afs.compact import _cut
 
     inputs, outputs = torch.tensor([0, 1, 3, 9]), torch.tensor([0, 1, 2, 4, 6])  # group 2 has no input any more
-    small = _cut_conv(conv, inputs, outputs)
+    small = _cut(conv, inputs, outputs)
     assert isinstance(small, GroupedConv2d) and small.conv.groups == 4 and small.conv.in_channels == 8
     x = torch.randn(2, 12, 5, 5, dtype=torch.float64)
     gone = torch.ones(12, dtype=torch.bool)

@@ -5,6 +5,7 @@ from torch import nn
 
 from afdslib import backbones
 from afdslib.base.errors import AFDSError
+from afdslib.base.hooks import kept
 
 TORCHVISION = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "vgg11_bn", "vgg16_bn", "mobilenet_v2"]
 
@@ -58,29 +59,27 @@ def test_width_scales_every_channel_count():
 def test_the_cifar_stem_keeps_the_resolution_and_the_names():
     model = backbones.build("resnet14", 5, stem="cifar", width=1 / 32).eval()
     assert isinstance(model.maxpool, nn.Identity)
-    shapes = {}
-    for name in ("conv1", *backbones.stages(model)):
-        hook = lambda _m, _a, output, name=name: shapes.update({name: tuple(output.shape[2:])})  # noqa: E731
-        model.get_submodule(name).register_forward_hook(hook)
-    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 5)
-    assert list(shapes.values()) == [(32, 32), (32, 32), (16, 16), (8, 8), (4, 4)]
+    with kept({name: model.get_submodule(name) for name in ("conv1", *backbones.stages(model))}) as outputs:
+        assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 5)
+    assert [output.shape[-1] for output in outputs.values()] == [32, 32, 16, 8, 4]
 
 
 @pytest.mark.parametrize("name, last", [("resnet18", "bn2"), ("resnet14", "bn3")])
 def test_a_hook_on_a_blocks_last_norm_sees_the_norm_and_not_the_block(name, last):
     torch.manual_seed(0)
     model = backbones.build(name, 5, stem="cifar", width=1 / 16).eval()
-    kept = {}
+    outputs = {}
     block = model.layer2[-1]
-    block.get_submodule(last).register_forward_hook(lambda _m, _a, output: kept.update(norm=output))
-    block.register_forward_hook(lambda _m, _a, output: kept.update(block=output))
+    # No copies, as `kept` makes: what follows must leave the norm's output alone.
+    block.get_submodule(last).register_forward_hook(lambda _m, _a, output: outputs.update(norm=output))
+    block.register_forward_hook(lambda _m, _a, output: outputs.update(block=output))
     model(torch.randn(2, 3, 16, 16))
-    assert (kept["norm"] < 0).any() and (kept["block"] >= 0).all()
+    assert (outputs["norm"] < 0).any() and (outputs["block"] >= 0).all()
 
 
 def test_the_small_bottleneck_networks_have_one_and_two_blocks_per_stage():
-    assert [len(_meta("resnet14").get_submodule(f"layer{i}")) for i in range(1, 5)] == [1, 1, 1, 1]
-    assert [len(_meta("resnet26").get_submodule(f"layer{i}")) for i in range(1, 5)] == [2, 2, 2, 2]
+    for name, blocks in (("resnet14", 1), ("resnet26", 2)):
+        assert [len(_meta(name).get_submodule(f"layer{i}")) for i in range(1, 5)] == [blocks] * 4
 
 
 @pytest.mark.parametrize(

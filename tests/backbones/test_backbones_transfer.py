@@ -6,18 +6,13 @@ from torch import nn
 
 from afdslib import backbones
 from afdslib.backbones.inception import BLOCKS
+from afdslib.base.hooks import kept
 
 
 def _outputs(model, names, images):
-    kept = {}
-    handles = [
-        model.get_submodule(n).register_forward_hook(lambda _m, _a, out, n=n: kept.update({n: out})) for n in names
-    ]
-    with torch.no_grad():
-        kept["output"] = model(images)
-    for handle in handles:
-        handle.remove()
-    return kept
+    with torch.no_grad(), kept({n: model.get_submodule(n) for n in names}) as outputs:
+        outputs["output"] = model(images)
+    return outputs
 
 
 @pytest.mark.parametrize("name, millions", [("wrn-16-1", 0.2), ("wrn-16-2", 0.7), ("wrn-40-1", 0.6), ("wrn-40-2", 2.2)])
@@ -31,12 +26,12 @@ def test_wide_resnet_groups_are_pre_activation_sums_and_hooks_see_them_unchanged
     torch.manual_seed(0)
     model = backbones.build("wrn-16-1", 10).eval()
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    kept = _outputs(model, backbones.stages(model), images)
-    shapes = [tuple(kept[n].shape[1:]) for n in backbones.stages(model)]
+    outputs = _outputs(model, backbones.stages(model), images)
+    shapes = [tuple(outputs[n].shape[1:]) for n in backbones.stages(model)]
     assert shapes == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
-    assert all((kept[n] < 0).any() for n in backbones.stages(model))  # no ReLU, and none in place behind the hook
-    logits = model.fc(torch.relu(model.bn(kept["layer3.1"])).mean((2, 3)))
-    torch.testing.assert_close(logits, kept["output"])
+    assert all((outputs[n] < 0).any() for n in backbones.stages(model))  # no ReLU, and none in place behind the hook
+    logits = model.fc(torch.relu(model.bn(outputs["layer3.1"])).mean((2, 3)))
+    torch.testing.assert_close(logits, outputs["output"])
 
 
 def test_wide_resnet_is_the_public_codes_function():
@@ -62,33 +57,23 @@ def test_wide_resnet_is_the_public_codes_function():
 def test_inception_bn_has_the_documented_channels_at_224():
     with torch.device("meta"):
         model = backbones.build("inception_bn", 1000).eval()
-        kept = _outputs(model, ["pool1", "conv2", "pool2", *BLOCKS], torch.empty(1, 3, 224, 224))
-    shapes = {n: tuple(v.shape[1:]) for n, v in kept.items()}
+        outputs = _outputs(model, ["pool1", "conv2", "pool2", *BLOCKS], torch.empty(1, 3, 224, 224))
+    shapes = {n: tuple(v.shape[1:]) for n, v in outputs.items()}
     assert shapes == {
-        "pool1": (64, 55, 55),
-        "conv2": (192, 55, 55),
-        "pool2": (192, 27, 27),
-        "in3a": (256, 27, 27),
-        "in3b": (320, 27, 27),
-        "in3c": (576, 14, 14),
-        "in4a": (576, 14, 14),
-        "in4b": (576, 14, 14),
-        "in4c": (608, 14, 14),
-        "in4d": (608, 14, 14),
-        "in4e": (1056, 7, 7),
-        "in5a": (1024, 7, 7),
-        "in5b": (1024, 7, 7),
-        "output": (1000,),
-    }
+        "pool1": (64, 55, 55), "conv2": (192, 55, 55), "pool2": (192, 27, 27), "in3a": (256, 27, 27),
+        "in3b": (320, 27, 27), "in3c": (576, 14, 14), "in4a": (576, 14, 14), "in4b": (576, 14, 14),
+        "in4c": (608, 14, 14), "in4d": (608, 14, 14), "in4e": (1056, 7, 7), "in5a": (1024, 7, 7),
+        "in5b": (1024, 7, 7), "output": (1000,),
+    }  # fmt: skip
 
 
 def test_inception_bn_can_be_tapped_before_the_last_relu_and_the_tap_stays_negative():
     torch.manual_seed(0)
     model = backbones.build("inception_bn", 4, stem="cifar", width=1 / 16).eval()
-    kept = _outputs(model, ["in5b.before_relu", "in5b"], torch.randn(2, 3, 32, 32))
-    before = kept["in5b.before_relu"]
+    outputs = _outputs(model, ["in5b.before_relu", "in5b"], torch.randn(2, 3, 32, 32))
+    before = outputs["in5b.before_relu"]
     assert before.shape == (2, 64, 4, 4) and (before < 0).any()
-    assert torch.equal(before.relu(), kept["in5b"])
+    assert torch.equal(before.relu(), outputs["in5b"])
 
 
 def test_inception_bn_needs_no_mean_and_deviation_of_the_data():
@@ -105,15 +90,9 @@ def test_the_modified_resnet50_has_a_deep_stem_and_3x3_shortcuts_where_it_halves
     with torch.device("meta"):
         model = backbones.build("resnet50_senet", 1000)
         plain = backbones.build("resnet50", 1000)
-        kept = _outputs(model.eval(), ["conv1", *backbones.stages(model)], torch.empty(1, 3, 224, 224))
-    assert [tuple(v.shape[1:]) for v in kept.values()] == [
-        (128, 112, 112),
-        (256, 56, 56),
-        (512, 28, 28),
-        (1024, 14, 14),
-        (2048, 7, 7),
-        (1000,),
-    ]
+        outputs = _outputs(model.eval(), ["conv1", *backbones.stages(model)], torch.empty(1, 3, 224, 224))
+    shapes = [tuple(v.shape[1:]) for v in outputs.values()]
+    assert shapes == [(128, 112, 112), (256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7), (1000,)]
     stem = [(m.kernel_size, m.stride) for m in model.conv1.modules() if isinstance(m, nn.Conv2d)]
     assert stem == [((3, 3), (2, 2)), ((3, 3), (1, 1)), ((3, 3), (1, 1))]
     shortcuts = [model.get_submodule(f"layer{i}.0.downsample.0").kernel_size for i in range(1, 5)]
