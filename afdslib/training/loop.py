@@ -65,13 +65,15 @@ class Optimisation:
     # With several processes, whether batch norm normalises by the images of all of them, as one process would; else
     # each by its own, so that the number of processes matters.
     sync_norm: bool = runs.added(True)
+    classifier_lr: float = runs.added(1.0)  # multiplier on the learning rate of the classifier
+    fixed_norm: bool = runs.added(False)  # whether batch norms keep normalising by their running statistics
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 0), ("batch_size", 1), ("log_rows", 1), ("recalibrate", 0)):
             checks.whole(name, getattr(self, name), least)
         checks.choice("precision", self.precision, _PRECISIONS)
         checks.choice("schedule", self.schedule, ("step", "cosine", "milestones"))
-        for name in ("lr", "predictor_lr"):
+        for name in ("lr", "predictor_lr", "classifier_lr"):
             checks.number(name, getattr(self, name), above=0)
         for name in ("momentum", "warmup", "label_smoothing"):
             checks.number(name, getattr(self, name), least=0, below=1)
@@ -292,7 +294,7 @@ def _groups(model: nn.Module, objective: Objective, settings: Optimisation) -> l
     decays = {"classifier": objective.classifier_decay, "objective": 0.0}
     made = []
     for name, params in groups.items():
-        scale = settings.predictor_lr if name == "predictors" else 1.0
+        scale = {"predictors": settings.predictor_lr, "classifier": settings.classifier_lr}.get(name, 1.0)
         decay = decays.get(name, objective.weight_decay)
         made.append({"params": params, "lr": settings.lr * scale, "scale": scale, "weight_decay": decay, "name": name})
     return [group for group in made if group["params"]]
@@ -349,12 +351,12 @@ def fit(
     rows = {round((i + 1) * settings.steps / settings.log_rows) for i in range(settings.log_rows)} | {settings.steps}
     progress = Progress(label or run.id, settings.steps, step, silent=distributed.rank() > 0)
     curve, checkpoints, stream = Curve(), Throttle(30), batches_from(dataset, settings.batch_size, seed, step)
-    model.train()
+    _train_mode(model, settings)
     while step < settings.steps:
         # What is to happen before this step, such as a mask update.
         if step in (events or {}):
             curve.happened.update(events[step]())  # type: ignore[index]
-            model.train()
+            _train_mode(model, settings)
         # The learning rate of this step.
         for group in optimiser.param_groups:
             group["lr"] = settings.lr * group["scale"] * settings.factor(step)
@@ -382,13 +384,20 @@ def fit(
             run.log(row)
             progress.row(row)
             curve = Curve()
-            model.train()
+            _train_mode(model, settings)
             # Only here, where no partial sums are pending, does a resumed run log the same rows.
             if step < settings.steps and checkpoints.due():
                 _save(run, step, parts)
         progress.step(step)
     progress.close()
     return model
+
+
+def _train_mode(model: nn.Module, settings: Optimisation) -> None:
+    model.train()
+    for module in model.modules():
+        if settings.fixed_norm and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
 
 
 @contextmanager

@@ -89,16 +89,26 @@ def test_predictors_and_the_objectives_own_parameters_have_their_rates_and_decay
     assert len(everything) == len(set(everything)) == len([*model.parameters(), *objective.parameters()])
 
 
-def test_the_learning_rate_multiplier_scales_the_predictors_step(tmp_path):
+@pytest.mark.parametrize(("option", "part"), [("predictor_lr", "predictor"), ("classifier_lr", "fc.")])
+def test_a_learning_rate_multiplier_scales_the_step_of_its_part(tmp_path, option, part):
     moved = {}
     for multiplier in (1.0, 0.1):
         model = tiny.gated()
         before = parameters(model)
-        tiny.fit(tmp_path / str(multiplier), model, settings=tiny.settings(1, predictor_lr=multiplier))
+        tiny.fit(tmp_path / str(multiplier), model, settings=tiny.settings(1, **{option: multiplier}))
         moved[multiplier] = {n: p - before[n] for n, p in parameters(model).items()}
+    assert any(part in name for name in moved[1.0])
     for name, step in moved[1.0].items():
-        factor = 0.1 if "predictor" in name else 1.0
-        torch.testing.assert_close(moved[0.1][name], factor * step, rtol=1e-3, atol=1e-7)
+        torch.testing.assert_close(moved[0.1][name], (0.1 if part in name else 1.0) * step, rtol=1e-3, atol=1e-7)
+
+
+def test_fixed_batch_norms_keep_their_statistics(tmp_path):
+    for fixed in (True, False):
+        model = tiny.gated()
+        before = {n: b.clone() for n, b in model.named_buffers() if "running" in n}
+        tiny.fit(tmp_path / str(fixed), model, settings=tiny.settings(2, fixed_norm=fixed))
+        same = [torch.equal(before[n], b) for n, b in model.named_buffers() if n in before]
+        assert before and (all(same) if fixed else not any(same))
 
 
 def test_weight_decay_is_the_gradient_of_the_penalty_that_is_logged():
