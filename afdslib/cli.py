@@ -229,7 +229,7 @@ def publish(
 
     if not profiles.get(profile, scale, _folder(data_dir)).committed:
         raise AFDSError(f"results and networks of the profile {profile} are never committed")
-    for name in part or [name for name in parts.PARTS if name != "speed"]:
+    for name in part or parts.of(profile):
         for plan in parts.plans(name, profile, scale, data_dir):
             for file in (engine.publish(plan), *pages.write(plan)):
                 echo(f"{name}: written to {file}")
@@ -277,12 +277,25 @@ def distill(
         echo(json.dumps({"id": result.id, **result.metrics}, indent=2))
 
 
+def _outputs(classes: str | None) -> dict[str, int] | None:
+    """From "ants=310,bees=309"."""
+    if classes is None:
+        return None
+    pairs = [part.rpartition("=") for part in classes.split(",")]
+    if not all(name and output.isdecimal() for name, _, output in pairs):
+        raise AFDSError(f"--classes {classes!r} is not of the form NAME=OUTPUT,NAME=OUTPUT")
+    return {name: int(output) for name, _, output in pairs}
+
+
 @app.command()
 def evaluate(
     weights: Annotated[str, Argument(help="A weight file, or a backbone with torchvision's weights.")],
     data_dir: DataDir = None, precision: Precision = "fp32", skip_corrupt: SkipCorrupt = False,
     data: Annotated[str, Option(help="A data set, or the path of an image tree.")] = "imagenet",
     size: Annotated[int, Option(min=8, help="Side of the centre crop in pixels.")] = 224,
+    classes: Annotated[
+        str | None, Option(help="Outputs of the network that stand for the data's classes: ants=310,bees=309.")
+    ] = None,
 ) -> None:  # fmt: skip
     """Top-1 and top-5 error of trained weights on a data set's test images (ImageNet: its validation images)."""
     from afdslib.studies import recipes
@@ -291,8 +304,9 @@ def evaluate(
     folder = _folder(data_dir)
     with distributed.joined():
         measured = recipes.evaluate(
-            weights, data_set=data, data_dir=folder, size=size, precision=precision, skip_corrupt=skip_corrupt
-        )
+            weights, data_set=data, data_dir=folder, size=size, precision=precision, skip_corrupt=skip_corrupt,
+            classes=_outputs(classes),
+        )  # fmt: skip
     if distributed.leads():
         echo(
             f"{weights}: top-1 error {1 - measured.accuracy:.2%}, top-5 error {1 - measured.top5_accuracy:.2%}, "

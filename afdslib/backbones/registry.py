@@ -15,6 +15,7 @@ from torchvision.models.mobilenetv2 import InvertedResidual
 from afdslib.backbones import loading
 from afdslib.backbones.efficientnet import LITE, EfficientNetLite, lite_state
 from afdslib.backbones.inception import BLOCKS, InceptionBN
+from afdslib.backbones.inputs import input_statistics, set_input
 from afdslib.backbones.preact import PREACT_LAYOUTS, preact_resnet, wide_resnet
 from afdslib.backbones.resnet import LAYOUTS, Bottleneck, ResNet, SENetStyleResNet
 from afdslib.base.errors import AFDSError
@@ -74,6 +75,8 @@ def build(
             reset_classifier(model, num_classes)
     elif weights is not None:
         loading.load_file(model, Path(weights), classifier=classifier_name(model))
+    if weights is not None:
+        set_input(model, input_statistics(name))
     return model
 
 

@@ -12,7 +12,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from afdslib import afs, backbones, data, runs
 from afdslib.afs.io import weight_file
-from afdslib.backbones.inputs import IMAGENET, InputStatistics, input_statistics, set_input
+from afdslib.backbones.inputs import IMAGENET, InputStatistics
 from afdslib.base.errors import AFDSError
 from afdslib.data import Splits
 from afdslib.data.fetch import digest
@@ -94,8 +94,6 @@ class Network:
     def build(self, num_classes: int, seed: int) -> nn.Module:
         torch.manual_seed(seed)
         model = backbones.build(self.name, num_classes, weights=self.weights, stem=self.stem, width=self.width)
-        if self.weights is not None:
-            set_input(model, input_statistics(self.name))
         if self.zero_init and self.weights is None:
             for block in model.modules():
                 if isinstance(block, (Bottleneck, BasicBlock)):

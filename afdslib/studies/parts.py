@@ -12,9 +12,14 @@ from afdslib.studies.engine import Plan
 from afdslib.studies.gates import GateStudy
 from afdslib.studies.sweep import Study
 
-__all__ = ["PARTS", "plans"]
+__all__ = ["PARTS", "of", "plans"]
 
 PARTS = ("sweep", "comparison", "ablations", "gates", *students.STUDIES, "speed")
+
+
+def of(profile: str) -> list[str]:
+    """The parts that a profile has and that can be published for it; speed is the same for all."""
+    return [part for part in PARTS if part != "speed" and (part not in students.STUDIES or students.has(part, profile))]
 
 
 def plans(

@@ -13,14 +13,16 @@ normalise by each GPU's own images: `local_norm` does so too. None of the recipe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from afdslib import backbones, training
 from afdslib.afs import macs
+from afdslib.backbones.efficientnet import LITE
 from afdslib.backbones.inputs import input_of, input_statistics
 from afdslib.backbones.loading import imagenet_file
 from afdslib.base.checks import whole
@@ -331,7 +333,7 @@ def _missing(chosen: _Chosen, processes: int) -> Iterator[str]:
 
 def evaluate(
     weights: str, *, data_set: str = "imagenet", data_dir: str | None = None, size: int = 224, precision: str = "fp32",
-    skip_corrupt: bool = False,
+    skip_corrupt: bool = False, classes: Mapping[str, int] | None = None,
 ) -> training.Evaluation:  # fmt: skip
     """Top-1 and top-5 of a trained network on a data set's test part (ImageNet: its validation images).
 
@@ -339,15 +341,23 @@ def evaluate(
         weights: a file or a backbone's name; see `Published.of`.
         size: side of the centre crop, pixels.
         data_set, data_dir, precision, skip_corrupt: see `prepare`.
+        classes: for a network of other classes, which of its outputs stands for each of the data set's.
 
     Raises:
         AFDSError: weights or data that are missing, or that do not fit each other.
     """
     published = Published.of(weights)
-    if not published.file:
+    if not published.file and published.network not in LITE:
         imagenet_file(published.network)  # refuses a backbone without ImageNet weights
     model = published.build().to(training.device()).eval()
     splits = Photographs(data_set, size, root=data_dir or "", skip_corrupt=skip_corrupt).load(input_of(model))
-    if classes_of(model) != len(splits.classes):
-        raise AFDSError(f"{weights} knows {classes_of(model)} classes and {splits.name} has {len(splits.classes)}")
-    return training.evaluate(model, splits.test, precision=precision)
+    test, known = splits.test, classes_of(model)
+    if classes is not None:
+        if set(classes) != set(splits.classes) or not all(0 <= output < known for output in classes.values()):
+            wanted = ", ".join(f"{name}=0..{known - 1}" for name in splits.classes)
+            raise AFDSError(f"the classes of {splits.name} need an output of the network each: {wanted}")
+        test.targets = np.array([classes[splits.classes[target]] for target in test.targets])
+        test.classes = tuple(map(str, range(known)))
+    elif known != len(splits.classes):
+        raise AFDSError(f"{weights} knows {known} classes and {splits.name} has {len(splits.classes)}")
+    return training.evaluate(model, test, precision=precision)

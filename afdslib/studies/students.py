@@ -22,7 +22,7 @@ from afdslib.studies.engine import Cell
 from afdslib.studies.profiles import names as profile_names
 from afdslib.training import Optimisation
 
-__all__ = ["STUDIES", "DistillationProfile", "DistillationStudy", "Method", "Pair", "get"]
+__all__ = ["STUDIES", "DistillationProfile", "DistillationStudy", "Method", "Pair", "get", "has"]
 
 STUDIES = ("attention", "selectivity")
 
@@ -228,6 +228,16 @@ _PROFILES: dict[str, dict[str, Callable[[str], DistillationProfile]]] = {
 }
 
 
+def _family(study: str, profile: str) -> str:
+    """Variants of a profile differ in what AFDS transfers from; their students are those of the profile itself."""
+    return profile if profile in _PROFILES[study] else profile.split("-")[0]
+
+
+def has(study: str, profile: str) -> bool:
+    """Whether a profile has this study of students."""
+    return _family(study, profile) in _PROFILES[study]
+
+
 def get(study: str, profile: str, scale: str | None = None, data_dir: str | None = None) -> DistillationProfile:
     """A study of a profile.
 
@@ -243,9 +253,8 @@ def get(study: str, profile: str, scale: str | None = None, data_dir: str | None
     for what, (name, names) in known.items():
         if name not in names:
             raise AFDSError(f"unknown {what} {name!r}; known are {', '.join(names)}")
-    # Variants of a profile differ in what AFDS transfers from; their students are those of the profile itself.
-    profile = profile if profile in _PROFILES[study] else profile.split("-")[0]
-    if profile not in _PROFILES[study]:
+    profile = _family(study, profile)
+    if not has(study, profile):
         raise AFDSError(f"the profile {profile} has no students; {', '.join(_PROFILES[study])} have some")
     chosen = _PROFILES[study][profile](scale)
     if data_dir:
