@@ -100,3 +100,9 @@ def test_logits_with_imagenet_weights_are_timms():
 
 
 GOLDEN = [0.27767, -0.72903, 0.45202, -0.51739]
+
+
+def test_the_published_network_says_what_its_images_are_normalised_by():
+    model = backbones.build("efficientnet_lite0", 10, weights="imagenet")
+    assert model.architecture["input"] == {"mean": [127.0] * 3, "deviation": [128.0] * 3}
+    assert "input" not in backbones.build("efficientnet_lite0", 10).architecture
