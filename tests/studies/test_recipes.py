@@ -269,7 +269,7 @@ def test_distill_plans_trains_and_evaluate_measures_what_it_wrote(tree, teacher,
     assert cli.main(["evaluate", str(file), "--data", str(tree), "--size", "32"]) == 0
     words = capsys.readouterr().out
     assert f"top-1 error {1 - printed['test_accuracy']:.2%}, top-5 error 0.00%" in words and "6 images" in words
-    names = sorted(folder.name for folder in (tree / "test").iterdir())
+    names = sorted(folder.name for folder in (tree / "train").iterdir())
     outputs = ",".join(f"{name}={i}" for i, name in enumerate(names))
     assert cli.main(["evaluate", str(file), "--data", str(tree), "--size", "32", "--classes", outputs]) == 0
     assert capsys.readouterr().out == words
