@@ -109,7 +109,8 @@ class Join(ChannelOp):
         pairs = list(zip((self.left, self.right), entering, strict=True))
         if any(spread is None and known is None for spread, known in pairs):
             return None
-        return torch.maximum(*(known if spread is None else spread.channels([known]) for spread, known in pairs))
+        left, right = (known if spread is None else spread.channels([known]) for spread, known in pairs)
+        return torch.maximum(left, right)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         left, right = ("all" if index is None else len(index) for index in self.indices)

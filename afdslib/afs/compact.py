@@ -213,7 +213,7 @@ class _Surgeon:
         """A layer or function of a node's value, or in place of the node if it has inputs of its own."""
         with self.graph.inserting_after(node):
             layer = isinstance(what, nn.Module)
-            call = self.graph.call_module if layer else self.graph.call_function
+            call: Any = self.graph.call_module if layer else self.graph.call_function
             new = call(self._add(what) if layer else what, inputs or (node,))
         node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
         self.kept[new], self.shapes[new.name] = self.kept[node], self.shapes[node.name]
@@ -317,10 +317,10 @@ def _like(layer: Any, weight: Tensor, bias: Tensor | None, groups: int = 1) -> A
 
 def _cut_groups(conv: nn.Conv2d | GroupedConv2d, inputs: Tensor | None, outputs: Tensor | None) -> GroupedConv2d:
     """A grouped convolution: groups without outputs go, and the others are padded to equal sizes."""
-    grouped = isinstance(conv, GroupedConv2d)
-    inner = conv.conv if grouped else conv
-    reads = conv.reads.tolist() if grouped else range(conv.in_channels)
-    writes = conv.writes.tolist() if grouped else range(conv.out_channels)
+    inner: Any = conv
+    reads, writes = list(range(conv.in_channels)), list(range(conv.out_channels))
+    if isinstance(conv, GroupedConv2d):
+        inner, reads, writes = conv.conv, conv.reads.tolist(), conv.writes.tolist()
     # Old channels (of the outputs: the slots that write them) to new ones.
     held = {old: new for new, old in enumerate(range(conv.in_channels) if inputs is None else inputs.tolist())}
     wanted = range(conv.out_channels) if outputs is None else outputs.tolist()
@@ -341,7 +341,7 @@ def _cut_groups(conv: nn.Conv2d | GroupedConv2d, inputs: Tensor | None, outputs:
         start = place * most_out
         weight[start : start + len(rows), : len(columns)] = inner.weight[rows][:, columns]
         if bias is not None:
-            bias[start : start + len(rows)] = inner.bias[rows]  # type: ignore[index]
+            bias[start : start + len(rows)] = inner.bias[rows]
         new_writes[[written[row] for row in rows]] = torch.arange(start, start + len(rows))
     cut, device = _like(inner, weight, bias, len(groups)), inner.weight.device
     return GroupedConv2d(cut, len(held), new_reads.flatten().to(device), new_writes.to(device))

@@ -130,9 +130,7 @@ class TransferRun(FirstPoint):
                 multiple=self.multiple, stream=self.stream,
             )  # fmt: skip
         stage.objective.masks_changed(model)
-        if settings.recalibrate:
-            batches = training.first_batches(splits.train, settings.batch_size, self.seed, settings.recalibrate)
-            training.recalibrate(model, batches, settings.precision)
+        self.recalibrate(stage)
         counts = {kind: getattr(report, kind) for kind in ("removed", "static", "dynamic")}
         return {"mask_macs": cost(report).total / stage.dense, **counts}
 

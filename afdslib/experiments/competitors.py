@@ -152,6 +152,11 @@ class PrunedRun(Point):
             channels=matching(source, _kept(model), names, size), terms=self.dense.penalties,
         )  # fmt: skip
 
+    def select(self, stage: Stage) -> Mapping[int, Event]:
+        """The channels have gone at the start; batch norms are measured anew where that is asked for."""
+        self.recalibrate(stage)
+        return {}
+
     def channel_counts(self, stage: Stage) -> dict[str, Any]:
         widths = {group.name: group.width for group in groups(stage.reference, input_size(stage.splits))}
         layers = {

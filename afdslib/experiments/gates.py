@@ -85,10 +85,11 @@ class GatesRun:
         order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(self.seed))
         if self.gates == "class":
             order = order[targets[order].argsort(stable=True)]
+        ordered: Any = Subset(splits.test, order.tolist())
         correct = 0
         precision = self.point.optimisation.precision
         with eval_mode(model), torch.no_grad(), training.autocast(training.device(), precision):
-            for images, labels in data.loader(Subset(splits.test, order.tolist()), BATCH):
+            for images, labels in data.loader(ordered, BATCH):
                 given = constant or self._given(model, images, labels)
                 with replaced(model, given):
                     correct += int((model(images.to(training.device())).argmax(1).cpu() == labels).sum())

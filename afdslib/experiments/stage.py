@@ -113,6 +113,13 @@ class Point:
         """What happens to channels before the first step, done here, and after other steps, by their numbers."""
         return {}
 
+    def recalibrate(self, stage: Stage) -> None:
+        """Where asked for, batch norms are measured anew once channels have gone."""
+        settings = stage.settings
+        if settings.recalibrate:
+            batches = training.first_batches(stage.splits.train, settings.batch_size, self.seed, settings.recalibrate)
+            training.recalibrate(stage.model, batches, settings.precision)
+
     def settle_budget(self, stage: Stage) -> None:
         """What happens to channels after the last step."""
 
