@@ -122,7 +122,7 @@ class TransferRun(FirstPoint):
         }
 
     def _update_masks(self, stage: Stage, freeze: bool = True) -> dict[str, float]:
-        model, splits, settings = stage.model, stage.splits, stage.settings
+        model, settings = stage.model, stage.settings
         with training.autocast(next(model.parameters()).device, settings.precision):
             report = afs.update_masks(
                 model, afs.collect_statistics(model, self._statistics_images(stage)),
