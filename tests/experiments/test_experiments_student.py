@@ -293,4 +293,4 @@ def test_student_parameters_and_adapters_are_optimised_and_the_teachers_are_not(
     ids = {id(p) for group in loop._groups(student, made, tiny.settings()) for p in group["params"]}
     assert {id(p) for p in (*student.parameters(), *made.term.parameters())} <= ids
     assert not ids & {id(p) for p in made.teacher.model.parameters()}
-    assert all(isinstance(m.adapter, nn.Conv2d) for m in made.term)
+    assert all(isinstance(adapter, nn.Conv2d) for adapter in made.term)

@@ -80,7 +80,7 @@ def test_a_regulariser_of_ones_own_runs_through_a_study_and_pruned_runs(toys, tm
         table = Study(profile, workers=1).sweep()
         pruned = runs.get_or_run(PrunedRun(dense, Selection("l1"), stage, (0.5,)))
     assert list(table.method) == [name] * 2 and list(table.budget) == [1.0, 0.5]
-    drawn = accuracy_macs(table, values=["test_accuracy"]).legends[0].get_texts()
+    drawn = accuracy_macs(table).legends[0].get_texts()
     assert [text.get_text() for text in drawn] == [label]
     for history in (pruned.history(), *(runs.finished(id)[1].history() for id in table.run)):
         assert (history.cosine > 0).all() and (history.loss != history.cross_entropy).all()
