@@ -13,7 +13,7 @@ import importlib.metadata
 import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -523,7 +523,8 @@ def ratio(row: Any) -> str:
 def to_csv(rows: Sequence[Row], settings: Settings, path: str | Path) -> Path:
     """Writes a tidy CSV, rounded, each row with device, threads and versions; missing values stay empty."""
     digits = {"macs": 0, "median_ms": 4, "q1_ms": 4, "q3_ms": 4}
-    table = pd.DataFrame(list(rows)).astype({name: float for name in digits})
+    columns = [field.name for field in fields(Row)]
+    table = pd.DataFrame(list(rows), columns=columns).astype({name: float for name in digits})
     others = {name: 3 for name in table if name not in digits}
     table = table.round(digits | others).assign(**environment(settings))
     with atomic_path(path) as part:
