@@ -1,4 +1,4 @@
-"""Writes docs/api.md: the public names of every module, with signature and the first paragraph of the docstring.
+"""Writes docs/api.md: the public names that are used outside their package, with signature and first paragraph.
 
 make api
 """
@@ -17,11 +17,13 @@ from typing import Any
 
 import afdslib
 
-FILE = Path(__file__).resolve().parents[1] / "docs" / "api.md"
+HOME = Path(__file__).resolve().parents[1]
+FILE = HOME / "docs" / "api.md"
 HEAD = """# The library's public names
 
-Written by `make api` from the docstrings: do not edit. Each name is listed once, in the first module that gives it; the
-docstrings themselves (`help(name)`) have arguments, shapes, errors and sources.
+Written by `make api` from the docstrings: do not edit. Here are the names that the README, the notebooks, the examples
+or another package use, each once, in the first module that gives it; the docstrings themselves (`help(name)`) have
+arguments, shapes, errors and sources.
 """
 
 
@@ -81,13 +83,29 @@ def comments(module: ModuleType) -> dict[str, str]:
     return found
 
 
+def words() -> dict[str, set[str]]:
+    """The words of each package's code, and under "" those of README, notebooks, examples and the command line."""
+    found: dict[str, set[str]] = {}
+    for file in (f for folder in ("README.md", "notebooks", "examples", "afdslib") for f in _files(HOME / folder)):
+        parts = file.relative_to(HOME).parts
+        package = parts[1] if parts[0] == "afdslib" and len(parts) > 2 else ""
+        found.setdefault(package, set()).update(re.findall(r"\w+", file.read_text(encoding="utf-8")))
+    return found
+
+
+def _files(place: Path) -> list[Path]:
+    return [place] if place.is_file() else [f for kind in ("py", "ipynb", "md") for f in place.rglob(f"*.{kind}")]
+
+
 def render() -> str:
     """The page."""
-    parts, seen = [HEAD], set()
+    parts, seen, used = [HEAD], set(), words()
     for module in modules():
         lines = []
+        package = module.__name__.split(".")[1]
+        outside = set().union(*(some for name, some in used.items() if name != package))
         said = comments(module)
-        for name in getattr(module, "__all__", ()):
+        for name in (name for name in getattr(module, "__all__", ()) if name in outside):
             value = getattr(module, name)
             documented = inspect.isclass(value) or inspect.isroutine(value)
             # A constant has no home of its own; it is told where it is assigned.

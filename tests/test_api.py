@@ -38,10 +38,15 @@ def test_no_address_path_or_quoted_annotation_is_on_the_page(page):
     assert not re.search(r": '[A-Za-z]+'[,)]", page)
 
 
+def test_a_name_that_only_its_own_package_uses_is_not_listed(page):
+    assert "- `taylor_importance(" in page and "- `collect_statistics(" in page
+    assert "propagate(" not in page and "Recorder" not in page  # of afs, for afs
+
+
 def test_signature_and_first_paragraph(page):
     assert (
-        "- `convert(model: nn.Module, *, gates: str = 'all') -> nn.Module`: A copy of a network with selected "
-        "convolutions in place of Conv2d-BatchNorm2d pairs, and the same function." in page
+        "- `convert(model: nn.Module, *, gates: str = 'all') -> nn.Module`: A copy, in the same mode, with selected "
+        "convolutions in place of Conv2d-BatchNorm2d pairs: the same function." in page
     )
     assert page.index("## afdslib.afs\n") < page.index("- `convert(model: nn.Module") < page.index("## afdslib.afs.cha")
 

@@ -28,10 +28,10 @@ from afdslib.report import numbers, speed
 from afdslib.report.numbers import Number
 from afdslib.report.plots import look
 from afdslib.report.students import steps_saved
-from afdslib.report.tables import Table, Text, at, bullets
+from afdslib.report.tables import Table, Text, bullets
 from afdslib.studies import profiles, results, statistics
 from afdslib.studies.protocol import AFDS, Method, label_of, protocol
-from afdslib.studies.statistics import PRIMARY_BUDGET
+from afdslib.studies.statistics import PRIMARY_BUDGET, at
 
 __all__ = [
     "INCONCLUSIVE", "NOT_REPLICATED", "REPLICATED", "UNTESTED", "VERDICTS", "Claim", "Found", "claims",

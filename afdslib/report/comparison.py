@@ -15,12 +15,13 @@ from afdslib.base.text import times
 from afdslib.experiments import TransferRun
 from afdslib.pruning import CRITERIA
 from afdslib.report import plots
-from afdslib.report.tables import Table, Text, at, bullets, mean_sd, plural
+from afdslib.report.tables import Table, Text, bullets, mean_sd, plural
 from afdslib.studies import ablations, engine, profiles, results, statistics
 from afdslib.studies.ablations import LABELS, WHOLE
 from afdslib.studies.comparison import MISSING, TIMES, Comparison, costs, macs_needed, points_of
 from afdslib.studies.profile import Profile
 from afdslib.studies.protocol import AFDS, Axis, Method, label_of, protocol, regulariser_space, selection_space
+from afdslib.studies.statistics import at
 
 __all__ = [
     "Compared", "Competitors", "Variants", "ablation_table", "accuracy_table", "better_text", "chosen_table",

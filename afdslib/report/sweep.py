@@ -13,9 +13,10 @@ from afdslib.base.errors import AFDSError
 from afdslib.base.text import Text, times
 from afdslib.data import Splits
 from afdslib.report.plots import look
-from afdslib.report.tables import Table, at, bullets, mean_sd
+from afdslib.report.tables import Table, bullets, mean_sd
 from afdslib.studies import statistics
 from afdslib.studies.profile import Profile
+from afdslib.studies.statistics import at
 from afdslib.studies.sweep import Study
 
 __all__ = [

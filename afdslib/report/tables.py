@@ -1,4 +1,4 @@
-"""How the report shows rows and numbers: tables that a notebook renders, means, and the rows at one budget."""
+"""How the report shows rows and numbers: tables that a notebook renders, and means."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pandas as pd
 from afdslib.base.errors import AFDSError
 from afdslib.base.text import Text
 
-__all__ = ["Table", "Text", "at", "bullets", "mean_sd", "plural", "smallest", "span"]
+__all__ = ["Table", "Text", "bullets", "mean_sd", "plural", "smallest", "span"]
 
 
 class Table:
@@ -42,11 +42,6 @@ def mean_sd(values: pd.Series, scale: float = 1.0, digits: int = 1) -> str:
         return "–"
     text = f"{round(values.mean(), 6):.{digits}f}"  # without the last bits, which decide how a 5 is rounded
     return text if len(values) < 2 else f"{text} ± {values.std(ddof=1):.{digits}f}"
-
-
-def at(table: pd.DataFrame, budget: float) -> pd.DataFrame:
-    """The rows at a budget, a share of the dense MACs."""
-    return table[(table.budget - budget).abs() < 1e-9]
 
 
 def plural(count: int, noun: str) -> str:

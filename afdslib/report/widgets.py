@@ -13,7 +13,7 @@ from afdslib.base.text import times
 from afdslib.report import plots, views
 from afdslib.report.plots.pictures import DPI, shown_width
 from afdslib.report.sweep import budgets_of
-from afdslib.report.tables import at
+from afdslib.studies.statistics import at
 from afdslib.studies.sweep import Study
 
 __all__ = ["explore", "view"]
