@@ -67,6 +67,7 @@ class Optimisation:
     sync_norm: bool = runs.added(True)
     classifier_lr: float = runs.added(1.0)  # multiplier on the learning rate of the classifier
     fixed_norm: bool = runs.added(False)  # whether batch norms keep normalising by their running statistics
+    norm_momentum: float = runs.added(0.0)  # share of a batch in these statistics; 0 for the network's own
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 0), ("batch_size", 1), ("log_rows", 1), ("recalibrate", 0)):
@@ -75,7 +76,7 @@ class Optimisation:
         checks.choice("schedule", self.schedule, ("step", "cosine", "milestones"))
         for name in ("lr", "predictor_lr", "classifier_lr"):
             checks.number(name, getattr(self, name), above=0)
-        for name in ("momentum", "warmup", "label_smoothing"):
+        for name in ("momentum", "warmup", "label_smoothing", "norm_momentum"):
             checks.number(name, getattr(self, name), least=0, below=1)
         for name in ("milestone", "drop", "second_half"):
             checks.number(name, getattr(self, name), least=0, most=1)
@@ -396,8 +397,9 @@ def fit(
 def _train_mode(model: nn.Module, settings: Optimisation) -> None:
     model.train()
     for module in model.modules():
-        if settings.fixed_norm and isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.train(not settings.fixed_norm)
+            module.momentum = settings.norm_momentum or module.momentum
 
 
 @contextmanager

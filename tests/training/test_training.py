@@ -111,6 +111,13 @@ def test_fixed_batch_norms_keep_their_statistics(tmp_path):
         assert before and (all(same) if fixed else not any(same))
 
 
+def test_the_momentum_of_batch_norms_is_the_networks_own_unless_a_stage_gives_one(tmp_path):
+    for given, used in ((0.0, 0.1), (0.5, 0.5)):
+        model = tiny.gated()
+        tiny.fit(tmp_path / str(given), model, settings=tiny.settings(1, norm_momentum=given))
+        assert {m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)} == {used}
+
+
 def test_weight_decay_is_the_gradient_of_the_penalty_that_is_logged():
     model = tiny.gated()
     objective = Objective(model, Regulariser("l2", 0.3))
