@@ -148,24 +148,8 @@ def update_masks(
     """
     found = layers(model)
     ranked = {name: values.q for name, values in statistics.items()} if scores is None else scores
-    for what, given in (("statistics", {n: v.q for n, v in statistics.items()}), ("scores", ranked)):
-        if {name: values.numel() for name, values in given.items()} != {n: x.m.numel() for n, x in found.items()}:
-            raise AFDSError(f"the {what} belong to another network; collect them on this one, with afs.layers' names")
-    if (delta_m is None) == (macs_budget is None):
-        raise AFDSError("give exactly one of delta_m and macs_budget")
-    if delta_s != math.inf:
-        number("delta_s", delta_s, least=0)
-    whole("multiple", multiple, 1)
-    choice("stream", stream, ("free", "coupled"))
-    if delta_m is not None:
-        if scores is not None:
-            raise AFDSError("delta_m is a threshold on q; give scores together with macs_budget")
-        if delta_m not in (math.inf, -math.inf):
-            number("delta_m", delta_m)
-    elif loader is None:
-        raise AFDSError("macs_budget needs a loader of training images to measure the expected MACs on")
-    else:
-        number("macs_budget", macs_budget, above=0, most=1)
+    scored = scores is not None
+    _check_arguments(found, statistics, ranked, delta_m, delta_s, macs_budget, loader, multiple, stream, scored)
     ties = depthwise_ties(model)
     units = _units(model, found, stream, ties)
     for names in ties:
@@ -197,6 +181,32 @@ def update_masks(
     dynamic = sum(int((layer.m * layer.s).sum()) for layer in found.values())
     width = sum(layer.m.numel() for layer in found.values())
     return MaskReport(threshold, measured, width - alive, alive - dynamic, dynamic)
+
+
+def _check_arguments(
+    found: dict[str, AFSConvBN], statistics: Mapping[str, LayerStatistics], ranked: Mapping[str, Tensor],
+    delta_m: float | None, delta_s: float, macs_budget: float | None, loader: object, multiple: int, stream: str,
+    scored: bool,
+) -> None:  # fmt: skip
+    """Refuses arguments of `update_masks` that are out of range or of another network."""
+    for what, given in (("statistics", {n: v.q for n, v in statistics.items()}), ("scores", ranked)):
+        if {name: values.numel() for name, values in given.items()} != {n: x.m.numel() for n, x in found.items()}:
+            raise AFDSError(f"the {what} belong to another network; collect them on this one, with afs.layers' names")
+    if (delta_m is None) == (macs_budget is None):
+        raise AFDSError("give exactly one of delta_m and macs_budget")
+    if delta_s != math.inf:
+        number("delta_s", delta_s, least=0)
+    whole("multiple", multiple, 1)
+    choice("stream", stream, ("free", "coupled"))
+    if delta_m is not None:
+        if scored:
+            raise AFDSError("delta_m is a threshold on q; give scores together with macs_budget")
+        if delta_m not in (math.inf, -math.inf):
+            number("delta_m", delta_m)
+    elif loader is None:
+        raise AFDSError("macs_budget needs a loader of training images to measure the expected MACs on")
+    else:
+        number("macs_budget", macs_budget, above=0, most=1)
 
 
 def _units(
