@@ -145,15 +145,6 @@ def test_what_would_be_wrong_is_refused_in_one_sentence_and_not_written(gated, t
 
 
 @pytest.fixture
-def home(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("AFDS_HOME", str(tmp_path))
-    for name in ("AFDS_RUNS", "AFDS_FIGURES", "AFDS_FRESH"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
 def afds(capsys):
     def run(*arguments: str) -> tuple[int, str, str]:
         capsys.readouterr()
