@@ -7,7 +7,7 @@ gamma <- q where s becomes 0. [recall; delta_s and the budget are ours]
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -130,7 +130,8 @@ def update_masks(
         delta_s: gates whose variance is at most delta_s * q^2 become the constant q; 0 keeps all dynamic that vary at
             all, infinity makes all static.
         macs_budget: in (0, 1], the share of the dense ungated network's MACs to reach.
-        loader: a fixed subset of training images, needed for `macs_budget`; it must give the same images each time.
+        loader: a fixed subset of training images, needed for `macs_budget`; it must give the same images each time. Of
+            more than 512 images the search sees about as many, and a few passes over all of them correct it.
         multiple: round each layer's kept channels up to a multiple (never above its width), for kernels that like such
             shapes; the budget is met all the same, by removing more elsewhere.
         stream: "free", every layer decides alone; "coupled", a channel of a residual stream goes from all the layers
@@ -285,25 +286,20 @@ def _remove(
             found[name].m[torch.tensor(gone, device=found[name].m.device)] = 0
 
 
-class _Repeated:
-    """The same batches again and again: those of the first passes are kept, up to a gigabyte of images."""
-
-    def __init__(self, loader: Iterable[tuple[Tensor, Tensor]], limit: int = 2**30):
-        self._loader, self._limit = loader, limit
-        self._kept: list[tuple[Tensor, Tensor]] | None = []
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        if self._kept:
-            yield from self._kept
-            return
-        batches, size = [], 0
-        for images, labels in self._loader:
-            size += images.numel() * images.element_size()
-            batches.append((images, labels))
-            if size > self._limit:
-                batches.clear()
-            yield images, labels
-        self._kept = batches if size <= self._limit else None
+def _spread(loader: Iterable[tuple[Tensor, Tensor]], most: int) -> tuple[list[Tensor], bool]:
+    """The loader's batches if they have at most `most` images, else as many evenly spaced ones; whether all."""
+    batches: list[Tensor] = []
+    images: list[Tensor] = []
+    count, step = 0, 1
+    for batch, _ in loader:
+        batches += [batch] if step == 1 else []
+        images += [image.clone() for i, image in enumerate(batch, count) if i % step == 0]
+        count += len(batch)
+        while len(images) > most:
+            images, step, batches = images[::2], 2 * step, []
+    if not images:
+        raise AFDSError("no image to measure the expected MACs on; the loader is empty")
+    return (batches, True) if step == 1 else (list(torch.stack(images).split(64)), False)
 
 
 def _bisect(
@@ -315,38 +311,48 @@ def _bisect(
     loader: Iterable[tuple[Tensor, Tensor]],
     least: str,
 ) -> tuple[int, macs.MACs]:
-    """The smallest number of removals (in ranking order, from `fewest`) that meets the budget, and the MACs then."""
-    batches = _Repeated(loader)
-    images = next(iter(batches), None)
-    if images is None:
-        raise AFDSError("no image to measure the expected MACs on; the loader is empty")
-    channels, height, width = images[0].shape[1:]
-    dense = macs.count(model, (channels, height, width)).total
-    allowed, meter, found = budget * dense, macs.Meter(model), layers(model).values()
-    bar = tqdm(total=1 + len(ranking).bit_length(), desc="mask update", unit="pass", mininterval=1, disable=None)
+    """The smallest number of removals (in ranking order, from `fewest`) that meets the budget, and the MACs then.
 
-    def measure(removals: int) -> macs.MACs:
+    Of many images the search sees some, at a target that a few passes over all of them correct until the budget is met.
+    """
+    sample, complete = _spread(loader, 512)
+    dense = macs.count(model, tuple(sample[0].shape[1:])).total
+    allowed, meter, found = budget * dense, macs.Meter(model), layers(model).values()
+    bar = tqdm(desc="mask update", unit="pass", mininterval=1, disable=None)
+
+    def measure(removals: int, images: Iterable[tuple[Tensor, Any]]) -> macs.MACs:
         remove(ranking[:removals])
+        bar.update()
         # Where every gate is constant, all images cost what the first one does.
         varies = any(bool((layer.m * layer.s).any()) for layer in found)
-        seen: Any = batches if varies else [(images[0][:1], None)]
-        bar.update()
-        return macs.expected(model, seen, meter=meter)
+        return macs.expected(model, images if varies else [(sample[0][:1], None)], meter=meter)
 
-    low, high = fewest, len(ranking)
-    best = measure(high)
-    if best.total > allowed:
-        raise UnreachableError(
-            f"macs_budget {budget:g} cannot be reached: {least} still costs {best.total / dense:.4f} of the dense "
-            "network; ask for at least that, or gate more layers"
-        )
-    while low < high:
-        middle = (low + high) // 2
-        measured = measure(middle)
-        if measured.total <= allowed:
-            high, best = middle, measured
-        else:
-            low = middle + 1
-    bar.close()
-    remove(ranking[:high])  # whichever number was measured last
-    return high, best
+    def search(target: float) -> tuple[int, macs.MACs]:
+        low, high = fewest, len(ranking)
+        best = measure(high, seen)
+        if best.total > target:
+            raise UnreachableError(
+                f"macs_budget {budget:g} cannot be reached: {least} still costs {best.total / dense:.4f} of the dense "
+                "network; ask for at least that, or gate more layers"
+            )
+        while low < high:
+            middle = (low + high) // 2
+            measured = measure(middle, seen)
+            if measured.total <= target:
+                high, best = middle, measured
+            else:
+                low = middle + 1
+        remove(ranking[:high])  # whichever number was measured last
+        return high, best
+
+    seen = [(images, None) for images in sample]
+    target, tried = allowed, set()
+    with bar:
+        while True:
+            removals, estimate = search(target)
+            exact = estimate if complete else measure(removals, loader)
+            near = complete or exact.total >= 0.998 * allowed or removals in tried
+            if near and exact.total <= allowed:
+                return removals, exact
+            tried.add(removals)
+            target = estimate.total * allowed / exact.total
