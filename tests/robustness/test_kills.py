@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import faulty
+import disk
 import nbformat
 import pytest
 import tiny
@@ -202,20 +202,20 @@ def check_again(case: Case, home: Path) -> None:
     assert result_of(home) == case.expected
 
 
-@pytest.mark.parametrize("fault", faulty.ERRORS)
+@pytest.mark.parametrize("fault", disk.ERRORS)
 @pytest.mark.parametrize("moment", range(max(1, MOMENTS // 4)))
-def test_a_disk_that_is_full_or_read_only(case, fault, moment, home, monkeypatch):
+def test_a_disk_that_is_full_or_read_only(case, fault, moment, home):
     """From a random change of a file on every one fails; what was finished stays, and a mended disk gives the rest."""
     first = 0 if fault == "read-only" else random.Random(moment).randrange(30)
-    call = f"faulty.install({str(home)!r}, {fault!r}, {first})"
+    call = f"disk.install({str(home)!r}, {fault!r}, {first})"
     # Python starts the kernel of a notebook by this file; in every other trial it alone has the fault.
     (home / "fault").mkdir()
-    (home / "fault" / "sitecustomize.py").write_text(f"import faulty\n{call}")
+    (home / "fault" / "sitecustomize.py").write_text(f"import disk\n{call}")
 
     def prepare():
         os.environ["PYTHONPATH"] += f":{home / 'fault'}"
         if case.work is not notebook or moment % 2:
-            faulty.install(str(home), fault, first)
+            disk.install(str(home), fault, first)
 
     child = begin(case.work, home, prepare)
     code = ended(child)
