@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,7 +21,7 @@ from afdslib.base.errors import AFDSError
 from afdslib.base.hooks import eval_mode
 
 __all__ = [
-    "Recorder", "called", "depthwise_ties", "is_add", "keeps_channels", "keeps_channels_call", "living_channels",
+    "called", "cost", "depthwise_ties", "is_add", "keeps_channels", "keeps_channels_call", "living_channels",
     "name_of", "output_makers", "propagate", "shapes", "streams", "trace", "usual_size",
 ]  # fmt: skip
 
@@ -184,18 +184,22 @@ def usual_size(model: nn.Module, photographs: int = 224) -> tuple[int, int, int]
     return (3, 32, 32) if small else (3, photographs, photographs)
 
 
-class Recorder(fx.Interpreter):
-    """Runs a network on two images, so that the batch differs from dimensions of one, and keeps, by the node's name:
+class Cost(NamedTuple):
+    """What the nodes of a graph give and cost, by their names.
 
     Attributes:
-        shapes: the output's shape; () where a node gives no tensor.
+        shapes: of the output for a batch of two images, so that it differs from dimensions of one; () for no tensor.
         macs: multiply-accumulates per image of everything that the node does, by torch's own counter.
     """
 
+    shapes: dict[str, tuple[int, ...]]
+    macs: dict[str, float]
+
+
+class _Recorder(fx.Interpreter):
     def __init__(self, model: nn.Module, graph: fx.Graph, input_size: tuple[int, int, int]):
         super().__init__(model, graph=graph)
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.macs: dict[str, float] = {}
+        self.cost = Cost({}, {})
         parameter = next(model.parameters())
         images = torch.zeros(2, *input_size, device=parameter.device, dtype=parameter.dtype)
         with eval_mode(model), torch.no_grad(), FlopCounterMode(display=False) as self._counter:
@@ -204,14 +208,28 @@ class Recorder(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         before = self._counter.get_total_flops()
         value = super().run_node(n)
-        self.macs[n.name] = (self._counter.get_total_flops() - before) / 4
-        self.shapes[n.name] = tuple(value.shape) if isinstance(value, Tensor) else ()
+        self.cost.macs[n.name] = (self._counter.get_total_flops() - before) / 4
+        self.cost.shapes[n.name] = tuple(value.shape) if isinstance(value, Tensor) else ()
         return value
+
+
+_COSTS: dict[Any, Cost] = {}
+
+
+def cost(model: nn.Module, graph: fx.Graph, input_size: tuple[int, int, int]) -> Cost:
+    """Of every node. Networks of one structure share it: each stage of a run would measure its copy many times."""
+    tensors = (t.shape for t in (*model.parameters(), *model.buffers()))
+    structure = (input_size, str(graph), repr(model), *tensors)
+    if structure not in _COSTS:
+        while len(_COSTS) > 100:
+            _COSTS.pop(next(iter(_COSTS)))
+        _COSTS[structure] = _Recorder(model, graph, input_size).cost
+    return _COSTS[structure]
 
 
 def shapes(model: nn.Module, graph: fx.Graph, input_size: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
     """The shape of every node's output for a batch of two images; () where a node gives no tensor."""
-    return Recorder(model, graph, input_size).shapes
+    return cost(model, graph, input_size).shapes
 
 
 def streams(model: nn.Module) -> list[tuple[str, ...]]:

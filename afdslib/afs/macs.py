@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from afdslib.afs.channels import GroupedConv2d
-from afdslib.afs.graph import Recorder, called, eval_mode, propagate, shapes, trace
+from afdslib.afs.graph import called, cost, eval_mode, propagate, shapes, trace
 from afdslib.afs.layer import AFSConvBN
 from afdslib.base.errors import AFDSError
 
@@ -105,7 +105,7 @@ class Meter:
         active, size = dict(self._active), tuple(args[0].shape[1:])
         if size != self._input_size:
             self._input_size = size  # type: ignore[assignment]
-            self._seen = Recorder(model, self._graph, self._input_size)
+            self._seen = cost(model, self._graph, self._input_size)
         shapes, dense, batch = self._seen.shapes, self._seen.macs, args[0].shape[0]
         for node, entering, leaving in propagate(self._graph, self._modules, active, shapes):
             module = called(node, self._modules)
