@@ -3,13 +3,13 @@
 The rules were written before any result that can decide them; where one saw earlier numbers, its claim says so.
 A rule is a function of the committed CSVs below data/results/ and of nothing else: no verdict is typed in. Verdicts:
 
-    [Re]            replicated: the whole 95 % interval speaks for the claim
-    [¬Re]           not replicated: the whole interval speaks against it, or leaves out the margin it names
-    [inconclusive]  the interval holds both, or there are too few seeds
-    [?]             not tested: no row of the network and data set that the claim names
+    supported      the whole 95 % interval speaks for the claim
+    not supported  the whole interval speaks against it, or leaves out the margin it names
+    undecided      the interval holds both, or there are too few seeds
+    untested       no row of the network and data set that the claim names
 
 Differences are paired by seed. The rival is the competitor that is best on validation images at 10x (`statistics`).
-Where a study is committed with two budgets, the larger one that has the rows counts.
+Of the committed scales of a study the largest one that has the rows counts.
 """
 
 from __future__ import annotations
@@ -28,25 +28,23 @@ from afdslib.report import numbers, speed
 from afdslib.report.numbers import Number
 from afdslib.report.plots import look
 from afdslib.report.students import steps_saved
-from afdslib.report.tables import Table, Text, bullets
+from afdslib.report.tables import Table, Text, place
 from afdslib.studies import profiles, results, statistics
+from afdslib.studies.profile import SCALES
 from afdslib.studies.protocol import AFDS, Method, label_of, protocol
 from afdslib.studies.statistics import PRIMARY_BUDGET, at
 
 __all__ = [
-    "INCONCLUSIVE", "NOT_REPLICATED", "REPLICATED", "UNTESTED", "VERDICTS", "Claim", "Found", "claims",
-    "conclusion_text", "judge", "matters", "of_interval", "rules_text", "verdict_table", "verdicts_text"
+    "NOT_SUPPORTED", "SUPPORTED", "UNDECIDED", "UNTESTED", "VERDICTS", "Claim", "Found", "about", "claims", "judge",
+    "matters", "of_interval", "rules_text", "verdict_table",
 ]  # fmt: skip
 
-REPLICATED, NOT_REPLICATED, INCONCLUSIVE, UNTESTED = "[Re]", "[¬Re]", "[inconclusive]", "[?]"
-WORDS = "replicated", "not replicated", "inconclusive", "not tested"
-VERDICTS = dict(zip((REPLICATED, NOT_REPLICATED, INCONCLUSIVE, UNTESTED), WORDS, strict=True))
+VERDICTS = SUPPORTED, NOT_SUPPORTED, UNDECIDED, UNTESTED = "supported", "not supported", "undecided", "untested"
 
 # With fewer seeds (of AFDS; of students, which are trained for hours each) or repeats nothing is concluded. [ours]
 SEEDS, STUDENT_SEEDS, REPEATS = 5, 3, 5
 TOLERANCE = 0.02  # by which measured MACs may exceed a budget, which is met on training images [ours]
-ALL = f"all seeds of the protocol that the two have not lost, at least {SEEDS}"
-SCALES = ("standard", "quick")
+ALL = f"every planned seed but those of which one of the two has no network, at least {SEEDS}"
 TEST, VALIDATION = "test_accuracy", "validation_accuracy"
 
 
@@ -70,7 +68,7 @@ class Claim:
     number: int  # in the report
     title: str  # a few words
     text: str  # what is claimed
-    source: str  # tag of `method.md`: who says so
+    source: str  # who says so: "[paper]", "[ours]", "[AT's paper]" and so on
     rule: str  # in words, as `judge` follows it
     judge: Callable[[], Found]  # from the result files
 
@@ -84,10 +82,10 @@ def of_interval(difference: Number | None, *, margin: float = 0.0, seeds: int = 
     if difference is None:
         return UNTESTED
     if difference.n < seeds or math.isnan(difference.low):
-        return INCONCLUSIVE
+        return UNDECIDED
     if difference.high < margin:
-        return NOT_REPLICATED
-    return REPLICATED if difference.low > 0 else INCONCLUSIVE
+        return NOT_SUPPORTED
+    return SUPPORTED if difference.low > 0 else UNDECIDED
 
 
 def matters(tried: Mapping[float, float], spread: float | None, *, seeds: int) -> str:
@@ -100,11 +98,11 @@ def matters(tried: Mapping[float, float], spread: float | None, *, seeds: int) -
     if len(tried) < 3 or spread is None:
         return UNTESTED
     if seeds < STUDENT_SEEDS:
-        return INCONCLUSIVE
+        return UNDECIDED
     beside, worst = _costs(tried)
     if beside > spread:
-        return REPLICATED
-    return NOT_REPLICATED if worst <= spread else INCONCLUSIVE
+        return SUPPORTED
+    return NOT_SUPPORTED if worst <= spread else UNDECIDED
 
 
 def _costs(tried: Mapping[float, float]) -> tuple[float, float]:
@@ -125,7 +123,7 @@ def _with_seeds(number: Number) -> str:
 
 def _comparisons(profile: str, target: str) -> Iterator[tuple[str, pd.DataFrame, str]]:
     """(file, table, rival) of every comparison that has AFDS and a competitor at 10x."""
-    for file, table in _tables([f"{profile}/{scale}/comparison-{target}" for scale in SCALES]):
+    for file, table in _tables([f"{profile}/{scale}/comparison-{target}" for scale in SCALES[::-1]]):
         here = at(table, PRIMARY_BUDGET)
         if (here.role == "competitor").any() and (here.method == AFDS.key).any():
             rules = _protocol(file)
@@ -178,7 +176,7 @@ def beats_rival(profile: str, target: str, *, margin: float = 0.0) -> Judged:
     for file, table, rival in _comparisons(profile, target):
         both = [AFDS.key, rival]
         if number := _difference(file, at(table, PRIMARY_BUDGET), both):
-            why = f"AFDS minus its rival, {_label(rival)}, at 10x on {target}: {_with_seeds(number)}."
+            why = f"AFDS minus the best competitor, {_label(rival)}, on {place(target)}: {_with_seeds(number)}."
             yield _judged(file, number, why + _lost(file, both), both, margin=margin)
 
 
@@ -208,7 +206,7 @@ def saves_more(profile: str, target: str) -> Judged:
         number = _saved(one, other, "% of the dense MACs")
         why = f"MACs that {_label(frugal)} needs minus those that AFDS needs: {_with_seeds(number)}."
         if frugal != rival and (shares := _shares(table, rival, rival, TEST)):
-            why += f" {_label(rival)}, the rival at 10x, minus AFDS: {_saved(shares, other, '%')}."
+            why += f" {_label(rival)}, the best competitor at 10x, minus AFDS: {_saved(shares, other, '%')}."
         both = [AFDS.key, frugal]
         yield _judged(file, number, why + _lost(file, both), both)
 
@@ -232,10 +230,10 @@ def _shares(table: pd.DataFrame, method: str, rival: str, value: str) -> dict[in
 def same_selection(profile: str, target: str, other: str) -> Judged:
     """AFD minus another regulariser under the same AFS at 10x, in points of test accuracy."""
     both = ["afd", other]
-    for file, table in _tables([f"{profile}/{scale}/sweep" for scale in SCALES]):
+    for file, table in _tables([f"{profile}/{scale}/sweep" for scale in SCALES[::-1]]):
         here = at(table[table.target == target], PRIMARY_BUDGET)
         if number := _difference(file, here, both, target=target):
-            why = f"AFD minus {label_of(other)}, both with AFS, at 10x on {target}: {_with_seeds(number)}."
+            why = f"AFD minus {label_of(other)}, both with AFS, on {place(target)}: {_with_seeds(number)}."
             yield Found(of_interval(number), why + _lost(file, both, target=target), (file,))
 
 
@@ -254,21 +252,19 @@ def faster() -> Judged:
             pairs.append((rows["dense"], rows["compact"]))
     if not pairs:
         return
-    parts = []
-    for dense, small in pairs:
-        before, now = (f"{r.median_ms:.1f} [{r.q1_ms:.1f}, {r.q3_ms:.1f}] ms in {r.runtime}" for r in (dense, small))
-        times = f"{Number(small.faster)}x as fast, {now} against {before}"
-        parts.append(f"batch {dense.batch} on {dense.device}: {times}")
-    why = f"Medians and quartiles, {'; '.join(parts)}. What torch-pruning makes of it is in the same file."
-    if accuracy := speed.trained_accuracies().get(10):
-        why += f" Its test accuracy after a short training: {accuracy}."
-    verdict = INCONCLUSIVE
+    times = "; ".join(
+        f"batch {dense.batch}: {Number(small.faster)}x as fast, {Number(small.median_ms)} against "
+        f"{Number(dense.median_ms)} ms" for dense, small in pairs
+    )
+    accuracy = speed.trained_accuracies().get(10, "unknown")
+    why = f"Test accuracy of the cut network, after a short training: {accuracy}. On {pairs[0][0].device}, medians, "
+    verdict = UNDECIDED
     if min(int(row.repeats) for pair in pairs for row in pair) >= REPEATS:
         if any(small.q1_ms > dense.q3_ms for dense, small in pairs):
-            verdict = NOT_REPLICATED
+            verdict = NOT_SUPPORTED
         elif all(small.q3_ms < dense.q1_ms for dense, small in pairs):
-            verdict = REPLICATED
-    yield Found(verdict, why, tuple(dict.fromkeys(str(dense.file) for dense, _ in pairs)))
+            verdict = SUPPORTED
+    yield Found(verdict, f"{why}{times}.", tuple(dict.fromkeys(str(dense.file) for dense, _ in pairs)))
 
 
 def _students(files: Sequence[str], pair: Sequence[str], methods: Sequence[str]) -> Iterator[tuple[str, list[int]]]:
@@ -327,9 +323,8 @@ def weights_matter(files: Sequence[str], pair: Sequence[str], *, method: str = "
             yield Found(matters(tried, spread, seeds=len(seeds)), why, (trials, file))
 
 
-_TARGET, _PAIR = " on {target} in the profile {profile}", "students {pair[1]} of a teacher {pair[0]}"
+_TARGET, _PAIR = " on {place} in the profile {profile}", "students {pair[1]} of a teacher {pair[0]}"
 _RIVAL = f"AFDS and a competitor at 10x{_TARGET}"
-_MASKS = "times of a ResNet-101 that AFDS pruned 10x by its own masks (smaller networks: Measured time)"
 _SEEDS, _STUDENTS = f"at least {SEEDS} seeds", f"at least {STUDENT_SEEDS} seeds"
 
 RULES: dict[str, tuple[Callable[..., Judged], str, str]] = {
@@ -337,7 +332,7 @@ RULES: dict[str, tuple[Callable[..., Judged], str, str]] = {
     "beats_rival": (beats_rival, ALL, _RIVAL),
     "saves_more": (saves_more, ALL, f"AFDS and a competitor from 1x to 10x{_TARGET}"),
     "same_selection": (same_selection, _SEEDS, f"AFD and {{other}} at 10x{_TARGET}"),
-    "faster": (faster, f"at least {REPEATS} repeats", _MASKS),
+    "faster": (faster, f"at least {REPEATS} repeats", "times of a ResNet-101 that AFDS pruned 10x by its own masks"),
     "student_gains": (student_gains, _STUDENTS, f"{_PAIR}, {{labels}}"),
     "converges_faster": (converges_faster, _STUDENTS, f"{_PAIR}, AT and alone"),
     "weights_matter": (weights_matter, _STUDENTS, f"three weights of AT and {_PAIR}"),
@@ -354,8 +349,9 @@ def _claim(number: int, row: Mapping[str, Any]) -> Claim:
     """A claim as it is written: its rule in words, and the function with its arguments."""
     arguments, quoted = dict(row["judge"]), row.get("quoted", ())
     function, least, missing = RULES[arguments.pop("by")]
-    if "files" in row:
-        arguments["files"] = row["files"]
+    if "pair" in arguments:
+        files = [f"{p}/{s}/{row.get('part', 'attention')}" for p in ("paper", "imagenet32") for s in SCALES[::-1]]
+        arguments["files"] = row.get("files", files)
     if quoted:
         arguments["margin"] = round(abs(float(quoted[0]) - float(quoted[1])), 2)
     if "sign" in row:
@@ -364,14 +360,15 @@ def _claim(number: int, row: Mapping[str, Any]) -> Claim:
         rule = f"The size of {row['size']}, {arguments['margin']:g} points; {least}."
     else:
         rule = row["rule"].format(all=ALL, tolerance=f"{TOLERANCE:.0%}", repeats=REPEATS, seeds=STUDENT_SEEDS)
-    labels = " and ".join(look(method).label for method in arguments.get("methods", ()))
-    none = Found(UNTESTED, f"No committed result file has {missing.format(**arguments, labels=labels)}.")
+    said = {"labels": " and ".join(look(method).label for method in arguments.get("methods", ()))}
+    said["place"] = place(arguments.get("target", ""))
+    none = Found(UNTESTED, f"No committed result has {missing.format(**arguments, **said)}.")
     text = row["text"].format(*quoted)
     return Claim(number, row["title"], text, row["source"], rule, lambda: next(function(**arguments), none))
 
 
 def claims() -> list[Claim]:
-    """All claims, in the report's order: the paper's, ours at 32 px, then those of AT and of NST."""
+    """All claims, in the report's order: the paper's, ours about AFDS, then those of AT and of NST."""
     return [_claim(number, row) for number, row in enumerate(_written()["afds"] + _written()["students"], 1)]
 
 
@@ -386,41 +383,18 @@ def rules_text() -> Text:
     return Text(f"{_written()['general'].strip()}\n\n" + "\n".join(lines))
 
 
+def about(source: str) -> Table:
+    """The claims about AFDS from one source, "[paper]" or "[ours]", each with its verdict and the numbers behind it."""
+    those = [claim for claim in claims()[: len(_written()["afds"])] if claim.source == source]
+    rows = [(f"{c.number}. {c.title}", f"**{(found := c.judge()).verdict}**", found.why) for c in those]
+    return Table([f"claim {source}", "verdict", "what was found"], rows, numbers=False)
+
+
 def verdict_table() -> Table:
-    """Claims with their verdicts, the numbers behind them and the files these were read from."""
+    """Every claim with its verdict, the numbers behind it and the files these were read from."""
     rows = []
     for claim in claims():
         found = claim.judge()
         files = ", ".join(f"`{file}`" for file in found.files) or "none"
         rows.append((claim.number, claim.title, f"**{found.verdict}**", found.why, files))
     return Table(["no.", "claim", "verdict", "what was found", "file below data/results"], rows, numbers=False)
-
-
-def conclusion_text() -> Text:
-    """What to think: a sentence for each of the leading claims, by its verdict, where the claim has one for it."""
-    lines = {}
-    for claim, row in zip(claims(), _written()["afds"], strict=False):
-        if sentence := row.get("conclusion", {}).get(claim.judge().verdict):
-            lines[row.get("concluded_after", 0), claim.number] = f"{sentence.removesuffix('.')} (no. {claim.number})."
-    return Text(bullets(lines[place] for place in sorted(lines, key=lambda place: (max(place), place))))
-
-
-def verdicts_text() -> Text:
-    """Which claims got which verdict: the paper's, our own about AFDS, those about the systems around it."""
-    found, of_afds, every = judge(), len(_written()["afds"]), claims()
-    paper = [c for c in every if c.source.startswith("[paper]")]
-    groups = {
-        "claims of the paper": paper,
-        "questions of our own about AFDS, where [Re] says that it is so here": [
-            c for c in every[:of_afds] if c not in paper
-        ],
-        "claims and questions about the systems around it": every[of_afds:],
-    }
-    lines = []
-    for name, group in groups.items():
-        parts = []
-        for verdict, word in VERDICTS.items():
-            if which := [str(c.number) for c in group if found[c.number].verdict == verdict]:
-                parts.append(f"{len(which)} {word} {verdict} (no. {', '.join(which)})")
-        lines.append(f"{len(group)} {name}: {', '.join(parts)}.")
-    return Text(bullets(lines))

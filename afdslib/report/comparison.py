@@ -15,19 +15,22 @@ from afdslib.base.text import times
 from afdslib.experiments import TransferRun
 from afdslib.pruning import CRITERIA
 from afdslib.report import plots
-from afdslib.report.tables import Table, Text, bullets, mean_sd, plural
+from afdslib.report.tables import Table, Text, bullets, mean_sd, place, plural
 from afdslib.studies import ablations, engine, profiles, results, statistics
 from afdslib.studies.ablations import LABELS, WHOLE
 from afdslib.studies.comparison import MISSING, TIMES, Comparison, costs, macs_needed, points_of
-from afdslib.studies.profile import Profile
+from afdslib.studies.profile import SCALES, Profile
 from afdslib.studies.protocol import AFDS, Axis, Method, label_of, protocol, regulariser_space, selection_space
 from afdslib.studies.statistics import at
 
 __all__ = [
-    "Compared", "Competitors", "Variants", "ablation_table", "accuracy_table", "better_text", "chosen_table",
-    "costs_table", "missing_text", "paired_table", "rules_table", "size_table", "spaces_table", "statistics_text",
-    "untrained_text"
+    "Compared", "Competitors", "ablation_table", "ablations_text", "accuracy_table", "chosen_table", "committed",
+    "costs_table", "paired_table", "reasons_text", "rules_table", "settled_text", "size_table", "spaces_table",
+    "statistics_text"
 ]  # fmt: skip
+
+LEADING = ("dogs", "caltech101", "imagenet32", "imagenet32-disjoint")
+"""Profiles in the order in which the report speaks of them: the nearest to the paper's own study first."""
 
 
 class Compared:
@@ -87,6 +90,30 @@ class Compared:
         return bool(self.table[(self.table.budget < 1) & self.table.selection.isin(list(CRITERIA))].met.all())
 
 
+def committed() -> list[Compared]:
+    """The finished comparisons whose results are committed, in the order of `LEADING`, each at its largest scale."""
+    found = []
+    for name in LEADING:
+        by_scale = ([Comparison(p, target=t) for t in p.targets] for p in (profiles.get(name, s) for s in SCALES[::-1]))
+        finished = ([c for c in every if len(c.committed()) and c.finished] for every in by_scale)
+        found += [Compared(c) for c in next(filter(None, finished), [])]
+    return found
+
+
+def _shown(make: Callable[[Compared], Table | str]) -> Callable[[Competitors], Text]:
+    """A method that shows what is made of each comparison, under its target's name if there are several."""
+
+    def shown(self: Competitors) -> Text:
+        parts = []
+        for target, compared in self.by_target.items():
+            made = make(compared)
+            parts += [f"**{place(target)}**"] if len(self.by_target) > 1 else []
+            parts.append(made if isinstance(made, str) else made._repr_markdown_())
+        return Text("\n\n".join(parts))
+
+    return shown
+
+
 class Competitors:
     """The finished comparisons of a profile, by target.
 
@@ -113,110 +140,20 @@ class Competitors:
         what = f"The comparison of {self.profile.name}, {self.profile.scale}, has not been run to its end"
         return f"{what}; it takes hours: {Comparison(self.profile).command} --workers 2"
 
-    def _each(self, make: Callable[[Compared], Table | str]) -> Text:
-        parts = []
-        for target, compared in self.by_target.items():
-            made = make(compared)
-            parts += [f"**{target}**"] if len(self.by_target) > 1 else []
-            parts.append(made if isinstance(made, str) else made._repr_markdown_())
-        return Text("\n\n".join(parts))
-
     def figures(self, draw: Callable[[Compared, str], Figure]) -> dict[str, Figure]:
         """A figure per target, drawn from its comparison and title; a picture that says why where there is none."""
         return {t: draw(c, t) for t, c in self.by_target.items()} or {"": plots.sentence(self.not_run)}
 
     def sentence(self) -> Text:
-        """The report's sentence, AFDS against its rival; or how to run the comparison. Other tables are empty then."""
-        return self._each(lambda c: f"{c.comparison.sentence()} {c.unfinished}".strip()) or Text(self.not_run)
+        """AFDS against its best competitor; or how to run the comparison. Other tables are empty then."""
+        return _shown(lambda c: f"{c.comparison.sentence()} {c.unfinished}".strip())(self) or Text(self.not_run)
 
-    def accuracy(self) -> Text:
-        """Test accuracy: a row per method, a column per budget."""
-        return self._each(lambda c: accuracy_table(c.table))
-
-    def chosen(self) -> Text:
-        """The settings that the trials chose."""
-        return self._each(lambda c: chosen_table(c.table))
-
-    def paired(self) -> Text:
-        """AFDS minus every other method at the endpoint's budget."""
-        return self._each(lambda c: paired_table(c.paired))
-
-    def sizes(self) -> Text:
-        """MACs, with and without predictors, and parameters at the endpoint's budget."""
-        return self._each(lambda c: size_table(c.table, c.budget))
-
-    def costs(self) -> Text:
-        """What the networks took."""
-        return self._each(costs_table)
-
-    def ablations(self) -> Text:
-        """AFDS with one part changed, and the rival at equal wall-clock time."""
-        return self._each(_ablations_text)
-
-    def attention(self) -> Text:
-        """What became of the attention on the way to the endpoint's budget."""
-        return self._each(lambda c: ablations.attention_text(c.attention, c.table, budget=c.budget))
-
-    def attention_figures(self) -> dict[str, Figure]:
-        """The attention's width at every budget, a figure per target."""
-        none = "No attention is stored."
-        draw = plots.attention_width
-        return self.figures(lambda c, t: plots.sentence(none) if c.attention.empty else draw(c.attention, title=t))
-
-    def confirmation(self) -> Text:
-        """Whether detached attention is confirmed, in a comparison that was made to tell; else empty."""
-
-        def text(c: Compared) -> str:
-            tables, seeds = (c.attention, c.table), c.rules.seeds
-            return ablations.confirmation_text(*tables, budget=c.budget, rival=c.rival, seeds=seeds)
-
-        return self._each(lambda c: text(c) if c.rules.settings_of else "")
-
-    def settled(self) -> Text:
-        """What it changes when AFDS's budgets are met by Taylor importance."""
-
-        def text(c: Compared) -> str:
-            tables, text = (c.beside["settled"], c.attention, c.table), ""
-            if not tables[0].empty:
-                text = ablations.settled_text(*tables, budget=c.budget, rival=c.rival)
-            return text or f"Not computed: `{ablations.Ablations(c.comparison).command}` does."
-
-        return self._each(text)
-
-    def missing(self) -> Text:
-        """Points without a network, by reason."""
-        return self._each(lambda c: missing_text(c.missing))
-
-
-class Variants:
-    """The comparisons of the profiles that ask a profile's question of other data, such as imagenet32-disjoint."""
-
-    def __init__(self, profile: Profile):
-        every = (profiles.get(name, profile.scale) for name in profiles.names())
-        self.every = {p.name: Competitors(p) for p in every if p.variant_of == profile.name}
-
-    def _each(self, make: Callable[[Competitors], str]) -> Text:
-        parts = [f"**{name}**: {text}" for name, variant in self.every.items() if (text := make(variant))]
-        return Text("\n\n".join(parts) or ("" if self.every else "This profile has no variant."))
-
-    def sentence(self) -> Text:
-        """AFDS against its rival there, and whether detached attention is confirmed."""
-        return self._each(lambda variant: f"{variant.sentence()} {variant.confirmation()}".strip())
-
-    def settled(self) -> Text:
-        """What it changes there when budgets are met by Taylor importance."""
-        return self._each(Competitors.settled)
-
-    def tables(self) -> Text:
-        """Test accuracy at every budget, then AFDS minus every other method at the endpoint's."""
-        return self._each(lambda v: f"\n\n{v.accuracy()}\n\n{v.paired()}" if v.by_target else "")
-
-    def figures(self) -> dict[str, Figure]:
-        """Every method's curve, a figure per target of each variant; a picture that says why where there is none."""
-        figures: dict[str, Figure] = {}
-        for variant in self.every.values():
-            figures |= variant.figures(lambda c, title: plots.competitors(c.table, title=title))
-        return figures or {"": plots.sentence("This profile has no variant.")}
+    accuracy = _shown(lambda c: accuracy_table(c.table))  # a row per method, a column per budget
+    chosen = _shown(lambda c: chosen_table(c.table))
+    paired = _shown(lambda c: paired_table(c.paired))  # at the endpoint's budget, as what follows
+    sizes = _shown(lambda c: size_table(c.table, c.budget))
+    costs = _shown(lambda c: costs_table(c))
+    missing = _shown(lambda c: reasons_text(c.missing) or "Every planned point has a network.")
 
 
 def statistics_text() -> Text:
@@ -375,63 +312,37 @@ def ablation_table(table: pd.DataFrame) -> Table:
     return Table(["variant", "at", "test accuracy (%)", "minus AFDS (95 % interval)", "p (Holm)", "seeds"], rows)
 
 
-def better_text(table: pd.DataFrame, main: pd.DataFrame, *, budget: float, rival: str) -> str:
-    """Which of the ablations at the primary budget beat AFDS by more than their interval, and how they stand to the
-    rival, a method of the main table."""
-    there = at(table, budget)
-    afds, other = there[there.key == WHOLE], at(main[main.method == rival], budget)
-    lines = []
-    for variant, here in there.groupby("variant", sort=False):
-        pair = _pair(here, afds)
-        if pair is None or here.method.iloc[0] != AFDS.key or not pair.difference.low > 0:  # the second is the rival's
-            continue
-        if beside := _pair(here, other):
-            lines.append(
-                f"{variant}: {statistics.points(pair.difference)} points from AFDS and "
-                f"{statistics.points(beside.difference)} from the rival, {_label(rival)}, on the same "
-                f"{beside.difference.n} seeds"
-            )
-    note = "Better than AFDS by more than the interval. Exploratory: these were found by looking at test accuracy."
-    return f"{bullets(lines, note)}\n\n" if lines else ""
-
-
-def untrained_text(table: pd.DataFrame) -> str:
-    """Why variants of the ablation have no network; of seeds that fail alike the first is quoted."""
+def reasons_text(table: pd.DataFrame, name: Callable[[str], str] = _label) -> str:
+    """How many seeds of each method or variant have no network at a budget; of several reasons the first is quoted."""
     lines = [
-        f"{variant} at {times(budget)}, {plural(len(here), 'seed')}: {here.diverged.iloc[0]}"
-        for (variant, budget), here in table[table.diverged.notna()].groupby(["variant", "budget"], sort=False)
+        f"{name(str(method))} at {times(budget)}, {plural(len(here), 'seed')}: {here.reason.iloc[0]}"
+        for (method, budget), here in table.groupby(["method", "budget"], sort=False)
     ]
-    return f"{bullets(lines, 'Without a network:')}\n\n" if lines else ""
+    return bullets(lines, "Without a network:") if lines else ""
 
 
-def _ablations_text(c: Compared) -> str:
-    """The variants, and the rival once more with as much time on the target as AFDS took."""
-    rest, table, again = (
-        f"`{ablations.Ablations(c.comparison).command}` does.",
-        c.beside["ablations"],
-        c.beside["equal_time"],
-    )
+def ablations_text(c: Compared) -> str:
+    """The variants, and the best competitor once more with as much time on the target as AFDS took."""
+    table, again = c.beside["ablations"], c.beside["equal_time"]
+    missing = f"no result yet; `{ablations.Ablations(c.comparison).command}` computes it."
     if set(table.key) <= {WHOLE}:
-        return f"Not computed: {rest}"
-    better = better_text(table, c.table, budget=c.budget, rival=c.rival)
-    text = f"{ablation_table(table)._repr_markdown_()}\n\n{untrained_text(table)}{better}"
+        return f"Ablations: {missing}"
+    lost = table[table.diverged.notna()].rename(columns={"method": "_", "variant": "method", "diverged": "reason"})
+    text = f"{ablation_table(table)._repr_markdown_()}\n\n{reasons_text(lost, str)}"
     if again.empty:
-        return f"{text}The rest is not computed: {rest}"
+        return f"{text}\n\nAt equal time: {missing}"
     rival, factor = again.method.iloc[0], float(again.steps_factor.iloc[0])
     here = at(c.table, c.budget)
     here = here[here.seed.isin(set(again.seed))]
-    ours, before = (mean_sd(here[here.method == m].test_accuracy, 100) for m in ("afd+afs", rival))
+    ours, before = (mean_sd(here[here.method == m].test_accuracy, 100) for m in (AFDS.key, rival))
     return (
-        f"{text}At equal wall-clock time on the target, {factor:g} times its steps, the rival {_label(rival)} "
+        f"{text}\n\nAt equal wall-clock time on the target, {factor:g} times its steps, {_label(rival)} "
         f"reaches {mean_sd(again.test_accuracy, 100)} % ({before} % before; AFDS {ours} %; "
         f"{again.seed.nunique()} seeds)."
     )
 
 
-def missing_text(missing: pd.DataFrame) -> str:
-    """How many points have no network, and why."""
-    lines = [
-        f"{_label(method)}: {plural(len(here), 'point')}: {reason}"
-        for (method, reason), here in missing.groupby(["method", "reason"], sort=False)
-    ]
-    return bullets(lines, "Points without a network:") or "Every planned point has a network."
+def settled_text(c: Compared) -> str:
+    """What it changes when AFDS's budgets are met by Taylor importance; empty where nothing of it is there."""
+    tables = c.beside["settled"], c.attention, c.table
+    return "" if tables[0].empty else ablations.settled_text(*tables, budget=c.budget, rival=c.rival)

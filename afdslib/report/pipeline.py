@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import html
 import json
 import re
 import secrets
@@ -28,13 +27,10 @@ from typing import Any
 from afdslib.base import paths
 from afdslib.base.atomic import atomic_path, write_json, write_text
 from afdslib.base.errors import AFDSError
+from afdslib.report import layout
 
-__all__ = [
-    "STYLE", "NotebookStage", "convert", "execute", "kernel_manager", "notebooks", "parameters_of", "plan", "render"
-]  # fmt: skip
+__all__ = ["NotebookStage", "convert", "execute", "kernel_manager", "notebooks", "parameters_of", "plan", "render"]
 
-STYLE = Path(__file__).with_name("report.css")
-"""Added to nbconvert's style."""
 _LAST = "afds-last-cell"
 
 
@@ -355,36 +351,13 @@ def _short(path: Path) -> str:
 
 
 def render(profile: str, *, folder: str | Path | None = None) -> Path:
-    """Writes `report.html` from the executed copy of the last notebook: images embedded, code hidden, our style."""
-    from nbconvert import HTMLExporter
-
+    """Writes `report.html`, the page that `layout` makes of the executed copy of the last notebook."""
     last = notebooks(folder)[-1]
     executed = paths.figures(profile) / "executed" / last.name
     if not executed.is_file() or not executed.with_suffix(".json").is_file():
         raise AFDSError(f"profile {profile} has no finished report yet; execute it with: afds run --profile {profile}")
-    node = _read(executed)
-    for cell in node.cells:
-        if cell.cell_type == "code":  # without the progress of a training, which is in the log
-            cell.outputs = [_with_alternative(output) for output in cell.outputs if output.get("name") != "stderr"]
-    hidden = {"exclude_input": True, "exclude_input_prompt": True, "exclude_output_prompt": True}
-    exporter = HTMLExporter(embed_images=True, **hidden)
-    exporter.mathjax_url = exporter.require_js_url = exporter.jquery_url = ""  # the page needs nothing from elsewhere
-    about = {"name": f"AFDS report: {profile}", "path": str(last.parent)}
-    page, _ = exporter.from_notebook_node(node, resources={"metadata": about})
     report = paths.figures(profile) / "report.html"
-    style = f"<style>{STYLE.read_text('utf-8')}</style>\n"  # it comes last and so wins
+    page = layout.page(_read(executed), f"AFDS report: {profile}", folder=last.parent, figures=report.parent)
     with atomic_path(report) as part:
-        part.write_text(page.replace("</head>", f"{style}</head>", 1), encoding="utf-8")
+        part.write_text(page, encoding="utf-8")
     return report
-
-
-def _with_alternative(output: Any) -> Any:
-    """An output whose picture has its name as the alternative text, for readers who do not see it."""
-    from afdslib.report.plots.pictures import img
-
-    data = output.get("data", {})
-    if "image/png" not in data:
-        return output
-    content, width = data.pop("image/png"), output.get("metadata", {}).get("image/png", {}).get("width")
-    data["text/html"] = img(html.escape(data.get("text/plain", "figure")), "".join(content.split()), width)
-    return output

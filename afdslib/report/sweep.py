@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple
 from typing import Any
 
 import pandas as pd
@@ -12,17 +11,18 @@ from afdslib import data
 from afdslib.base.errors import AFDSError
 from afdslib.base.text import Text, times
 from afdslib.data import Splits
+from afdslib.report.numbers import Number, of_interval
 from afdslib.report.plots import look
-from afdslib.report.tables import Table, bullets, mean_sd
+from afdslib.report.tables import Table, bullets, mean_sd, place
 from afdslib.studies import statistics
 from afdslib.studies.profile import Profile
 from afdslib.studies.statistics import at
 from afdslib.studies.sweep import Study
 
 __all__ = [
-    "PUBLISHED", "about_data", "accuracy_table", "budgets_of", "channels_left", "differences", "differences_text",
-    "gates_text", "growing", "network_table", "networks", "run_text", "schedule", "scope_text", "settings",
-    "sources_text", "stage_text", "strengths_text"
+    "PUBLISHED", "about_data", "accuracy_table", "budgets_of", "channels_left", "differences_text", "growing",
+    "network_table", "networks", "run_text", "schedule", "scope_text", "settings", "sources_text", "stage_text",
+    "strengths_text"
 ]  # fmt: skip
 
 PUBLISHED = "Published weights are taken as they are: this study reads no source image and trains no source network."
@@ -37,7 +37,7 @@ def _by_target(table: pd.DataFrame, header: Sequence[str], row: Callable[[pd.Dat
     """One row per target and budget; the targets have a column if there are several."""
     several = table.target.nunique() > 1
     rows = [
-        [*([target] if several else []), times(budget), *row(at(mine, budget))]
+        [*([place(target)] if several else []), times(budget), *row(at(mine, budget))]
         for target, mine in table.groupby("target", sort=False)
         for budget in budgets_of(mine)
     ]
@@ -73,76 +73,41 @@ def network_table(table: pd.DataFrame, method: str) -> Table:
     return _by_target(table[table.method == method], [*header, "dynamic", "static", "removed channels"], row)
 
 
-def differences(
-    table: pd.DataFrame, method: str = "afd", other: str = "l2", *, value: str = "test_accuracy"
-) -> pd.DataFrame:
-    """Paired differences of two methods: the same seed means the same images, initial classifier and order.
-
-    Returns:
-        A table with target, budget, difference (mean over seeds, percentage points), sd (of the paired differences),
-        low and high (Student's 95 % interval; like sd NaN for one seed) and seeds.
-    """
-    index = ["target", "budget", "seed"]
-    one, two = (table[table.method == name].set_index(index)[value] for name in (method, other))
-    paired = (one - two).dropna() * 100
-    if paired.empty:
-        raise AFDSError(f"the sweep has no seed with both {method} and {other}; compute both")
-    rows = [
-        (*place, *astuple(statistics.interval(values.to_list())))
-        for place, values in paired.groupby(["target", "budget"], sort=False)
-    ]
-    found = pd.DataFrame(rows, columns=["target", "budget", "difference", "sd", "low", "high", "seeds"])
-    return found.sort_values(["target", "budget"], ascending=[True, False], ignore_index=True)
-
-
-def _difference(row: Any, one: str, other: str) -> str:
-    value, low, high = (f"{round(points, 1) + 0.0:+.1f}" for points in (row.difference, row.low, row.high))  # no -0.0
-    size = f"{one} minus {other} is {value} points"
-    if row.seeds < 2:
-        return f"{size} with one seed, so the interval is not known"
-    size += f" [{low}, {high}], {row.seeds} seeds"
-    if row.low <= 0 <= row.high:
-        return f"{size}: the seeds do not tell the two apart"
-    few = ", of too few seeds to conclude" if row.seeds < 5 else ""
-    return f"{size}: {one} is {'ahead' if row.difference > 0 else 'behind'}{few}"
-
-
 def differences_text(
     table: pd.DataFrame, method: str = "afd", other: str = "l2", *, budgets: Sequence[float] = (1.0, 0.5, 0.2, 0.1)
 ) -> Text:
-    """One sentence per target and budget: the paired difference with its 95 % interval, and what it says."""
-    found = differences(table, method, other)
-    lines = [
-        f"**{times(budget)}**, {row.target}: {_difference(row, look(method).label, look(other).label)}."
-        for _, mine in found.groupby("target", sort=False)
-        for budget in budgets
-        for row in at(mine, budget).itertuples()
-    ]
-    for gap in table.attrs.get("missing", ()):
-        name = f"{look(gap['method']).label} seed {gap['seed']} at {times(gap['budget'])}, {gap['target']}"
-        lines.append(f"Missing: {name}, because it diverged {gap['reason']}.")
+    """One sentence per target and budget: the difference of two methods over paired seeds with its 95 % interval.
+
+    The same seed means the same images, initial classifier and order. AFDSError where no budget has such a seed.
+    """
+    names, lines = [look(name).label for name in (method, other)], []
+    for target, mine in table.groupby("target", sort=False):
+        for budget in budgets:
+            here = at(mine, budget)
+            one, two = (statistics.by_seed(here[here.method == name]) for name in (method, other))
+            if set(one) & set(two):
+                found = of_interval(statistics.paired(one, two).difference, "points", signed=True)
+                said = f"{names[0]} minus {names[1]}: {found}, {statistics.paired_seeds(found.n)}: {_judged(found)}"
+                lines.append(f"**{times(budget)}**, {place(str(target))}: {said}.")
     if not lines:
-        raise AFDSError(f"the sweep has none of the budgets {', '.join(map(times, budgets))}")
+        raise AFDSError(f"the sweep has no seed with both {method} and {other} at {', '.join(map(times, budgets))}")
+    for gap in table.attrs.get("missing", ()):
+        name = f"{look(gap['method']).label} seed {gap['seed']} at {times(gap['budget'])}, {place(gap['target'])}"
+        lines.append(f"Missing: {name}, because it diverged {gap['reason']}.")
     return Text(bullets(lines))
+
+
+def _judged(difference: Number) -> str:
+    if difference.n < 2 or difference.low <= 0 <= difference.high:
+        return "undecided"
+    few = ", of too few seeds to conclude" if difference.n < 5 else ""
+    return f"{'better' if difference.value > 0 else 'worse'}{few}"
 
 
 def growing(table: pd.DataFrame, column: str) -> bool:
     """Whether a column never falls from one budget to the next smaller one, in every chain of the sweep."""
     chains = table.sort_values("budget", ascending=False).groupby(["target", "method", "seed"])
     return all(chain[column].is_monotonic_increasing for _, chain in chains)
-
-
-def gates_text(table: pd.DataFrame) -> Text:
-    """Dead gates and the gates' variation of the unpruned networks, mean over seeds, by target and method."""
-    texts = []
-    for target, rows in at(table, max(budgets_of(table))).groupby("target", sort=False):
-        means = rows.groupby("method", sort=False)[["dead_gates", "gate_variance"]].mean()
-        parts = [
-            f"{look(str(row.Index)).label} {100 * row.dead_gates:.1f} % dead, variation {row.gate_variance:.3f}"
-            for row in means.itertuples()
-        ]
-        texts.append(f"Gates of the unpruned networks on {target}: {'; '.join(parts)}.")
-    return Text("\n\n".join(texts))
 
 
 def channels_left(layers: Mapping[str, Mapping[str, Any]]) -> float:
@@ -181,7 +146,7 @@ def strengths_text(study: Study) -> Text:
     for title, target in study.targets.items():
         chosen = {name: regulariser.strength for name, regulariser in study.chosen(target).items()}
         parts = [f"{look(name).label} {strength:g}" for name, strength in chosen.items()]
-        text = f"Chosen on validation images of {title}: {', '.join(parts)}."
+        text = f"Chosen on validation images of {place(title)}: {', '.join(parts)}."
         grids = trials[trials.target == title].groupby("method", sort=False)
         spread = 100 * (grids.validation_accuracy.max() - grids.validation_accuracy.min())
         edges = [look(m).label for m, grid in grids.strength if chosen[str(m)] in (grid.min(), grid.max())]
@@ -224,18 +189,11 @@ def networks(profile: Profile) -> int:
     return len(profile.targets) * len(profile.candidates) * len(profile.seeds) * len(profile.budgets)
 
 
-def _targets(profile: Profile) -> str:
-    images = {t: "" if t.per_class is None else f", {t.per_class} images per class" for t in profile.targets}
-    return "; ".join(f"{target.name}{text}" for target, text in images.items())
-
-
 def scope_text(profile: Profile) -> Text:
     """What a reader must know about the scale before looking at any number."""
     p = profile
-    text = f"This report is of profile **{p.name}**, scale {p.scale}: a {p.network.name} of width {p.network.width:g}, "
-    text += f"from {p.source.name} to {_targets(p)}; {len(p.seeds)} seeds."
-    if not any(t.name == "stanford-dogs" for t in p.targets):
-        text += " Stanford Dogs is not among the targets, so the paper's 11.07 points are **not tested** here."
+    text = f"Profile **{p.name}**, scale {p.scale}: a {p.network.name} of width {p.network.width:g}, from "
+    text += f"{place(p.source.name)} to {place('; '.join(t.title for t in p.targets))}; {len(p.seeds)} seeds."
     if p.name == "demo":
         text += " The demo shows that the whole chain works; its data are too small and too easy to judge any method."
     return Text(f"{text} {p.not_run}".strip())
@@ -247,8 +205,8 @@ def settings(profile: Profile) -> Table:
     shape = f"{p.network.name}, {p.network.stem} stem, width {p.network.width:g}"
     grids = [f"{look(c.regulariser.name).label} {{{_values(sorted(c.strengths))}}}" for c in p.candidates]
     rows = [
-        ("source data", p.source.name),
-        ("target data", _targets(p)),
+        ("source data", place(p.source.name)),
+        ("target data", place("; ".join(t.title for t in p.targets))),
         ("network", shape if p.network.weights is None else f"{shape}, {p.network.weights} weights"),
         ("source training", stage_text(p.source_training)),
         ("AFS fine-tuning of the source", stage_text(p.afs_training)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,7 +11,23 @@ import pandas as pd
 from afdslib.base.errors import AFDSError
 from afdslib.base.text import Text
 
-__all__ = ["Table", "Text", "bullets", "mean_sd", "plural", "smallest", "span"]
+__all__ = ["Table", "Text", "bullets", "mean_sd", "place", "plural", "smallest", "span"]
+
+_PLACES = {
+    "tiny-imagenet-32-target40": "40 classes of Tiny ImageNet (32 px)", "tiny-imagenet-32": "Tiny ImageNet (32 px)",
+    "tiny-imagenet-32-source160": "the other 160 classes",
+    "cifar10": "CIFAR-10 (32 px)", "digits-5-9": "digits 5 to 9", "digits-0-4": "digits 0 to 4",
+    "stanford-dogs-144": "Stanford Dogs (128 px)", "stanford-dogs": "Stanford Dogs (224 px)",
+    "caltech101-144": "Caltech-101 (128 px)", "imagenet": "ImageNet", "efficientnet_lite0": "EfficientNet-Lite0",
+    "resnet26": "ResNet-26", "resnet50": "ResNet-50",
+}  # fmt: skip
+"""Data sets and networks for readers."""
+_PLACE = re.compile(rf"\b({'|'.join(map(re.escape, sorted(_PLACES, key=len, reverse=True)))})(-\d+)?(?![\w-])")
+
+
+def place(text: str) -> str:
+    """A text in which targets have names for readers: "cifar10-60" is "CIFAR-10 (32 px), 60 per class"."""
+    return _PLACE.sub(lambda m: _PLACES[m[1]] + (f", {m[2][1:]} per class" if m[2] else ""), text)
 
 
 class Table:

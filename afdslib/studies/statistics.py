@@ -246,7 +246,7 @@ def sentence(
     if d.n < 2:
         return f"{text} ({paired_seeds(d.n)}, so the interval is not known)."
     text += f" (difference {points(d)} points, {paired_seeds(d.n)})"
-    return f"{text}, which the seeds do not tell from 0." if d.low <= 0 <= d.high else f"{text}."
+    return f"{text}, which is undecided." if d.low <= 0 <= d.high else f"{text}."
 
 
 def points(difference: Interval) -> str:

@@ -12,14 +12,14 @@ import pytest
 from afdslib.base import paths
 from afdslib.base.errors import AFDSError
 from afdslib.report import claims
-from afdslib.report.claims import INCONCLUSIVE, NOT_REPLICATED, REPLICATED, UNTESTED
+from afdslib.report.claims import NOT_SUPPORTED, SUPPORTED, UNDECIDED, UNTESTED
 from afdslib.report.numbers import Number
 from afdslib.studies import profiles, protocol, results
 
 NOISE = np.array([0.002, -0.002, 0.001, -0.001, 0.0, 0.003, -0.003, 0.002, -0.002, 0.0])
 WIDE = 60 * NOISE
 CIFAR, DISJOINT, DOGS = "cifar10-60", "tiny-imagenet-32-target40-60", "stanford-dogs"
-FOUR = (REPLICATED, NOT_REPLICATED, INCONCLUSIVE, UNTESTED)
+FIRST = "more accurate at 10x, 32 px"
 
 
 @pytest.fixture(autouse=True)
@@ -131,19 +131,19 @@ def verdict(title: str) -> str:
 @pytest.mark.parametrize(
     ("low", "high", "n", "margin", "expected"),
     [
-        (0.1, 3, 5, 0, REPLICATED),
-        (-3, -0.1, 5, 0, NOT_REPLICATED),
-        (-1, 3, 5, 0, INCONCLUSIVE),
-        (0, 3, 5, 0, INCONCLUSIVE),
-        (-3, 0, 5, 0, INCONCLUSIVE),
-        (0.1, 3, 4, 0, INCONCLUSIVE),
-        (math.nan, math.nan, 5, 0, INCONCLUSIVE),
-        (8, 12, 5, 11.07, REPLICATED),
-        (13, 15, 5, 11.07, REPLICATED),
-        (5, 11, 5, 11.07, NOT_REPLICATED),
-        (-5, 11, 5, 11.07, NOT_REPLICATED),
-        (-5, 12, 5, 11.07, INCONCLUSIVE),
-        (5, 11, 4, 11.07, INCONCLUSIVE),
+        (0.1, 3, 5, 0, SUPPORTED),
+        (-3, -0.1, 5, 0, NOT_SUPPORTED),
+        (-1, 3, 5, 0, UNDECIDED),
+        (0, 3, 5, 0, UNDECIDED),
+        (-3, 0, 5, 0, UNDECIDED),
+        (0.1, 3, 4, 0, UNDECIDED),
+        (math.nan, math.nan, 5, 0, UNDECIDED),
+        (8, 12, 5, 11.07, SUPPORTED),
+        (13, 15, 5, 11.07, SUPPORTED),
+        (5, 11, 5, 11.07, NOT_SUPPORTED),
+        (-5, 11, 5, 11.07, NOT_SUPPORTED),
+        (-5, 12, 5, 11.07, UNDECIDED),
+        (5, 11, 4, 11.07, UNDECIDED),
     ],
 )
 def test_an_interval_speaks_for_against_or_not_at_all(low, high, n, margin, expected):
@@ -159,11 +159,11 @@ def test_nothing_measured_is_not_tested():
 
 def test_a_step_beside_the_best_weight_is_held_against_the_seeds():
     tried = {1: 0.70, 10: 0.80, 100: 0.79, 1000: 0.60}
-    assert claims.matters(tried, 0.05, seeds=3) == REPLICATED
-    assert claims.matters(tried, 0.15, seeds=3) == INCONCLUSIVE  # only far away it costs more
-    assert claims.matters(tried, 0.25, seeds=3) == NOT_REPLICATED
-    assert claims.matters(tried, 0.05, seeds=2) == INCONCLUSIVE
-    assert claims.matters(tried | {100: math.nan}, 0.25, seeds=3) == REPLICATED  # it diverged
+    assert claims.matters(tried, 0.05, seeds=3) == SUPPORTED
+    assert claims.matters(tried, 0.15, seeds=3) == UNDECIDED  # only far away it costs more
+    assert claims.matters(tried, 0.25, seeds=3) == NOT_SUPPORTED
+    assert claims.matters(tried, 0.05, seeds=2) == UNDECIDED
+    assert claims.matters(tried | {100: math.nan}, 0.25, seeds=3) == SUPPORTED  # it diverged
 
 
 # each rule reaches each verdict
@@ -172,7 +172,7 @@ def test_a_step_beside_the_best_weight_is_held_against_the_seeds():
 def test_without_results_no_claim_is_tested():
     found = claims.judge()
     assert {f.verdict for f in found.values()} == {UNTESTED} and not any(f.files for f in found.values())
-    assert all(f.why.startswith("No committed result file has") for f in found.values())
+    assert all(f.why.startswith("No committed result has") for f in found.values())
 
 
 def lines(file: str, alone, taught) -> None:
@@ -200,18 +200,21 @@ FEW = [(0.02 + NOISE[::-1][:5], 5), (-0.02 + NOISE[::-1][:5], 5), (WIDE[:5], 5),
 LESS = [0.08 + NOISE, -0.08 + NOISE, WIDE]
 SAME = [(0.02 + NOISE[:6], 6), (-0.02 + NOISE[:6], 6), (WIDE[:6], 6), (0.02, 2)]
 RULES = {  # what is written, one after the other: replicated, not replicated, inconclusive, and for another reason
-    "sign at 10x, 32 px": [partial(comparison, "imagenet32", CIFAR, g, seeds=n) for g, n in BY],
-    "sign at 10x, disjoint classes": [partial(comparison, "imagenet32-disjoint", DISJOINT, g, seeds=n) for g, n in FEW],
+    FIRST: [partial(comparison, "imagenet32", CIFAR, g, seeds=n) for g, n in BY],
+    "more accurate at 10x, 32 px, no class in common": [partial(comparison, "imagenet32-disjoint", DISJOINT, g, seeds=n) for g, n in FEW],
+    "more accurate at 10x, Stanford Dogs at 128 px": [
+        partial(comparison, "dogs", "stanford-dogs-144-30", g, seeds=n, budget="quick") for g, n in FEW
+    ],
     "+11.07 points": [partial(comparison, "paper", DOGS, g) for g in (0.12, 0.05 + NOISE, 0.1107 + 2 * WIDE)],
     "10x fewer MACs": [
         partial(comparison, "paper", DOGS, 0.0, macs=macs, seeds=seeds)
         for macs, seeds in ((0.0995, 10), (0.12, 10), (0.102, 10), (0.0995, 9))
     ],
     "computation at the same accuracy": [partial(comparison, "paper", DOGS, gain) for gain in LESS],
-    "MACs at the same accuracy, 32 px": [partial(comparison, "imagenet32", CIFAR, gain) for gain in LESS],
+    "fewer MACs at the same accuracy, 32 px": [partial(comparison, "imagenet32", CIFAR, gain) for gain in LESS],
     "AFD over L2, 32 px": [partial(sweep, gain, seeds=seeds) for gain, seeds in SAME],
     "attention, 32 px": [partial(sweep, gain, "feature-map", seeds=seeds) for gain, seeds in SAME],
-    "faster CNNs": [
+    "faster by the clock": [
         times, partial(times, (3, 3.1, 3.2), (30, 31, 32), batch=16, name="b"),
         partial(times, (3, 3.1, 3.2), (3, 3.1, 3.2), batch=16, name="b"), partial(times, batch=16, repeats=4, name="b")
     ],
@@ -240,7 +243,7 @@ def test_each_rule_reaches_each_of_its_verdicts(title):
     for written in RULES[title]:
         written()
         seen.append(verdict(title))
-    assert seen == [UNTESTED, REPLICATED, NOT_REPLICATED, INCONCLUSIVE, INCONCLUSIVE][: len(seen)]
+    assert seen == [UNTESTED, SUPPORTED, NOT_SUPPORTED, UNDECIDED, UNDECIDED][: len(seen)]
 
 
 def test_a_claim_is_held_against_the_data_and_networks_that_it_names_only():
@@ -249,9 +252,9 @@ def test_a_claim_is_held_against_the_data_and_networks_that_it_names_only():
     for file in ("paper/quick/attention", "imagenet32/standard/attention"):
         students(file, {"at": 0.02 + NOISE[:4], "alone": 0.0})
     assert verdict("+11.07 points") == verdict("AT on CIFAR-10") == UNTESTED
-    assert verdict("AT, few epochs") == REPLICATED
+    assert verdict("AT, few epochs") == SUPPORTED
     comparison("paper", DOGS, -0.05)
-    assert verdict("+11.07 points") == NOT_REPLICATED
+    assert verdict("+11.07 points") == NOT_SUPPORTED
     students(QUICK, {"nst-poly+kd": 0.05, "nst-poly": 0.0}, teacher="another", student="inception_bn")
     assert verdict("NST + KD, CIFAR-10") == UNTESTED
 
@@ -278,24 +281,24 @@ def test_macs_at_the_same_accuracy_are_held_against_the_most_frugal_competitor()
         for seed in range(10)
     ]
     write(f"imagenet32/quick/comparison-{CIFAR}", rows)
-    found = named("MACs at the same accuracy, 32 px").judge()
-    assert found.verdict == NOT_REPLICATED
+    found = named("fewer MACs at the same accuracy, 32 px").judge()
+    assert found.verdict == NOT_SUPPORTED
     assert found.why.startswith("MACs that L2 + Taylor needs minus those that AFDS needs: -25.0 [")
-    assert "L2 + narrower network, the rival at 10x, minus AFDS: +4" in found.why
+    assert "L2 + narrower network, the best competitor at 10x, minus AFDS: +4" in found.why
     short = [row for row in rows if row["method"] != "l2+taylor" or row["seed"] < 3]  # too few seeds to be asked
     write(f"imagenet32/quick/comparison-{CIFAR}", short)
-    assert verdict("MACs at the same accuracy, 32 px") == REPLICATED
+    assert verdict("fewer MACs at the same accuracy, 32 px") == SUPPORTED
 
 
 def test_times_of_random_masks_are_no_evidence_and_each_network_has_its_best_runtime():
     times(note="random masks: 0.2 inner")
-    assert verdict("faster CNNs") == UNTESTED
+    assert verdict("faster by the clock") == UNTESTED
     times(size=64)
-    assert verdict("faster CNNs") == UNTESTED
+    assert verdict("faster by the clock") == UNTESTED
     times((30, 31, 32), (25, 26, 27))
-    found = named("faster CNNs").judge()
-    assert found.verdict == REPLICATED  # eager compact (37.5 ms) does not count
-    assert "batch 1 on CPU: 1.2x as fast, 26.0 [25.0, 27.0] ms in onnxruntime against 31.0 [30.0, 32.0] ms" in found.why
+    found = named("faster by the clock").judge()
+    assert found.verdict == SUPPORTED  # eager compact (37.5 ms) does not count
+    assert "On CPU, medians, batch 1: 1.2x as fast, 26.0 against 31.0 ms" in found.why
     assert found.files == ("speed/a.csv",)
 
 
@@ -305,58 +308,58 @@ def test_times_of_random_masks_are_no_evidence_and_each_network_has_its_best_run
 def test_a_changed_file_changes_the_verdict_and_its_sentence():
     comparison("imagenet32", CIFAR, 0.0206 + NOISE)
     file = f"imagenet32/standard/comparison-{CIFAR}"
-    claim = named("sign at 10x, 32 px")
+    claim = named(FIRST)
     before = claim.judge()
     table = results.named(file)
     table.loc[(table.method == "afd+afs") & (table.budget == 0.1), "test_accuracy"] -= 0.05
     write(file, table)
     after = claim.judge()
-    assert (before.verdict, after.verdict) == (REPLICATED, NOT_REPLICATED)
+    assert (before.verdict, after.verdict) == (SUPPORTED, NOT_SUPPORTED)
     assert ": +2.1 [" in before.why and ": -2.9 [" in after.why
     assert before.files == (f"imagenet32/standard/comparison-{CIFAR}",)
 
 
 def test_the_rival_is_chosen_on_validation_and_parts_of_afds_are_no_rivals():
     comparison("imagenet32", CIFAR, 0.02 + NOISE)
-    claim = named("sign at 10x, 32 px")
-    assert "AFDS minus its rival, L2 + Taylor, at 10x" in claim.judge().why
+    claim = named(FIRST)
+    assert "AFDS minus the best competitor, L2 + Taylor, on CIFAR-10 (32 px), 60 per class" in claim.judge().why
     file = f"imagenet32/standard/comparison-{CIFAR}"
     table = results.named(file)
     first = table.seed.isin(protocol.protocol(profiles.get("imagenet32", "standard")).seeds[:3])
     table.loc[(table.method == "l2sp+slimming") & first, "validation_accuracy"] = 0.71
     write(file, table)
     found = claim.judge()
-    assert "L2-SP + network slimming" in found.why and found.verdict == NOT_REPLICATED
+    assert "L2-SP + network slimming" in found.why and found.verdict == NOT_SUPPORTED
 
 
 def test_the_larger_budget_counts_where_it_has_the_rows():
     sweep(-0.02 + NOISE[:6], budget="quick")
-    assert verdict("AFD over L2, 32 px") == NOT_REPLICATED
+    assert verdict("AFD over L2, 32 px") == NOT_SUPPORTED
     sweep(0.02 + NOISE[:6], budget="standard")
-    assert verdict("AFD over L2, 32 px") == REPLICATED
+    assert verdict("AFD over L2, 32 px") == SUPPORTED
     sweep(0.02, "feature-map", budget="standard")
-    assert verdict("AFD over L2, 32 px") == NOT_REPLICATED
+    assert verdict("AFD over L2, 32 px") == NOT_SUPPORTED
 
 
 def test_seeds_that_diverged_are_told():
     comparison("imagenet32", CIFAR, 0.02 + NOISE)
     rows = [{"target": "x", "method": m, "seed": 9, "budget": b} for m in ("afd+afs", "l2+width") for b in (0.1, 0.5)]
     write(f"imagenet32/standard/comparison-{CIFAR}/missing", rows)
-    claim = named("sign at 10x, 32 px")
+    claim = named(FIRST)
     assert claim.judge().why.endswith("Seeds without a network at 10x: AFD + AFS 1.")
 
 
 def test_a_comparison_is_judged_when_every_seed_is_there_or_known_to_be_lost():
     file = f"imagenet32/standard/comparison-{CIFAR}/missing"
     comparison("imagenet32", CIFAR, 0.02 + NOISE[:9], seeds=9)
-    assert verdict("sign at 10x, 32 px") == INCONCLUSIVE
+    assert verdict(FIRST) == UNDECIDED
     write(file, [{"target": "x", "method": "l2+taylor", "seed": 9, "budget": 0.5}])
-    assert verdict("sign at 10x, 32 px") == INCONCLUSIVE
+    assert verdict(FIRST) == UNDECIDED
     write(file, [{"target": "x", "method": "l2+taylor", "seed": 9, "budget": 0.1}])
-    assert verdict("sign at 10x, 32 px") == REPLICATED
+    assert verdict(FIRST) == SUPPORTED
     comparison("imagenet32", CIFAR, 0.02 + NOISE[:4], seeds=4)
     write(file, [{"target": "x", "method": "afd+afs", "seed": s, "budget": 0.1} for s in range(4, 10)])
-    assert verdict("sign at 10x, 32 px") == INCONCLUSIVE
+    assert verdict(FIRST) == UNDECIDED
 
 
 def test_a_comparison_without_afds_or_without_competitors_is_no_test():
@@ -365,8 +368,8 @@ def test_a_comparison_without_afds_or_without_competitors_is_no_test():
         file = f"imagenet32/standard/comparison-{CIFAR}"
         table = results.named(file)
         write(file, table[table.role == keep])
-        assert verdict("sign at 10x, 32 px") == UNTESTED
-        assert verdict("MACs at the same accuracy, 32 px") == UNTESTED
+        assert verdict(FIRST) == UNTESTED
+        assert verdict("fewer MACs at the same accuracy, 32 px") == UNTESTED
 
 
 def test_a_damaged_file_is_one_sentence():
@@ -386,44 +389,32 @@ def test_every_claim_has_a_number_a_source_a_rule_and_a_verdict():
     for claim in made:
         assert re.match(r"\[(paper|ours|AT's paper|NST's paper)\]", claim.source), claim
         shared = claim.rule.startswith(("The sign of", "The size of"))
-        assert shared or all(v in claim.rule for v in ("[Re] if", "[¬Re] if", "[inconclusive]")), claim
+        assert shared or all(v in claim.rule for v in ("Supported if", "not supported if", "undecided else")), claim
     text, table = str(claims.rules_text()), claims.verdict_table()
     assert all(text.count(f"\n{c.number}. **{c.title}** {c.source}: ") == 1 and c.rule in text for c in made)
     assert text.count("**The sign of**") == text.count("**The size of**") == 1
     assert len(table.rows) == len(made)
-    assert {row[2] for row in table.rows} == {"**[?]**"} and "|" not in "".join(sum(table.rows, []))
+    assert {row[2] for row in table.rows} == {"**untested**"} and "|" not in "".join(sum(table.rows, []))
 
 
-def test_the_table_holds_the_verdicts_and_the_sentence_counts_them():
+def test_the_tables_hold_the_verdicts_and_the_paper_has_three_claims_of_its_own():
     comparison("imagenet32", CIFAR, 0.02 + NOISE)
     sweep(0.02, seeds=2, budget="quick")
     rows = {row[1]: row for row in claims.verdict_table().rows}
-    assert rows["sign at 10x, 32 px"][2] == "**[Re]**" and rows["AFD over L2, 32 px"][2] == "**[inconclusive]**"
+    assert rows[FIRST][2] == "**supported**" and rows["AFD over L2, 32 px"][2] == "**undecided**"
     assert "`imagenet32/quick/sweep`" in rows["AFD over L2, 32 px"][4]
-    paper, own, around = claims.verdicts_text().splitlines()
-    assert paper == "- 4 claims of the paper: 4 not tested [?] (no. 1, 2, 3, 4)."
-    assert "questions of our own about AFDS" in own and "2 replicated [Re] (no. 5, 7), 1 inconclusive" in own
-    assert around.startswith("- 9 claims and questions about the systems around it: 9 not tested [?]")
+    assert [row[1] for row in claims.about("[paper]").rows] == ["**untested**"] * 3
+    own = {row[0].partition(". ")[2]: row for row in claims.about("[ours]").rows}
+    assert own[FIRST][1:] == rows[FIRST][2:4] and "faster by the clock" in own and len(own) == 7
 
 
-def test_what_to_think_follows_the_verdicts():
-    assert "is not tested here" in claims.conclusion_text() and "no. 5" not in claims.conclusion_text()
-    comparison("imagenet32", CIFAR, 0.02 + NOISE)
-    assert "AFDS is the most accurate of our methods at a tenth of the MACs (no. 5)." in claims.conclusion_text()
-    comparison("imagenet32", CIFAR, -0.02 + NOISE)
-    text = claims.conclusion_text()
-    assert "AFDS is not the most accurate" in text and "is the most" not in text
-
-
-def test_every_claim_is_judged_by_a_known_rule_and_concluded_by_known_verdicts():
+def test_every_claim_is_judged_by_a_known_rule():
     rows = claims._written()["afds"] + claims._written()["students"]
     assert {row["judge"]["by"] for row in rows} == set(claims.RULES)
-    assert {verdict for row in rows for verdict in row.get("conclusion", {})} <= set(FOUR)
 
 
 def test_the_committed_results_can_be_judged(monkeypatch):
     monkeypatch.delenv("AFDS_HOME")
-    assert {f.verdict for f in claims.judge().values()} <= set(FOUR)
-    paper = [c for c in claims.claims() if c.number <= 3]
+    assert {f.verdict for f in claims.judge().values()} <= set(claims.VERDICTS)
     if "paper" not in results.profiles():
-        assert {c.judge().verdict for c in paper} == {UNTESTED}
+        assert {c.judge().verdict for c in claims.claims() if c.number <= 3} == {UNTESTED}

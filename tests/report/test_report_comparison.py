@@ -69,16 +69,18 @@ def test_every_line_of_a_panel_has_a_label_and_a_look_of_its_own():
     assert {"AFD", "AFD (detached)"} <= {text.get_text() for text in figure.legends[0].get_texts()}
 
 
-def test_the_paired_figure_has_a_row_per_method_at_its_difference(compared):
+def test_the_paired_figure_has_a_row_per_method_at_its_difference_and_a_panel_per_target(compared):
     found = statistics.paired_table(compared)
-    (axis,) = plots.paired(found).axes
+    (axis,) = plots.paired(found, title="cifar10-60").axes
     assert [label.get_text() for label in axis.get_yticklabels()] == [
         "L2 + narrower network with KD (2)", "L2 + narrower network (2)", "L2 + Taylor (2)"
     ]  # fmt: skip
-    shown = [line.get_xdata() for line in axis.lines if line.get_marker() == "o"]
-    assert list(shown[0]) == pytest.approx([-12, -10, 10])
-    limits = sorted({x for line in axis.lines for x in line.get_xdata() if line.get_marker() != "o" and x == x} - {0})
-    assert limits == pytest.approx(sorted({*found.low, *found.high}))
+    assert axis.get_title(loc="left") == "CIFAR-10 (32 px), 60 per class"
+    shown = [bar.lines[0].get_xdata()[0] for bar in axis.containers]
+    assert shown == pytest.approx([-12, -10, 10])
+    limits = [bar.lines[2][0].get_segments()[0][:, 0] for bar in axis.containers]
+    assert limits == [pytest.approx([low, high]) for low, high in zip(found.low, found.high, strict=True)]
+    assert [len(ax.containers) for ax in plots.paired({"a": found, "b": found[:1]}).axes] == [3, 1]
 
 
 def test_every_trial_is_drawn_and_those_without_a_value_are_counted():
@@ -122,36 +124,14 @@ def test_p_values_of_the_ablations_are_corrected_within_the_table():
     assert shown == ["–", *(f"{p:.2g}" for p in corrected)] and max(corrected) <= 1
 
 
-def test_variants_that_beat_afds_are_named_with_their_distance_to_the_rival():
-    def rows(name, *accuracies, budget=0.1):
-        return [(name, seed, budget, value) for seed, value in enumerate(accuracies)]
-
-    afds = rows("both (AFDS)", 0.50, 0.51, 0.52)
-    table = [*afds, *rows("detached", 0.54, 0.55, 0.56), *rows("noisy", 0.40, 0.52, 0.70)]
-    table += [*rows("worse", 0.4, 0.41, 0.42), *rows("detached", 0.9, 0.9, 0.9, budget=0.25)]
-    table += rows("L2 + Taylor, unextended start", 0.9, 0.91, 0.92)
-    main = [("l2+taylor", "competitor", s, 0.1, v, v) for s, v in enumerate((0.55, 0.53, 0.55))]
-    main += [("l2+fbs", "competitor", s, 0.1, 0.9, 0.1) for s in range(3)]
-    names = ["method", "role", "seed", "budget", "test_accuracy", "validation_accuracy"]
-    made = competitors.better_text(variants(table), pd.DataFrame(main, columns=names), budget=0.1, rival="l2+taylor")
-    assert "- detached: +4.0 [+4.0, +4.0] points from AFDS and +0.7 [" in made
-    assert "from the rival, L2 + Taylor, on the same 3 seeds" in made
-    assert made.count("\n- ") == 1 and "Exploratory" in made
-    none = competitors.better_text(variants(afds), pd.DataFrame(main, columns=names), budget=0.1, rival="l2+taylor")
-    assert none == ""
-
-
 def test_it_is_said_why_a_variant_or_a_point_has_no_network():
     rows = [("random predictors", 0.1, "in the source stage, the loss is nan")] * 2
-    rows += [("multiples", 0.25, "out of reach"), ("both (AFDS)", 0.1, None)]
-    shown = competitors.untrained_text(pd.DataFrame(rows, columns=["variant", "budget", "diverged"]))
+    rows += [("multiples", 0.25, "out of reach")]
+    table = pd.DataFrame(rows, columns=["method", "budget", "reason"])
+    shown = competitors.reasons_text(table, str)
     assert "- random predictors at 10x, 2 seeds: in the source stage, the loss is nan\n" in shown
-    assert "- multiples at 4x, 1 seed: out of reach\n" in shown and "AFDS" not in shown
-    assert competitors.untrained_text(pd.DataFrame(rows[-1:], columns=["variant", "budget", "diverged"])) == ""
-    rows = [("l2+width", "out of reach"), ("l2+width", "out of reach"), ("afd+afs", "diverged")]
-    shown = competitors.missing_text(pd.DataFrame(rows, columns=["method", "reason"]))
-    assert "- L2 + narrower network: 2 points: out of reach" in shown and "- AFD + AFS: 1 point: diverged" in shown
-    assert competitors.missing_text(pd.DataFrame(columns=["method", "reason"])) == "Every planned point has a network."
+    assert shown.endswith("- multiples at 4x, 1 seed: out of reach") and competitors.reasons_text(table[:0]) == ""
+    assert "- AFD + AFS at 4x, 1 seed" in competitors.reasons_text(table[-1:].assign(method="afd+afs"))
 
 
 def test_a_comparison_that_was_not_run_says_how_to_run_it(tmp_path, monkeypatch):
@@ -159,5 +139,5 @@ def test_a_comparison_that_was_not_run_says_how_to_run_it(tmp_path, monkeypatch)
     none = competitors.Competitors(profiles.get("imagenet32"))
     assert not list(none)
     assert none.sentence().endswith("afds study --profile imagenet32 --scale quick --part comparison --workers 2")
-    assert not any((none.accuracy(), none.paired(), none.sizes(), none.costs(), none.ablations(), none.missing()))
+    assert not any((none.accuracy(), none.paired(), none.sizes(), none.costs(), none.missing()))
     assert list(none.figures(lambda *_: pytest.fail("nothing to draw"))) == [""]

@@ -7,6 +7,7 @@ from afdslib.report.plots.images import attention, attention_maps, augmentations
 from afdslib.report.plots.methods import (
     accuracy_macs,
     attention_width,
+    by_budget,
     competitor_trials,
     competitors,
     density_and_masks,
@@ -20,8 +21,8 @@ from afdslib.report.plots.style import METHODS, STUDENTS, STYLE, Look, look
 
 __all__ = [
     "METHODS", "STUDENTS", "STYLE", "Gallery", "Look", "Picture", "accuracy_macs", "attention", "attention_entropy",
-    "attention_maps", "attention_width", "augmentations", "channel_states", "competitor_trials", "competitors",
-    "confusion", "density_and_masks", "diagram", "draw_maps", "gates_heatmap", "gates_histogram", "latency",
-    "learning_curves", "look", "paired", "parameters_budget", "samples", "save", "sentence", "speed", "stored",
-    "student_accuracy", "student_curves", "trials",
+    "attention_maps", "attention_width", "augmentations", "by_budget", "channel_states", "competitor_trials",
+    "competitors", "confusion", "density_and_masks", "diagram", "draw_maps", "gates_heatmap", "gates_histogram",
+    "latency", "learning_curves", "look", "paired", "parameters_budget", "samples", "save", "sentence", "speed",
+    "stored", "student_accuracy", "student_curves", "trials",
 ]  # fmt: skip

@@ -50,7 +50,7 @@ def learning_curves(histories: Mapping[str, Sequence[pd.DataFrame]], *, title: s
     validated = any("validation_accuracy" in frame for many in histories.values() for frame in many)
     second = "validation_accuracy" if validated else "train_accuracy"
     looks = looks_of(histories)
-    fig, (panels,) = canvas(8.4, 3.3, 1, 2, title=title)
+    fig, (panels,) = canvas(8.4, 3.3, 1, 2, what="Loss and accuracy during training", title=title)
     for ax, column in zip(panels, ("cross_entropy", second), strict=True):
         if not _bands(ax, histories, column, looks):
             note(ax, "no curve was stored")
@@ -72,7 +72,7 @@ def attention_entropy(
     """
     uniform = float(np.mean([math.log(shape[0]) for shape in shapes.values()]))
     looks = [Look("joint", "#D55E00", "D"), Look("detached", "#0072B2", "o", (5, 1.5))][: len(histories)]
-    fig, ((ax,),) = canvas(5.2, 3.1, title=title)
+    fig, ((ax,),) = canvas(5.2, 3.1, what="Entropy of the attention", title=title)
     _bands(ax, histories, "entropy", looks, 100 / uniform)
     level(ax, 100, "uniform", below=True)
     # At least five percent are shown, so that an attention that stays uniform looks uniform.
@@ -90,7 +90,7 @@ def student_curves(
     title: str = ""
 ) -> Figure:  # fmt: skip
     """Accuracy over the steps by method, where it was logged; the target, 90 % of the student alone, is a line."""
-    fig, ((ax,),) = canvas(6.6, 3.4, title=title)
+    fig, ((ax,),) = canvas(6.6, 3.4, what="Accuracy during training", title=title)
     shown = {method: [curve] for method, curve in curves.items() if column in curve}
     looks = looks_of(shown)
     if not _bands(ax, shown, column, looks):
@@ -112,7 +112,7 @@ def trials(
     shifts = {method: 1.08**index for index, method in enumerate(dict.fromkeys(table.method))}
     # Methods with the same grid and the same accuracy would hide each other.
     table = table.assign(x=table.strength * table.method.map(shifts))
-    fig, ((ax,),) = canvas(5.8, 3.3, title=title)
+    fig, ((ax,),) = canvas(5.8, 3.3, what="Accuracy by strength", title=title)
     sns.lineplot(table, x="x", y="validation_accuracy", ax=ax, **drawn_as(looks))
     best = table[np.isclose(table.strength, table.method.map(chosen))]
     colours = best.label.map({one.label: one.colour for one in looks})

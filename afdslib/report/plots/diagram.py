@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from afdslib.report.plots.style import canvas, styled
+from afdslib.report.plots.style import canvas, narrow, styled
 
 _FEATURE, _DENSE, _GATE, _LOSS = "#EAF3FA", "#F2F2F2", "#FDEBD0", "#F8D9CC"
 _Y, _G, _S, _T = 10, 26, 34.5, 8  # heights: a layer, its gate; the source network, the target network
@@ -55,6 +57,15 @@ _AFD_ARROWS = (
 _AFD_LABELS = ((43.5, 26.5, "no gradient", "right"), (71, 27.3, "weights ρ", "left"))
 
 
+# For a phone a panel is turned: left becomes top, and heights become places across, with room for the text of boxes.
+_AFS_TURNED = [0, 5.5, 14.5, 21.5, 30.5, 33], [0, 2, 48, 53, 99, 100]
+_AFD_TURNED = [0, 3, 13, 16, 25, 29.5, 39.5, 41], [0, 1, 32, 35, 65, 68, 99, 100]
+
+
+def _turned(x: float, y: float, heights: tuple[list[float], list[float]]) -> tuple[float, float]:
+    return float(np.interp(y, *heights)), 100 - x
+
+
 def _arrow(ax: Axes, points: Sequence[tuple[float, float]], style: str | tuple = "-") -> None:
     drawn: dict[str, Any] = {"color": "#333333", "linewidth": 1.3, "linestyle": style}
     if len(points) > 2:
@@ -63,29 +74,37 @@ def _arrow(ax: Axes, points: Sequence[tuple[float, float]], style: str | tuple =
     ax.add_patch(FancyArrowPatch(points[-2], points[-1], **head, **drawn))
 
 
-def _panel(ax: Axes, title: str, height: float, boxes: Sequence, arrows: Sequence, labels: Sequence) -> None:
-    ax.set(xlim=(0, 100), ylim=(0, height))
+def _panel(ax: Axes, title: str, turned: tuple, boxes: Sequence, arrows: Sequence, labels: Sequence) -> None:
+    ax.set(xlim=(0, 100), ylim=(0, 100 if narrow() else turned[0][-1]))
     ax.set_axis_off()
     ax.set_title(title)
     edge: dict[str, Any] = {"boxstyle": "round,pad=0,rounding_size=0.8", "edgecolor": "#333333", "linewidth": 1}
     for x, y, w, h, text, colour in boxes:
-        ax.add_patch(FancyBboxPatch((x - w / 2, y - h / 2), w, h, facecolor=colour, **edge))
+        corner, far = (x - w / 2, y - h / 2), (x + w / 2, y + h / 2)
+        if narrow():
+            (left, top), (right, bottom) = _turned(*corner, turned), _turned(*far, turned)
+            corner, far = (left, bottom), (right, top)
+            text = "\n".join(textwrap.fill(line, int((right - left) / 1.75)) for line in text.split("\n"))
+        w, h = far[0] - corner[0], far[1] - corner[1]
+        ax.add_patch(FancyBboxPatch(corner, w, h, facecolor=colour, **edge))
         crowd = max(map(len, text.split("\n"))) / w
-        size = 9 if crowd < 1.35 else 8.5 if crowd < 1.5 else 7.8
-        ax.text(x, y, text, ha="center", va="center", fontsize=size, linespacing=1.35)
-    for points in arrows:
-        _arrow(ax, points)
-    for x, y, text, side in labels:
+        size = 7.5 if narrow() else 9 if crowd < 1.35 else 8.5 if crowd < 1.5 else 7.8
+        ax.text(corner[0] + w / 2, corner[1] + h / 2, text, ha="center", va="center", fontsize=size, linespacing=1.35)
+    for points, style in arrows:
+        _arrow(ax, [_turned(*point, turned) for point in points] if narrow() else points, style)
+    for x, y, text, side in () if narrow() else labels:
         ax.text(x, y, text, fontsize=8, color="#333333", ha=side, va="baseline" if side == "center" else "center")
 
 
 @styled
 def diagram() -> Figure:
     """AFS in one layer, and AFD between the two networks."""
-    fig, ((upper,), (lower,)) = canvas(10.4, 7.4, 2, height_ratios=[33, 41])
+    size = (3.8, 10) if narrow() else (10.4, 7.4)
+    fig, ((upper,), (lower,)) = canvas(*size, 2, height_ratios=[1, 1] if narrow() else [33, 41])
     title = "AFS: gates predicted from a layer's input weight, and skip, the channels of its output"
-    _panel(upper, title, 33, _AFS_BOXES, _AFS_ARROWS, _AFS_LABELS)
-    _arrow(upper, [(57, _G - 4.5), (57, 18), (36, 18), (36, _Y + 4.5)], (0, (4, 2)))
+    arrows = [(points, "-") for points in _AFS_ARROWS]
+    dashed = [(57, _G - 4.5), (57, 18), (36, 18), (36, _Y + 4.5)], (0, (4, 2))
+    _panel(upper, title, _AFS_TURNED, _AFS_BOXES, [*arrows, dashed], _AFS_LABELS)
     title = "AFD: attention read from source features weights the distance between source and target features"
-    _panel(lower, title, 41, _AFD_BOXES, _AFD_ARROWS, _AFD_LABELS)
+    _panel(lower, title, _AFD_TURNED, _AFD_BOXES, [(points, "-") for points in _AFD_ARROWS], _AFD_LABELS)
     return fig

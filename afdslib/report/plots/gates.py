@@ -41,7 +41,7 @@ def gates_histogram(before: Layers, after: Layers) -> Figure:
     """Histogram of the mean gate E[eta] over all living channels, from the eleven gate_quantiles of each layer."""
     top = max(max(layer["gate_quantiles"]) for layers in (before, after) for layer in layers.values())
     edges = np.linspace(0, top * 1.001, 41)
-    fig, ((ax,),) = canvas(6.2, 3.1)
+    fig, ((ax,),) = canvas(6.2, 3.1, title="Gates of the source network, before and after training them")
     ax.stairs(_density(before, edges), edges, color="#7F7F7F", fill=True, alpha=0.45, label="before")
     ax.stairs(_density(after, edges), edges, color="#D55E00", linewidth=1.8, label="after")
     ax.set(xlabel="mean gate of a channel, E[η]", ylabel="share of channels (%)")
@@ -61,7 +61,7 @@ def gates_heatmap(layers: Mapping[str, Layers], *, quantity: str = "gate_quantil
     rows = max(map(len, panels.values()))
     top = scale if quantity == "active_quantiles" else max(float(panel.max(axis=None)) for panel in panels.values())
     size = 1.9 + 2.9 * len(panels), min(8.0, 1.3 + 0.17 * rows)
-    fig, (axes,) = canvas(*size, 1, len(panels), title=title, sharey=True)
+    fig, (axes,) = canvas(*size, 1, len(panels), what="Gates by layer", title=title, sharey=True)
     for ax, (caption, panel) in zip(axes, panels.items(), strict=True):
         ax.grid(False)
         panel = panel.rename(columns=lambda i: 10 * i)
@@ -83,7 +83,7 @@ def channel_states(layers: Mapping[float, Layers], *, title: str = "") -> Figure
         state: {"facecolor": colour, "hatch": hatch, **white} for state, (colour, hatch) in STATES.items()
     }
     size = max(6.4, min(11, 1.5 + 0.3 * len(names))), 1.25 * len(layers) + 1.5
-    fig, axes = canvas(*size, len(layers), title=title, sharex=True)
+    fig, axes = canvas(*size, len(layers), what="Channels by layer", title=title, sharex=True)
     for (ax,), (budget, one) in zip(axes, layers.items(), strict=True):
         table = pd.DataFrame(one).T[["channels", *STATES]].astype(float)
         bottom = np.zeros(len(table))
@@ -113,7 +113,7 @@ def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str], *, title:
     share = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     few = len(classes) <= 20
     side = 1.9 + (0.44 * len(classes) if few else 4.4)
-    fig, ((ax,),) = canvas(side + 0.8, side, title=title)
+    fig, ((ax,),) = canvas(side + 0.8, side, what="What is taken for what", title=title)
     ax.grid(False)
     sns.heatmap(
         pd.DataFrame(share, classes, classes) if few else share, ax=ax, vmin=0, vmax=100, cmap="cividis", square=True,

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from afdslib.base.atomic import atomic_path
 from afdslib.data import MEAN, STD, ImageDataset
 from afdslib.inference.maps import MapsView
-from afdslib.report.plots.style import canvas, styled
+from afdslib.report.plots.style import PHONE, canvas, narrow, styled
+from afdslib.report.tables import place
 from afdslib.report.views import AttentionView
 
 
@@ -42,8 +43,8 @@ def _short(text: str, length: int = 13) -> str:
 def samples(dataset: ImageDataset, *, captions: Sequence[str] = (), per_class: int = 4, title: str = "") -> Figure:
     """A grid of images, resized but neither augmented nor normalised: a column for each of ten classes at most."""
     names = captions or dataset.classes
-    count = min(10, len(names))
-    fig, axes = canvas(0.95 * count + 0.2, 0.95 * per_class + 0.6, per_class, count, title=title)
+    count = min(5 if narrow() else 10, len(names))
+    fig, axes = canvas(0.95 * count + 0.2, 0.95 * per_class + 0.6, per_class, count, title=title, stack=False)
     for column, target in enumerate(i * len(names) // count for i in range(count)):
         found = np.flatnonzero(dataset.targets == target)[:per_class]
         for row, ax in enumerate(axes[:, column]):
@@ -55,7 +56,8 @@ def samples(dataset: ImageDataset, *, captions: Sequence[str] = (), per_class: i
 @styled
 def augmentations(dataset: ImageDataset, index: int = 0, *, epochs: int = 8, title: str = "") -> Figure:
     """One training image as the network sees it in the first epochs, beside the image itself."""
-    fig, (axes,) = canvas(1.0 * (epochs + 1) + 0.2, 1.5, 1, epochs + 1, title=title)
+    epochs = min(epochs, 3) if narrow() else epochs
+    fig, (axes,) = canvas(1.0 * (epochs + 1) + 0.2, 1.5, 1, epochs + 1, what="Augmentation", title=title, stack=False)
     _show(axes[0], dataset.raw(index), "as stored")
     before = dataset.epoch
     try:
@@ -73,7 +75,8 @@ def attention(view: AttentionView, *, top: int = 4, title: str = "") -> Figure:
     """`views.attention` of one image: every channel's weight against uniform, and where the top channels respond."""
     living = int((view.weights > 0).sum())
     order = np.argsort(-view.weights, kind="stable")[:living]
-    fig = Figure(figsize=(9.6, 4.5), layout="constrained")
+    top = min(top, 2) if narrow() else top
+    fig = Figure(figsize=(PHONE if narrow() else 9.6, 4.5), layout="constrained")
     panels: Any = fig.subfigures(2, 1, height_ratios=[1.2, 1])
     upper, lower = panels
     ax = upper.subplots()
@@ -92,7 +95,7 @@ def attention(view: AttentionView, *, top: int = 4, title: str = "") -> Figure:
         span = np.ptp(heat)
         _show(ax, view.image, caption, (heat - heat.min()) / (span if span > 0 else 1), interpolation="bilinear")
     if title:
-        upper.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
+        upper.suptitle(place(title), fontsize=10, fontweight="bold", x=0.01, ha="left")
     return fig
 
 
@@ -101,7 +104,8 @@ def attention_maps(view: MapsView, *, title: str = "") -> Figure:
     """`maps.look_at` of one image, one row per network: the activation map of each stage, then the gradient map."""
     columns, rows = max(len(seen.stages) for seen in view.networks.values()) + 2, len(view.networks)
     title = title or f"image of class {view.caption}"
-    fig, axes = canvas(1.55 * columns + 0.2, 1.62 * rows + 0.4, rows, columns, title=title)
+    size = 1.55 * columns + 0.2, 1.62 * rows + 0.4
+    fig, axes = canvas(*size, rows, columns, what="Attention maps", title=title, stack=False)
     for line, (name, seen) in zip(axes, view.networks.items(), strict=True):
         for ax in line:
             _show(ax, None)

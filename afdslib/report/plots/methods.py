@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -12,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from afdslib.base.text import times
-from afdslib.report.plots.style import Look, canvas, drawn_as, handles, labelled, level, look, percent, styled
-from afdslib.report.tables import span
+from afdslib.report.plots.style import Look, canvas, drawn_as, handles, labelled, level, look, narrow, percent, styled
+from afdslib.report.tables import place, span
 from afdslib.studies.protocol import AFDS, RECALLED, Method, label_of
 
 QUANTITIES = {
@@ -92,7 +93,7 @@ def accuracy_macs(table: pd.DataFrame, *, chance: Mapping[str, float] | None = N
             _lines(ax, mine, value, looks)
             if chance:
                 level(ax, chance[str(target)], "chance")
-        row[0].set_title(target)
+        row[0].set_title(place(str(target)))
     fig.legend(handles=handles(looks), loc="outside lower center", ncols=len(looks), title=_seeds(table))
     return fig
 
@@ -101,7 +102,7 @@ def accuracy_macs(table: pd.DataFrame, *, chance: Mapping[str, float] | None = N
 def parameters_budget(table: pd.DataFrame, *, title: str = "") -> Figure:
     """Parameters that remain on one target against measured MACs, one line per method."""
     table, looks = labelled(table.assign(parameters=table.parameters / 1000))
-    fig, ((ax,),) = canvas(5.4, 3.5, title=title)
+    fig, ((ax,),) = canvas(5.4, 3.5, title=title or "Parameters")
     _lines(ax, table, "parameters", looks)
     ax.set_ylabel("parameters (thousands)")
     ax.set_ylim(bottom=0)
@@ -114,7 +115,7 @@ def density_and_masks(table: pd.DataFrame, *, title: str = "") -> Figure:
     """How a sweep's budgets are met on one target: the density d that is set, the share of channels the masks leave."""
     living = table.static + table.dynamic
     table, looks = labelled(table.assign(living=living / (table.removed + living)))
-    fig, ((ax,),) = canvas(5.8, 3.5, title=title)
+    fig, ((ax,),) = canvas(5.8, 3.5, what="Density and channels by MACs", title=title)
     density = table.groupby("budget")[["macs", "density"]].mean()
     drawn = {"color": "#555555", "linestyle": (0, (2, 2)), "marker": "|"}
     (line,) = ax.plot(density.macs, density.density, **drawn, label="density d, set")
@@ -132,7 +133,7 @@ def attention_width(table: pd.DataFrame, *, title: str = "") -> Figure:
     """`ablations.attention_widths`: how wide the attention is at each budget, joint and detached, and the accuracy."""
     looks = [ATTENTIONS[name] for name in dict.fromkeys(table.attention)]
     table = table.assign(label=[ATTENTIONS[name].label for name in table.attention], target="", method=table.attention)
-    fig, ((left, right),) = canvas(8.6, 3.7, 1, 2, title=title)
+    fig, ((left, right),) = canvas(8.6, 3.7, 1, 2, what="Width of the attention, and accuracy", title=title)
     _lines(left, table, "width", looks)
     _lines(right, table, "test_accuracy", looks)
     level(left, float(table.uniform.iloc[0]), "uniform", below=True, end=0.01)
@@ -168,7 +169,7 @@ def competitors(table: pd.DataFrame, *, chance: float | None = None, title: str 
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     size = 4.6 * columns + 0.4, 3.2 * rows + 0.8
-    fig, axes = canvas(*size, rows, columns, title=title, sharex=True, sharey=True)
+    fig, axes = canvas(*size, rows, columns, what="Accuracy by MACs", title=title, sharex=True, sharey=True)
     ours, pale = table[table.method == AFDS.key].assign(label=PALE.label), False
     for ax, panel in zip(axes.flat, panels, strict=False):
         here = table[table.panel == panel]
@@ -190,25 +191,56 @@ def competitors(table: pd.DataFrame, *, chance: float | None = None, title: str 
 
 
 @styled
-def paired(table: pd.DataFrame, *, title: str = "") -> Figure:
-    """`statistics.paired_table`: AFDS minus each other method with its interval; right of 0, AFDS is the better one."""
-    fig, ((ax,),) = canvas(6.4, 0.95 + 0.28 * max(2, len(table)), title=title)
-    ax.axvline(0, color="#555555", linewidth=0.9)
-    names = [f"{Method.parse(r.method).label} ({r.seeds})" for r in table.itertuples()]
-    rows = table.assign(name=names, role=[ROLES[role][0] for role in table.role])
-    # The median of the two limits and the difference between them is the difference; their range is the interval.
-    rows = rows.melt(["name", "role"], ["low", "difference", "high"], value_name="points").dropna()
-    roles = [role for role in ROLES.values() if role[0] in set(rows.role)]
-    sns.pointplot(
-        rows, x="points", y="name", order=names, hue="role", hue_order=[role[0] for role in roles],
-        palette=[role[1] for role in roles], markers=[role[2] for role in roles], estimator="median",
-        errorbar=("pi", 100), linestyle="none", capsize=0.3, markersize=5, err_kws={"linewidth": 1.4}, ax=ax,
-        legend="auto" if len(roles) > 1 else False
-    )  # fmt: skip
-    words = "(95 % interval; in brackets: paired seeds)"
-    ax.set(ylabel="", xlabel=f"AFDS minus the method, points of test accuracy\n{words}")
-    if len(roles) > 1:
-        sns.move_legend(ax, "upper center", bbox_to_anchor=(0.5, -0.9 / fig.get_figheight()), ncols=2, title=None)
+def paired(tables: pd.DataFrame | Mapping[str, pd.DataFrame], *, title: str = "") -> Figure:
+    """AFDS minus each other method with its interval, right of 0 where AFDS is better.
+
+    One table of `statistics.paired_table`, whose target is the title, or one per target, each with a panel.
+    """
+    tables = {title: tables} if isinstance(tables, pd.DataFrame) else tables
+    sizes = [max(2, len(table)) for table in tables.values()]
+    size = 6.4, 0.9 + (0.4 if narrow() else 0.28) * sum(sizes) + 0.35 * len(sizes)
+    said = "AFDS minus each other method, a tenth of the MACs"
+    fig, axes = canvas(*size, len(sizes), what=said, sharex=True, height_ratios=[n + 0.5 for n in sizes])
+    shown = set[str]()
+    for (ax,), (target, table) in zip(axes, tables.items(), strict=True):
+        ax.axvline(0, color="#555555", linewidth=0.9)
+        names = [f"{Method.parse(r.method).label} ({r.seeds})" for r in table.itertuples()]
+        names = [textwrap.fill(name, 22) for name in names] if narrow() else names
+        for y, row in enumerate(table.itertuples()):
+            word, colour, marker = ROLES[row.role]
+            spread = [[row.difference - row.low], [row.high - row.difference]]
+            label = "_" if word in shown else word
+            ax.errorbar(row.difference, y, xerr=spread, color=colour, marker=marker, linestyle="", label=label)
+            shown.add(word)
+        ax.set_yticks(range(len(names)), names, fontsize=7.5 if narrow() else 9)
+        ax.set_ylim(len(names) - 0.4, -0.6)
+        ax.set_title(place(target))
+        ax.grid(False, axis="y")
+    unit = "points" if narrow() else "points of test accuracy"
+    axes[-1, 0].set_xlabel(f"AFDS worse  ←  {unit}  →  better\n(95 % interval; in brackets: seeds)")
+    if len(shown) > 1:
+        fig.legend(loc="outside lower center", ncols=2)
+    return fig
+
+
+@styled
+def by_budget(tables: Mapping[str, pd.DataFrame]) -> Figure:
+    """AFDS minus competitors (method, budget, difference, low, high) at each budget, in points; a panel per target."""
+    said = "AFDS minus its best competitors, by MACs"
+    fig, (axes,) = canvas(4.6 * len(tables), 3.6, 1, len(tables), what=said, sharey=True)
+    for ax, (target, table) in zip(axes, tables.items(), strict=True):
+        ax.axhline(0, color="#555555", linewidth=0.9)
+        for i, (method, rows) in enumerate(table.groupby("method", sort=False)):
+            pair = Method.parse(str(method))
+            one = look(pair.selection)
+            drawn = {"color": one.colour, "marker": one.marker, "linestyle": one.line, "elinewidth": 1.0}
+            spread = [rows.difference - rows.low, rows.high - rows.difference]
+            drawn["label"] = f"minus {pair.label}"
+            ax.errorbar(rows.budget * 1.02 ** (i - 1), rows.difference, yerr=spread, **drawn)
+        _macs_axis(ax, table.budget.unique())
+        ax.set_title(place(target))
+        ax.legend()
+    axes[0].set_ylabel("points of test accuracy, 95 % interval")
     return fig
 
 
@@ -245,7 +277,7 @@ def competitor_trials(table: pd.DataFrame, *, title: str = "") -> Figure:
     sizes = [mine["name"].nunique() for mine in stages.values()]
     height = 0.24 * sum(sizes) + 0.75 * len(sizes) + 0.4
     ratios = [size + 0.6 for size in sizes]
-    fig, axes = canvas(6.6, height, len(sizes), title=title, sharex=True, height_ratios=ratios)
+    fig, axes = canvas(6.6, height, len(sizes), what="Every trial", title=title, sharex=True, height_ratios=ratios)
     for (ax,), (stage, mine) in zip(axes, stages.items(), strict=True):
         _strip(ax, mine, chosen=stage != RECALLED)
         ax.set_title(STAGES[stage])
@@ -257,7 +289,7 @@ def competitor_trials(table: pd.DataFrame, *, title: str = "") -> Figure:
 def student_accuracy(table: pd.DataFrame, *, title: str = "") -> Figure:
     """Test accuracy of one teacher's students: a sign per seed, a bar at the median; shaded: the plain one's range."""
     students, looks = labelled(table[table.method != "teacher"])
-    fig, ((ax,),) = canvas(6.6, 0.42 * len(looks) + 1.2, title=title)
+    fig, ((ax,),) = canvas(6.6, 0.42 * len(looks) + 1.2, what="Accuracy of each student", title=title)
     alone = students[students.method == "alone"].test_accuracy
     if len(alone) > 1:
         ax.axvspan(alone.min(), alone.max(), color="#000000", alpha=0.08, linewidth=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,9 +16,11 @@ from PIL import Image
 from afdslib.base import paths
 from afdslib.base.atomic import atomic_path
 from afdslib.base.text import Text
-from afdslib.report.plots.style import STYLE, canvas, note, styled
+from afdslib.report.plots.style import STYLE, canvas, for_phone, note, styled
 
 DPI = 150
+PHONE = ".phone.png"
+"""Suffix of a figure that was drawn again for a phone."""
 
 
 def shown_width(png: bytes) -> int:
@@ -28,7 +31,7 @@ def shown_width(png: bytes) -> int:
 def img(name: str, content: str, width: int | None) -> str:
     """A PNG, base64, with its name as the alternative text."""
     size = f' width="{width}"' if width else ""
-    return f'<p><img alt="{name}"{size} src="data:image/png;base64,{content}"></p>'
+    return f'<p><img alt="{html.escape(name)}"{size} src="data:image/png;base64,{content}"></p>'
 
 
 class Picture:
@@ -70,18 +73,27 @@ def _shown(files: Sequence[Path]) -> Picture | Gallery:
 
 
 def save(figure: Figure | Mapping[str, Figure], profile: str, name: str) -> Picture | Gallery:
-    """Writes a figure, or one per target by its title, to a profile's folder: the same figure gives the same bytes."""
+    """Writes a figure, or one per target by its title, to a profile's folder: the same figure gives the same bytes.
+
+    Wide ones are drawn once more for a phone, beside them, which the HTML report shows there.
+    """
     figures = figure if isinstance(figure, Mapping) else {"": figure}
     files = [_file(profile, name, target) for target in figures]
     for file, fig in zip(files, figures.values(), strict=True):
-        drawn = io.BytesIO()
-        with matplotlib.rc_context(STYLE):
-            fig.savefig(drawn, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.08)
-        with atomic_path(file) as part:
-            # 256 colours: less than half of the bytes, in each figure, notebook and report that holds it.
-            image = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
-            image.save(part, format="PNG", optimize=True, dpi=(DPI, DPI))
+        _write(fig, file)
+        if (again := for_phone(fig)) is not None:
+            _write(again, file.with_suffix(PHONE))
     return _shown(files)
+
+
+def _write(figure: Figure, file: Path) -> None:
+    drawn = io.BytesIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(drawn, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.08)
+    with atomic_path(file) as part:
+        # 256 colours: less than half of the bytes, in each figure, notebook and report that holds it.
+        image = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+        image.save(part, format="PNG", optimize=True, dpi=(DPI, DPI))
 
 
 def stored(profile: str, name: str, targets: Iterable[str] = ("",)) -> Picture | Gallery | Text:

@@ -83,7 +83,7 @@ def speed(table: pd.DataFrame, *, title: str = "") -> Figure:
         return sentence("No speed is shown: no network has been measured by afds bench.")
     rows = rows.assign(label=[_VARIANTS[variant].label for variant in rows.variant])
     panels = list(rows.groupby(["device", "threads", "size", "batch"], sort=True))
-    fig, (axes,) = canvas(4.9 * len(panels), 4.2, 1, len(panels), title=title)
+    fig, (axes,) = canvas(4.9 * len(panels), 4.2, 1, len(panels), title=title or "Speed-up by fewer MACs")
     for ax, ((_, threads, size, batch), here) in zip(axes, panels, strict=True):
         sns.lineplot(here, x="reduction", y="faster", ax=ax, **drawn_as(_VARIANTS.values()))
         _ideal(ax, 1.15 * max(rows.reduction.max(), rows.faster.max()))

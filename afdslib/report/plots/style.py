@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextvars
+import functools
+import textwrap
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +13,12 @@ import matplotlib
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
 from afdslib.base.errors import AFDSError
+from afdslib.report.tables import place
 from afdslib.studies.protocol import label_of
 
 STYLE: Any = {  # matplotlib's rcParams; the font ships with matplotlib, so figures are the same everywhere
@@ -116,18 +121,79 @@ def handles(looks: Iterable[Look], **kwargs: Any) -> list[Line2D]:
     ]
 
 
-styled = matplotlib.rc_context(STYLE)
-"""Decorator: draws in the report's style and leaves matplotlib's global settings as they are."""
+PHONE = 3.8
+"""Width of a figure for a phone, in inches of 100 pixels."""
+_narrow = contextvars.ContextVar("narrow", default=False)
+
+
+def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Decorator: draws in the report's style, leaves matplotlib's settings as they are, and notes how to draw again."""
+
+    @functools.wraps(draw)
+    def drawn(*args: Any, **kwargs: Any) -> Figure:
+        with matplotlib.rc_context(STYLE):
+            fig = draw(*args, **kwargs)
+        fig.again = functools.partial(draw, *args, **kwargs)  # type: ignore[attr-defined]
+        return fig
+
+    return drawn
+
+
+def narrow() -> bool:
+    """Whether a figure is being drawn for a phone."""
+    return _narrow.get()
+
+
+@matplotlib.rc_context(STYLE)
+def for_phone(fig: Figure) -> Figure | None:
+    """A figure drawn again for a phone, its panels below each other; None for one that is narrow enough as it is."""
+    if fig.get_figwidth() <= PHONE or not hasattr(fig, "again"):
+        return None
+    token = _narrow.set(True)
+    try:
+        again = fig.again()
+    finally:
+        _narrow.reset(token)
+    again.draw_without_rendering()  # lays the panels out
+    for ax in again.axes:
+        ax.set(xlabel=_wrapped(ax.get_xlabel()), ylabel=_wrapped(ax.get_ylabel(), 34))
+        ax.set_title(_wrapped(ax.get_title(loc="left"), int(ax.bbox.width / 8)), loc="left")
+        legend = ax.get_legend()
+        if legend is not None and legend.get_bbox_to_anchor().x0 > ax.bbox.x0:  # beside the panel: now below it
+            _put_below(again, legend)
+    for legend in list(again.legends):
+        _put_below(again, legend)
+    return again
+
+
+def _wrapped(text: str, width: int = 44) -> str:
+    return "\n".join(textwrap.fill(line, width) for line in text.split("\n"))
+
+
+def _put_below(fig: Figure, legend: Legend) -> None:
+    texts, title = [text.get_text() for text in legend.get_texts()], _wrapped(legend.get_title().get_text())
+    columns = 1 if max(map(len, texts), default=0) > 18 else 2
+    fig.legend(legend.legend_handles, texts, loc="outside lower center", ncols=columns, title=title or None)
+    legend.remove()
 
 
 def canvas(
-    width: float, height: float, rows: int = 1, columns: int = 1, *, title: str = "", **kwargs: Any
-) -> tuple[Figure, Any]:
-    """A figure of a size in inches with a title above, and its panels as an array (rows, columns)."""
+    width: float, height: float, rows: int = 1, columns: int = 1, *, what: str = "", title: str = "",
+    stack: bool = True, **kwargs: Any
+) -> tuple[Figure, Any]:  # fmt: skip
+    """A figure of a size in inches, its title (what is seen, and of which target), and its panels, (rows, columns).
+
+    For a phone it is narrower: its panels stand below each other, or shrink where they shall not be stacked.
+    """
+    title, shape = place(": ".join(filter(None, (what, title)))), (rows, columns)
+    if narrow() and width > PHONE:
+        height *= 0.85 * columns if stack else max(0.6, PHONE / width)
+        rows, columns = (rows * columns, 1) if stack else shape
+        width, title = PHONE, _wrapped(title, 46)
     fig = Figure(figsize=(width, height), layout="constrained")
     if title:
         fig.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
-    return fig, fig.subplots(rows, columns, squeeze=False, **kwargs)
+    return fig, fig.subplots(rows, columns, squeeze=False, **kwargs).reshape(shape)
 
 
 def percent(axis: Any) -> None:
