@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -16,7 +17,7 @@ from afdslib.studies import ablations, statistics
 from afdslib.studies.protocol import AFDS, Method
 from afdslib.studies.statistics import at, by_seed
 
-__all__ = ["by_budget", "differences", "each", "text", "use_table", "why_text"]
+__all__ = ["by_budget", "differences", "each", "text", "use_table", "use_text", "why_text"]
 
 NONE = "No comparison is committed, so there is no answer yet."
 CLAIM = """\
@@ -80,22 +81,53 @@ def by_budget(every: Sequence[Compared]) -> Figure:
     return plots.by_budget(panels) if panels else plots.sentence(NONE)
 
 
+def _by_budget(c: Compared) -> Iterator[tuple[float, pd.DataFrame, str, Number]]:
+    """(budget, rows, the best competitor on validation images, AFDS minus it) at each budget."""
+    for budget in sorted(c.table.budget.unique(), reverse=True):
+        rows = at(c.table, budget)
+        rival = statistics.rival(rows, budget=budget, seeds=c.rules.seeds[: c.rules.rest])
+        yield budget, rows, rival, _minus(*(by_seed(rows[rows.method == m]) for m in (AFDS.key, rival)))
+
+
+def use_text(every: Sequence[Compared]) -> Text:
+    """By study: down to which budget AFDS is within a point of the best competitor, and what is best below that."""
+    lines = []
+    for c in every:
+        found = list(_by_budget(c))
+        near = list(itertools.takewhile(lambda one: one[3].value > -1, found))
+        rest: dict[str, list[str]] = {}
+        for budget, _, rival, _ in found[len(near) :]:
+            rest.setdefault(Method.parse(rival).label, []).append(times(budget))
+        take = "; ".join(f"{method} ({', '.join(budgets)})" for method, budgets in rest.items())
+        text = f"**{place(c.comparison.target.title)}.** "
+        text += f"Down to {times(near[-1][0])} AFDS is within a point of the best competitor." if near else ""
+        text += f" Otherwise take the best competitor: {take}." if take else ""
+        delta = c.table[c.table.method == "delta+afs"]
+        if len(delta):
+            ours = c.table[(c.table.method == AFDS.key) & c.table.seed.isin(delta.seed)]
+            means = [rows.groupby("budget").test_accuracy.mean() for rows in (delta, ours)]
+            count = int((means[0] > means[1]).sum())
+            text += f" DELTA in the place of AFD, with the same AFS, has the higher mean at {count} of {len(means[0])}"
+            text += f" budgets ({delta.seed.nunique()} seeds)."
+        lines.append(text)
+    return Text(bullets(lines) or NONE)
+
+
 def use_table(every: Sequence[Compared]) -> Text:
     """By study and budget: the method that is best on validation images, of all and of the competitors, and AFDS."""
-    parts = []
-    for c in every:
-        seeds, rows = c.rules.seeds[: c.rules.rest], []
-        for budget in sorted(c.table.budget.unique(), reverse=True):
-            here = at(c.table, budget)
-            accuracies = here[here.seed.isin(seeds)].groupby("method")[["validation_accuracy", "test_accuracy"]].mean()
-            best, rival = accuracies.validation_accuracy.idxmax(), statistics.rival(here, budget=budget, seeds=seeds)
-            ours, theirs = (here[here.method == method] for method in (AFDS.key, rival))
-            minus = _minus(by_seed(ours), by_seed(theirs))
-            names = (f"{Method.parse(m).label}, {100 * accuracies.test_accuracy[m]:.1f}" for m in (best, rival))
-            rows.append([times(budget), *names, mean_sd(ours.test_accuracy, 100), f"{minus}".replace(" points", "")])
+
+    def table(c: Compared) -> Table:
+        seeds, lines = c.rules.seeds[: c.rules.rest], []
+        for budget, rows, rival, minus in _by_budget(c):
+            means = rows[rows.seed.isin(seeds)].groupby("method")[["validation_accuracy", "test_accuracy"]].mean()
+            best = (means.validation_accuracy.idxmax(), rival)
+            names = (f"{Method.parse(m).label}, {100 * means.test_accuracy[m]:.1f}" for m in best)
+            ours = mean_sd(rows[rows.method == AFDS.key].test_accuracy, 100)
+            lines.append([times(budget), *names, ours, str(minus).removesuffix(" points")])
         header = ["fewer MACs", "best of all, test %", "best competitor, test %", "AFDS, test %", "AFDS minus it"]
-        parts += [f"**{place(c.comparison.target.title)}**", Table(header, rows)._repr_markdown_()]
-    return Text("\n\n".join(parts) or NONE)
+        return Table(header, lines, numbers=False)
+
+    return each(every, table)
 
 
 def why_text(every: Sequence[Compared]) -> Text:

@@ -63,29 +63,27 @@ def _in_page(cell: Any) -> bool:
 
 def _arrange(soup: Any, folded: list[bool]) -> None:
     """Puts each folded section into a box, and a table of contents below the first section."""
-    contents, box = soup.new_tag("ul"), None
-    cells = soup.select("main > .jp-Cell")
-    for cell, fold in zip(cells, folded, strict=True):
+    contents, box, sections = soup.new_tag("ul"), None, []
+    for cell, fold in zip(soup.select("main > .jp-Cell"), folded, strict=True):
         if heading := cell.find("h2"):
-            heading["id"] = re.sub(r"\W+", "-", heading.get_text().lower()).strip("-")
-            link = soup.new_tag("a", href=f"#{heading['id']}")
+            name = re.sub(r"\W+", "-", heading.get_text().lower()).strip("-")
+            link = soup.new_tag("a", href=f"#{name}")
             link.string = heading.get_text()
             contents.append(soup.new_tag("li"))
             contents.contents[-1].append(link)
-            box = None
-            if fold:
-                box = soup.new_tag("details", id=heading["id"])
-                del heading["id"]
+            box = soup.new_tag("details") if fold else None
+            sections.append(cell if box is None else box)
+            if box is not None:
                 cell.insert_before(box)
                 box.append(soup.new_tag("summary"))
                 box.summary.append(heading.extract())
+            (heading if box is None else box)["id"] = name
         if box is not None:
             box.append(cell.extract())
-    if contents.contents:
+    if sections:
         nav = soup.new_tag("nav", attrs={"aria-label": "Contents"})
         nav.append(contents)
-        second = [heading.find_parent(class_="jp-Cell") or heading for heading in soup.find_all("h2")][1:2]
-        (second[0].insert_before if second else cells[0].insert_after)(nav)
+        sections[min(1, len(sections) - 1)].insert_before(nav)
 
 
 def _with_alternative(output: Any) -> Any:

@@ -199,9 +199,11 @@ BY = [(0.02 + NOISE[::-1], 10), (-0.02 + NOISE[::-1], 10), (WIDE, 10), (0.02, 9)
 FEW = [(0.02 + NOISE[::-1][:5], 5), (-0.02 + NOISE[::-1][:5], 5), (WIDE[:5], 5), (0.02, 4)]
 LESS = [0.08 + NOISE, -0.08 + NOISE, WIDE]
 SAME = [(0.02 + NOISE[:6], 6), (-0.02 + NOISE[:6], 6), (WIDE[:6], 6), (0.02, 2)]
-RULES = {  # what is written, one after the other: replicated, not replicated, inconclusive, and for another reason
+RULES = {  # what is written, one after the other: supported, not supported, undecided, and for another reason
     FIRST: [partial(comparison, "imagenet32", CIFAR, g, seeds=n) for g, n in BY],
-    "more accurate at 10x, 32 px, no class in common": [partial(comparison, "imagenet32-disjoint", DISJOINT, g, seeds=n) for g, n in FEW],
+    "more accurate at 10x, 32 px, no class in common": [
+        partial(comparison, "imagenet32-disjoint", DISJOINT, g, seeds=n) for g, n in FEW
+    ],
     "more accurate at 10x, Stanford Dogs at 128 px": [
         partial(comparison, "dogs", "stanford-dogs-144-30", g, seeds=n, budget="quick") for g, n in FEW
     ],

@@ -240,8 +240,8 @@ def test_saved_figures_are_the_same_bytes_and_change_no_setting(sweep, tmp_path,
     first = picture.path.read_bytes()
     assert plots.save(plots.accuracy_macs(sweep), "toy", "accuracy").path.read_bytes() == first
     assert picture.path == paths.figures("toy") / "accuracy.png" and first.startswith(b"\x89PNG")
-    small = picture.path.with_suffix(".phone.png").read_bytes()  # drawn again, 400 pixels wide where there are 100 an inch
-    assert int.from_bytes(small[16:20]) <= 600 < int.from_bytes(first[16:20])
+    small = picture.path.with_suffix(".phone.png").read_bytes()
+    assert int.from_bytes(small[16:20]) <= 600 < int.from_bytes(first[16:20])  # 4 inches
     assert str(tmp_path) not in repr(picture) and picture._repr_png_()[0] == first
     assert dict(matplotlib.rcParams) == before
     assert repr(plots.stored("toy", "accuracy")) == repr(picture)
