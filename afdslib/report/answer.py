@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pandas as pd
 from matplotlib.figure import Figure
 
+from afdslib.base.errors import AFDSError
 from afdslib.base.text import times
 from afdslib.report import claims, plots
 from afdslib.report.comparison import Compared, settled_text
-from afdslib.report.numbers import Number, of_interval
+from afdslib.report.numbers import Number, minus
 from afdslib.report.tables import Table, Text, bullets, mean_sd, place
 from afdslib.studies import ablations, statistics
 from afdslib.studies.protocol import AFDS, Method
-from afdslib.studies.statistics import at, by_seed
+from afdslib.studies.statistics import at
 
 __all__ = ["by_budget", "differences", "each", "text", "use_table", "use_text", "why_text"]
 
@@ -30,30 +31,27 @@ are a few hundred steps, and all seeds share one source network. So its number i
 refuted."""
 
 
-def _minus(one: Mapping[int, float], other: Mapping[int, float]) -> Number:
-    return of_interval(statistics.paired(one, other).difference, "points", signed=True)
-
-
-def _against(c: Compared) -> Number:
-    """AFDS minus the best competitor at the endpoint's budget."""
-    rows = at(c.table, c.budget)
-    return _minus(*(by_seed(rows[rows.method == method]) for method in (AFDS.key, c.rival)))
+def _against(rows: pd.DataFrame, method: str) -> Number:
+    """AFDS minus another method, over the rows of one budget."""
+    if (found := minus(rows[rows.method == AFDS.key], rows[rows.method == method])) is None:
+        raise AFDSError(f"AFDS and {method} share no seed; compute both")
+    return found
 
 
 def text(every: Sequence[Compared]) -> Text:
     """The answer in one paragraph: the claim, sign, size, interval and seeds of each study, and the weakest point."""
     if not every:
         return Text(NONE)
-    found = {claims.of_interval(_against(c)) for c in every}
+    gaps = [_against(at(c.table, c.budget), c.rival) for c in every]
+    found = {claims.of_interval(gap) for gap in gaps}
     sign = {
         frozenset({claims.SUPPORTED}): "In what could be run here AFDS is ahead, too.",
         frozenset({claims.NOT_SUPPORTED}): "In what could be run here the sign is the opposite.",
     }.get(frozenset(found), "What could be run here does not settle it.")
     parts = []
-    for c in every:
-        difference, rival = _against(c), Method.parse(c.rival).label
-        value = str(difference).removesuffix(" points")
-        parts.append(f"{value} on {place(c.comparison.target.title)} ({difference.n} seeds; {rival})")
+    for c, gap in zip(every, gaps, strict=True):
+        value, rival = str(gap).removesuffix(" points"), Method.parse(c.rival).label
+        parts.append(f"{value} on {place(c.comparison.target.title)} ({gap.n} seeds; {rival})")
     weakest = WEAKEST if claims.judge()[2].verdict == claims.UNTESTED else ""
     head = f"**{sign}** AFDS minus its best competitor, in points of test accuracy [95 % interval]: {'; '.join(parts)}."
     return Text(f"{CLAIM} {head} {weakest}".strip())
@@ -69,13 +67,11 @@ def by_budget(every: Sequence[Compared]) -> Figure:
     panels = {}
     for c in every:
         full = c.table[(c.table.role == "competitor") & (c.table.seed == max(c.rules.seeds))].method.unique()
-        rows = []
-        for method, budget in ((m, b) for m in full for b in sorted(c.table.budget.unique(), reverse=True)):
-            here = at(c.table, budget)
-            one, other = (by_seed(here[here.method == name]) for name in (AFDS.key, method))
-            if set(one) & set(other):
-                found = _minus(one, other)
-                rows.append((method, budget, found.value, found.low, found.high))
+        rows = [
+            (str(method), float(budget), found.value, found.low, found.high)
+            for (method, budget), here in c.table.groupby(["method", "budget"], sort=False)
+            if method in full and (found := minus(at(c.table[c.table.method == AFDS.key], float(budget)), here))
+        ]
         columns = ["method", "budget", "difference", "low", "high"]
         panels[c.comparison.target.title] = pd.DataFrame(rows, columns=columns)
     return plots.by_budget(panels) if panels else plots.sentence(NONE)
@@ -86,7 +82,7 @@ def _by_budget(c: Compared) -> Iterator[tuple[float, pd.DataFrame, str, Number]]
     for budget in sorted(c.table.budget.unique(), reverse=True):
         rows = at(c.table, budget)
         rival = statistics.rival(rows, budget=budget, seeds=c.rules.seeds[: c.rules.rest])
-        yield budget, rows, rival, _minus(*(by_seed(rows[rows.method == m]) for m in (AFDS.key, rival)))
+        yield budget, rows, rival, _against(rows, rival)
 
 
 def use_text(every: Sequence[Compared]) -> Text:
@@ -101,7 +97,7 @@ def use_text(every: Sequence[Compared]) -> Text:
         take = "; ".join(f"{method} ({', '.join(budgets)})" for method, budgets in rest.items())
         text = f"**{place(c.comparison.target.title)}.** "
         text += f"Down to {times(near[-1][0])} AFDS is within a point of the best competitor." if near else ""
-        text += f" Otherwise take the best competitor: {take}." if take else ""
+        text += f" {'Below that take' if near else 'Take'} {take}." if take else ""
         delta = c.table[c.table.method == "delta+afs"]
         if len(delta):
             ours = c.table[(c.table.method == AFDS.key) & c.table.seed.isin(delta.seed)]
@@ -118,12 +114,12 @@ def use_table(every: Sequence[Compared]) -> Text:
 
     def table(c: Compared) -> Table:
         seeds, lines = c.rules.seeds[: c.rules.rest], []
-        for budget, rows, rival, minus in _by_budget(c):
+        for budget, rows, rival, difference in _by_budget(c):
             means = rows[rows.seed.isin(seeds)].groupby("method")[["validation_accuracy", "test_accuracy"]].mean()
             best = (means.validation_accuracy.idxmax(), rival)
             names = (f"{Method.parse(m).label}, {100 * means.test_accuracy[m]:.1f}" for m in best)
             ours = mean_sd(rows[rows.method == AFDS.key].test_accuracy, 100)
-            lines.append([times(budget), *names, ours, str(minus).removesuffix(" points")])
+            lines.append([times(budget), *names, ours, str(difference).removesuffix(" points")])
         header = ["fewer MACs", "best of all, test %", "best competitor, test %", "AFDS, test %", "AFDS minus it"]
         return Table(header, lines, numbers=False)
 
@@ -139,10 +135,9 @@ def why_text(every: Sequence[Compared]) -> Text:
             said = ablations.confirmation_text(c.attention, c.table, seeds=c.rules.seeds, **arguments)
         else:
             said = ablations.attention_text(c.attention, c.table, budget=c.budget)
-            detached = by_seed(at(c.attention[c.attention.attention == "detached"], c.budget))
-            if detached:
-                theirs = by_seed(at(c.table[c.table.method == c.rival], c.budget))
-                said += f" Detached attention minus {Method.parse(c.rival).label}: {_minus(detached, theirs)}."
+            detached = at(c.attention[c.attention.attention == "detached"], c.budget)
+            if found := minus(detached, at(c.table[c.table.method == c.rival], c.budget)):
+                said += f" Detached attention minus {Method.parse(c.rival).label}: {found}."
         lines.append(f"**{place(c.comparison.target.title)}.** {said} {settled_text(c)}".strip())
     return Text(bullets(lines) or "No attention is stored.")
 

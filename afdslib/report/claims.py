@@ -22,8 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
+from afdslib.base.errors import AFDSError
 from afdslib.report import numbers, speed
 from afdslib.report.numbers import Number
 from afdslib.report.plots import look
@@ -164,8 +166,9 @@ def _label(method: str) -> str:
 def reaches_budget(profile: str, target: str) -> Judged:
     """Whether AFDS's measured MACs at 10x are a tenth of the dense network's."""
     limit = 100 * PRIMARY_BUDGET * (1 + TOLERANCE)
-    for file, _, _ in _comparisons(profile, target):
-        share = numbers.mean(file, "macs", unit="%", method=AFDS.key, budget=PRIMARY_BUDGET)
+    for file, table, _ in _comparisons(profile, target):
+        ours = at(table[table.method == AFDS.key], PRIMARY_BUDGET)
+        share = numbers.of_interval(statistics.interval(ours.macs.tolist()), "%")
         spare = Number(limit - share.value, low=limit - share.high, high=limit - share.low, n=share.n)
         why = f"AFDS costs {share} of the dense network's MACs on test images, {share.n} seeds."
         yield _judged(file, spare, why, [AFDS.key])
@@ -175,16 +178,14 @@ def beats_rival(profile: str, target: str, *, margin: float = 0.0) -> Judged:
     """AFDS minus its rival at 10x, in points of test accuracy."""
     for file, table, rival in _comparisons(profile, target):
         both = [AFDS.key, rival]
-        if number := _difference(file, at(table, PRIMARY_BUDGET), both):
+        if number := _difference(at(table, PRIMARY_BUDGET), both):
             why = f"AFDS minus the best competitor, {_label(rival)}, on {place(target)}: {_with_seeds(number)}."
             yield _judged(file, number, why + _lost(file, both), both, margin=margin)
 
 
-def _difference(file: str, here: pd.DataFrame, methods: Sequence[str], **row: Any) -> Number | None:
-    """The first method minus the second at 10x, in points; None where the table's rows have no seed with both."""
-    if not set.intersection(*(set(here[here.method == method].seed) for method in methods)):
-        return None
-    return numbers.difference(file, TEST, *({"method": method} for method in methods), budget=PRIMARY_BUDGET, **row)
+def _difference(here: pd.DataFrame, methods: Sequence[str]) -> Number | None:
+    """The first method minus the second, in points; None where they share no seed."""
+    return numbers.minus(*(here[here.method == method] for method in methods))
 
 
 def saves_more(profile: str, target: str) -> Judged:
@@ -232,7 +233,7 @@ def same_selection(profile: str, target: str, other: str) -> Judged:
     both = ["afd", other]
     for file, table in _tables([f"{profile}/{scale}/sweep" for scale in SCALES[::-1]]):
         here = at(table[table.target == target], PRIMARY_BUDGET)
-        if number := _difference(file, here, both, target=target):
+        if number := _difference(here, both):
             why = f"AFD minus {label_of(other)}, both with AFS, on {place(target)}: {_with_seeds(number)}."
             yield Found(of_interval(number), why + _lost(file, both, target=target), (file,))
 
@@ -267,60 +268,52 @@ def faster() -> Judged:
     yield Found(verdict, f"{why}{times}.", tuple(dict.fromkeys(str(dense.file) for dense, _ in pairs)))
 
 
-def _students(files: Sequence[str], pair: Sequence[str], methods: Sequence[str]) -> Iterator[tuple[str, list[int]]]:
-    """(file, seeds) of the tables in which all ways of training a student of a (teacher, student) share a seed."""
-    teacher, student = pair
+def _students(files: Sequence[str], pair: Sequence[str], *methods: str) -> Iterator[tuple[str, list[pd.DataFrame]]]:
+    """(file, rows of each way of training) of the tables in which all of a (teacher, student) share a seed."""
     for file, table in _tables(files):
-        rows = table[(table.student == student) & ((table.teacher == teacher) | (table.method == "alone"))]
-        if seeds := set.intersection(*(set(rows[rows.method == m].seed) for m in methods)):
-            yield file, sorted(map(int, seeds))
-
-
-def _row(pair: Sequence[str], method: str) -> dict[str, str]:
-    return {"method": method, "student": pair[1], "teacher": "" if method == "alone" else pair[0]}
+        rows = table[(table.student == pair[1]) & ((table.teacher == pair[0]) | (table.method == "alone"))]
+        by_method = [rows[rows.method == method] for method in methods]
+        if set.intersection(*(set(here.seed) for here in by_method)):
+            yield file, by_method
 
 
 def student_gains(files: Sequence[str], pair: Sequence[str], methods: Sequence[str], *, margin: float = 0.0) -> Judged:
     """One way of training a student of a (teacher, student) minus another, in points of test accuracy."""
-    one, other = (look(method).label for method in methods)
-    for file, _ in _students(files, pair, methods):
-        number = numbers.difference(file, TEST, *(_row(pair, method) for method in methods))
-        why = f"{one} minus {other}, {pair[0]} to {pair[1]}: {_with_seeds(number)}."
-        yield Found(of_interval(number, margin=margin, seeds=STUDENT_SEEDS), why, (file,))
+    names = " minus ".join(look(method).label for method in methods)
+    for file, by_method in _students(files, pair, *methods):
+        if number := numbers.minus(*by_method):
+            why = f"{names}, {pair[0]} to {pair[1]}: {_with_seeds(number)}."
+            yield Found(of_interval(number, margin=margin, seeds=STUDENT_SEEDS), why, (file,))
 
 
 def converges_faster(files: Sequence[str], pair: Sequence[str], *, method: str = "at") -> Judged:
     """Steps until 90 % of the plain student's final accuracy on training images: alone minus with the teacher."""
-    label = look(method).label
-    for file, seeds in _students(files, pair, ("alone", method)):
-        alone, taught = ({s: _curve(file, **_row(pair, name), seed=s) for s in seeds} for name in ("alone", method))
-        number = steps_saved(alone, taught)
-        why = f"{look('alone').label.capitalize()} minus {label}, {pair[0]} to {pair[1]}: {_with_seeds(number)}."
+    names = f"{look('alone').label.capitalize()} minus {look(method).label}"
+    for file, by_method in _students(files, pair, "alone", method):
+        stored = f"{file.split('/')[0]}/curves.csv"
+        every = dict(tuple(numbers.read(stored).groupby("run")))
+        if lost := [run for rows in by_method for run in rows.run if run not in every]:
+            raise AFDSError(f"{stored} has no row of run {lost[0]}; publish its study again")
+        number = steps_saved(*({int(r.seed): every[r.run] for r in rows.itertuples()} for rows in by_method))
+        why = f"{names}, {pair[0]} to {pair[1]}: {_with_seeds(number)}."
         yield Found(of_interval(number, seeds=STUDENT_SEEDS), why, (file,))
-
-
-def _curve(file: str, **row: Any) -> pd.DataFrame:
-    """The learning curve of a row's run."""
-    run = numbers.rows(file, "run", **row).run.iloc[0]
-    return numbers.rows(f"{file.split('/')[0]}/curves.csv", "train_accuracy", run=run)
 
 
 def weights_matter(files: Sequence[str], pair: Sequence[str], *, method: str = "at") -> Judged:
     """What a factor of ten beside the best weight costs on validation images, against the spread between seeds."""
-    for file, seeds in _students(files, pair, (method,)):
+    for file, (students,) in _students(files, pair, method):
         for trials, table in _tables([f"{file}/trials"]):
             rows = table[table.method == method]
             tried = dict(zip(rows.strength.astype(float), rows.validation_accuracy.astype(float), strict=True))
             if len(tried) < 3:
                 continue
-            accuracy = numbers.rows(file, TEST, **_row(pair, method)).test_accuracy
-            spread = float(accuracy.max() - accuracy.min())
+            spread, seeds = float(np.ptp(students.test_accuracy)), students.seed.nunique()
             beside, worst = (Number(100 * cost, "points") for cost in _costs(tried))
             why = (
                 f"The worse neighbour of the best weight costs {beside}, the worst of {len(tried)} weights {worst}; "
-                f"{len(seeds)} seeds at one weight differ by {Number(100 * spread, 'points')}."
+                f"{seeds} seeds at one weight differ by {Number(100 * spread, 'points')}."
             )
-            yield Found(matters(tried, spread, seeds=len(seeds)), why, (trials, file))
+            yield Found(matters(tried, spread, seeds=seeds), why, (trials, file))
 
 
 _TARGET, _PAIR = " on {place} in the profile {profile}", "students {pair[1]} of a teacher {pair[0]}"

@@ -1,12 +1,8 @@
-"""Numbers of the report, each read from a result file: a missing file, column or row is an error, never a blank.
-
-difference("imagenet32/quick/sweep", "test_accuracy", {"method": "afd"}, {"method": "l2"}, budget=0.1)
-"""
+"""Numbers of the report with their intervals, and the result files that they come from."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +12,7 @@ from afdslib.base import paths
 from afdslib.base.errors import AFDSError
 from afdslib.studies import results, statistics
 
-__all__ = ["Number", "difference", "mean", "of_interval", "read", "rows"]
+__all__ = ["Number", "minus", "of_interval", "read"]
 
 
 @dataclass(frozen=True)
@@ -62,62 +58,7 @@ def read(file: str) -> pd.DataFrame:
     raise AFDSError(f"the result file {file} does not exist; run the study that writes it or leave its number out")
 
 
-def rows(file: str, *columns: str, **row: Any) -> pd.DataFrame:
-    """The rows of a table (see `read`), which must have some columns, that have the given values.
-
-    Numbers match up to rounding; "" matches an empty cell. AFDSError: no such file, column or row.
-    """
-    table = read(file)
-    for name in (*columns, *row):
-        if name not in table:
-            raise AFDSError(f"{file} has no column {name!r}; it has {', '.join(map(str, table.columns))}")
-    for name, value in row.items():
-        cells = table[name]
-        if value == "":
-            table = table[cells.isna()]
-        elif isinstance(value, (int, float)):
-            if cells.dtype.kind not in "iuf":
-                raise AFDSError(f"column {name!r} of {file} holds text, so no row has {name} = {value!r}; quote it")
-            table = table[(cells - value).abs() <= 1e-9 * max(1.0, abs(value))]
-        else:
-            table = table[cells == value]
-    if table.empty:
-        raise AFDSError(f"{file} has no row with {_words(row)}; run what writes it or correct the row")
-    return table
-
-
-def mean(file: str, column: str, *, unit: str = "", **row: Any) -> Number:
-    """The mean over seeds of a column, of the rows with the given values, with Student's 95 % interval.
-
-    AFDSError: as `rows`; a seed has several rows, or no number.
-    """
-    return of_interval(statistics.interval(list(_by_seed(file, column, row).values())), unit)
-
-
-def difference(
-    file: str, column: str, one: Mapping[str, Any], other: Mapping[str, Any], *, unit: str = "points", **row: Any
-) -> Number:
-    """One method minus another, paired by seed, with Student's 95 % interval.
-
-    Args:
-        one, other: values by column that tell the two apart; both share those of `row`.
-
-    Raises:
-        AFDSError: as `mean`, or if the two share no seed.
-    """
-    a, b = (_by_seed(file, column, {**row, **which}) for which in (one, other))
-    return of_interval(statistics.paired(a, b).difference, unit, signed=True)
-
-
-def _by_seed(file: str, column: str, row: Mapping[str, Any]) -> dict[int, float]:
-    table = rows(file, column, "seed", **row)
-    if table.seed.duplicated().any():
-        raise AFDSError(f"{file} has several rows per seed with {_words(row)}; name more columns until one is left")
-    table = table.assign(**{column: pd.to_numeric(table[column], errors="coerce")})
-    if not table[column].map(math.isfinite).all():
-        raise AFDSError(f"{file} has no number in column {column!r} with {_words(row)}; run what writes it")
-    return statistics.by_seed(table, column)
-
-
-def _words(row: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} = {value!r}" for name, value in row.items()) or "any value"
+def minus(one: pd.DataFrame, other: pd.DataFrame, value: str = "test_accuracy") -> Number | None:
+    """The rows of one method minus those of another, paired by seed, in points; None where they share no seed."""
+    a, b = (statistics.by_seed(rows, value) for rows in (one, other))
+    return of_interval(statistics.paired(a, b).difference, "points", signed=True) if set(a) & set(b) else None

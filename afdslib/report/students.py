@@ -184,9 +184,9 @@ def reach_text(study: DistillationStudy, share: float = 0.9) -> Text:
         if text != "never" and row.method != "alone" and not alone.isna().all():
             text += f", {100 * (row.steps / alone.iloc[0] - 1):+.0f} % of them"
         lines.append(f"{look(row.method).label}: {text}.")
-    head = f"Steps until {100 * share:.0f} % of the plain student's final validation accuracy "
-    head += f"({100 * found.target.iloc[0]:.1f} %), of {found.total.iloc[0]} steps:"
-    return Text(f"{bullets(lines, head)}\n\nOne seed; the curve is looked at as often as its figure has signs.")
+    goal = f"{100 * share:.0f} % of the plain student's final validation accuracy ({100 * found.target.iloc[0]:.1f} %)"
+    listed = bullets(lines, f"Steps until {goal}, of {found.total.iloc[0]} steps:")
+    return Text(f"{listed}\n\nOne seed; the curve is looked at as often as its figure has signs.")
 
 
 def steps_until(curve: pd.DataFrame, target: float) -> float:

@@ -11,7 +11,7 @@ from afdslib import data
 from afdslib.base.errors import AFDSError
 from afdslib.base.text import Text, times
 from afdslib.data import Splits
-from afdslib.report.numbers import Number, of_interval
+from afdslib.report.numbers import Number, minus
 from afdslib.report.plots import look
 from afdslib.report.tables import Table, bullets, mean_sd, place
 from afdslib.studies import statistics
@@ -84,9 +84,7 @@ def differences_text(
     for target, mine in table.groupby("target", sort=False):
         for budget in budgets:
             here = at(mine, budget)
-            one, two = (statistics.by_seed(here[here.method == name]) for name in (method, other))
-            if set(one) & set(two):
-                found = of_interval(statistics.paired(one, two).difference, "points", signed=True)
+            if found := minus(*(here[here.method == name] for name in (method, other))):
                 said = f"{names[0]} minus {names[1]}: {found}, {statistics.paired_seeds(found.n)}: {_judged(found)}"
                 lines.append(f"**{times(budget)}**, {place(str(target))}: {said}.")
     if not lines:

@@ -18,7 +18,7 @@ from afdslib import afs, runs
 from afdslib.experiments import OBJECTIVE, DataSource
 from afdslib.experiments.source import PUBLISHED_CLASSES
 from afdslib.losses.afd import AFDLoss
-from afdslib.report.tables import Text, smallest
+from afdslib.report.tables import smallest
 from afdslib.runs import MODEL
 from afdslib.studies.sweep import Study
 from afdslib.training.features import compared_shapes
@@ -26,7 +26,7 @@ from afdslib.training.objective import Objective
 
 __all__ = [
     "NOT_STORED", "NOT_TUNED", "AttentionView", "Confusion", "attention", "attentions", "confusions",
-    "conversion_error", "entropy_bounds", "entropy_text", "feature_sizes", "histories", "layers_by_budget", "network",
+    "conversion_error", "entropy_bounds", "feature_sizes", "histories", "layers_by_budget", "network",
     "source_architecture", "source_gates"
 ]  # fmt: skip
 
@@ -153,17 +153,6 @@ def entropy_bounds(study: Study, target: DataSource | None = None) -> tuple[floa
     sizes = _feature_shapes(study, 64).values()
     uniform = sum(math.log(channels) for channels, _, _ in sizes) / len(sizes)
     return float(logged.min()), float(logged.max()), uniform
-
-
-def entropy_text(study: Study) -> Text:
-    """How far AFD's attention went from a uniform one while the unpruned networks were trained, by target."""
-    lines = []
-    for title, target in study.targets.items():
-        *bounds, uniform = entropy_bounds(study, target)
-        lowest, highest = (f"{100 * bound / uniform:.2f}" for bound in bounds)
-        where = f"In the sweep's unpruned networks on {title} the entropy stays between {lowest} and {highest}"
-        lines.append(f"{where} % of a uniform attention's.")
-    return Text(" ".join(lines))
 
 
 def feature_sizes(study: Study, target: DataSource | None = None) -> dict[str, tuple[int, int, int]]:

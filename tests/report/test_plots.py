@@ -153,14 +153,6 @@ def test_trials_ring_the_chosen_strength():
     assert "strength" in ax.get_xlabel() and "validation" in ax.get_ylabel()
 
 
-def test_gates_histogram_shows_all_channels_before_and_after():
-    ax = plots.gates_histogram(layers(), layers(removed=4)).get_axes()[0]
-    for patch in ax.patches:
-        assert patch.get_data().values.sum() == pytest.approx(1)
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["before", "after"]
-    assert "η" in ax.get_xlabel() and "%" in ax.get_ylabel()
-
-
 def test_gates_heatmap_has_a_row_per_layer_and_one_scale():
     fig = plots.gates_heatmap({"before": layers(), "after": layers()})
     left, right, bar = fig.get_axes()

@@ -35,7 +35,7 @@ PER_TARGET = (
 )  # fmt: skip
 FIRST_ONLY = ("competitors", "paired", "competitor_trials")  # of the first target
 WHOLE = (
-    "samples_source", "speed", "source_curves", "diagram", "afs_curves", "gates_histogram", "gates_heatmap",
+    "samples_source", "speed", "source_curves", "diagram", "afs_curves", "gates_heatmap",
     "accuracy_macs", "answer", "by_budget", "competitors", "attention_width",  # sentences that nothing is committed
 )  # fmt: skip
 

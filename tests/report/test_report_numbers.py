@@ -1,12 +1,14 @@
-"""No result is typed into the text of notebooks 06 to 08: numbers come from files, quotations from lists."""
+"""No result is typed into the text of notebooks 06 to 08; numbers have their interval, and come from files."""
 
 import re
 
 import nbformat
+import pandas as pd
 import pytest
 
 from afdslib.base import paths
-from afdslib.report import pipeline
+from afdslib.base.errors import AFDSError
+from afdslib.report import numbers, pipeline
 
 NOTEBOOKS = pipeline.notebooks(paths.root() / "notebooks")[-3:]
 
@@ -60,3 +62,27 @@ def test_the_notebooks_text_holds_no_typed_result(file):
     typed = [(found, cell.source[:60]) for cell in cells for found in results(cell.source) if found not in ALLOWED]
     assert not typed, "take these from a result file or from report.quoted, or allow them with a reason"
     assert all(len(reason.split()) > 3 and results(text) == [text] for text, reason in ALLOWED.items())
+
+
+def test_a_difference_is_paired_signed_and_has_students_interval():
+    one = pd.DataFrame({"seed": [0, 1, 2], "test_accuracy": [0.53, 0.55, 0.60]})
+    other = pd.DataFrame({"seed": [2, 1, 0], "test_accuracy": [0.56, 0.52, 0.51]})
+    found = numbers.minus(one, other)
+    assert str(found) == "+3.0 [+0.5, +5.5] points" and found.n == 3
+    assert str(numbers.minus(one[:1], other)) == "+2.0 points"  # one seed has no interval
+    assert numbers.minus(one[:1], other[:1]) is None
+    assert str(numbers.Number(-0.04, "points", signed=True)) == "+0.0 points"
+    with pytest.raises(AFDSError, match="finite"):
+        numbers.minus(one.assign(test_accuracy=float("nan")), other)
+
+
+def test_a_missing_or_damaged_file_is_one_sentence(home):
+    with pytest.raises(AFDSError, match=re.escape("toy/none.csv does not exist")):
+        numbers.read("toy/none.csv")
+    file = paths.results("toy") / "a.csv"
+    file.parent.mkdir(parents=True)
+    for content in (b"", b"\xff\xfe\x00\x81", b'a,b\n1,2\n1,2,3,"\n'):
+        file.write_bytes(content)
+        with pytest.raises(AFDSError, match="is no table") as info:
+            numbers.read("toy/a.csv")
+        assert "\n" not in str(info.value)

@@ -21,35 +21,6 @@ QUANTITIES = {
 }
 
 
-def _density(layers: Layers, edges: np.ndarray) -> np.ndarray:
-    """Share of the living channels per bin. Between two deciles of a layer lies a tenth of it, spread evenly."""
-    mass = np.zeros(len(edges) - 1)
-    for layer in layers.values():
-        q = np.asarray(layer["gate_quantiles"], dtype=float)
-        alive = layer["channels"] - layer["removed"]
-        for low, high in zip(q, q[1:], strict=False):
-            if high - low < 1e-9:
-                share = np.histogram([low], edges)[0].astype(float)
-            else:
-                share = (np.clip(edges[1:], low, high) - np.clip(edges[:-1], low, high)) / (high - low)
-            mass += alive / (len(q) - 1) * share
-    return mass / mass.sum()
-
-
-@styled
-def gates_histogram(before: Layers, after: Layers) -> Figure:
-    """Histogram of the mean gate E[eta] over all living channels, from the eleven gate_quantiles of each layer."""
-    top = max(max(layer["gate_quantiles"]) for layers in (before, after) for layer in layers.values())
-    edges = np.linspace(0, top * 1.001, 41)
-    fig, ((ax,),) = canvas(6.2, 3.1, title="Gates of the source network, before and after training them")
-    ax.stairs(_density(before, edges), edges, color="#7F7F7F", fill=True, alpha=0.45, label="before")
-    ax.stairs(_density(after, edges), edges, color="#D55E00", linewidth=1.8, label="after")
-    ax.set(xlabel="mean gate of a channel, E[η]", ylabel="share of channels (%)")
-    percent(ax.yaxis)
-    ax.legend()
-    return fig
-
-
 @styled
 def gates_heatmap(layers: Mapping[str, Layers], *, quantity: str = "gate_quantiles", title: str = "") -> Figure:
     """Per layer (rows, input first) deciles of one of `QUANTITIES` over its living channels, a panel per caption."""
