@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -11,14 +11,14 @@ from matplotlib.figure import Figure
 from afdslib.base.errors import AFDSError
 from afdslib.base.text import times
 from afdslib.report import claims, plots
-from afdslib.report.comparison import Compared, settled_text
+from afdslib.report.comparison import Compared, each, settled_text
 from afdslib.report.numbers import Number, minus
 from afdslib.report.tables import Table, Text, bullets, mean_sd, place
 from afdslib.studies import ablations, statistics
 from afdslib.studies.protocol import AFDS, Method
 from afdslib.studies.statistics import at
 
-__all__ = ["by_budget", "differences", "each", "text", "use_table", "use_text", "why_text"]
+__all__ = ["by_budget", "differences", "text", "use_table", "use_text", "why_text"]
 
 NONE = "No comparison is committed, so there is no answer yet."
 CLAIM = """\
@@ -123,16 +123,16 @@ def use_table(every: Sequence[Compared]) -> Text:
         header = ["fewer MACs", "best of all, test %", "best competitor, test %", "AFDS, test %", "AFDS minus it"]
         return Table(header, lines, numbers=False)
 
-    return each(every, table)
+    return each(every, table) or Text(NONE)
 
 
 def why_text(every: Sequence[Compared]) -> Text:
     """What became of the attention in each study, what detaching it changes, and what meeting the budget costs."""
     lines = []
     for c in (c for c in every if not c.attention.empty):
-        arguments = {"budget": c.budget, "rival": c.rival}
         if c.rules.settings_of:
-            said = ablations.confirmation_text(c.attention, c.table, seeds=c.rules.seeds, **arguments)
+            known = c.attention, c.table
+            said = ablations.confirmation_text(*known, budget=c.budget, rival=c.rival, seeds=c.rules.seeds)
         else:
             said = ablations.attention_text(c.attention, c.table, budget=c.budget)
             detached = at(c.attention[c.attention.attention == "detached"], c.budget)
@@ -140,12 +140,3 @@ def why_text(every: Sequence[Compared]) -> Text:
                 said += f" Detached attention minus {Method.parse(c.rival).label}: {found}."
         lines.append(f"**{place(c.comparison.target.title)}.** {said} {settled_text(c)}".strip())
     return Text(bullets(lines) or "No attention is stored.")
-
-
-def each(every: Sequence[Compared], make: Callable[[Compared], Table | str]) -> Text:
-    """What is made of each committed comparison, under its target's name."""
-    parts = []
-    for c in every:
-        made = make(c)
-        parts += [f"**{place(c.comparison.target.title)}**", made if isinstance(made, str) else made._repr_markdown_()]
-    return Text("\n\n".join(parts) or NONE)

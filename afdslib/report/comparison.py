@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 
 import pandas as pd
@@ -25,7 +25,7 @@ from afdslib.studies.statistics import at
 
 __all__ = [
     "Compared", "Competitors", "ablation_table", "ablations_text", "accuracy_table", "chosen_table", "committed",
-    "costs_table", "paired_table", "reasons_text", "rules_table", "settled_text", "size_table", "spaces_table",
+    "costs_table", "each", "paired_table", "reasons_text", "rules_table", "settled_text", "size_table", "spaces_table",
     "statistics_text"
 ]  # fmt: skip
 
@@ -100,18 +100,11 @@ def committed() -> list[Compared]:
     return found
 
 
-def _shown(make: Callable[[Compared], Table | str]) -> Callable[[Competitors], Text]:
-    """A method that shows what is made of each comparison, under its target's name if there are several."""
-
-    def shown(self: Competitors) -> Text:
-        parts = []
-        for target, compared in self.by_target.items():
-            made = make(compared)
-            parts += [f"**{place(target)}**"] if len(self.by_target) > 1 else []
-            parts.append(made if isinstance(made, str) else made._repr_markdown_())
-        return Text("\n\n".join(parts))
-
-    return shown
+def each(every: Iterable[Compared], make: Callable[[Compared], Table | str]) -> Text:
+    """What is made of each comparison, under its target's name if there are several."""
+    made = {place(c.comparison.target.title): make(c) for c in every}
+    texts = {name: one if isinstance(one, str) else one._repr_markdown_() for name, one in made.items()}
+    return Text("\n\n".join(f"**{name}**\n\n{text}" if len(texts) > 1 else text for name, text in texts.items()))
 
 
 class Competitors:
@@ -146,14 +139,27 @@ class Competitors:
 
     def sentence(self) -> Text:
         """AFDS against its best competitor; or how to run the comparison. Other tables are empty then."""
-        return _shown(lambda c: f"{c.comparison.sentence()} {c.unfinished}".strip())(self) or Text(self.not_run)
+        return each(self, lambda c: f"{c.comparison.sentence()} {c.unfinished}".strip()) or Text(self.not_run)
 
-    accuracy = _shown(lambda c: accuracy_table(c.table))  # a row per method, a column per budget
-    chosen = _shown(lambda c: chosen_table(c.table))
-    paired = _shown(lambda c: paired_table(c.paired))  # at the endpoint's budget, as what follows
-    sizes = _shown(lambda c: size_table(c.table, c.budget))
-    costs = _shown(lambda c: costs_table(c))
-    missing = _shown(lambda c: reasons_text(c.missing) or "Every planned point has a network.")
+    def accuracy(self) -> Text:
+        """Test accuracy: a row per method, a column per budget."""
+        return each(self, lambda c: accuracy_table(c.table))
+
+    def paired(self) -> Text:
+        """AFDS minus every other method at the endpoint's budget."""
+        return each(self, lambda c: paired_table(c.paired))
+
+    def sizes(self) -> Text:
+        """MACs, with and without predictors, and parameters at the endpoint's budget."""
+        return each(self, lambda c: size_table(c.table, c.budget))
+
+    def costs(self) -> Text:
+        """What the networks took."""
+        return each(self, costs_table)
+
+    def missing(self) -> Text:
+        """Points without a network, by reason."""
+        return each(self, lambda c: reasons_text(c.missing) or "Every planned point has a network.")
 
 
 def statistics_text() -> Text:

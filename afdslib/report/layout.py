@@ -44,7 +44,7 @@ def page(node: Any, title: str, *, folder: Path, figures: Path) -> str:
     soup = BeautifulSoup(exporter.from_notebook_node(node, resources={"metadata": about})[0], "html.parser")
     _arrange(soup, ["folded" in _tags(cell) for cell in node.cells])
     for image in soup.find_all("img", alt=re.compile("^figure ")):
-        file = figures / f"{image['alt'].removeprefix('figure ')}{PHONE}"
+        file = figures / f"{str(image['alt']).removeprefix('figure ')}{PHONE}"
         if file.is_file():
             small = f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode('ascii')}"
             image.wrap(soup.new_tag("picture"))

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from afdslib.report.plots.style import canvas, narrow, styled
+from afdslib.report.plots.style import PHONE, canvas, narrow, styled
 
 _FEATURE, _DENSE, _GATE, _LOSS = "#EAF3FA", "#F2F2F2", "#FDEBD0", "#F8D9CC"
 _Y, _G, _S, _T = 10, 26, 34.5, 8  # heights: a layer, its gate; the source network, the target network
@@ -62,8 +62,8 @@ _AFS_TURNED = [0, 5.5, 14.5, 21.5, 30.5, 33], [0, 2, 48, 53, 99, 100]
 _AFD_TURNED = [0, 3, 13, 16, 25, 29.5, 39.5, 41], [0, 1, 32, 35, 65, 68, 99, 100]
 
 
-def _turned(x: float, y: float, heights: tuple[list[float], list[float]]) -> tuple[float, float]:
-    return float(np.interp(y, *heights)), 100 - x
+def _turned(point: tuple[float, float], heights: tuple[list[float], list[float]]) -> tuple[float, float]:
+    return float(np.interp(point[1], *heights)), 100 - point[0]
 
 
 def _arrow(ax: Axes, points: Sequence[tuple[float, float]], style: str | tuple = "-") -> None:
@@ -82,7 +82,7 @@ def _panel(ax: Axes, title: str, turned: tuple, boxes: Sequence, arrows: Sequenc
     for x, y, w, h, text, colour in boxes:
         corner, far = (x - w / 2, y - h / 2), (x + w / 2, y + h / 2)
         if narrow():
-            (left, top), (right, bottom) = _turned(*corner, turned), _turned(*far, turned)
+            (left, top), (right, bottom) = _turned(corner, turned), _turned(far, turned)
             corner, far = (left, bottom), (right, top)
             text = "\n".join(textwrap.fill(line, int((right - left) / 1.75)) for line in text.split("\n"))
         w, h = far[0] - corner[0], far[1] - corner[1]
@@ -91,7 +91,7 @@ def _panel(ax: Axes, title: str, turned: tuple, boxes: Sequence, arrows: Sequenc
         size = 7.5 if narrow() else 9 if crowd < 1.35 else 8.5 if crowd < 1.5 else 7.8
         ax.text(corner[0] + w / 2, corner[1] + h / 2, text, ha="center", va="center", fontsize=size, linespacing=1.35)
     for points, style in arrows:
-        _arrow(ax, [_turned(*point, turned) for point in points] if narrow() else points, style)
+        _arrow(ax, [_turned(point, turned) for point in points] if narrow() else points, style)
     for x, y, text, side in () if narrow() else labels:
         ax.text(x, y, text, fontsize=8, color="#333333", ha=side, va="baseline" if side == "center" else "center")
 
@@ -99,8 +99,8 @@ def _panel(ax: Axes, title: str, turned: tuple, boxes: Sequence, arrows: Sequenc
 @styled
 def diagram() -> Figure:
     """AFS in one layer, and AFD between the two networks."""
-    size = (3.8, 10) if narrow() else (10.4, 7.4)
-    fig, ((upper,), (lower,)) = canvas(*size, 2, height_ratios=[1, 1] if narrow() else [33, 41])
+    width, height, ratios = (PHONE, 10.0, [1, 1]) if narrow() else (10.4, 7.4, [33, 41])
+    fig, ((upper,), (lower,)) = canvas(width, height, 2, height_ratios=ratios)
     title = "AFS: gates predicted from a layer's input weight, and skip, the channels of its output"
     arrows = [(points, "-") for points in _AFS_ARROWS]
     dashed = [(57, _G - 4.5), (57, 18), (36, 18), (36, _Y + 4.5)], (0, (4, 2))

@@ -173,7 +173,8 @@ def _wrapped(text: str, width: int = 44) -> str:
 def _put_below(fig: Figure, legend: Legend) -> None:
     texts, title = [text.get_text() for text in legend.get_texts()], _wrapped(legend.get_title().get_text())
     columns = 1 if max(map(len, texts), default=0) > 18 else 2
-    fig.legend(legend.legend_handles, texts, loc="outside lower center", ncols=columns, title=title or None)
+    drawn = [handle for handle in legend.legend_handles if handle is not None]
+    fig.legend(drawn, texts, loc="outside lower center", ncols=columns, title=title or None)
     legend.remove()
 
 
