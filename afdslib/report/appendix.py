@@ -19,7 +19,7 @@ from afdslib.base import paths
 from afdslib.report import comparison
 from afdslib.report.plots import look
 from afdslib.report.sweep import accuracy_table
-from afdslib.report.tables import Table, Text, span
+from afdslib.report.tables import Table, Text, place, span
 from afdslib.studies import results
 
 __all__ = ["committed_text", "cost_table", "faults", "faults_table", "figures_table", "references"]
@@ -59,7 +59,7 @@ def committed_text() -> Text:
         if part == "sweep":
             text, rows = f"{name}: test accuracy, {seeds}", accuracy_table(table)
         elif part == "comparison":
-            text = f"{name}, the comparison on {table.target.iloc[0]}: test accuracy in %, {seeds}"
+            text = f"{name}, the comparison on {place(table.target.iloc[0])}: test accuracy in %, {seeds}"
             rows = comparison.accuracy_table(table)
         else:
             text, rows = f"{name}, students ({part}): test accuracy in %", _students(table)

@@ -24,7 +24,7 @@ from afdslib.base.atomic import atomic_path
 from afdslib.inference import bench
 from afdslib.inference.gates import inference
 from afdslib.report import numbers
-from afdslib.report.tables import Table, Text, bullets, plural
+from afdslib.report.tables import Table, Text, bullets, place, plural
 from afdslib.runs import MODEL
 from afdslib.studies.sweep import Study
 
@@ -144,8 +144,8 @@ def sentence(table: pd.DataFrame, sweep: pd.DataFrame) -> Text:
         if computed != skipped:
             masked += f", as dynamic channels are computed, then masked; skipped, they would leave {skipped} %"
         lines.append(
-            f"{title}, batch {batch}: at {1 / last.budget:g}x fewer MACs the network is {last.speedup:.2f}x as fast as "
-            f"the dense one (quartiles {last.speedup_q1:.2f} to {last.speedup_q3:.2f}); it computes {masked}."
+            f"{place(title)}, batch {batch}: at {1 / last.budget:g}x fewer MACs the network is "
+            f"{last.speedup:.2f}x as fast as the dense one (quartiles {last.speedup_q1:.2f} to {last.speedup_q3:.2f}); it computes {masked}."
         )
     one = table.iloc[0]
     return Text(

@@ -25,7 +25,7 @@ from afdslib.report.numbers import Number, of_interval
 from afdslib.report.plots import look
 from afdslib.report.quoted import reported
 from afdslib.report.sweep import stage_text
-from afdslib.report.tables import Table, Text, bullets
+from afdslib.report.tables import Table, Text, bullets, place
 from afdslib.report.views import NOT_STORED
 from afdslib.runs import MODEL
 from afdslib.studies import engine, results, statistics
@@ -140,37 +140,30 @@ def finished_gains(profile: str, scale: str) -> Text:
     study = DistillationStudy(get("attention", profile, scale), complete=False)
     teacher, student = study.profile.teacher_training, study.profile.student_training
     steps = f"{teacher.steps} steps for a teacher and {student.steps} for a student, batches of {student.batch_size}"
-    return Text(f"On {study.profile.data.name}, {steps}.\n\n{gains_text(study)}")
+    return Text(f"On {place(study.profile.data.name)}, {steps}.\n\n{gains_text(study)}")
 
 
 def weights_text(study: DistillationStudy) -> Text:
     """Where each method's weight comes from: chosen among those tried, given, or taken from another method."""
-    trials = study.trials()
-    tried, given, edges = [], [], []
-    borrowed: dict[str, list[str]] = {}
-    used = {name for pair in study.profile.pairs for name in pair.methods}
+    trials, used = study.trials(), {name for pair in study.profile.pairs for name in pair.methods}
+    chosen, edge = "Chosen on validation images: ", "At the edge of the values tried, so perhaps not the best: "
+    given = "Taken as given, with no other value tried: "
+    parts: dict[str, list[str]] = {chosen: [], edge: [], given: []}
     for name, method in study.methods.items():
         if name not in used or method.distillation.transfer == "none":
             continue
         label, rows = look(name).label, trials[trials.method == name]
         if method.like:
-            borrowed.setdefault(method.like, []).append(label)
+            parts.setdefault(f"The weight of {look(method.like).label} is taken, untuned, by ", []).append(label)
         elif len(method.weights) == 1:
-            given.append(f"{label} {method.weights[0]:g}")
+            parts[given].append(f"{label} {method.weights[0]:g}")
         elif len(rows) == len(method.weights):  # else not finished, so nothing is chosen
-            chosen = study.weight(name)
-            between = 100 * (rows.validation_accuracy.max() - rows.validation_accuracy.min())
-            tried.append(f"{label} {chosen:g} (of {len(rows)}, which differ by up to {between:.1f} points)")
-            edges += [label] if chosen in (rows.strength.min(), rows.strength.max()) else []
-    parts = [
-        ("Chosen on validation images: ", "; ".join(tried)),
-        ("At the edge of the values tried, so perhaps not the best: ", ", ".join(edges)),
-        ("Taken as given, with no other value tried: ", "; ".join(given)),
-    ]
-    parts += [
-        (f"The weight of {look(name).label} is taken, untuned, by ", "; ".join(by)) for name, by in borrowed.items()
-    ]
-    return Text(" ".join(f"{head}{names}." for head, names in parts if names) or "No weight is chosen yet.")
+            weight, accuracy = study.weight(name), 100 * rows.validation_accuracy
+            between = accuracy.max() - accuracy.min()
+            parts[chosen].append(f"{label} {weight:g} (of {len(rows)}, which differ by up to {between:.1f} points)")
+            parts[edge] += [label] if weight in (rows.strength.min(), rows.strength.max()) else []
+    said = (f"{head}{'; '.join(names)}." for head, names in parts.items() if names)
+    return Text(" ".join(said) or "No weight is chosen yet.")
 
 
 def reach_text(study: DistillationStudy, share: float = 0.9) -> Text:
@@ -221,20 +214,19 @@ def steps_saved(alone: Mapping[int, pd.DataFrame], method: Mapping[int, pd.DataF
 def saved_text(study: DistillationStudy, share: float = 0.9) -> Text:
     """The report's measure of convergence, on training images over the table's seeds: one line per method."""
     pair = study.profile.pairs[0]
-    curves: dict[str, dict[int, pd.DataFrame]] = {}
+    curves: dict[str, dict[int, pd.DataFrame]] = {"alone": {}}
     for cell, result in study.results():
         taught = cell.config.network == pair.student and cell.keys.get("teacher") in ("", pair.teacher.name)
         if cell.role == "student" and taught and "diverged" not in result.metrics:
             curves.setdefault(cell.keys["method"], {})[cell.config.seed] = result.history()
-    lines = []
+    alone, lines = curves.pop("alone"), []
     for method, by_seed in curves.items():
-        if method != "alone" and set(by_seed) & set(curves.get("alone", {})):
-            found = steps_saved(curves["alone"], by_seed, share=share)
+        if set(by_seed) & set(alone):
+            found = steps_saved(alone, by_seed, share=share)
             names = f"{look('alone').label} minus {look(method).label}"
             lines.append(f"{names}: {found}, {statistics.paired_seeds(found.n)}.")
-    head = f"Steps until {100 * share:.0f} % of the plain student's final accuracy on training images, of "
-    head += f"{study.profile.student_training.steps}: mean difference with its 95 % interval, above 0 where the method "
-    head += "is faster."
+    head = f"Steps until {100 * share:.0f} % of the plain student's final accuracy on training images "
+    head += f"(of {study.profile.student_training.steps}), mean difference [95 % interval], above 0 where it is faster:"
     return Text(bullets(lines, head) or _NONE)
 
 
@@ -306,7 +298,7 @@ def settings(study: DistillationStudy) -> Table:
     wide = {a.student: "" if a.student.width == 1 else f" of width {a.student.width:g}" for a in p.pairs}
     held = "a tenth held back for validation" if p.data == p.trial_data else "all training images"
     rows = [
-        ("data", f"{p.data.name}, {held}{', reflected crops' if p.data.padding == 'reflect' else ''}"),
+        ("data", f"{place(p.data.name)}, {held}{', reflected crops' if p.data.padding == 'reflect' else ''}"),
         ("teachers and students", "; ".join(f"{a.teacher.name} to {a.student.name}{wide[a.student]}" for a in p.pairs)),
         ("teacher training", stage_text(p.teacher_training, "")),
         ("student training", stage_text(p.student_training, "")),

@@ -13,6 +13,7 @@ from afdslib.base.text import times
 from afdslib.report import plots, views
 from afdslib.report.plots.pictures import DPI, shown_width
 from afdslib.report.sweep import budgets_of
+from afdslib.report.tables import place
 from afdslib.studies.statistics import at
 from afdslib.studies.sweep import Study
 
@@ -29,7 +30,7 @@ def view(study: Study, sweep: pd.DataFrame, method: str, budget: float) -> tuple
     accuracy, seed = 100 * rows.test_accuracy, int(rows.seed.min())
     spread = f" ({accuracy.min():.1f} to {accuracy.max():.1f} over {len(rows)} seeds)" if len(rows) > 1 else ""
     text = (
-        f"<b>{plots.look(method).label}, {times(budget)}</b> on {target}: "
+        f"<b>{plots.look(method).label}, {times(budget)}</b> on {place(target)}: "
         f"test accuracy {accuracy.mean():.1f} %{spread}, "
         f"measured MACs {100 * rows.macs.mean():.1f} % of the dense network's, "
         f"{rows.parameters.mean() / 1000:.0f} thousand parameters"
