@@ -145,7 +145,8 @@ def sentence(table: pd.DataFrame, sweep: pd.DataFrame) -> Text:
             masked += f", as dynamic channels are computed, then masked; skipped, they would leave {skipped} %"
         lines.append(
             f"{place(title)}, batch {batch}: at {1 / last.budget:g}x fewer MACs the network is "
-            f"{last.speedup:.2f}x as fast as the dense one (quartiles {last.speedup_q1:.2f} to {last.speedup_q3:.2f}); it computes {masked}."
+            f"{last.speedup:.2f}x as fast as the dense one (quartiles {last.speedup_q1:.2f} to {last.speedup_q3:.2f}); "
+            f"it computes {masked}."
         )
     one = table.iloc[0]
     return Text(
