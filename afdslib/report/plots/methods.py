@@ -66,7 +66,8 @@ def _lines(ax: Axes, table: pd.DataFrame, value: str, looks: Sequence[Look], **k
     kwargs = {"errorbar": "sd", "err_style": "bars", "err_kws": {"elinewidth": 1.0}} | kwargs
     sns.lineplot(table.assign(x=x), x="x", y=value, ax=ax, **drawn_as(looks), **kwargs)
     ax.set_ylabel(QUANTITIES.get(value, value))
-    _macs_axis(ax, table.budget.unique())
+    if not ax.child_axes:  # one axis along the top, also where lines are added
+        _macs_axis(ax, table.budget.unique())
     if "accuracy" in value:
         percent(ax.yaxis)
 
@@ -87,7 +88,7 @@ def accuracy_macs(table: pd.DataFrame, *, chance: Mapping[str, float] | None = N
     """
     table, looks = labelled(table)
     by_target = dict(tuple(table.groupby("target", sort=False)))
-    fig, axes = canvas(9.8, 3.7 * len(by_target) + 0.5, len(by_target), 2)
+    fig, axes = canvas(9.8, 3.7 * len(by_target) + 0.5, len(by_target), 2, what="Accuracy by MACs, all with AFS")
     for row, (target, mine) in zip(axes, by_target.items(), strict=True):
         for ax, value in zip(row, ("test_accuracy", "test_mean_class_accuracy"), strict=True):
             _lines(ax, mine, value, looks)
