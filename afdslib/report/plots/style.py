@@ -157,7 +157,7 @@ def for_phone(fig: Figure) -> Figure | None:
     again.draw_without_rendering()  # lays the panels out
     for ax in again.axes:
         ax.set(xlabel=_wrapped(ax.get_xlabel()), ylabel=_wrapped(ax.get_ylabel(), 34))
-        ax.set_title(_wrapped(ax.get_title(loc="left"), int(ax.bbox.width / 8)), loc="left")
+        ax.set_title(_wrapped(ax.get_title(loc="left"), max(20, int(ax.bbox.width / 8))), loc="left")
         legend = ax.get_legend()
         if legend is not None and legend.get_bbox_to_anchor().x0 > ax.bbox.x0:  # beside the panel: now below it
             _put_below(again, legend)
