@@ -38,9 +38,9 @@ def gates_heatmap(layers: Mapping[str, Layers], *, quantity: str = "gate_quantil
         panel = panel.rename(columns=lambda i: 10 * i)
         sns.heatmap(panel, ax=ax, vmin=0, vmax=top, cmap="cividis", cbar=False, xticklabels=2)
         ax.tick_params(axis="x", labelrotation=0)
+        ax.tick_params(axis="y", labelsize=7, labelrotation=0)
         ax.set(xlabel="channels below (%)")
         ax.set_title(caption)
-    axes[0].tick_params(axis="y", labelsize=7, labelrotation=0)
     axes[0].set_ylabel("layer, input first")
     fig.colorbar(axes[-1].collections[0], ax=list(axes), pad=0.02, label=label)
     return fig

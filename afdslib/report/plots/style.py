@@ -156,8 +156,10 @@ def for_phone(fig: Figure) -> Figure | None:
         _narrow.reset(token)
     again.draw_without_rendering()  # lays the panels out
     for ax in again.axes:
-        ax.set(xlabel=_wrapped(ax.get_xlabel()), ylabel=_wrapped(ax.get_ylabel(), 34))
-        ax.set_title(_wrapped(ax.get_title(loc="left"), max(20, int(ax.bbox.width / 8))), loc="left")
+        title, wide, high = ax.get_title(loc="left"), int(ax.bbox.width / 8), int(ax.bbox.height / 7)
+        ax.set(xlabel=_wrapped(ax.get_xlabel()), ylabel=_wrapped(ax.get_ylabel(), max(9, high)))
+        if len(title) > wide:
+            ax.set_title(_wrapped(title, max(20, wide)), loc="left")
         legend = ax.get_legend()
         if legend is not None and legend.get_bbox_to_anchor().x0 > ax.bbox.x0:  # beside the panel: now below it
             _put_below(again, legend)
@@ -173,6 +175,7 @@ def _wrapped(text: str, width: int = 44) -> str:
 def _put_below(fig: Figure, legend: Legend) -> None:
     texts, title = [text.get_text() for text in legend.get_texts()], _wrapped(legend.get_title().get_text())
     columns = 1 if max(map(len, texts), default=0) > 18 else 2
+    fig.set_figheight(fig.get_figheight() + 0.2 * -(-len(texts) // columns))
     drawn = [handle for handle in legend.legend_handles if handle is not None]
     fig.legend(drawn, texts, loc="outside lower center", ncols=columns, title=title or None)
     legend.remove()
