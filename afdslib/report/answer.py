@@ -23,8 +23,8 @@ __all__ = ["by_budget", "differences", "text", "use_table", "use_text", "why_tex
 NONE = "No comparison is committed, so there is no answer yet."
 CLAIM = """\
 AFDS (attentive feature distillation and selection) fine-tunes a network to a small data set while it removes and skips
-channels. The [paper](https://openreview.net/forum?id=ryxyCeHtPB) says: at a tenth of the multiply-accumulates (MACs) it is 11.07 points more accurate than its best
-competitor, with ResNet-101 from ImageNet to Stanford Dogs. [paper]"""
+channels. The [paper](https://openreview.net/forum?id=ryxyCeHtPB) says: at a tenth of the multiply-accumulates (MACs) it
+is 11.07 points more accurate than its best competitor, with ResNet-101 from ImageNet to Stanford Dogs. [paper]"""
 WEAKEST = """\
 **The weakest point:** the paper's own experiment has not been run. Networks and images here are smaller, trainings
 are a few hundred steps, and all seeds share one source network. So its number is untested, neither supported nor

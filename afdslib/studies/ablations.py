@@ -287,7 +287,7 @@ def confirmation_text(
     gain, n = _gain(detached, joint)
     return (
         f"Detached attention, found on the primary target, is {verdict} here: {gain} points from AFDS and "
-        f"{_gain(detached, other)[0]} from the rival, {Method.parse(rival).label}, {n}."
+        f"{_gain(detached, other)[0]} from the best competitor, {Method.parse(rival).label}, {n}."
     )
 
 
@@ -308,7 +308,7 @@ def settled_text(table: pd.DataFrame, before: pd.DataFrame, main: pd.DataFrame, 
             each = ", ".join(f"{100 * (new[seed] - old[seed]):+.1f}" for seed in shared)
             said.append(
                 f"{label} gains {gain} points by it, {n} (seed by seed {each}), and is then {_gain(new, rivals)[0]} "
-                f"from the rival, {Method.parse(rival).label}."
+                f"from the best competitor, {Method.parse(rival).label}."
             )
     (joint, detached), unsettled = now, then[0]
     if set(joint) & set(detached):

@@ -114,7 +114,7 @@ def test_the_text_has_the_gain_and_the_distance_from_the_rival_over_the_seeds_th
     settled = pd.concat([frame("joint", 0.51, 0.52, 0.53), frame("detached", 0.5)])
     text = ablations.settled_text(settled, before, main, budget=0.1, rival="l2+width")
     assert "AFDS gains +2.0 [-0.5, +4.5] points by it, 3 paired seeds (seed by seed +1.0, +2.0, +3.0), and is" in text
-    assert "is then -8.0 [-10.5, -5.5] from the rival, L2 + narrower network." in text
+    assert "is then -8.0 [-10.5, -5.5] from the best competitor, L2 + narrower network." in text
     assert "detached attention gains +20.0" in text and "1 paired seed (seed by seed +20.0)" in text
     assert "Detached minus joint attention, both so: -1.0" in text
     text = ablations.settled_text(settled[settled.attention == "detached"], before, main, budget=0.1, rival="l2+width")

@@ -54,7 +54,7 @@ def test_what_was_not_computed_is_not_mentioned():
 def test_detached_attention_is_confirmed_by_an_interval_above_zero_once_all_seeds_are_there(detached, verdict):
     table, main = widths(joint=(0.50, 0.51, 0.52), detached=detached), points(l2_taylor=(0.53, 0.53, 0.53))
     text = ablations.confirmation_text(table, main, budget=0.1, rival="l2+taylor", seeds=(0, 1, 2))
-    assert verdict in text and "from the rival, L2 + Taylor, 3 paired seeds" in text
+    assert verdict in text and "from the best competitor, L2 + Taylor, 3 paired seeds" in text
     text = ablations.confirmation_text(table, main, budget=0.1, rival="l2+taylor", seeds=(0, 1, 2, 3))
     assert text == "Detached attention: 3 of 4 seeds are there, so nothing is said of it yet."
 
