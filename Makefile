@@ -34,8 +34,9 @@ test: $(STAMP)  ## unit tests, then every notebook against its stored outputs
 		$(BIN)/pytest -q --nbval --nbval-current-env notebooks
 	@AFDS_RUNS="$(CURDIR)/build/test/runs" $(BIN)/afds runs list --require-training
 
-robust: $(STAMP)  ## kill and fuzz at length: 100 kills, 10,000 mutated inputs
+robust: $(STAMP)  ## kill and fuzz at length (100 kills, 10,000 mutated inputs), and every variant of the slow tests
 	AFDS_ROBUST=full $(BIN)/pytest -q -n auto tests/robustness
+	AFDS_ROBUST=full $(BIN)/pytest -q -n auto -m exhaustive tests
 
 notebooks: $(STAMP)  ## execute the notebooks in place (demo, from an empty store) and keep their outputs
 	@$(if $(ONLY),,rm -rf build/notebooks)

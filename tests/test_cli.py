@@ -20,6 +20,8 @@ from afdslib.base.errors import AFDSError
 from afdslib.report import pipeline
 from afdslib.studies import engine, mine, parts, profiles, sweep
 
+RUN = ["run", "--profile", "tiny"]
+
 
 @pytest.fixture(autouse=True)
 def project(home):
@@ -89,60 +91,42 @@ def test_notebooks_that_a_budget_leaves_out_are_executed_by_their_number(afds, m
     asked: list = []
     monkeypatch.setattr(pipeline, "execute", lambda profile, parameters, *, only, **options: asked.append(only))
     monkeypatch.setattr(Chosen, "left_out", ("01",))
-    assert "left out of this scale, because it takes hours: --notebook 01" in afds("run", "--profile", "tiny")[1]
-    assert "left out" not in afds("run", "--profile", "tiny", "--notebook", "01")[1]
-    assert asked == [{"02"}, {"01"}]
+    assert "left out of this scale, because it takes hours: --notebook 01" in afds(*RUN)[1]
+    assert "left out" not in afds(*RUN, "--notebook", "01")[1] and asked == [{"02"}, {"01"}]
 
 
-@pytest.mark.parametrize(
-    "arguments, told",
-    [
-        (["rn"], "No such command 'rn'"),
-        (["run"], "Missing option '--profile'"),
-        (["run", "--profile"], "requires an argument"),
-        (["run"], "See: afds run --help"),
-        (["runs", "show"], "See: afds runs show --help"),
-        (["train"], "No such command 'train'"),
-        (["study", "--part", "x"], "unknown part 'x' of a study; known are sweep, comparison"),
-        (["publish", "--profile", "tiny"], "are never committed"),
-        (["run", "--profile", "tiny", "--set", "profil=x", "--dry-run"], "no notebook has a parameter 'profil'"),
-        (["run", "--profile", "tiny", "--nonsense"], "No such option: --nonsense"),
-        (["run", "--profile", "huge"], "there is no profile 'huge'"),
-        (["run", "--profile", "tiny", "--data-dir", "nowhere"], "the data folder nowhere does not exist"),
-        (["run", "--profile", "tiny", "--set", "seeds"], "--set 'seeds' is not of the form NAME=VALUE"),
-        (["run", "--profile", "tiny", "--set", "seeds=1", "--set", "seeds=2"], "seeds is given twice"),
-        (["run", "--profile", "tiny", "--set", "profile=x"], "profile is given twice"),
-        (["run", "--profile", "tiny", "--scale", "a", "--set", "scale=b"], "scale is given twice"),
-        (["run", "--profile", "tiny", "--set", "seeds=many"], "parameter seeds = 'many' must be of type int"),
-        (["run", "--profile", "tiny", "--set", "sseeds=2"], "no notebook has a parameter 'sseeds'"),
-        (["run", "--profile", "tiny", "--notebook", "77"], "there is no notebook '77'"),
-        (["report", "--profile", "tiny"], "profile tiny has no finished report yet"),
-        (["study", "--profile", "huge"], "there is no profile 'huge'"),
-        (["resume", "abc"], "no run in"),
-        (["runs", "show", "abc"], "no run in"),
-        (["runs", "rm", "../../x"], "is not a run id"),
-        (["data", "unheard-of"], "unheard-of"),
-        (["data", "digits", "--per-class", "many"], "--per-class"),
-        (["data", "digits-5-9", "--per-class", "0"], "per_class"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
+@pytest.mark.parametrize("arguments, told", [
+    (["rn"], "No such command 'rn'"), (["run"], "Missing option '--profile'"), (["train"], "No such command 'train'"),
+    (["run", "--profile"], "requires an argument"), (["run"], "See: afds run --help"), (["resume", "abc"], "no run in"),
+    (["runs", "show"], "See: afds runs show --help"), (["runs", "show", "abc"], "no run in"),
+    (["study", "--part", "x"], "unknown part 'x' of a study; known are sweep, comparison"),
+    (["publish", "--profile", "tiny"], "are never committed"), ([*RUN, "--nonsense"], "No such option: --nonsense"),
+    ([*RUN, "--set", "profil=x", "--dry-run"], "no notebook has a parameter 'profil'"),
+    (["run", "--profile", "huge"], "there is no profile 'huge'"), (["data", "unheard-of"], "unheard-of"),
+    ([*RUN, "--data-dir", "nowhere"], "the data folder nowhere does not exist"),
+    ([*RUN, "--set", "seeds"], "--set 'seeds' is not of the form NAME=VALUE"),
+    ([*RUN, "--set", "seeds=1", "--set", "seeds=2"], "seeds is given twice"),
+    ([*RUN, "--set", "profile=x"], "profile is given twice"),
+    ([*RUN, "--scale", "a", "--set", "scale=b"], "scale is given twice"),
+    ([*RUN, "--set", "seeds=many"], "parameter seeds = 'many' must be of type int"),
+    ([*RUN, "--set", "sseeds=2"], "no notebook has a parameter 'sseeds'"),
+    ([*RUN, "--notebook", "77"], "there is no notebook '77'"), (["runs", "rm", "../../x"], "is not a run id"),
+    (["report", "--profile", "tiny"], "profile tiny has no finished report yet"),
+    (["study", "--profile", "huge"], "there is no profile 'huge'"),
+    (["data", "digits", "--per-class", "many"], "--per-class"), (["data", "digits", "--per-class", "0"], "per_class"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
 def test_mistake_is_one_line_on_stderr_and_exit_code_2(refused, arguments, told):
     assert told in refused(*arguments)
 
 
-def test_bugs_are_not_hidden(afds, monkeypatch):
-    monkeypatch.setattr(runs, "list_runs", lambda: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        afds("runs", "list")
-
-
-def test_operating_system_errors_and_interrupts_have_their_exit_codes(afds, monkeypatch):
+def test_operating_system_errors_and_interrupts_have_their_exit_codes_and_bugs_are_not_hidden(afds, monkeypatch):
     denied = PermissionError(13, "Permission denied", "/some/folder")
-    monkeypatch.setattr(runs, "list_runs", mock.Mock(side_effect=[denied, KeyboardInterrupt]))
+    monkeypatch.setattr(runs, "list_runs", mock.Mock(side_effect=[denied, KeyboardInterrupt, ZeroDivisionError]))
     assert afds("runs", "list") == (2, "", "afds: Permission denied: /some/folder\n")
     code, _, errors = afds("runs", "list")
     assert code == 130 and errors.count("\n") == 1 and "interrupted" in errors
+    with pytest.raises(ZeroDivisionError):
+        afds("runs", "list")
 
 
 def test_help_and_version(afds):
@@ -153,19 +137,13 @@ def test_help_and_version(afds):
     assert afds("--version") == (0, f"afds {__version__}\n", "")
 
 
-def test_show_and_dry_run_execute_nothing(afds, executed):
-    assert afds("run", "--profile", "tiny", "--show")[:2] == (0, "shown ('tiny', 'quick', '')\n")
+def test_options_and_settings_become_notebook_parameters_and_show_and_dry_run_execute_nothing(afds, executed):
+    assert afds(*RUN, "--show")[:2] == (0, "shown ('tiny', 'quick', '')\n")
     options = ("--scale", "standard", "--data-dir", ".", "--dry-run")
-    assert afds("run", "--profile", "tiny", *options)[:2] == (0, "planned ('tiny', 'standard', '.')\n")
-    assert not executed
-
-
-def test_options_and_settings_become_notebook_parameters(afds, executed):
-    options = ("--scale", "b", "--data-dir", ".", "--set", "seeds=3", "--set", "x=a=b")
-    assert afds("run", "--profile", "tiny", *options)[0] == 0
-    assert executed == [("tiny", {"scale": "b", "data_dir": ".", "seeds": "3", "x": "a=b"})]
-    afds("run", "--profile", "tiny")
-    assert executed[1] == ("tiny", {})
+    assert afds(*RUN, *options)[:2] == (0, "planned ('tiny', 'standard', '.')\n") and not executed
+    assert afds(*RUN, "--scale", "b", "--data-dir", ".", "--set", "seeds=3", "--set", "x=a=b")[0] == 0
+    afds(*RUN)
+    assert executed == [("tiny", {"scale": "b", "data_dir": ".", "seeds": "3", "x": "a=b"}), ("tiny", {})]
 
 
 def test_run_executes_the_notebooks_and_report_renders_them_again(afds):
@@ -179,12 +157,11 @@ def test_run_executes_the_notebooks_and_report_renders_them_again(afds):
 
 
 def test_required_training_must_have_happened_in_the_store(afds, refused, executed):
-    command = ("run", "--profile", "tiny", "--require-training")
-    assert "no training step was taken" in refused(*command)
+    assert "no training step was taken" in refused(*RUN, "--require-training")
     runs.get_or_run(ToyTrain())
-    assert afds(*command)[:2] == (0, "training steps: ToyTrain 6\n")
+    assert afds(*RUN, "--require-training")[:2] == (0, "training steps: ToyTrain 6\n")
     runs.get_or_run(ToySource(steps=0))
-    assert "ToySource took no training step" in refused(*command)
+    assert "ToySource took no training step" in refused(*RUN, "--require-training")
 
 
 def test_study_computes_a_part_or_only_says_what_is_there(afds, calls):
@@ -236,18 +213,14 @@ def test_resume_continues_a_run_and_prints_its_metrics(afds, refused, monkeypatc
     assert f"afds runs rm {whole.id}" in refused("resume", whole.id)
 
 
-def test_data_describes_the_splits(afds):
-    code, output, errors = afds("data", "digits-5-9", "--per-class", "12")
-    assert code == 0, errors
-    assert "train" in output and "60" in output.split()
-
-
-def test_doctor_tells_versions_device_kernel_folders_and_data(afds):
+def test_doctor_tells_versions_device_kernel_folders_and_data_which_data_describes(afds):
     rows = {line.split()[0]: line for line in afds("doctor")[1].splitlines()}
     assert rows["python"].split()[2] == sys.version.split()[0] and sys.executable in rows["python"]
     assert "embedded" in rows["digits"] and "missing" in rows["food-101"] and "afds data food-101" in rows["food-101"]
     assert str(paths.runs()) in rows["run"] and "ok" in rows["kernel"] and "cores" in rows["cpu"]
     assert not paths.runs().exists()
+    code, output, errors = afds("data", "digits-5-9", "--per-class", "12")
+    assert code == 0 and "train" in output and "60" in output.split(), errors
 
 
 def python(*arguments: str) -> subprocess.Popen:
@@ -257,12 +230,9 @@ def python(*arguments: str) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, *arguments], env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
-def test_program_starts_without_the_heavy_packages(project):
+def test_program_starts_without_the_heavy_packages_and_exits_with_2_and_one_line():
     code = "import sys, afdslib.cli; print([name for name in ('torch', 'lightning', 'pandas') if name in sys.modules])"
     assert python("-c", code).communicate(timeout=60) == ("[]\n", "")
-
-
-def test_program_exits_with_2_and_one_line():
     process = python("-m", "afdslib.cli", "runs", "rm", "no-such-run")
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 2 and output == "" and errors.startswith("afds: ") and errors.count("\n") == 1

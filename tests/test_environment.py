@@ -47,33 +47,25 @@ def locked(entries) -> dict[str, Version]:
     return versions
 
 
-@pytest.fixture(scope="module")
-def conda() -> dict:
-    return yaml.safe_load((paths.root() / "environment.yml").read_text())
-
-
-def test_lock_pins_every_package_exactly_and_with_hashes(entries):
+def test_lock_pins_every_package_exactly_with_hashes_and_every_direct_one_in_an_allowed_version(
+    entries, direct, locked
+):
     assert len(entries) > 50
     for pin, hashes in entries:
         assert re.fullmatch(r"==[^*,]+", str(pin.specifier)), f"{pin} is not pinned"
         assert hashes > 0, f"{pin} has no hash"
-
-
-def test_lock_holds_every_direct_dependency_in_an_allowed_version(direct, locked):
     for name, requirement in direct.items():
         assert name in locked, f"{name} is missing from requirements.lock: make lock"
         assert requirement.specifier.contains(locked[name]), f"{name} {locked[name]} is not {requirement.specifier}"
 
 
-def test_environment_yml_pins_the_direct_dependencies_as_the_lock_does_and_an_allowed_python(
-    direct, locked, conda, project
-):
-    (pip,) = [entry["pip"] for entry in conda["dependencies"] if isinstance(entry, dict)]
-    assert pip[-1] == "-e ."
+def test_environment_yml_pins_the_direct_dependencies_as_the_lock_does_and_an_allowed_python(direct, locked, project):
+    conda = yaml.safe_load((paths.root() / "environment.yml").read_text())["dependencies"]
+    (pip,) = [entry["pip"] for entry in conda if isinstance(entry, dict)]
+    assert pip[-1] == "-e ." and "pip" in conda
     assert sorted(pip[:-1]) == sorted(f"{name}=={locked[name]}" for name in direct), "run: make lock"
-    (python,) = [entry for entry in conda["dependencies"] if str(entry).startswith("python=")]
+    (python,) = [entry for entry in conda if str(entry).startswith("python=")]
     assert Requirement(f"python{project['requires-python']}").specifier.contains(python.removeprefix("python="))
-    assert "pip" in conda["dependencies"]
 
 
 def test_installed_packages_are_the_locked_ones(project, direct, locked):

@@ -16,6 +16,7 @@ A stored configuration is rebuilt by the name of its class, whose module must ha
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -37,6 +38,7 @@ __all__ = [
 RESULTS_VERSION = 1
 """Part of every run's identity. Raise it by hand when a change of the code changes the numbers of old runs."""
 
+_hints = functools.cache(typing.get_type_hints)  # which compiles every annotation anew
 _registry: dict[str, type] = {}  # filled by the decorator below, as classes are defined
 
 _ConfigClass = TypeVar("_ConfigClass", bound=type)
@@ -105,7 +107,7 @@ def to_json(config: Any, *, hashed_only: bool = False) -> dict[str, Any]:
     """
     if not dataclasses.is_dataclass(config) or isinstance(config, type):
         raise TypeError(f"{config!r} is not a configuration (an instance of a frozen dataclass)")
-    hints = typing.get_type_hints(type(config))
+    hints = _hints(type(config))
     encoded: dict[str, Any] = {"class": type(config).__name__}
     for field in dataclasses.fields(config):
         value, where = getattr(config, field.name), f"{type(config).__name__}.{field.name}"
@@ -143,7 +145,7 @@ def from_json(data: dict[str, Any], cls: type | None = None) -> Any:
     cls = cls or known(name)
     if cls is None:
         raise AFDSError(f"unknown kind of run {name!r}; no module of afdslib that is imported here defines it")
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     values = {key: value for key, value in data.items() if key != "class"}
     if unknown := sorted(set(values) - {field.name for field in dataclasses.fields(cls) if field.init}):
         raise AFDSError(f"{name} has no field {unknown[0]!r}; another version of afdslib wrote the configuration")

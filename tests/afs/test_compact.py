@@ -1,8 +1,5 @@
 """Compact networks: the very function of the masked network, in fewer numbers, saved and trained and cut again."""
 
-import subprocess
-import sys
-
 import pytest
 import random_networks as random
 import torch
@@ -12,8 +9,9 @@ from torch import nn
 from afdslib import afs, backbones
 from afdslib.afs import macs
 from afdslib.afs.channels import CutConvBN, GroupedConv2d, Join, Pick, Spread
-from afdslib.afs.compact import compact
+from afdslib.afs.compact import _cut, compact
 from afdslib.base.errors import AFDSError
+from afdslib.base.hooks import kept
 
 SIZE = (3, 32, 32)
 EXACT = 1e-9
@@ -27,12 +25,14 @@ def kinds(model: nn.Module) -> set[str]:
     return {type(module).__name__ for module in model.modules()}
 
 
-@pytest.mark.parametrize("density", [1.0, 0.5])
-@pytest.mark.parametrize("masks", ["mixed", "static", "dynamic", "single"])
-@pytest.mark.parametrize("name", ["resnet18", "resnet26", "vgg11_bn", "mobilenet_v2"])
-def test_outputs_equal_the_masked_networks(name, masks, density):
+NAMES, MASKS = ("resnet18", "resnet26", "vgg11_bn", "mobilenet_v2"), ("mixed", "static", "dynamic", "single")
+
+
+@pytest.mark.parametrize("masks", MASKS)
+@pytest.mark.parametrize("name", NAMES)
+def test_outputs_equal_the_masked_networks(name, masks):
     model = random.masked(random.converted(name, seed=len(masks)), masks)
-    afs.set_density(model, density)
+    afs.set_density(model, (1.0, 0.5)[(NAMES.index(name) + MASKS.index(masks)) % 2])
     before = {key: value.clone() for key, value in model.state_dict().items()}
     images = random.images()
     for options in ({}, {"fold_bn": True}):
@@ -42,27 +42,17 @@ def test_outputs_equal_the_masked_networks(name, masks, density):
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_outputs_equal_with_gates_in_the_blocks_only_and_at_random_densities(seed):
-    gates = "all" if seed % 2 else "blocks"
-    model = random.masked(random.converted("resnet50", seed, gates=gates, width=1 / 32), keep=0.2 + 0.2 * seed)
-    for position, layer in enumerate(afs.layers(model).values()):
-        layer.density = (0.1, 0.35, 0.8)[(position + seed) % 3]
+def test_inception_with_its_branches_side_by_side():
+    model = random.masked(random.converted("inception_bn", 0, stem="cifar"))
     assert random.difference(cut(model), model, random.images()) <= EXACT
 
 
-def test_the_gates_of_these_networks_depend_on_the_image():
-    model = cut(random.masked(random.converted("resnet26", 0, width=1 / 8), "dynamic", keep=0.8))
-    afs.set_density(model, 0.5)
-    seen = []
-    for layer in afs.layers(model).values():
-        layer.register_forward_hook(lambda m, args, out: seen.append(m.gates(args[0]).active))
-    model(random.images())
-    assert sum(bool((active != active[0]).any()) for active in seen) > len(seen) / 2
-
-
-def test_inception_with_its_branches_side_by_side():
-    model = random.masked(random.converted("inception_bn", 0, stem="cifar"))
+@pytest.mark.parametrize("seed", range(2))
+def test_outputs_equal_with_gates_in_the_blocks_only_and_at_random_densities(seed):
+    gates = "all" if seed % 2 else "blocks"
+    model = random.masked(random.converted("resnet50", seed, gates=gates, width=1 / 32), keep=0.2 + 0.4 * seed)
+    for position, layer in enumerate(afs.layers(model).values()):
+        layer.density = (0.1, 0.35, 0.8)[(position + seed) % 3]
     assert random.difference(cut(model), model, random.images()) <= EXACT
 
 
@@ -91,7 +81,7 @@ class Odd(nn.Module):
         return self.fc(torch.cat([pooled.view(pooled.size(0), 144), other], 1))
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_what_cannot_be_cut_is_left_whole(seed):
     torch.manual_seed(seed)
     model = afs.convert(random.randomised(Odd()))
@@ -107,9 +97,7 @@ def test_a_network_whose_output_is_a_map_gives_all_its_channels():
     torch.manual_seed(0)
     body = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8))
     model = random.masked(random.gated(afs.convert(random.randomised(body)), 12))
-    images = random.images(12)
-    assert compact(model, input_size=(3, 12, 12))(images).shape == model(images).shape
-    assert random.difference(compact(model, input_size=(3, 12, 12)), model, images) <= EXACT
+    assert random.difference(compact(model, input_size=(3, 12, 12)), model, random.images(12)) <= EXACT
 
 
 def test_removed_channels_are_gone_everywhere_and_static_layers_are_ordinary():
@@ -148,14 +136,18 @@ def test_a_stream_channel_dead_in_every_addend_narrows_the_stream_and_what_reads
     assert random.difference(small, model, random.images()) <= EXACT
 
 
-def test_k_is_kept_through_compactions():
-    model = random.masked(random.converted("resnet26", 2), "dynamic")
+def test_k_is_kept_through_compactions_and_the_gates_depend_on_the_image():
+    model = random.masked(random.converted("resnet26", 0, width=1 / 8), "dynamic", keep=0.8)
     afs.set_density(model, 0.7)
     places = {name: layer.k for name, layer in afs.layers(model).items()}
     small = cut(cut(model))
     assert {name: layer.k for name, layer in afs.layers(small).items()} == places
-    afs.set_density(model, 0.2), afs.set_density(small, 0.2)
+    afs.set_density(model, 0.5), afs.set_density(small, 0.5)
     assert random.difference(small, model, random.images()) <= EXACT
+    with kept(afs.layers(small), inputs=True) as inputs:
+        small(random.images())
+    active = [layer.gates(inputs[name]).active for name, layer in afs.layers(small).items()]
+    assert sum(bool((one != one[0]).any()) for one in active) > len(active) / 2
 
 
 def test_nothing_removed_gives_an_equal_network():
@@ -171,14 +163,13 @@ def test_nothing_removed_gives_an_equal_network():
 
 def test_what_cannot_be_compacted_is_refused_in_one_sentence():
     model = random.converted("resnet14", 0)
-    with pytest.raises(AFDSError, match=r"train mode.*model.eval\(\)"):
-        compact(model.train())
-    model.eval().layer3[0].conv2.m.zero_()
+    for part in (model, model.layer1[0].conv2):
+        part.train()
+        with pytest.raises(AFDSError, match=r"train mode.*model.eval\(\)"):
+            compact(model)
+        model.eval()
+    model.layer3[0].conv2.m.zero_()
     with pytest.raises(AFDSError, match="every channel of layer 'layer3.0.conv2' is removed"):
-        compact(model)
-    model = random.converted("resnet14", 0)
-    model.layer1[0].conv2.train()
-    with pytest.raises(AFDSError, match="train mode"):
         compact(model)
 
 
@@ -199,19 +190,6 @@ def test_a_compact_network_is_cut_again_saved_and_loaded(name, tmp_path):
     assert (tmp_path / "again.safetensors").stat().st_size == file.stat().st_size
     with safe_open(str(file), framework="pt") as opened:
         assert "pickle" not in str(opened.metadata()) and opened.metadata()["afds"]
-
-
-def test_a_fresh_process_gives_the_same_outputs_from_the_file_alone(tmp_path):
-    small = cut(random.masked(random.converted("resnet14", 0)))
-    afs.save(small, tmp_path / "net.safetensors")
-    torch.save(random.images(), tmp_path / "images.pt")
-    code = (
-        "import sys, torch; from afdslib import afs; folder = sys.argv[1];"
-        "model = afs.load(f'{folder}/net.safetensors');"
-        "torch.save(model(torch.load(f'{folder}/images.pt')), f'{folder}/outputs.pt')"
-    )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=300)
-    assert torch.equal(torch.load(tmp_path / "outputs.pt"), small(random.images()))
 
 
 def test_a_loaded_compact_network_trains_and_its_remaining_gates_take_mask_updates(tmp_path):
@@ -236,13 +214,9 @@ def test_a_loaded_compact_network_trains_and_its_remaining_gates_take_mask_updat
     assert report.macs.total <= 0.7 * macs.count(small, SIZE).total
     assert 0 < sum(int(layer.m.sum()) for layer in afs.layers(small).values()) < before
     assert random.difference(cut(small), small, images) <= EXACT
-
-
-def test_a_new_classifier_fits_a_compact_network_and_is_saved(tmp_path):
-    small = cut(random.masked(random.converted("resnet14", 0)))
-    backbones.reset_classifier(small, 7)
+    backbones.reset_classifier(small, 7)  # another one fits and is saved
     afs.save(small, tmp_path / "net.safetensors")
-    assert torch.equal(afs.load(tmp_path / "net.safetensors")(random.images()), small(random.images()))
+    assert torch.equal(afs.load(tmp_path / "net.safetensors")(images), small(images))
 
 
 def test_macs_of_a_compact_network_are_those_of_the_masked_one():
@@ -259,14 +233,11 @@ def test_macs_of_a_compact_network_are_those_of_the_masked_one():
 
 
 def test_a_damaged_description_is_refused(tmp_path):
-    small = cut(random.masked(random.converted("resnet14", 0)))
-    file = tmp_path / "net.safetensors"
+    small, file = cut(random.masked(random.converted("resnet14", 0))), tmp_path / "net.safetensors"
+    whole = small.architecture
     for damage in ({"masks": {}}, {"masks": None}, {"fold_bn": True}, {"input_size": [3]}):
-        wrong = dict(small.architecture["compact"][0])
-        small_architecture = small.architecture
-        small.architecture = {**small_architecture, "compact": [{**wrong, **damage}]}
+        small.architecture = {**whole, "compact": [{**whole["compact"][0], **damage}]}
         afs.save(small, file)
-        small.architecture = small_architecture
         with pytest.raises(AFDSError, match="net.safetensors"):
             afs.load(file)
     file.write_bytes(file.read_bytes()[:1000])
@@ -275,31 +246,24 @@ def test_a_damaged_description_is_refused(tmp_path):
 
 
 def test_channel_operations_are_what_their_index_says():
-    x = torch.randn(2, 3, 4, 4)
-    index = torch.tensor([0, 2, 5])
-    wide = Spread(index, 6)(x)
+    index, places = torch.tensor([0, 2, 5]), torch.tensor([1, 2, 3, 5])
+    x, other, whole = (torch.randn(2, width, 4, 4) for width in (3, 4, 6))
+    wide, spread = Spread(index, 6)(x), Spread(places, 6)(other)
     assert torch.equal(Pick(index)(wide), x) and float(wide[:, [1, 3, 4]].abs().max()) == 0
-    other = torch.randn(2, 4, 4, 4)
-    places = torch.tensor([1, 2, 3, 5])
-    whole = torch.randn(2, 6, 4, 4)
-    assert torch.equal(Join(6, index, places)(x, other), wide + Spread(places, 6)(other))
-    assert torch.equal(Join(6, places, index)(other, x), wide + Spread(places, 6)(other))
-    assert torch.equal(Join(6, index, None)(x, whole), whole + wide)
-    assert torch.equal(Join(6, None, index)(whole, x), whole + wide)
+    for join, pair, wanted in (
+        ((index, places), (x, other), wide + spread), ((places, index), (other, x), wide + spread),
+        ((index, None), (x, whole), whole + wide), ((None, index), (whole, x), whole + wide),
+    ):  # fmt: skip
+        assert torch.equal(Join(6, *join)(*pair), wanted)
 
 
 def test_a_grouped_convolution_loses_what_each_group_lost():
-    torch.manual_seed(0)
     conv = nn.Conv2d(12, 8, 3, groups=4, padding=1).double()
-    from afdslib.afs.compact import _cut
-
     inputs, outputs = torch.tensor([0, 1, 3, 9]), torch.tensor([0, 1, 2, 4, 6])  # group 2 has no input any more
     small = _cut(conv, inputs, outputs)
     assert isinstance(small, GroupedConv2d) and small.conv.groups == 4 and small.conv.in_channels == 8
-    x = torch.randn(2, 12, 5, 5, dtype=torch.float64)
-    gone = torch.ones(12, dtype=torch.bool)
-    gone[inputs] = False
-    x[:, gone] = 0
+    x = torch.zeros(2, 12, 5, 5, dtype=torch.float64)
+    x[:, inputs] = torch.randn(2, 4, 5, 5, dtype=torch.float64)
     assert torch.allclose(small(x[:, inputs]), conv(x)[:, outputs], atol=1e-12)
 
 
@@ -309,24 +273,21 @@ class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.a, self.bn_a = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.b, self.bn_b = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.fc = nn.Linear(8, 5)
+        self.b, self.bn_b, self.fc = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Linear(8, 5)
 
     def forward(self, x):
         x = self.bn_a(self.a(x)).relu()
-        x = (x + self.bn_b(self.b(x))).relu()
-        return self.fc(x.mean((2, 3)))
+        return self.fc((x + self.bn_b(self.b(x))).relu().mean((2, 3)))
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compact_networks_compile(backend):
+def test_compact_networks_compile():
     torch.manual_seed(0)
     model = random.gated(afs.convert(random.randomised(Block(), zeros=False)), 12)
     model.a.m[0], model.a.s[1], model.b.m[:3] = 0, 0, 0
     afs.set_density(model, 0.4)
     small = compact(model, input_size=(3, 12, 12))
     assert {"Join", "CutConvBN"} <= kinds(small)
-    compiled = torch.compile(small, backend=backend)
+    compiled = torch.compile(small, backend="aot_eager")
     with torch.no_grad():
         for count in (1, 3):
             images = random.images(12, count)

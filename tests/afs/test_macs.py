@@ -11,22 +11,13 @@ from afdslib.afs import macs
 from afdslib.base.errors import AFDSError
 from afdslib.base.hooks import kept
 
-WEIGHTS = {
-    f"resnet{n}": getattr(torchvision.models, f"ResNet{n}_Weights").IMAGENET1K_V1 for n in (18, 34, 50, 101, 152)
-}
 
-
-@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
 def test_dense_counts_equal_torchvision_metadata(name):
-    counted = macs.count(backbones.build(name, 1000), (3, 224, 224)).total
-    printed = WEIGHTS[name].meta["_ops"]
+    with torch.device("meta"):
+        counted = macs.count(backbones.build(name, 1000), (3, 224, 224)).total
+    printed = torchvision.models.get_model_weights(name).IMAGENET1K_V1.meta["_ops"]
     assert f"{counted / 1e9:.3f}" == f"{printed:.3f}"
-
-
-def test_gates_do_not_change_the_dense_count():
-    model = backbones.build("resnet14", 4, stem="cifar", width=0.25)
-    dense, gated = macs.count(model, (3, 16, 16)), macs.count(afs.convert(model), (3, 16, 16))
-    assert gated == dense and sum(gated.by_layer.values()) == gated.total
 
 
 class Tiny(nn.Module):
@@ -69,40 +60,6 @@ def brute_force(model: nn.Module, image: torch.Tensor) -> tuple[float, float]:
     return total, predictors
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_gated_count_is_the_mean_of_what_each_image_costs_with_its_channels_removed(seed):
-    torch.manual_seed(seed)
-    model = afs.convert(Tiny()).eval()
-    afs.set_density(model, 0.6)
-    for layer in afs.layers(model).values():
-        nn.init.normal_(layer.predictor.weight, std=3)
-        nn.init.normal_(layer.predictor.bias, 0.1)
-        layer.m[torch.randint(0, layer.m.numel(), (1,))] = 0
-        layer.s[torch.randint(0, layer.m.numel(), (2,))] = 0
-    images = torch.randn(9, 3, 8, 8) + torch.randn(9, 3, 1, 1)
-    singles = [brute_force(model, image[None]) for image in images]
-    measured = macs.expected(model, [(images[:4], None), (images[4:], None)])
-    predictors = sum(p for _, p in singles) / 9
-    assert measured.predictors == pytest.approx(predictors)
-    assert measured.total == pytest.approx(sum(t for t, _ in singles) / 9 + predictors)
-    assert len({t for t, _ in singles}) > 1  # the images do cost differently
-
-
-def test_the_mean_is_of_products_not_the_product_of_means():
-    torch.manual_seed(0)
-    model = afs.convert(Tiny()).eval()
-    for layer in (model.stem, model.a):
-        with torch.no_grad():
-            layer.predictor.weight.zero_()
-            layer.predictor.weight[:, 0] = 10.0  # all channels on or off with the sign of the first input's mean
-            layer.predictor.bias.zero_()
-    images = torch.zeros(2, 3, 8, 8)
-    images[0, 0], images[1, 0] = 1.0, -1.0
-    one, other = (macs.expected(model, [(image[None], None)]).by_layer["a"] for image in images)
-    assert one > 0 and other == 0
-    assert macs.expected(model, [(images, None)]).by_layer["a"] == pytest.approx((one + other) / 2)
-
-
 def test_an_ungated_addend_makes_the_whole_stream_active():
     model = afs.convert(backbones.build("resnet14", 4, stem="cifar", width=0.25), gates="blocks").eval()
     for name, layer in afs.layers(model).items():
@@ -114,27 +71,26 @@ def test_an_ungated_addend_makes_the_whole_stream_active():
     assert measured.by_layer["layer2.0.conv3"] == dense.by_layer["layer2.0.conv3"] / 128
 
 
-def test_plain_network_costs_its_dense_count():
+def test_gates_do_not_change_the_dense_count_which_a_plain_network_costs_and_an_empty_loader_is_refused():
     model = backbones.build("resnet14", 4, stem="cifar", width=0.25)
+    dense, gated = macs.count(model, (3, 16, 16)), macs.count(afs.convert(model), (3, 16, 16))
+    assert gated == dense and sum(gated.by_layer.values()) == gated.total
     measured = macs.expected(model, [(torch.randn(2, 3, 16, 16), None)])
-    assert measured.total == macs.count(model, (3, 16, 16)).total and measured.predictors == 0
+    assert measured.total == dense.total and measured.predictors == 0
     assert model.training  # the mode is restored
+    with pytest.raises(AFDSError, match="empty"):
+        macs.expected(model, [])
+    with pytest.raises(AFDSError, match="input_size"):
+        macs.count(model, (3, 32))
 
 
 def test_grouped_convolutions_count_pairs_within_groups():
-    model = afs.convert(backbones.build("mobilenet_v2", 4)).eval()
+    model = afs.convert(backbones.build("mobilenet_v2", 4, width=0.25)).eval()
     layer = afs.layers(model)["features.1.conv.0.0"]
-    layer.m[:10] = 0
+    layer.m[:3] = 0
     measured = macs.expected(model, [(torch.randn(1, 3, 32, 32), None)])
     dense = macs.count(model, (3, 32, 32))
-    assert measured.by_layer["features.1.conv.0.0"] == dense.by_layer["features.1.conv.0.0"] * 22 / 32
-
-
-def test_an_empty_loader_is_refused():
-    with pytest.raises(AFDSError, match="empty"):
-        macs.expected(backbones.build("resnet14", 4, stem="cifar", width=0.25), [])
-    with pytest.raises(AFDSError, match="input_size"):
-        macs.count(nn.Linear(2, 2), (3, 32))
+    assert measured.by_layer["features.1.conv.0.0"] == dense.by_layer["features.1.conv.0.0"] * 5 / 8
 
 
 def test_parameters_are_those_of_the_network_with_its_removed_channels_cut_out():

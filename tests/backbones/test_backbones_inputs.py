@@ -20,7 +20,7 @@ def test_the_statistics_are_those_of_the_recipes():
 
 
 @pytest.mark.parametrize("given, wanted", [(RAW, IMAGENET), (IMAGENET, RAW), (IMAGENET, IMAGENET)])
-def test_a_converted_network_sees_what_it_expects(given, wanted):
+def test_a_network_sees_what_it_expects_if_converted_or_inside_the_block(given, wanted):
     pixels = torch.rand(2, 3, 32, 32, dtype=torch.float64) * 255
 
     def normalised(statistics):
@@ -30,6 +30,10 @@ def test_a_converted_network_sees_what_it_expects(given, wanted):
     torch.manual_seed(0)
     model = backbones.build("resnet18", 3, width=1 / 16).double().eval()
     expected = model(normalised(wanted))
+    set_input(model, wanted)
+    with fed(model, given):
+        torch.testing.assert_close(model(normalised(given)), expected)
+    assert torch.allclose(model(normalised(given)), expected) == (given == wanted)
     names = set(model.state_dict())
     converted = expect(model, given, wanted)
     torch.testing.assert_close(converted(normalised(given)), expected)
@@ -53,16 +57,3 @@ def test_a_file_says_what_its_network_was_trained_on_only_if_that_is_unusual(tmp
     afs.save(model, tmp_path / "odd.safetensors")
     with pytest.raises(AFDSError, match="the network's input is .* mean and deviation of three colours"):
         afs.load(tmp_path / "odd.safetensors")
-
-
-def test_a_network_is_fed_what_it_expects_inside_the_block_only():
-    torch.manual_seed(0)
-    model = backbones.build("resnet18", 3, width=1 / 16).double().eval()
-    set_input(model, RAW)
-    pixels = torch.rand(2, 3, 32, 32, dtype=torch.float64) * 255
-    mean, deviation = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in vars(IMAGENET).values())
-    usual = (pixels - mean) / deviation
-    with fed(model, IMAGENET):
-        inside = model(usual)
-    torch.testing.assert_close(inside, model(pixels))
-    assert not torch.allclose(model(usual), inside)

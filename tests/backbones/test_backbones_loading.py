@@ -20,80 +20,19 @@ def _tiny(classes=3, seed=0):
     return backbones.build(num_classes=classes, **TINY)
 
 
-@pytest.fixture
-def saved(tmp_path):
-    """The state of a network of three classes, in both file kinds."""
+def test_a_state_dict_is_loaded_without_a_classifier_of_other_classes_and_nothing_else(tmp_path):
     state = _tiny().state_dict()
     safetensors.torch.save_file(state, tmp_path / "net.safetensors")
     torch.save(state, tmp_path / "net.pt")
-    return tmp_path
-
-
-@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-def test_a_state_dict_is_loaded(saved, suffix):
-    model = backbones.build(num_classes=3, weights=saved / f"net{suffix}", **TINY)
-    assert all(torch.equal(v, model.state_dict()[n]) for n, v in _tiny().state_dict().items())
-
-
-def test_a_classifier_of_other_classes_is_left_out_and_nothing_else(saved):
+    for name in ("net.safetensors", "net.pt"):
+        model = backbones.build(num_classes=3, weights=tmp_path / name, **TINY)
+        assert all(torch.equal(v, model.state_dict()[n]) for n, v in state.items())
     torch.manual_seed(7)
-    model = backbones.build(num_classes=4, weights=str(saved / "net.pt"), **TINY)
-    torch.manual_seed(7)
-    fresh = backbones.build(num_classes=4, **TINY)
-    for name, value in model.state_dict().items():
-        wanted = fresh if name.startswith("fc.") else _tiny()
-        assert torch.equal(value, wanted.state_dict()[name])
+    model = backbones.build(num_classes=4, weights=str(tmp_path / "net.pt"), **TINY)
+    fresh = _tiny(4, seed=7)
+    for n, value in model.state_dict().items():
+        assert torch.equal(value, (fresh.state_dict() if n.startswith("fc.") else state)[n])
 
-
-def _changed(tmp_path, change):
-    state = {n: v.clone() for n, v in _tiny().state_dict().items()}
-    change(state)
-    safetensors.torch.save_file(state, tmp_path / "changed.safetensors")
-    return tmp_path / "changed.safetensors"
-
-
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        (lambda s: s.pop("layer1.0.conv1.weight"), "lacks layer1.0.conv1.weight"),
-        (lambda s: s.pop("fc.bias"), "lacks fc.bias"),
-        (lambda s: s.update({"layer9.weight": torch.zeros(1)}), "holds the foreign layer9.weight"),
-        (lambda s: s.update({"conv1.weight": torch.zeros(5, 3, 3, 3)}), "shape (5, 3, 3, 3) for conv1.weight"),
-        (lambda s: s.update({"fc.weight": torch.zeros(3, 5)}), "shape (3, 5) for fc.weight"),
-    ],
-)
-def test_weights_that_do_not_fit_are_one_sentence(tmp_path, change, words):
-    with pytest.raises(AFDSError) as caught:
-        backbones.build(num_classes=3, weights=_changed(tmp_path, change), **TINY)
-    assert words in str(caught.value) and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "name, content, words",
-    [
-        ("broken.safetensors", b"not a tensor file", "not a readable weight file"),
-        ("broken.pt", b"\x80\x02garbage", "not a readable weight file"),
-        ("empty.pt", b"", "not a readable weight file"),
-        ("net.bin", b"", "(.safetensors, .pt, .pth, .pth.tar, .ckpt)"),
-    ],
-)
-def test_damaged_files_are_one_sentence(tmp_path, name, content, words):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(AFDSError) as caught:
-        backbones.build(num_classes=3, weights=tmp_path / name, **TINY)
-    assert words in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_a_pickled_model_is_not_unpickled_and_named(tmp_path):
-    torch.save({"epoch": 3, "model": _tiny()}, tmp_path / "whole.pt")
-    with pytest.raises(
-        AFDSError, match="not a readable weight file: it pickles afdslib.*save model.state_dict"
-    ) as caught:
-        backbones.build(num_classes=3, weights=tmp_path / "whole.pt", **TINY)
-    assert "\n" not in str(caught.value)
-
-
-# files that people have
 
 OLD = {n: v for n, v in _tiny().state_dict().items() if not n.endswith("num_batches_tracked")}
 
@@ -130,28 +69,44 @@ def test_weight_files_that_people_have_are_loaded(tmp_path, name, suffix):
     assert all(int(v) == 0 for n, v in state.items() if n.endswith("num_batches_tracked"))
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (
-            {"state_dict": OLD, "state_dict_ema": AVERAGE},
-            "holds 2 networks, state_dict and state_dict_ema: save the one",
-        ),
-        (OLD | renamed(lambda n: f"module.{n}"), "with and without a wrapper's name"),
-        (renamed(lambda n: f"model.{n}") | renamed(lambda n: f"ema.{n}", AVERAGE), "under 'model' and 'ema'"),
-        ({"student": OLD, "teacher": OLD, "epoch": 1}, "but epoch, student, teacher: save model.state_dict() alone"),
-        ([torch.ones(2)], "but a list"),
-        (
-            renamed(lambda n: f"model.{n}", {n: v for n, v in OLD.items() if n != "conv1.weight"}),
-            "lacks conv1.weight: ",
-        ),
-    ],
-    ids=["average", "twice", "prefixes", "unknown places", "list", "missing"],
-)
-def test_what_is_ambiguous_or_missing_is_named(tmp_path, content, words):
-    torch.save(content, tmp_path / "net.pt")
+def changed(**change) -> dict:
+    """The state with tensors changed, or left out where they are None; `_` in a name stands for a dot."""
+    return {n: v for n, v in (OLD | {n.replace("_", "."): v for n, v in change.items()}).items() if v is not None}
+
+
+REFUSED = {
+    "average": ({"state_dict": OLD, "state_dict_ema": AVERAGE}, "holds 2 networks, state_dict and state_dict_ema: "),
+    "twice": (OLD | renamed(lambda n: f"module.{n}"), "with and without a wrapper's name"),
+    "prefixes": (renamed(lambda n: f"model.{n}") | renamed(lambda n: f"ema.{n}", AVERAGE), "under 'model' and 'ema'"),
+    "places": ({"student": OLD, "teacher": OLD, "epoch": 1}, "but epoch, student, teacher: save model.state_dict"),
+    "list": ([torch.ones(2)], "but a list"),
+    "missing": (renamed(lambda n: f"model.{n}", changed(conv1_weight=None)), "lacks conv1.weight: "),
+    "classifier": (changed(fc_bias=None), "lacks fc.bias"),
+    "foreign": (changed(layer9_weight=torch.zeros(1)), "holds the foreign layer9.weight"),
+    "shape": (changed(conv1_weight=torch.zeros(5, 3, 3, 3)), "shape (5, 3, 3, 3) for conv1.weight"),
+    "width": (changed(fc_weight=torch.zeros(3, 5)), "shape (3, 5) for fc.weight"),
+    "pickled": ({"epoch": 3, "model": _tiny()}, "not a readable weight file: it pickles afdslib"),
+    "garbage": (b"\x80\x02garbage", "not a readable weight file"), "empty": (b"", "not a readable weight file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_damaged_ambiguous_or_does_not_fit_is_one_sentence(tmp_path, name):
+    content, words = REFUSED[name]
+    if isinstance(content, bytes):
+        (tmp_path / "net.pt").write_bytes(content)
+    else:
+        torch.save(content, tmp_path / "net.pt")
     with pytest.raises(AFDSError) as caught:
         backbones.build(num_classes=3, weights=tmp_path / "net.pt", **TINY)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name, words", [("net.safetensors", "not a readable weight file"), ("net.bin", ".pth.tar, ")])
+def test_files_of_other_kinds_are_one_sentence(tmp_path, name, words):
+    (tmp_path / name).write_bytes(b"not a tensor file")
+    with pytest.raises(AFDSError) as caught:
+        backbones.build(num_classes=3, weights=tmp_path / name, **TINY)
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 

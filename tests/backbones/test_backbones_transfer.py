@@ -1,6 +1,5 @@
 """The networks of the attention-transfer and neuron-selectivity studies, against their published sizes."""
 
-import pytest
 import torch
 from torch import nn
 
@@ -15,11 +14,15 @@ def _outputs(model, names, images):
     return outputs
 
 
-@pytest.mark.parametrize("name, millions", [("wrn-16-1", 0.2), ("wrn-16-2", 0.7), ("wrn-40-1", 0.6), ("wrn-40-2", 2.2)])
-def test_wide_resnets_have_the_published_number_of_parameters(name, millions):
+def test_wide_resnets_have_the_published_number_of_parameters_and_resnet18_preact_opens_without_norm():
+    for name, millions in (("wrn-16-1", 0.2), ("wrn-16-2", 0.7), ("wrn-40-1", 0.6), ("wrn-40-2", 2.2)):
+        with torch.device("meta"):
+            model = backbones.build(name, 10)
+        assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == millions
     with torch.device("meta"):
-        model = backbones.build(name, 10)
-    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == millions
+        model = backbones.build("resnet18_preact", 1000)
+    assert isinstance(model.layer1[0].bn1, nn.Identity) and isinstance(model.layer1[1].bn1, nn.BatchNorm2d)
+    assert model.layer1[0].downsample is None and model.layer2[0].downsample is not None
 
 
 def test_wide_resnet_groups_are_pre_activation_sums_and_hooks_see_them_unchanged():
@@ -67,18 +70,13 @@ def test_inception_bn_has_the_documented_channels_at_224():
     }  # fmt: skip
 
 
-def test_inception_bn_can_be_tapped_before_the_last_relu_and_the_tap_stays_negative():
+def test_inception_bn_can_be_tapped_before_the_last_relu_and_needs_no_mean_and_deviation_of_the_data():
     torch.manual_seed(0)
     model = backbones.build("inception_bn", 4, stem="cifar", width=1 / 16).eval()
     outputs = _outputs(model, ["in5b.before_relu", "in5b"], torch.randn(2, 3, 32, 32))
     before = outputs["in5b.before_relu"]
-    assert before.shape == (2, 64, 4, 4) and (before < 0).any()
-    assert torch.equal(before.relu(), outputs["in5b"])
-
-
-def test_inception_bn_needs_no_mean_and_deviation_of_the_data():
-    torch.manual_seed(0)
-    model = backbones.build("inception_bn", 4, stem="cifar", width=1 / 16).double().train()
+    assert before.shape == (2, 64, 4, 4) and (before < 0).any() and torch.equal(before.relu(), outputs["in5b"])
+    model.double().train()
     images = torch.rand(4, 3, 16, 16, dtype=torch.float64)
     mean, deviation = (torch.tensor(v).view(1, 3, 1, 1) for v in ([123.7, 116.3, 103.5], [58.4, 57.1, 57.4]))
     raw = model(255 * images)
@@ -100,10 +98,3 @@ def test_the_modified_resnet50_has_a_deep_stem_and_3x3_shortcuts_where_it_halves
     assert model.layer2[0].conv1.stride == (1, 1) and model.layer2[0].conv2.stride == (2, 2)
     same = [n for n in plain.state_dict() if "conv1." not in n and "downsample" not in n and not n.startswith("bn1.")]
     assert all(model.state_dict()[n].shape == plain.state_dict()[n].shape for n in same if not n.startswith("conv1"))
-
-
-def test_pre_activation_resnet_opens_its_first_block_without_norm():
-    with torch.device("meta"):
-        model = backbones.build("resnet18_preact", 1000)
-    assert isinstance(model.layer1[0].bn1, nn.Identity) and isinstance(model.layer1[1].bn1, nn.BatchNorm2d)
-    assert model.layer1[0].downsample is None and model.layer2[0].downsample is not None

@@ -60,15 +60,6 @@ class Maker:
 
 
 @pytest.fixture
-def home(tmp_path, monkeypatch) -> Path:
-    """An empty project home, so that nothing is read from or written to the checkout."""
-    folder = tmp_path / "home"
-    folder.mkdir()
-    monkeypatch.setenv("AFDS_HOME", str(folder))
-    return folder
-
-
-@pytest.fixture
 def make(tmp_path) -> Maker:
     return Maker(tmp_path / "made")
 

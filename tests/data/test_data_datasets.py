@@ -40,14 +40,15 @@ def test_an_item_is_a_normalised_float_image_and_an_int_of_the_chosen_row():
         ds[2]
 
 
-@pytest.mark.parametrize("flip", [True, False])
-def test_augmentation_is_a_pad_4_crop_and_flip_of_the_image(flip):
-    pixels, ds = _array(True, count=64, flip=flip)
-    seen = set()
+@pytest.mark.parametrize("flip, reflect", [(True, False), (False, False), (False, True)])
+def test_augmentation_is_a_pad_4_crop_and_flip_of_the_image(flip, reflect):
+    pixels, ds = _array(True, count=64, flip=flip, reflect=reflect)
+    mode, seen = "reflect" if reflect else "constant", set()
     for i in range(64):
-        image, padded = ds[i][0], torch.nn.functional.pad(_normalise(pixels[i : i + 1]), (4,) * 4)[0]
+        image, padded = ds[i][0], torch.nn.functional.pad(_normalise(pixels[i : i + 1]), (4,) * 4, mode=mode)[0]
         windows = padded.unfold(1, 8, 1).unfold(2, 8, 1).permute(1, 2, 0, 3, 4)  # (9, 9, 3, 8, 8)
-        matches = [(windows.flip(-1) if m else windows).eq(image).all((2, 3, 4)).nonzero() for m in (False, True)]
+        kinds = (False,) if reflect else (False, True)  # a mirrored window of a mirrored edge may be another window
+        matches = [(windows.flip(-1) if m else windows).eq(image).all((2, 3, 4)).nonzero() for m in kinds]
         (match,) = [(int(top), int(left), bool(m)) for m, found in enumerate(matches) for top, left in found]
         seen.add(match)
     assert {mirrored for *_, mirrored in seen} == {False, flip}
@@ -78,45 +79,41 @@ def test_sharpness_adds_detail_by_an_amount_of_seed_epoch_and_index():
 
 def test_a_border_level_pads_with_that_grey():
     black = np.zeros((32, 8, 8, 3), np.uint8)
-    ds = ArrayImages(black, np.arange(32), np.zeros(32), CLASSES, augment=True, border=0)
-    images, _ = ds.__getitems__(range(32))
-    assert torch.allclose(images, _normalise(black), atol=1e-6)
-    mean = ArrayImages(black, np.arange(32), np.zeros(32), CLASSES, augment=True)
-    assert (mean.__getitems__(range(32))[0] == 0).any()
+    for options, stays in (({"border": 0}, True), ({}, False)):
+        ds = ArrayImages(black, np.arange(32), np.zeros(32), CLASSES, augment=True, **options)
+        assert torch.allclose(ds.__getitems__(range(32))[0], _normalise(black), atol=1e-6) == stays
 
 
 @pytest.mark.parametrize("kind", ["array", "files"])
 def test_augmentation_depends_on_seed_epoch_and_index_only(kind):
-    def make(seed):
-        return _array(True, seed=seed)[1] if kind == "array" else _files(True, seed=seed)
+    def make(seed, epoch):
+        ds = _array(True, seed=seed)[1] if kind == "array" else _files(True, seed=seed)
+        ds.set_epoch(1)
+        ds.set_epoch(epoch)
+        return ds
 
-    one, other = make(5), make(5)
-    one.set_epoch(3)
-    other.set_epoch(1)
-    other.set_epoch(3)
-    batch, _ = one.__getitems__([4, 0, 2])
-    assert torch.equal(batch[0], other[4][0]) and torch.equal(batch[1], other[0][0])
-    other.set_epoch(4)
-    assert not torch.equal(batch, other.__getitems__([4, 0, 2])[0])
-    different = make(6)
-    different.set_epoch(3)
-    assert not torch.equal(batch, different.__getitems__([4, 0, 2])[0])
+    batch, _ = make(5, 3).__getitems__([4, 0, 2])
+    assert torch.equal(batch[0], make(5, 3)[4][0]) and torch.equal(batch[1], make(5, 3)[0][0])
+    for other in (make(5, 4), make(6, 3)):
+        assert not torch.equal(batch, other.__getitems__([4, 0, 2])[0])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_are_the_same_with_any_number_of_workers(workers):
-    _, ds = _array(True)
+def test_batches_are_the_same_with_any_number_of_workers_and_a_memory_mapped_set_is_pickled_by_path(workers, tmp_path):
+    np.save(tmp_path / "i.npy", _pixels(500))
+    mapped = np.load(tmp_path / "i.npy", mmap_mode="r")
+    ds = ArrayImages(mapped, np.arange(10), np.arange(10) % 2, CLASSES, augment=True)
+    assert len(pickle.dumps(ds)) < 20_000
     ds.set_epoch(2)
     order = [7, 1, 0, 9, 3, 2, 8, 6, 5, 4]
     batches = [order[:4], order[4:8], order[8:]]
     loaded = list(DataLoader(ds, batch_sampler=batches, collate_fn=data.collate, num_workers=workers))
     images, targets = torch.cat([x for x, _ in loaded]), torch.cat([y for _, y in loaded])
-    expected, labels = ds.__getitems__(order)
-    assert torch.equal(images, expected) and torch.equal(targets, labels)
-    assert targets.dtype == torch.int64
+    expected, labels = pickle.loads(pickle.dumps(ds)).__getitems__(order)
+    assert torch.equal(images, expected) and torch.equal(targets, labels) and targets.dtype == torch.int64
 
 
-def test_loader_keeps_the_order_and_the_last_batch_and_collate_takes_pairs_too():
+def test_loader_keeps_the_order_and_the_last_batch_collate_takes_pairs_too_and_bad_sizes_are_refused():
     _, ds = _array(False)
     ds.set_epoch(9)  # changes nothing at test time
     batches = list(data.loader(ds, 4))
@@ -125,29 +122,15 @@ def test_loader_keeps_the_order_and_the_last_batch_and_collate_takes_pairs_too()
     assert [len(y) for _, y in data.loader(ds, 4, drop_last=True)] == [4, 4]
     images, targets = data.collate([ds[0], ds[1]])
     assert torch.equal(images, batches[0][0][:2]) and targets.tolist() == [0, 1]
-
-
-def test_loader_refuses_bad_sizes():
     for options in ({"batch_size": 0}, {"batch_size": 2.0}, {"batch_size": 4, "workers": -1}):
         with pytest.raises(AFDSError):
-            data.loader(_array(False)[1], **options)
+            data.loader(ds, **options)
 
 
-def test_a_memory_mapped_set_is_pickled_by_path(tmp_path):
-    np.save(tmp_path / "i.npy", _pixels(500))
-    ds = ArrayImages(np.load(tmp_path / "i.npy", mmap_mode="r"), np.arange(5), np.zeros(5), CLASSES, augment=True)
-    content = pickle.dumps(ds)
-    assert len(content) < 20_000
-    assert torch.equal(pickle.loads(content)[2][0], ds[2][0])
-
-
-def test_large_images_are_resized_to_256_of_224_and_cropped():
+def test_large_images_are_resized_to_256_of_224_and_random_crops_stay_inside_and_move():
     ds = _files(False)
     assert ds.shorter == 37 and ds[0][0].shape == (3, 32, 32) and ds.raw(0).shape == (32, 32, 3)
     assert torch.equal(ds[0][0], _normalise(ds.raw(0)[None])[0])
-
-
-def test_random_crops_of_large_images_stay_inside_and_move():
     pixels = np.broadcast_to(np.arange(37, dtype=np.uint8)[None, :, None, None] * 3, (200, 37, 37, 3)).copy()
     ds = FileImages(Files(Path(), (), pixels), np.arange(200), np.zeros(200), CLASSES, size=32, augment=True)
     images, _ = ds.__getitems__(range(200))

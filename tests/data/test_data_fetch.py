@@ -62,21 +62,19 @@ def test_without_a_download_one_sentence_says_what_to_fetch_and_where_to_put_it(
         assert (f"{remote.size:,}" if remote.size else "size unknown") in text
 
 
-def test_no_network_and_a_refusing_server_are_the_same_sentence(home, remote, server):
+def test_no_network_and_a_refusing_server_are_the_same_sentence_and_a_wrong_checksum_is_not_kept(
+    home, remote, server, archive
+):
     for address, words in (("http://127.0.0.1:9", "its download failed"), (server[1], "HTTPError")):
         remote(f"{address}/{NAME}.tar")
         with pytest.raises(AFDSError, match=words) as error:
             data.load(NAME)
         assert f"{address}/{NAME}.tar" in str(error.value) and "\n" not in str(error.value)
-        assert not (home / f"data/raw/{NAME}/{NAME}.tar").exists()
-
-
-def test_a_download_with_the_wrong_checksum_is_not_kept(home, remote, server, archive):
     (server[0] / archive.name).write_bytes(archive.read_bytes()[:-512])
     remote(f"{server[1]}/{archive.name}", size=None)
     with pytest.raises(AFDSError, match="checksum"):
         data.load(NAME)
-    assert not (home / "data/raw" / NAME / archive.name).exists()
+    assert not (home / f"data/raw/{NAME}/{NAME}.tar").exists()
 
 
 def test_a_root_that_is_read_only_gets_nothing_written(home, archive, remote):
@@ -132,15 +130,12 @@ def test_an_unknown_checksum_is_pinned_at_the_first_good_use_and_held_to(home, a
         data.load(NAME, archive.parent)
 
 
-def test_the_callers_folder_comes_first_and_must_exist(home, tmp_path):
+def test_the_callers_folder_comes_first_and_must_exist_and_a_digest_follows_a_changed_file(home, tmp_path):
     (home / "data" / "raw" / "x").mkdir(parents=True)
     (tmp_path / "own").mkdir()
     assert fetch.places("x", tmp_path / "own") == [tmp_path / "own", home / "data/raw/x", home / "data/raw"]
     with pytest.raises(AFDSError, match="does not exist"):
         data.load(NAME, tmp_path / "nowhere")
-
-
-def test_a_digest_follows_a_changed_file(home, tmp_path):
     (file := tmp_path / "f").write_bytes(b"one")
     assert (first := digest(file)) == digest(file)
     file.write_bytes(b"other")
@@ -166,12 +161,22 @@ def test_a_tar_is_extracted_completely_and_a_truncated_one_refused(home, make, t
         _refused(archive, tmp_path / "other", "truncated or damaged")
 
 
-def test_a_zip_is_extracted_completely_and_a_damaged_one_refused(home, tmp_path):
+def test_a_zip_is_extracted_completely_and_a_damaged_one_or_one_that_would_fill_the_disk_refused(
+    home, tmp_path, make, monkeypatch
+):
     with zipfile.ZipFile(tmp_path / "t.zip", "w") as file:
         file.writestr("a/a.txt", "hello " * 50)
     assert (extract((tmp_path / "t.zip",), tmp_path / "out") / "a/a.txt").read_text() == "hello " * 50
     (tmp_path / "t.zip").write_bytes((tmp_path / "t.zip").read_bytes().replace(b"hello hello", b"hellO hello", 1))
     _refused(tmp_path / "t.zip", tmp_path / "other", "damaged")
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("1.png", bytes(3_000_000))
+    (tmp_path / "big").mkdir()
+    (tmp_path / "big" / "1.png").write_bytes(bytes(3_000_000))
+    make.tar(tmp_path / "bomb.tar.gz", tmp_path / "big", mode="w:gz")
+    monkeypatch.setattr(fetch, "ALLOWED", 1_000_000)
+    for name in ("bomb.zip", "bomb.tar.gz"):
+        _refused(tmp_path / name, tmp_path / "other", f"{name} grows to more than 3,000,000 bytes in 1 entries")
 
 
 @pytest.mark.parametrize(
@@ -192,19 +197,14 @@ def test_a_tar_entry_that_leads_outside_is_refused_and_nothing_is_left(home, mak
     assert {p.name for p in left} <= {"deep", "out.lock"} and not os.path.exists("/tmp/afds-escaped.txt")
 
 
-def test_a_link_that_was_planted_to_lead_later_entries_outside_is_refused(home, tmp_path):
+def test_a_planted_link_and_a_zip_entry_that_lead_outside_are_refused(home, tmp_path):
     with tarfile.open(tmp_path / "evil.tar", "w") as tar:
-        link = tarfile.TarInfo("door")
-        link.type, link.linkname = tarfile.SYMTYPE, ".."
+        link, info = tarfile.TarInfo("door"), tarfile.TarInfo("door/escaped.txt")
+        link.type, link.linkname, info.size = tarfile.SYMTYPE, "..", 3
         tar.addfile(link)
-        info = tarfile.TarInfo("door/escaped.txt")
-        info.size = 3
         tar.addfile(info, io.BytesIO(b"bad"))
     _refused(tmp_path / "evil.tar", tmp_path / "deep" / "out", "door")
     assert not list(tmp_path.rglob("escaped.txt"))
-
-
-def test_a_zip_entry_that_leads_outside_is_refused(home, tmp_path):
     for name in ("../escaped.txt", "/tmp/afds-escaped.txt", "a\\..\\..\\escaped.txt", "C:/escaped.txt", "link"):
         with zipfile.ZipFile(tmp_path / "evil.zip", "w") as file:
             file.writestr("good.txt", "good")
@@ -212,17 +212,6 @@ def test_a_zip_entry_that_leads_outside_is_refused(home, tmp_path):
             info.external_attr = (stat.S_IFLNK | 0o777) << 16 if name == "link" else 0
             file.writestr(info, "/etc/passwd")
         _refused(tmp_path / "evil.zip", tmp_path / "out", "outside")
-
-
-def test_an_archive_that_would_fill_the_disk_is_refused(home, tmp_path, make, monkeypatch):
-    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as file:
-        file.writestr("1.png", bytes(3_000_000))
-    (tmp_path / "big").mkdir()
-    (tmp_path / "big" / "1.png").write_bytes(bytes(3_000_000))
-    make.tar(tmp_path / "bomb.tar.gz", tmp_path / "big", mode="w:gz")
-    monkeypatch.setattr(fetch, "ALLOWED", 1_000_000)
-    for name in ("bomb.zip", "bomb.tar.gz"):
-        _refused(tmp_path / name, tmp_path / "out", f"{name} grows to more than 3,000,000 bytes in 1 entries")
 
 
 def test_several_threads_extract_once_and_replace_a_half_made_folder(home, make, tmp_path, monkeypatch):

@@ -64,12 +64,7 @@ def test_the_scale_is_that_of_the_kind_of_file_whatever_an_image_holds_or_it_is_
         saved(Image.fromarray(np.full((4, 4), 200, np.float32)), "x.tif")
 
 
-def test_a_damaged_exif_block_does_not_lose_the_picture(saved, monkeypatch):
-    monkeypatch.setattr(Image.Image, "getexif", lambda self: (_ for _ in ()).throw(SyntaxError("damaged")))
-    assert saved(picture(0), "x.jpg").shape == (16, 20, 3)
-
-
-def test_a_corrupt_image_is_named_in_one_sentence(tmp_path):
+def test_a_corrupt_image_is_named_in_one_sentence_and_a_damaged_exif_block_loses_none(saved, tmp_path, monkeypatch):
     path, buffer = tmp_path / "broken.jpg", io.BytesIO()
     picture(0, 64, 64).save(buffer, "JPEG")
     for content in (b"", b"no image at all", buffer.getvalue()[: len(buffer.getvalue()) // 2]):
@@ -77,15 +72,14 @@ def test_a_corrupt_image_is_named_in_one_sentence(tmp_path):
         with pytest.raises(CorruptImageError) as error:
             read_rgb(path)
         assert str(path) in str(error.value) and "\n" not in str(error.value)
+    monkeypatch.setattr(Image.Image, "getexif", lambda self: (_ for _ in ()).throw(SyntaxError("damaged")))
+    assert saved(picture(0), "x.jpg").shape == (16, 20, 3)
 
 
-def test_test_time_geometry_equals_torchvisions():
+def test_test_time_geometry_and_normalisation_equal_torchvisions():
     transform = v2.Compose([v2.Resize(256, antialias=True), v2.CenterCrop(224)])
     for image in (picture(1, *sides) for sides in ((300, 200), (201, 333), (256, 256), (90, 120))):
         assert np.array_equal(resized_to(image, 224, shorter=256), np.asarray(transform(image)))
-
-
-def test_normalisation_equals_torchvisions():
     pixels = np.random.RandomState(2).randint(0, 256, (2, 5, 7, 3), dtype=np.uint8)
     tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
     reference = v2.functional.normalize(tensor, list(images.MEAN), list(images.STD))

@@ -129,6 +129,9 @@ def test_a_set_is_downloaded_found_again_and_used_extracted(home, make, root, mo
     for split in (splits.train, splits.validation, splits.test):
         for row, target in zip(split._rows, split.targets, strict=True):
             assert classes[target] in split._source.relative[row]
+    if name == "stanford-dogs":  # by its official list
+        test = splits.test
+        assert all(int(test._source.relative[r].rsplit("_", 1)[1][:-4]) >= 12 for r in test._rows)
 
     for file in [file for file in raw.iterdir() if file.is_file()]:
         if fetch.is_archive(file):
@@ -142,19 +145,11 @@ def test_a_set_is_downloaded_found_again_and_used_extracted(home, make, root, mo
     assert not raw.exists()
 
 
-def test_the_official_test_list_of_stanford_dogs_is_the_test_part(home, make, root, monkeypatch):
-    stanford_dogs(make, root)
-    _use(monkeypatch, "stanford-dogs", root)
-    test = data.load("stanford-dogs", root).test
-    assert all(int(test._source.relative[r].rsplit("_", 1)[1][:-4]) >= 12 for r in test._rows)
-
-
 def test_caltech_256_fits_n_images_and_keeps_one_test_set(home, make, root, monkeypatch):
     caltech_256(make, root)
     _use(monkeypatch, "caltech-256", root)
     one, other = (data.load("caltech-256", root, per_class=8, seed=s, size=32) for s in (0, 1))
-    assert _lengths(one) == (16, 10, 40)
-    assert np.array_equal(one.test._rows, other.test._rows)
+    assert _lengths(one) == (16, 10, 40) and np.array_equal(one.test._rows, other.test._rows)
     assert not np.array_equal(one.train._rows, other.train._rows)
     with pytest.raises(AFDSError, match="'ak47' has 13 training images, fewer than per_class=30"):
         data.load("caltech-256", root, per_class=30, size=32)
@@ -216,10 +211,7 @@ def test_addresses_and_checksums_are_torchvisions_where_it_has_the_set():
     assert (cifar.url, cifar.checksum) == (CIFAR10.url, f"md5:{CIFAR10.tgz_md5}")
     source = inspect.getsource(Caltech256.download)
     assert caltech.url in source and caltech.checksum.removeprefix("md5:") in source
-
-
-def test_every_file_says_where_its_checksum_was_read():
     for remote in (remote for remotes in sources.FILES.values() for remote in remotes):
-        assert remote.source and (remote.url or remote.hint)
+        assert remote.source and (remote.url or remote.hint)  # it says where its checksum was read
         algorithm, value = (remote.checksum or f"md5:{32 * '0'}").split(":")
         assert len(value) == {"md5": 32, "sha256": 64}[algorithm]

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -61,51 +60,35 @@ def test_an_augmented_image_depends_on_seed_epoch_and_index_alone(name):
     assert not torch.equal(images(augmentation=AUGMENTATIONS[name], seed=4)[4][0], together[0])
 
 
-def test_boxes_stay_inside_and_within_their_ranges():
+def test_boxes_stay_inside_and_within_their_ranges_and_are_drawn_like_torchvisions():
+    """The two distributions, by their means and deviations over many draws."""
     random, chosen = np.random.RandomState(0), AUGMENTATIONS["inception"]
-    areas, ratios = [], []
-    for _ in range(4000):
-        top, left, height, width = random_box(400, 300, chosen, random)
-        assert 0 <= top <= 300 - height and 0 <= left <= 400 - width
-        areas.append(height * width / 120_000)
-        ratios.append(width / height)
+    boxes = np.array([random_box(400, 300, chosen, random) for _ in range(4000)])
+    top, left, height, width = boxes.T
+    assert ((0 <= top) & (top <= 300 - height) & (0 <= left) & (left <= 400 - width)).all()
+    areas, ratios = height * width / 120_000, width / height
     assert 0.078 < min(areas) < 0.1 and 0.9 < max(areas) <= 1
     assert 0.74 < min(ratios) < 0.77 and 1.3 < max(ratios) < 1.35
-    assert abs(np.log(ratios)[np.array(areas) < 0.5].mean()) < 0.02  # as often upright as lying
-
-
-def test_boxes_are_drawn_like_torchvisions():
-    """The two distributions, by their means and deviations over many draws."""
-    crops = v2.RandomResizedCrop(8)
+    assert abs(np.log(ratios)[areas < 0.5].mean()) < 0.02  # as often upright as lying
+    for width, height in ((1000, 10), (10, 1000), (1, 1)):  # no crop fits: the largest central box
+        top, left, h, w = random_box(width, height, Augmentation(area=(0.9, 1.0)), random)
+        assert 0 <= top <= height - h and 0 <= left <= width - w and h >= 1 and w >= 1
+        assert max(h, w) <= math.ceil(min(width, height) * 4 / 3)
     torch.manual_seed(0)
-    image = torch.zeros(3, 60, 90)
+    image, crops = torch.zeros(3, 60, 90), v2.RandomResizedCrop(8)
     expected = np.array([list(crops.make_params([image]).values()) for _ in range(4000)])
-    random = np.random.RandomState(1)
     boxes = np.array([random_box(90, 60, Augmentation(), random) for _ in range(4000)])
     for moment in (np.mean, np.std):
         np.testing.assert_allclose(moment(boxes, 0), moment(expected, 0), rtol=0.06)
 
 
-def test_an_image_no_crop_fits_gives_its_largest_central_box():
-    for width, height in ((1000, 10), (10, 1000), (1, 1)):
-        top, left, h, w = random_box(width, height, Augmentation(area=(0.9, 1.0)), np.random.RandomState(0))
-        assert 0 <= top <= height - h and 0 <= left <= width - w and h >= 1 and w >= 1
-        assert max(h, w) <= math.ceil(min(width, height) * 4 / 3)
-
-
-def test_half_of_the_crops_are_mirrored_and_none_where_flip_is_off():
+def test_half_of_the_crops_are_mirrored_where_flip_is_on_and_jitter_changes_colours_within_its_strength():
     ramp = np.broadcast_to(np.arange(0, 240, 4, dtype=np.uint8)[None, :, None], (60, 60, 3)).copy()
     for flip, low, high in ((True, 0.35, 0.65), (False, 0, 0)):
-        split = images(np.stack([ramp] * 100), augmentation=Augmentation(flip=flip))
-        x, _ = split.__getitems__(list(range(100)))
-        share = float((x[:, 0, 0, 0] > x[:, 0, 0, -1]).double().mean())
-        assert low <= share <= high
-
-
-def test_jitter_changes_colours_within_its_strength():
-    grey = np.full((40, 40, 3), 100, dtype=np.uint8)
-    split = images(np.stack([grey] * 200), augmentation=Augmentation(jitter=0.4), statistics=RAW)
-    x, _ = split.__getitems__(list(range(200)))
+        x, _ = images(np.stack([ramp] * 100), augmentation=Augmentation(flip=flip)).__getitems__(list(range(100)))
+        assert low <= float((x[:, 0, 0, 0] > x[:, 0, 0, -1]).double().mean()) <= high
+    grey = np.full((200, 40, 40, 3), 100, dtype=np.uint8)
+    x, _ = images(grey, augmentation=Augmentation(jitter=0.4), statistics=RAW).__getitems__(list(range(200)))
     means = x.mean((1, 2, 3))  # of a grey image only the brightness moves
     assert 59 <= float(means.min()) < 65 and 135 < float(means.max()) <= 141
     assert float(x.std((1, 2, 3)).max()) == 0
@@ -131,11 +114,7 @@ def test_splits_get_the_transforms_and_keep_their_images(make, home):
     assert found.train.augment and not found.test.augment and found.train.seed == 7
     assert np.array_equal(found.train.targets, loaded.train.targets) and found.train[0][0].shape == (3, 16, 16)
     assert found.test.raw(0).shape == (16, 16, 3)
-
-
-def test_unknown_augmentations_and_decoded_arrays_are_refused(make, home):
-    tree = make.tree("tree", {"train": {"a": 2, "b": 2}, "val": {"a": 1, "b": 1}}, size=(80, 70))
     with pytest.raises(AFDSError, match="'mixup' is unknown; use one of inception, resnext, gentle"):
-        photographs(data.load(str(tree), size=72), 16, "mixup", RAW)
-    with warnings.catch_warnings(), pytest.raises(AFDSError, match="decoded arrays; load it at a size above 64"):
+        photographs(loaded, 16, "mixup", RAW)
+    with pytest.raises(AFDSError, match="decoded arrays; load it at a size above 64"):
         photographs(data.load(str(tree), size=32), 16, "inception", RAW)

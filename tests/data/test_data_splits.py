@@ -24,20 +24,14 @@ def _counts(listing, rows):
     return np.bincount(listing.targets[rows], minlength=len(listing.classes)).tolist()
 
 
-def test_without_per_class_validation_is_a_tenth_of_each_class():
+def test_validation_is_a_tenth_of_each_class_or_with_per_class_drawn_from_what_is_not_fitted():
     listing = _listing([(20, 5), (31, 6), (3, 1)], (TRAIN, TEST))
     drawn = _draw(listing)
-    assert _counts(listing, drawn.validation) == [2, 3, 1]
-    assert _counts(listing, drawn.train) == [18, 28, 2]
-    assert _counts(listing, drawn.test) == [5, 6, 1]
-    assert not set(drawn.train) & set(drawn.validation)
-
-
-def test_per_class_draws_validation_from_what_is_not_fitted():
+    counts = [_counts(listing, rows) for rows in (drawn.train, drawn.validation, drawn.test)]
+    assert counts == [[18, 28, 2], [2, 3, 1], [5, 6, 1]] and not set(drawn.train) & set(drawn.validation)
     listing = _listing([(20, 5), (12, 5)], (TRAIN, TEST))
     drawn = _draw(listing, per_class=10)
-    assert _counts(listing, drawn.train) == [10, 10]
-    assert _counts(listing, drawn.validation) == [5, 2]
+    assert _counts(listing, drawn.train) == [10, 10] and _counts(listing, drawn.validation) == [5, 2]
     assert not set(drawn.train) & set(drawn.validation)
     assert (listing.parts[drawn.train] == TRAIN).all() and (listing.parts[drawn.validation] == TRAIN).all()
     assert not len(_draw(listing.take(drawn.train), per_class=10).validation)  # nothing is left
@@ -73,15 +67,12 @@ def test_without_a_holdout_nothing_is_kept_back_and_an_official_validation_part_
 def test_a_flat_tree_is_split_70_15_15_by_the_seed():
     listing = _listing([(100,), (40,), (4,)], (UNSPLIT,))
     drawn, other = _draw(listing, seed=1), _draw(listing, seed=2)
-    assert _counts(listing, drawn.test) == [15, 6, 1]
-    assert _counts(listing, drawn.validation) == [15, 6, 1]
-    assert _counts(listing, drawn.train) == [70, 28, 2]
-    together = np.concatenate([drawn.train, drawn.validation, drawn.test])
-    assert sorted(together.tolist()) == list(range(144))
-    assert not np.array_equal(drawn.test, other.test)
+    parts = (drawn.train, drawn.validation, drawn.test)
+    assert [_counts(listing, rows) for rows in parts] == [[70, 28, 2], [15, 6, 1], [15, 6, 1]]
+    assert sorted(np.concatenate(parts).tolist()) == list(range(144)) and not np.array_equal(drawn.test, other.test)
 
 
-def test_fixed_test_takes_the_same_images_whatever_the_seed():
+def test_a_fixed_test_part_is_the_same_whatever_the_seed_and_an_alternate_one_halves_each_class():
     listing = _listing([(80,), (95,)], (UNSPLIT,))
     parts = fixed_test(listing, 20)
     assert _counts(listing, np.flatnonzero(parts == TEST)) == [20, 20]
@@ -90,9 +81,6 @@ def test_fixed_test_takes_the_same_images_whatever_the_seed():
     assert _counts(listing, drawn[0].validation) == [0, 15]
     with pytest.raises(AFDSError, match="class0"):
         fixed_test(listing, 80)
-
-
-def test_alternate_test_halves_each_class():
     listing = Listing([], np.array([0, 1, 0, 1, 0, 1, 1]), np.full(7, UNSPLIT, np.int8), ("a", "b"))
     assert np.flatnonzero(alternate_test(listing) == TEST).tolist() == [2, 3, 6]
 

@@ -1,32 +1,29 @@
-"""The runs of the study: real ones on a tiny image folder, interrupted and resumed to the same numbers."""
+"""The runs of the study: real ones on a tiny image folder, interrupted and resumed to the same numbers; their gates."""
 
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import tiny
 import torch
-from PIL import Image
 
 from afdslib import afs, runs, training
 from afdslib.base.errors import AFDSError, DivergedError
 from afdslib.experiments import OBJECTIVE, DataSource, Distillation, Network, StudentRun, TransferRun
+from afdslib.experiments.gates import REPLACEMENTS, GatesRun, others, replaced
 from afdslib.losses import BetaSchedule
 from afdslib.runs import MODEL
+from afdslib.studies.gates import costs
 from afdslib.training import loop
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> DataSource:
     """A folder of image files."""
-    images, home = tiny.images(60), tmp_path_factory.mktemp("photos")
-    for index in range(60):
-        folder = home / tiny.CLASSES[images.targets[index]]
-        folder.mkdir(exist_ok=True)
-        Image.fromarray(images.raw(index)).save(folder / f"{index:03d}.png")
-    return DataSource(str(home), size=tiny.SIZE)
+    return DataSource(str(tiny.tree(tmp_path_factory.mktemp("photos") / "tree", train=14, test=6)), size=tiny.SIZE)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -89,9 +86,8 @@ def test_residual_branches_may_start_at_zero(name):
 
 
 RESUMED = {  # and when it is interrupted
-    "mask updates": (chain, [1, 5, "in the update", 6]),
-    "batch norms measured anew": (lambda photos: chain(photos, recalibrate=2), [1, 5, "in the update", 6]),
-    "an attention fitted beforehand": (lambda photos: chain(photos, attention="detached").parent, [1]),
+    "mask updates, batch norms measured anew": (lambda p: chain(p, recalibrate=2), [1, "in the update", 6]),
+    "an attention fitted beforehand": (lambda p: chain(p, attention="detached").parent, [1]),
     "a student": (student, [1, 5, 6]),
 }
 
@@ -152,8 +148,8 @@ def test_channels_may_go_early_and_gates_freeze_later(photos):
     rows = runs.get_or_run(early).history().dropna(subset=["removed"]).set_index("step")
     assert list(rows.index) == [2, 8]  # logged with the step after the update
     assert rows.removed[2] > 0 and rows.static[2] == 0 and rows.static[8] > 0 and rows.dynamic[8] == 0
-    both = runs.get_or_run(replace(early, freeze_first=True)).history().dropna(subset=["removed"]).set_index("step")
-    assert both.static[2] > 0
+    both = replace(early, freeze_first=True, tuning=replace(early.tuning, steps=4, log_rows=4))
+    assert runs.get_or_run(both).history().dropna(subset=["removed"]).static.iloc[0] > 0
     with pytest.raises(AFDSError, match="first must be a number in"):
         replace(early, first=1.0)
 
@@ -177,3 +173,48 @@ def test_published_weights_take_no_step_and_read_no_source_data(tmp_path):
     result = runs.get_or_run(source)
     assert result.metrics["steps"] == 0
     assert torch.equal(afs.load(result.artifact(MODEL)).conv1.weight, model.conv1.weight)
+
+
+def test_whose_gates_an_image_gets():
+    labels = torch.tensor([0, 1, 0, 2, 1, 0])
+    assert others(labels, same_class=False).tolist() == [1, 2, 3, 4, 5, 0]
+    taken = others(labels, same_class=True)
+    assert taken.tolist() == [2, 4, 5, 3, 1, 0] and torch.equal(labels[taken], labels)
+
+
+def test_inside_the_block_the_gates_are_the_given_ones_and_afterwards_its_own():
+    model = tiny.gated().eval()
+    (images, _), *_ = tiny.batches(4, 4)
+    before, found = model(images), afs.layers(model)
+    ones = {n: afs.Gates(*(torch.ones(1, layer.m.numel()) for _ in range(3))) for n, layer in found.items()}
+    with replaced(model, {n: g._replace(active=torch.zeros_like(g.active)) for n, g in ones.items()}):
+        closed = model(images)
+    assert torch.equal(closed[0], closed[1]) and not torch.equal(before[0], before[1])  # nothing is computed
+    assert torch.equal(model(images), before)
+
+
+def test_own_gates_change_nothing_and_others_do(tmp_path):
+    with tiny.served():
+        store = tiny.store(tmp_path)
+        point = tiny.transfer("l2", 1e-3)
+        trained = runs.get_or_run(point, store=store)
+        found = {kind: runs.get_or_run(GatesRun(point, kind), store=store) for kind in REPLACEMENTS}
+        again = runs.get_or_run(GatesRun(point, "own", seed=1), store=store)
+    assert found["own"].metrics["test_accuracy"] == again.metrics["test_accuracy"]
+    assert found["own"].metrics["test_accuracy"] == pytest.approx(trained.metrics["test_accuracy"])
+    assert all(0 <= result.metrics["test_accuracy"] <= 1 for result in found.values())
+    with pytest.raises(AFDSError, match="gates must be"):
+        replace(GatesRun(point, "own"), gates="none")
+
+
+def test_the_rule_looks_at_the_upper_end_of_the_interval_of_shuffled_gates():
+    rows = [
+        {"budget": budget, "seed": seed, "variant": variant, "test_accuracy": 0.5 - lost * (1 + 0.1 * seed)}
+        for budget, cost in ((1.0, 0.1), (0.1, 0.001))
+        for variant, lost in (("own", 0.0), ("mean", 0.002), ("shuffled", cost), ("class", cost / 2))
+        for seed in (0, 1, 2)
+    ]
+    table = costs(pd.DataFrame(rows)).set_index(["budget", "variant"])
+    assert table.loc[(1.0, "shuffled"), "cost"] == pytest.approx(0.11)
+    assert not table.loc[(1.0, "shuffled"), "disguise"] and table.loc[(0.1, "shuffled"), "disguise"]
+    assert not table.loc[(0.1, "mean"), "disguise"] and (table.seeds == 3).all()

@@ -1,8 +1,8 @@
 """The competitors' runs: regularisers on pruned networks, FBS's recipe, narrow networks, resumption, sealed trials."""
 
-import json
 import shutil
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import tiny
@@ -99,27 +99,17 @@ def test_the_new_terms_are_logged_and_add_up_to_the_loss(store, name):
     assert (rows[name] > 0).any() and result.metrics["training_macs"] == network.total * 3 * 8 * (3 + 1)
 
 
-@pytest.mark.parametrize(("weights", "words"), [(None, "needs its channel weights"), ({}, "do not fit layer")])
-def test_delta_needs_weights_that_fit(weights, words):
-    model = tiny.network(stem="cifar")
-    weights = None if weights is None else {"layer1.0": torch.ones(3)}
-    with pytest.raises(AFDSError, match=words):
-        Objective(model, Regulariser("delta", 0.1), model, SIZE, weights=weights)
-
-
 def test_the_weight_stage_of_delta_goes_on_with_the_next_layer_after_a_kill(store, monkeypatch):
-    config = ChannelWeightsRun(START, TARGET, images=6)
+    config, real, weighed = ChannelWeightsRun(START, TARGET, images=6), sources.channel_weights, []
     whole = runs.get_or_run(config, store=store)
     expected = load_file(whole.artifact(sources.WEIGHTS))
     assert all(float(w.sum()) == pytest.approx(1) for w in expected.values()) and whole.metrics["training_macs"] > 0
     shutil.rmtree(whole.path)
-    real, weighed = sources.channel_weights, []
 
     def weigh(model, names, loader, **kwargs):
-        if len(weighed) == 2:
-            weighed.append("killed")
+        weighed.append(*(names if len(weighed) != 2 else ["killed"]))
+        if weighed[-1] == "killed":
             raise KeyboardInterrupt
-        weighed.append(*names)
         return real(model, names, loader, **kwargs)
 
     monkeypatch.setattr(sources, "channel_weights", weigh)
@@ -128,8 +118,7 @@ def test_the_weight_stage_of_delta_goes_on_with_the_next_layer_after_a_kill(stor
     result = runs.get_or_run(config, store=store)
     weights = load_file(result.artifact(sources.WEIGHTS))
     assert all(torch.equal(weights[n], expected[n]) for n in expected) and result.metrics == whole.metrics
-    weighed.remove("killed")
-    assert sorted(weighed) == sorted(expected)  # each layer once
+    assert sorted(weighed) == sorted([*expected, "killed"])  # each layer once
 
 
 def test_a_pruned_point_resumes_to_the_same_numbers_with_the_channels_it_chose(store, monkeypatch):
@@ -150,18 +139,20 @@ def test_a_pruned_point_resumes_to_the_same_numbers_with_the_channels_it_chose(s
     assert {name: (again.path / name).read_bytes() for name in files} == expected
 
 
-def test_taylor_scores_are_taken_on_batches_of_mixed_classes_where_asked_for(store, monkeypatch):
+def test_what_cannot_be_reached_and_what_follows_it_are_results(store):
+    config = PrunedRun(dense(), Selection("l1"), STAGE, (0.01, 0.005))
+    for point in (config.parent, config):
+        assert "at 100x, the budget 0.01 cannot be reached" in runs.get_or_run(point, store=store).metrics["diverged"]
+
+
+def test_taylor_scores_are_taken_on_batches_of_mixed_classes_where_asked_for(store):
     seen = []
-
-    def look(name, model, found, *, batches, **kwargs):
-        seen.append(torch.cat([images.flatten(1).sum(1) for images, _ in batches]))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("afdslib.pruning.scores", look)
     for mixed in (False, True, True):
         config = PrunedRun(dense(), Selection("taylor", images=12, mixed=mixed), STAGE, (0.5,))
-        with pytest.raises(KeyboardInterrupt):
-            runs.get_or_run(config, store=store)
+        with mock.patch("afdslib.pruning.scores", side_effect=KeyboardInterrupt) as scores:
+            with pytest.raises(KeyboardInterrupt):
+                runs.get_or_run(config, store=store)
+        seen.append(torch.cat([images.flatten(1).sum(1) for images, _ in scores.call_args.kwargs["batches"]]))
     still, drawn, again = seen
     assert len(still) == 12 and not torch.equal(still, drawn) and torch.equal(drawn, again)
     assert torch.equal(still.sort().values, drawn.sort().values)
@@ -179,12 +170,10 @@ def test_the_selections_share_the_unpruned_point_but_slimming_has_its_own():
             PrunedRun(dense(), Selection("l1"), STAGE, wrong)
     with pytest.raises(AFDSError, match="selection must be one of slimming, .* got 'x'"):
         Selection("x")
-
-
-def test_what_cannot_be_reached_and_what_follows_it_are_results(store):
-    config = PrunedRun(dense(), Selection("l1"), STAGE, (0.01, 0.005))
-    for point in (config.parent, config):
-        assert "at 100x, the budget 0.01 cannot be reached" in runs.get_or_run(point, store=store).metrics["diverged"]
+    model = tiny.network(stem="cifar")
+    for weights, words in ((None, "needs its channel weights"), ({"layer1.0": torch.ones(3)}, "do not fit layer")):
+        with pytest.raises(AFDSError, match=words):
+            Objective(model, Regulariser("delta", 0.1), model, SIZE, weights=weights)
 
 
 def test_fbs_tunes_its_gates_alone_first_and_meets_budgets_by_density_with_every_channel_alive(store):
@@ -201,13 +190,9 @@ def test_fbs_tunes_its_gates_alone_first_and_meets_budgets_by_density_with_every
     assert 0.95 * 0.5 <= result.metrics["train_macs"] <= 0.5 and 0 < result.metrics["density"] < 1
     lowered = result.history()["mask_macs"].dropna()
     assert (lowered <= 0.5**0.25 + 1e-9).all() and "gate_l1" in result.history()
-
-
-def test_the_exact_start_of_fbs_keeps_the_trained_function():
-    model = tiny.network().eval()
-    x = torch.randn(4, *SIZE)
+    model, x = tiny.network().eval(), torch.randn(4, *SIZE)
     exact, own = boosted(model, bias=None).eval(), boosted(model).eval()
-    torch.testing.assert_close(exact(x), model(x), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(exact(x), model(x), rtol=1e-3, atol=1e-3)  # starts as the trained function
     assert (own(x) - model(x)).abs().max() > 0.1
 
 
@@ -259,10 +244,7 @@ def test_a_trial_holds_no_test_image(store):
     assert splits.test.size == tiny.SIZE and splits.test.classes == tiny.CLASSES and len(splits.test) == 0
     with pytest.raises(RuntimeError, match="a test image was asked for"):
         splits.test.__getitems__([0])
-    assert splits.train is not None and len(splits.validation) == 12
-    config = dense(use_test=False)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "load", lambda *_, **__: replace(tiny.splits(10, shift=1), test=splits.test))
-        result = runs.get_or_run(config, store=store)
+    with mock.patch.object(data, "load", lambda *_, **__: replace(tiny.splits(10, shift=1), test=splits.test)):
+        result = runs.get_or_run(dense(use_test=False), store=store)
     assert not any(key.startswith("test") for key in result.metrics) and "confusion" not in result.metrics
-    assert json.dumps(result.metrics) and runs.run_id(config) != runs.run_id(dense())
+    assert runs.run_id(dense(use_test=False)) != runs.run_id(dense())

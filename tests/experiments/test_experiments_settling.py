@@ -3,7 +3,6 @@
 import copy
 from dataclasses import replace
 
-import pandas as pd
 import pytest
 import tiny
 import torch
@@ -13,7 +12,6 @@ from afdslib import afs, runs
 from afdslib.afs import macs
 from afdslib.base.errors import AFDSError
 from afdslib.pruning import settle
-from afdslib.studies import ablations
 
 BATCHES = tiny.batches(12, 12)
 
@@ -92,31 +90,9 @@ def test_scores_rank_channels_and_leave_freezing_to_the_gates():
         afs.update_masks(model, statistics, scores={}, **settings)
     with pytest.raises(AFDSError, match="threshold on q"):
         afs.update_masks(model, statistics, scores=q, delta_m=0.1)
-
-
-def test_networks_that_settle_in_different_ways_share_the_unpruned_one():
     whole = tiny.transfer(budgets=(1.0, 0.6, 0.4), settle=True)
-    other = replace(whole, settle_by="taylor")
+    other = replace(whole, settle_by="taylor")  # it shares the unpruned network
     assert other.parent.settle_by == "taylor" and other.parent != whole.parent
     assert other.parent.parent == whole.parent.parent and runs.run_id(other) != runs.run_id(whole)
     with pytest.raises(AFDSError, match="settle_by must be one of"):
         replace(whole, settle_by="gates")
-
-
-def frame(name: str, *accuracies: float, column: str = "attention") -> pd.DataFrame:
-    rows = [(name, seed, 0.1, value) for seed, value in enumerate(accuracies)]
-    return pd.DataFrame(rows, columns=[column, "seed", "budget", "test_accuracy"])
-
-
-def test_the_text_has_the_gain_and_the_distance_from_the_rival_over_the_seeds_that_are_there():
-    before = pd.concat([frame("joint", 0.5, 0.5, 0.5), frame("detached", 0.3, 0.4)])
-    main = frame("l2+width", 0.6, 0.6, 0.6, column="method")
-    settled = pd.concat([frame("joint", 0.51, 0.52, 0.53), frame("detached", 0.5)])
-    text = ablations.settled_text(settled, before, main, budget=0.1, rival="l2+width")
-    assert "AFDS gains +2.0 [-0.5, +4.5] points by it, 3 paired seeds (seed by seed +1.0, +2.0, +3.0), and is" in text
-    assert "is then -8.0 [-10.5, -5.5] from the best competitor, L2 + narrower network." in text
-    assert "detached attention gains +20.0" in text and "1 paired seed (seed by seed +20.0)" in text
-    assert "Detached minus joint attention, both so: -1.0" in text
-    text = ablations.settled_text(settled[settled.attention == "detached"], before, main, budget=0.1, rival="l2+width")
-    assert "AFDS gains" not in text and "by mean gates (two things differ): +0.0" in text
-    assert ablations.settled_text(settled.head(0), before, main, budget=0.1, rival="l2+width") == ""

@@ -5,6 +5,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import tiny
@@ -25,7 +26,7 @@ QUICK = bench.Settings(
 )  # fmt: skip
 
 
-def test_variants_take_turns_after_the_warm_up() -> None:
+def test_variants_take_turns_after_the_warm_up():
     calls: list[tuple[str, int]] = []
     variants = {name: (lambda i, name=name: calls.append((name, i))) for name in "ab"}
     seconds = timing.interleave(variants, repeats=2, warmup=1)
@@ -37,37 +38,29 @@ def test_variants_take_turns_after_the_warm_up() -> None:
     assert numbers == [1, 0, 2, 1] and len(seconds["a"]) == 2
 
 
-def test_ratios_are_taken_within_a_repeat() -> None:
+def test_ratios_are_taken_within_a_repeat():
     row = bench.Row("case", "net", "eager", 1, "", "dense")
     dense, fast = bench._rows({"dense": [1.0, 10.0, 100.0], "fast": [0.5, 5.0, 50.0]}, row, {})
     assert (dense.speedup, fast.speedup, fast.speedup_q1) == (1, 2, 2)
     assert (fast.median_ms, fast.q1_ms, fast.q3_ms) == (5000, 2750, 27500)
 
 
-def test_each_repeat_sees_another_batch() -> None:
-    seen: list[bytes] = []
-
-    class Look(torch.nn.Module):
-        def forward(self, x):
-            seen.append(x.numpy().tobytes())
-            return x
-
+def test_each_repeat_sees_another_batch():
     settings = bench.Settings(repeats=12, warmup=0, steady=0.0, size=8)
     for batch in (1, 2, 16):
-        seen.clear()
+        look = torch.nn.Identity()
+        seen: list[bytes] = []
+        look.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].numpy().tobytes()))
         row = bench.Row("case", "net", "eager", batch, "", "look")
-        bench.compare({"look": Look()}, settings, row, {}, bench._images(settings, batch))
+        bench.compare({"look": look}, settings, row, {}, bench._images(settings, batch))
         assert len(set(seen[1:])) == 12
 
 
-def test_what_a_runtime_refuses_is_a_row_with_the_reason() -> None:
+def test_what_a_runtime_refuses_is_a_row_with_the_reason():
     class Broken(torch.nn.Module):
         def __init__(self, error):
             super().__init__()
-            self.error = error
-
-        def forward(self, x):
-            raise self.error
+            self.forward = mock.Mock(side_effect=error)
 
     row = bench.Row("case", "net", "eager", 1, "", "dense")
     models = {"dense": torch.nn.Identity(), "a": Broken(RuntimeError("no such kernel")), "b": Broken(AssertionError())}
@@ -77,28 +70,23 @@ def test_what_a_runtime_refuses_is_a_row_with_the_reason() -> None:
     assert found[2].note == "not in this runtime: AssertionError"
 
 
-@pytest.mark.slow
-def test_every_batch_size_is_compiled_for_itself(monkeypatch) -> None:
-    compiled = []
-    real = torch.compile
-
-    def look(model, **options):
-        compiled.append(options)
-        return real(model, backend="eager", **options)
-
-    monkeypatch.setattr(torch, "compile", look)
-    for batch in (1, 2):
-        row = bench.Row("case", "net", "compiled", batch, "", "dense")
-        bench.compare({"dense": torch.nn.Identity()}, QUICK, row, {}, torch.zeros(8, 3, 4, 4))
-    assert compiled == [{"dynamic": False}] * 2
+def test_every_batch_size_is_compiled_for_itself():
+    with mock.patch.object(torch, "compile", side_effect=lambda model, **_: model) as compiled:
+        for batch in (1, 2):
+            row = bench.Row("case", "net", "compiled", batch, "", "dense")
+            bench.compare({"dense": torch.nn.Identity()}, QUICK, row, {}, torch.zeros(8, 3, 4, 4))
+    assert [call.kwargs for call in compiled.call_args_list] == [{"dynamic": False}] * 2
 
 
-def test_random_gates_depend_on_the_image_stay_finite_and_do_not_tie() -> None:
+def test_random_gates_depend_on_the_image_stay_finite_and_do_not_tie():
     model = afs.convert(tiny.network(stem="cifar"))
     afs.set_density(model, 0.3)
     networks.random_gates(model, networks.photographs(16, 32, 2))
     images = networks.photographs(6, 32, 1)
     assert networks.jaccard(model, images) <= 0.6
+    constant = afs.convert(tiny.network()).eval()
+    afs.set_density(constant, 0.3)
+    assert networks.jaccard(constant, images) == 1
     first = next(iter(afs.layers(model).values()))  # it has three inputs, which are almost dependent
     with torch.no_grad():
         assert bool(model(images).isfinite().all())
@@ -106,32 +94,20 @@ def test_random_gates_depend_on_the_image_stay_finite_and_do_not_tie() -> None:
             assert len(importances.mul(1e4).round().unique()) == len(importances)
 
 
-def test_constant_gates_keep_the_same_channels_for_every_image() -> None:
-    model = afs.convert(tiny.network()).eval()
-    afs.set_density(model, 0.3)
-    assert networks.jaccard(model, networks.photographs(3, 32, 0)) == 1
-
-
-def test_cut_keeps_the_shares_and_couples_the_streams() -> None:
-    model = afs.convert(networks.plain_network("resnet14", width=0.25))
-    networks.cut(model, keep=0.5, stream=0.75, multiple=4)
-    layers = afs.layers(model)
-    assert int(layers["layer2.0.conv2"].m.sum()) == 16
-    assert int(layers["layer2.0.conv3"].m.sum()) == 96
-    assert torch.equal(layers["layer2.0.conv3"].m, layers["layer2.0.downsample.0"].m)
-    assert all(int(layer.m.sum()) % 4 == 0 for layer in layers.values())
-
-
-def test_torch_pruning_meets_the_budget_in_multiples() -> None:
+def test_cut_keeps_the_shares_and_couples_the_streams_and_torch_pruning_meets_the_budget_in_multiples():
     plain = networks.plain_network("resnet14", width=0.25)
+    model = afs.convert(plain)
+    networks.cut(model, keep=0.5, stream=0.75, multiple=4)
+    kept = {name: int(layer.m.sum()) for name, layer in afs.layers(model).items()}
+    assert kept["layer2.0.conv2"] == 16 and kept["layer2.0.conv3"] == 96 and all(n % 4 == 0 for n in kept.values())
+    assert torch.equal(model.layer2[0].conv3.m, model.layer2[0].downsample[0].m)
     dense = macs.count(plain, (3, 32, 32)).total
     pruned = networks.torch_pruned(plain, 32, dense / 3, 4)
     assert macs.count(pruned, (3, 32, 32)).total <= dense / 3
-    widths = [m.out_channels for m in pruned.modules() if isinstance(m, torch.nn.Conv2d)]
-    assert all(width % 4 == 0 for width in widths)
+    assert all(m.out_channels % 4 == 0 for m in pruned.modules() if isinstance(m, torch.nn.Conv2d))
 
 
-def test_naive_losses_are_the_same_losses() -> None:
+def test_naive_losses_are_the_same_losses():
     torch.manual_seed(1)
     student, source = torch.rand(3, 6, 5, 5), torch.rand(3, 6, 5, 5)
     afd = AFDLoss({"map": (6, 5, 5)})
@@ -144,18 +120,18 @@ def test_naive_losses_are_the_same_losses() -> None:
         torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.slow
-def test_peak_memory_is_that_of_the_call() -> None:
-    peak = timing.peak(_allocate, 64)
-    assert peak is None or 60 <= peak <= 90
-
-
 def _allocate(mebibytes: int):
     return lambda: torch.ones(mebibytes * 2**18).sum()
 
 
+@pytest.mark.slow
+def test_peak_memory_is_that_of_the_call():
+    peak = timing.peak(_allocate, 64)
+    assert peak is None or 60 <= peak <= 90
+
+
 @pytest.mark.parametrize("case", ["networks", "dynamic", "gates", "training", "loading"])
-def test_cases_compare_with_their_baseline(case: str) -> None:
+def test_cases_compare_with_their_baseline(case: str):
     found = bench.run([case], QUICK)
     baseline = {row.baseline for row in found}
     assert len(baseline) == 1 and baseline <= {row.variant for row in found}
@@ -165,7 +141,7 @@ def test_cases_compare_with_their_baseline(case: str) -> None:
         assert reductions["dense"] == 1 and reductions["torch-pruning"] >= reductions["compact"] > 1
 
 
-def test_the_command_writes_rows_with_device_threads_and_versions(tmp_path: Path, capsys) -> None:
+def test_the_command_writes_rows_with_device_threads_and_versions(tmp_path: Path, capsys):
     out = tmp_path / "bench.csv"
     arguments = "--case networks --network resnet14 --size 32 --width 0.125 --multiple 2 --repeats 2".split()
     assert cli.main(["bench", *arguments, "--out", str(out)]) == 0
@@ -179,7 +155,7 @@ def test_the_command_writes_rows_with_device_threads_and_versions(tmp_path: Path
     assert "as fast as" in said or "the time of" in said
 
 
-def test_committed_masks_rebuild_the_network_that_is_timed(tmp_path: Path) -> None:
+def test_committed_masks_rebuild_the_network_that_is_timed(tmp_path: Path):
     model = afs.convert(networks.plain_network("resnet14", width=0.25))
     wanted, files = {}, []
     for name, keep in (("a", 0.5), ("b", 0.25)):
@@ -191,7 +167,7 @@ def test_committed_masks_rebuild_the_network_that_is_timed(tmp_path: Path) -> No
     assert {row.network: row.macs for row in rows if row.variant == "compact"} == wanted and wanted["b"] < wanted["a"]
 
 
-def test_rows_are_written_as_they_come(tmp_path: Path, monkeypatch) -> None:
+def test_rows_are_written_as_they_come(tmp_path: Path, monkeypatch):
     def case(settings):
         yield bench.Row("toy", "net", "eager", 1, "dense", "dense", 32, 1.0)
         raise KeyboardInterrupt
@@ -203,7 +179,7 @@ def test_rows_are_written_as_they_come(tmp_path: Path, monkeypatch) -> None:
     assert cli.main(["bench", "--case", "toy", "--out", str(tmp_path)]) == 2
 
 
-def test_publishing_the_speed_study_trains_nothing_and_writes_finished_masks(monkeypatch, tmp_path) -> None:
+def test_publishing_the_speed_study_trains_nothing_and_writes_finished_masks(monkeypatch, tmp_path):
     monkeypatch.setenv("AFDS_HOME", str(tmp_path))
     monkeypatch.setattr(speed.runs, "get_or_run", lambda *_, **__: pytest.fail("something was trained"))
     plan, finished = speed.SpeedPlan(), {}
@@ -227,33 +203,32 @@ def test_publishing_the_speed_study_trains_nothing_and_writes_finished_masks(mon
         engine.publish(plan)
 
 
-def test_refusals(tmp_path: Path, capsys) -> None:
-    with pytest.raises(AFDSError, match="the case must be one of networks, .* got 'speed'"):
-        bench.run(["speed"], QUICK)
-    with pytest.raises(AFDSError, match="the runtime must be one of .* got 'jax'"):
-        bench.Settings(runtimes=("jax",))
-    with pytest.raises(AFDSError, match="density"):
-        bench.Settings(density=0)
+def test_refusals(tmp_path: Path, refused, monkeypatch):
+    row = bench.Row("case", "net", "onnxruntime", 1, "", "dense")
+    for make, sentence in (
+        (lambda: bench.run(["speed"], QUICK), "the case must be one of networks, .* got 'speed'"),
+        (lambda: bench.Settings(runtimes=("jax",)), "the runtime must be one of .* got 'jax'"),
+        (lambda: bench.Settings(density=0), "density"),
+        (lambda: bench.compare({"dense": torch.nn.Identity()}, QUICK, row, {}, torch.zeros(8, 3, 4, 4)),
+         "onnxruntime is not installed; install it with"),
+    ):  # fmt: skip
+        with monkeypatch.context() as patch, pytest.raises(AFDSError, match=sentence):
+            patch.setitem(sys.modules, "onnxruntime", None)
+            make()
     (tmp_path / "foreign.json").write_text("[]")
     (tmp_path / "empty.json").write_text('{"architecture": {}, "masks": {}}')
     for name in ("foreign.json", "missing.json", "empty.json"):
-        assert cli.main(["bench", "--case", "networks", "--masks", str(tmp_path / name)]) == 2
-        assert len(capsys.readouterr().err.splitlines()) == 1
+        refused("bench", "--case", "networks", "--masks", str(tmp_path / name))
 
 
 @pytest.mark.slow
-def test_onnxruntime_runs_networks_whose_gates_select() -> None:
-    model = afs.convert(tiny.network(stem="cifar"))
+def test_onnxruntime_runs_networks_whose_gates_select():
+    nn = torch.nn
+    layers = (nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+    model = afs.convert(nn.Sequential(*layers))
     afs.set_density(model, 0.5)
     images = networks.photographs(16, 32, 0)
     networks.random_gates(model, images)
     row = bench.Row("gates", "tiny", "onnxruntime", 2, "", "gated")
     (found,) = bench.compare({"gated": model.eval()}, QUICK, row, {}, images)
     assert found.note == "" and found.median_ms is not None
-
-
-def test_without_onnxruntime_the_bench_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    row = bench.Row("case", "net", "onnxruntime", 1, "", "dense")
-    with pytest.raises(AFDSError, match=r"onnxruntime is not installed; install it with"):
-        bench.compare({"dense": torch.nn.Identity()}, QUICK, row, {}, torch.zeros(8, 3, 4, 4))

@@ -1,4 +1,4 @@
-"""Losses on logits, and the hint."""
+"""Losses on logits, the hint, and the schedules of their weights."""
 
 import math
 
@@ -9,6 +9,7 @@ from tiny import maps
 from afdslib.losses.hint import HintTransfer, hint_loss
 from afdslib.losses.kd import kd_loss, soft_kl_loss
 from afdslib.losses.lwf import lwf_loss
+from afdslib.losses.schedules import BetaSchedule
 from afdslib.losses.term import Pair, TermContext
 
 STUDENT = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, 1.0]], dtype=torch.float64)
@@ -35,12 +36,6 @@ def test_kd_is_the_formula(T, alpha):
     assert kd_loss(STUDENT, TEACHER, TARGET, T=T, alpha=alpha).item() == pytest.approx(wanted, rel=1e-12)
 
 
-def test_kd_gradients():
-    student = STUDENT.clone().requires_grad_()
-    assert torch.autograd.gradcheck(lambda s: kd_loss(s, TEACHER, TARGET), student)
-    assert torch.autograd.gradcheck(lambda s: lwf_loss(s, TEACHER), student)
-
-
 def test_the_nst_recipe_of_sixteen_times_the_soft_cross_entropy_is_the_kl_at_temperature_four():
     a, b = STUDENT.clone().requires_grad_(), STUDENT.clone().requires_grad_()
     (16 * torch.nn.functional.cross_entropy(a / 4, (TEACHER / 4).softmax(1))).backward()
@@ -48,9 +43,11 @@ def test_the_nst_recipe_of_sixteen_times_the_soft_cross_entropy_is_the_kl_at_tem
     torch.testing.assert_close(a.grad, b.grad)
 
 
-def test_lwf_is_the_softened_kl_and_zero_when_nothing_is_forgotten():
+def test_lwf_is_the_softened_kl_and_zero_when_nothing_is_forgotten_and_gradients_are_those_of_finite_differences():
     assert lwf_loss(STUDENT, TEACHER).item() == pytest.approx(_slow_kl(2.0), rel=1e-12)
     assert lwf_loss(TEACHER.clone(), TEACHER).item() == pytest.approx(0, abs=1e-15)
+    for loss in (lambda s: kd_loss(s, TEACHER, TARGET), lambda s: lwf_loss(s, TEACHER)):
+        assert torch.autograd.gradcheck(loss, STUDENT.clone().requires_grad_())
 
 
 def test_kd_runs_in_full_precision_on_half_precision_logits():
@@ -74,3 +71,16 @@ def test_the_adapter_maps_the_students_channels_to_the_teachers_and_is_trained()
     assert loss.item() == pytest.approx((adapted - teacher).square().mean().item(), rel=1e-12)
     loss.backward()
     assert adapter.weight.grad.abs().sum() > 0
+
+
+def test_the_four_schedules_and_the_last_milestone_which_counts_for_the_last_step():
+    for schedule, values in (
+        (BetaSchedule("constant", 8.0), [8, 8, 8, 8, 8]), (BetaSchedule("linear", 8.0), [8, 6, 4, 2, 0]),
+        (BetaSchedule("linear", 8.0, end=4.0, length=2), [8, 6, 4, 4, 4]),
+        (BetaSchedule("step", 8.0, milestones=(1, 3), factor=0.5), [8, 4, 4, 2, 2]),
+        (BetaSchedule("cosine", 8.0), [4 + 4 * math.cos(math.pi * t / 4) for t in range(5)]),
+    ):  # fmt: skip
+        assert [schedule(now, 4) for now in range(5)] == pytest.approx(values)
+    schedule = BetaSchedule("step", 8.0, milestones=(9,))
+    schedule.check(10)
+    assert [schedule(now, 10) for now in (8, 9)] == pytest.approx([8.0, 0.8])

@@ -50,10 +50,6 @@ def test_the_start_can_be_a_source_network_that_lacks_the_classifier_and_other_p
     wanted = sum(((own[n] - p) ** 2).sum().item() for n, p in source.named_parameters() if not n.startswith("fc."))
     assert terms["l2sp"].item() == pytest.approx(wanted / 2, rel=1e-5)
     assert terms["l2"].item() == pytest.approx(8.0 + _decay(model), rel=1e-6)
-
-
-def test_a_network_whose_shapes_changed_is_refused():
-    model = _model()
     penalty = L2SP(model, alpha=1.0, beta=1.0)
     model.conv1 = nn.Conv2d(3, 1, 3)
     with pytest.raises(AFDSError, match="conv1.weight of shape"):

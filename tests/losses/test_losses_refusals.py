@@ -62,16 +62,12 @@ CASES = [
     (lambda: nst_loss(SINGLE, SINGLE * 1e25, d=3), "although its inputs are finite"),
     (lambda: nst_loss(MAP, MAP, kernel="cubic"), "kernel 'cubic' is unknown"),
     (lambda: nst_loss(MAP, MAP, d=0), "a whole number of at least 1, got 0"),
-    (lambda: nst_loss(MAP, MAP, d=1.5), "whole number"),
     (lambda: nst_loss(MAP, MAP, d=math.nan), "a whole number of at least 1, got nan"),
-    (lambda: nst_loss(MAP, MAP, d="two"), "a whole number of at least 1, got 'two'"),
     (lambda: nst_loss(MAP, MAP, c="x"), "a number of at least 0, got 'x'"),
     (lambda: nst_loss(MAP, MAP, c=math.nan), "a number of at least 0, got nan"),
-    (lambda: nst_loss(MAP, MAP, c=-1.0), "a number of at least 0"),
     (lambda: input_gradient(LOGITS, TARGET, MAP), "requires_grad_"),
     (lambda: input_gradient(LOGITS, TARGET - 100, WITH_GRADIENT), "-100 is none of the 3 classes"),
     (lambda: kd_loss(LOGITS, OTHER, TARGET, T=0), "temperature T must be a number above 0, got 0"),
-    (lambda: kd_loss(LOGITS, OTHER, TARGET, T=-1.0), "temperature T must be a number above 0, got -1.0"),
     (lambda: kd_loss(LOGITS, OTHER, TARGET, T=math.nan), "must be a number above 0, got nan"),
     (lambda: kd_loss(LOGITS, OTHER, TARGET, alpha=1.5), "must be a number in [0, 1], got 1.5"),
     (lambda: kd_loss(LOGITS, OTHER, TARGET[:1]), "one class index per sample"),
@@ -79,7 +75,6 @@ CASES = [
     (lambda: kd_loss(LOGITS, OTHER, TARGET.int()), "int64"),
     (lambda: kd_loss(LOGITS, OTHER, LOGITS.softmax(1)), "one class index per sample"),
     (lambda: kd_loss(LOGITS, OTHER, torch.tensor([0, -100])), "target -100 is none of the 3 classes"),
-    (lambda: kd_loss(LOGITS, OTHER, torch.tensor([-100, -100])), "target -100 is none of the 3 classes"),
     (lambda: kd_loss(LOGITS, OTHER, TARGET + 1), "target 3 is none of the 3 classes; give one from 0 to 2"),
     (lambda: DELTALoss({}), "was given no layer"),
     (lambda: DELTALoss({"a": torch.tensor([0.5, -0.5])}), "of at least 0"),
@@ -103,11 +98,8 @@ CASES = [
     (lambda: fit_attention(AFDLoss({"a": (2, 2, 2)}), dict, [], 2), "joint"),
     (lambda: BetaSchedule("exponential"), "'exponential' is unknown"),
     (lambda: BetaSchedule("linear", length=11)(0, 10), "takes 11 and the run only 10"),
-    (lambda: BetaSchedule("step", milestones=(5, 12)).check(10), "a milestone at 12 and the run ends at 10"),
     (lambda: BetaSchedule("step", milestones=(10,)).check(10), "a milestone at 10 and the run ends at 10"),
     (lambda: BetaSchedule(beta="1000"), "beta of the beta schedule must be a number of at least 0, got '1000'"),
-    (lambda: BetaSchedule(beta=None), "beta of the beta schedule must be a number of at least 0, got None"),
-    (lambda: BetaSchedule("linear", length="3"), "length of the beta schedule must be"),
     (lambda: BetaSchedule("step", milestones=("3",)), "a milestone of the beta schedule must be"),
     (lambda: BetaSchedule("step", milestones=5), "milestones of the beta schedule are 5"),
     (lambda: BetaSchedule("step"), "no milestones"),
@@ -123,16 +115,12 @@ def refused(call, words: str) -> None:
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize(("student", "teacher", "words"), PAIRS, ids=[words for *_, words in PAIRS])
-def test_maps_that_do_not_fit_are_one_sentence(name, student, teacher, words):
-    refused(lambda: LOSSES[name](student, teacher), words.format("gradient" if name == "gradient" else "map"))
-
-
-@pytest.mark.parametrize("name", SOFT)
-@pytest.mark.parametrize(("student", "teacher", "words"), SOFT_PAIRS, ids=[words for *_, words in SOFT_PAIRS])
-def test_logits_that_do_not_fit_are_one_sentence(name, student, teacher, words):
-    refused(lambda: SOFT[name](student, teacher), words)
+@pytest.mark.parametrize(("name", "student", "teacher", "words"), [
+    *((name, *pair) for name in LOSSES for pair in PAIRS), *((name, *pair) for name in SOFT for pair in SOFT_PAIRS),
+])  # fmt: skip
+def test_maps_and_logits_that_do_not_fit_are_one_sentence(name, student, teacher, words):
+    words = words.format("gradient" if name == "gradient" else "map")
+    refused(lambda: (LOSSES | SOFT)[name](student, teacher), words)
 
 
 @pytest.mark.parametrize(("call", "words"), CASES, ids=[words for _, words in CASES])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from unittest import mock
 
 import torch
@@ -22,24 +22,19 @@ def _forward(self: AFSConvBN, x: Tensor, *, scale_of, shift_of) -> Tensor:
     return (scale[..., None, None] * self.norm(self.conv(x)) + shift[..., None, None]).to(x.dtype)
 
 
-@contextmanager
-def _layer(scale_of, shift_of) -> Iterator[None]:
+def _layer(scale_of, shift_of) -> AbstractContextManager:
     def forward(self: AFSConvBN, x: Tensor) -> Tensor:
         return _forward(self, x, scale_of=scale_of, shift_of=shift_of)
 
-    with mock.patch.object(AFSConvBN, "forward", forward):
-        yield
+    return mock.patch.object(AFSConvBN, "forward", forward)
 
 
-@contextmanager
-def _unchecked() -> Iterator[None]:
+def _unchecked() -> AbstractContextManager:
     """The conversion does not compare its result, or it would refuse the fault by itself."""
-    with mock.patch.object(convert, "require_same", lambda *_, **__: None):
-        yield
+    return mock.patch.object(convert, "require_same", lambda *_, **__: None)
 
 
-@contextmanager
-def static_layer_outputs_zero() -> Iterator[None]:
+def static_layer_outputs_zero() -> AbstractContextManager:
     """With s = 0 a layer outputs 0 instead of gamma * y."""
 
     def gates(self: AFSConvBN, pooled: Tensor) -> Gates:
@@ -47,12 +42,10 @@ def static_layer_outputs_zero() -> Iterator[None]:
         pi = select(h, self.m, self.s, self.k)
         return Gates(pi, self.s * pi, self.m * self.s * (pi > 0))
 
-    with mock.patch.object(AFSConvBN, "_gates", gates):
-        yield
+    return mock.patch.object(AFSConvBN, "_gates", gates)
 
 
-@contextmanager
-def wrong_channel_count() -> Iterator[None]:
+def wrong_channel_count() -> AbstractContextManager:
     """Places of the third convolution are counted from the block's narrow width: 2.5 % are suppressed, not 10 %."""
 
     def k(self: AFSConvBN) -> int:
@@ -60,8 +53,7 @@ def wrong_channel_count() -> Iterator[None]:
         count = self.conv.in_channels if expands else self.width
         return self.width - int((1 - self.density) * count + 1e-9)
 
-    with mock.patch.object(AFSConvBN, "k", property(k)):
-        yield
+    return mock.patch.object(AFSConvBN, "k", property(k))
 
 
 @contextmanager
@@ -92,11 +84,9 @@ def batch_norm_keeps_its_affine_part() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def gate_multiplies_the_shift() -> Iterator[None]:
+def gate_multiplies_the_shift() -> AbstractContextManager:
     """The second half of the same fault alone: eta * (y + beta)."""
-    with _layer(lambda layer, g: g.active * g.eta, lambda layer, g: g.active * g.eta * layer.beta):
-        yield
+    return _layer(lambda layer, g: g.active * g.eta, lambda layer, g: g.active * g.eta * layer.beta)
 
 
 @contextmanager
@@ -114,41 +104,33 @@ def random_predictors() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def removed_channel_keeps_its_shift() -> Iterator[None]:
+def removed_channel_keeps_its_shift() -> AbstractContextManager:
     """A channel with m = 0 is beta instead of 0, so it cannot be cut out."""
-    with _layer(lambda layer, g: g.active * g.eta, lambda layer, g: layer.beta.expand_as(g.eta)):
-        yield
+    return _layer(lambda layer, g: g.active * g.eta, lambda layer, g: layer.beta.expand_as(g.eta))
 
 
-@contextmanager
-def removed_channel_is_only_scaled_down() -> Iterator[None]:
+def removed_channel_is_only_scaled_down() -> AbstractContextManager:
     """The masks scale channels instead of removing them."""
-    with _layer(
+    return _layer(
         lambda layer, g: (0.1 + 0.9 * g.active) * layer.predictor.bias.relu(),
         lambda layer, g: (0.1 + 0.9 * g.active) * layer.beta,
-    ):
-        yield
+    )
 
 
-@contextmanager
-def masks_missing_from_the_state_dict() -> Iterator[None]:
+def masks_missing_from_the_state_dict() -> AbstractContextManager:
     original = AFSConvBN.__init__
 
     def init(self: AFSConvBN, *args, **kwargs) -> None:
         original(self, *args, **kwargs)
         self._non_persistent_buffers_set.update({"m", "s", "gamma"})
 
-    with mock.patch.object(AFSConvBN, "__init__", init):
-        yield
+    return mock.patch.object(AFSConvBN, "__init__", init)
 
 
-@contextmanager
-def gates_ignored() -> Iterator[None]:
+def gates_ignored() -> AbstractContextManager:
     """The forward pass is that of the plain network: the gates are computed, and nobody looks at them."""
 
     def constant(layer: AFSConvBN, gates: Gates) -> Tensor:
         return layer.predictor.bias.abs().expand_as(gates.eta)
 
-    with _layer(constant, lambda layer, gates: layer.beta.expand_as(gates.eta)):
-        yield
+    return _layer(constant, lambda layer, gates: layer.beta.expand_as(gates.eta))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from unittest import mock
 
@@ -20,8 +20,7 @@ from afdslib.training import features, loop
 from afdslib.training import objective as objectives
 
 
-@contextmanager
-def unsquared_norm() -> Iterator[None]:
+def unsquared_norm() -> AbstractContextManager:
     """The distance of two feature maps is not squared."""
 
     def forward(self: AFDLoss, student: dict[str, Tensor], source: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -32,12 +31,10 @@ def unsquared_norm() -> Iterator[None]:
             total = total + channels / (2 * height * width) * (rho * distance).sum(1).mean()
         return {"afd": total, "entropy": torch.zeros(())}
 
-    with mock.patch.object(AFDLoss, "forward", forward):
-        yield
+    return mock.patch.object(AFDLoss, "forward", forward)
 
 
-@contextmanager
-def shared_bias() -> Iterator[None]:
+def shared_bias() -> AbstractContextManager:
     """b2 is one scalar, which cancels in the softmax."""
     original = afd._Attention.__init__
 
@@ -45,8 +42,7 @@ def shared_bias() -> Iterator[None]:
         original(self, *shape)
         self.b2 = nn.Parameter(torch.zeros(1))
 
-    with mock.patch.object(afd._Attention, "__init__", init):
-        yield
+    return mock.patch.object(afd._Attention, "__init__", init)
 
 
 @contextmanager
@@ -73,51 +69,39 @@ def hooks_are_left() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def no_seeds() -> Iterator[None]:
+def no_seeds() -> AbstractContextManager:
     """The order of the images comes from the process's generator."""
 
     def batches(dataset, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
         order = np.random.RandomState().permutation(len(dataset)).tolist()
         return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
-    with mock.patch.object(loop, "_batches", batches):
-        yield
+    return mock.patch.object(loop, "_batches", batches)
 
 
-@contextmanager
-def _splits(change) -> Iterator[None]:
+def _splits(change) -> AbstractContextManager:
     original = stages.DataSource.load
-    with mock.patch.object(stages.DataSource, "load", lambda self: change(original(self))):
-        yield
+    return mock.patch.object(stages.DataSource, "load", lambda self: change(original(self)))
 
 
-@contextmanager
-def statistics_of_the_test_set() -> Iterator[None]:
+def statistics_of_the_test_set() -> AbstractContextManager:
     """Masks are fitted on test images."""
-    with _splits(lambda splits: replace(splits, statistics=splits.test)):
-        yield
+    return _splits(lambda splits: replace(splits, statistics=splits.test))
 
 
-@contextmanager
-def chosen_on_the_test_set() -> Iterator[None]:
+def chosen_on_the_test_set() -> AbstractContextManager:
     """There is no validation split: test images are used to choose."""
-    with _splits(lambda splits: replace(splits, validation=splits.test)):
-        yield
+    return _splits(lambda splits: replace(splits, validation=splits.test))
 
 
-@contextmanager
-def no_validation_split() -> Iterator[None]:
+def no_validation_split() -> AbstractContextManager:
     """There is nothing to choose by."""
-    with _splits(lambda splits: replace(splits, validation=None)):
-        yield
+    return _splits(lambda splits: replace(splits, validation=None))
 
 
-@contextmanager
-def no_source_stage() -> Iterator[None]:
+def no_source_stage() -> AbstractContextManager:
     """The converted network goes to the target as it is; its predictors have seen no source image."""
-    with mock.patch.object(training, "fit", lambda model, *_, **__: model):
-        yield
+    return mock.patch.object(training, "fit", lambda model, *_, **__: model)
 
 
 @contextmanager
@@ -153,8 +137,7 @@ def each_budget_starts_from_the_source() -> Iterator[None]:
 # What a notebook has to notice.
 
 
-@contextmanager
-def lambda_is_zero() -> Iterator[None]:
+def lambda_is_zero() -> AbstractContextManager:
     """The feature terms are measured and logged, and do not act."""
     original = objectives.Objective.__init__
 
@@ -163,12 +146,10 @@ def lambda_is_zero() -> Iterator[None]:
         for term in self.terms:
             term.weight = 0.0
 
-    with mock.patch.object(objectives.Objective, "__init__", init):
-        yield
+    return mock.patch.object(objectives.Objective, "__init__", init)
 
 
-@contextmanager
-def target_labels_shuffled() -> Iterator[None]:
+def target_labels_shuffled() -> AbstractContextManager:
     """The fitting images of every data set get each other's labels."""
     original = data.load
 
@@ -178,5 +159,4 @@ def target_labels_shuffled() -> Iterator[None]:
         splits.train.targets = splits.train.targets[order]
         return splits
 
-    with mock.patch.object(data, "load", load):
-        yield
+    return mock.patch.object(data, "load", load)

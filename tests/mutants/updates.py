@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from unittest import mock
 
 import torch
@@ -24,27 +24,23 @@ def _statistics(collect) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def statistics_read_before_they_exist() -> Iterator[None]:
+def statistics_read_before_they_exist() -> AbstractContextManager:
     """The lists are made by the first forward pass after the update that reads them."""
 
     def collect(model: nn.Module, loader, *, device=None) -> dict[str, LayerStatistics]:
         return {n: torch.stack(x.importances).mean(0) for n, x in afs.layers(model).items()}  # type: ignore[attr-defined]
 
-    with _statistics(collect):
-        yield
+    return _statistics(collect)
 
 
-@contextmanager
-def mean_of_a_list() -> Iterator[None]:
+def mean_of_a_list() -> AbstractContextManager:
     """`torch.mean` of a Python list."""
 
     def collect(model: nn.Module, loader, *, device=None) -> dict[str, LayerStatistics]:
         values: dict[str, list[float]] = {name: [0.5, 1.0] for name in afs.layers(model)}
         return {name: torch.mean(v) for name, v in values.items()}  # type: ignore[arg-type]
 
-    with _statistics(collect):
-        yield
+    return _statistics(collect)
 
 
 @contextmanager
@@ -84,8 +80,7 @@ def masks_per_layer() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def gamma_is_random() -> Iterator[None]:
+def gamma_is_random() -> AbstractContextManager:
     """gamma is drawn once and never updated."""
     original = masks._freeze
 
@@ -94,26 +89,22 @@ def gamma_is_random() -> Iterator[None]:
         for layer in found.values():
             layer.gamma.copy_(torch.rand(layer.gamma.shape, generator=torch.Generator().manual_seed(0)))
 
-    with mock.patch.object(masks, "_freeze", freeze):
-        yield
+    return mock.patch.object(masks, "_freeze", freeze)
 
 
 # MACs
 
 
-@contextmanager
-def no_macs_counter() -> Iterator[None]:
+def no_macs_counter() -> AbstractContextManager:
     """The gated network is said to cost what the dense one costs."""
 
     def counted(self: macs.Meter) -> macs.MACs:
         return macs.count(self.model, self._input_size)  # type: ignore[arg-type]
 
-    with mock.patch.object(macs.Meter, "macs", counted):
-        yield
+    return mock.patch.object(macs.Meter, "macs", counted)
 
 
-@contextmanager
-def product_of_means() -> Iterator[None]:
+def product_of_means() -> AbstractContextManager:
     """Mean active inputs times mean active outputs, as if they were independent over images."""
 
     def conv_macs(conv: nn.Conv2d, entering: Tensor | None, leaving: Tensor | None, batch: int, shape) -> float:
@@ -121,19 +112,15 @@ def product_of_means() -> Iterator[None]:
         outputs = conv.out_channels if leaving is None else float(leaving.sum(1).mean())
         return batch * shape[2] * shape[3] * conv.kernel_size[0] * conv.kernel_size[1] * inputs * outputs
 
-    with mock.patch.object(macs, "_conv_macs", conv_macs):
-        yield
+    return mock.patch.object(macs, "_conv_macs", conv_macs)
 
 
-@contextmanager
-def stream_without_its_shortcut() -> Iterator[None]:
+def stream_without_its_shortcut() -> AbstractContextManager:
     """The residual stream's active set is that of one addend instead of the union."""
-    with mock.patch.object(graph, "_union", lambda left, right: left):
-        yield
+    return mock.patch.object(graph, "_union", lambda left, right: left)
 
 
-@contextmanager
-def predictors_for_free() -> Iterator[None]:
+def predictors_for_free() -> AbstractContextManager:
     """The gates' own cost is left out."""
     original = macs.Meter.macs
 
@@ -141,5 +128,4 @@ def predictors_for_free() -> Iterator[None]:
         measured = original(self)
         return macs.MACs(measured.total - measured.predictors, measured.by_layer, measured.predictors)
 
-    with mock.patch.object(macs.Meter, "macs", counted):
-        yield
+    return mock.patch.object(macs.Meter, "macs", counted)

@@ -113,8 +113,9 @@ def test_archives(kind, home):
 
 
 def test_weight_files(home):
-    afs.save(tiny.gated(), home / "net.safetensors")
-    content = (home / "net.safetensors").read_bytes()
+    file = home / "net.safetensors"
+    afs.save(tiny.gated(), file)
+    content = file.read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     for seed in range(TRIES):
@@ -128,9 +129,9 @@ def test_weight_files(home):
                 spoilt = header | {"__metadata__": header["__metadata__"] | meta}
             text = json.dumps(spoilt).encode()
             changed = len(text).to_bytes(8, "little") + text + content[8 + length :]
-        (home / "net.safetensors").write_bytes(changed)
+        file.write_bytes(changed)
         with tells(home, seed):
-            afs.load(home / "net.safetensors")
+            afs.load(file)
 
 
 def mutated(content: bytes, name: str, draw: random.Random) -> bytes:
@@ -148,10 +149,9 @@ def check_files(home: Path, folder: Path, names: list[str], uses: list) -> None:
     whole = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
     for seed in range(TRIES):
         draw = random.Random(seed)
-        for name, content in whole.items():
-            (folder / name).write_bytes(content)
         name = draw.choice(names)
-        (folder / name).write_bytes(mutated(whole[name], name, draw))
+        for other, content in whole.items():
+            (folder / other).write_bytes(mutated(content, name, draw) if other == name else content)
         for use in uses:
             with tells(home, seed):
                 use()

@@ -7,7 +7,7 @@ import os
 import random
 import shutil
 import signal
-import threading
+import sys
 import time
 import zipfile
 from collections.abc import Callable
@@ -18,9 +18,9 @@ import disk
 import nbformat
 import pytest
 import tiny
+from forked import ended, start
 from nbformat.v4 import new_code_cell, new_notebook
 from toy_runs import ToySource, ToyTrain
-from tqdm import tqdm
 
 from afdslib import data, runs
 from afdslib.base.errors import AFDSError
@@ -51,7 +51,7 @@ def study(home: Path) -> None:
     try:
         work(points)
     finally:
-        failed = os.waitpid(other, 0)[1]
+        failed = ended(other)
     if failed:
         raise AFDSError("the other worker failed")
 
@@ -116,26 +116,6 @@ def finished_of(home: Path) -> dict:
     return markers | {("published", record["id"]): record["metrics"] for _, record in runs.records("tiny")}
 
 
-def start(work) -> int:
-    """Runs `work` in a process of its own that exits with 0, or with 2 after an error that the command line tells."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            silent = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(silent, 1)
-            os.dup2(silent, 2)
-            # A fork shares tqdm's lock with its parent; killed while it holds it, it would stop all later ones.
-            tqdm.set_lock(threading.RLock())
-            work()
-            code = 0
-        except AFDSError as error:
-            code = 3 if "\n" in str(error) else 2
-        finally:
-            os._exit(code)
-    return child
-
-
 def begin(work, home: Path, prepare=lambda: None) -> int:
     """`work` in a group of processes of its own, whose project is `home`."""
 
@@ -148,10 +128,6 @@ def begin(work, home: Path, prepare=lambda: None) -> int:
         work(home)
 
     return start(child)
-
-
-def ended(child: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 class Case(NamedTuple):
@@ -202,6 +178,33 @@ def check_again(case: Case, home: Path) -> None:
     assert result_of(home) == case.expected
 
 
+def test_killed_before_any_file_operation(tmp_path):
+    """Before the n-th operation on the store, for every n (every fourth in short), then called again."""
+    config = ToyTrain(steps=3, source=ToySource())
+    whole = runs.get_or_run(config, store=tmp_path / "whole")
+    log = (whole.path / "metrics.csv").read_bytes()
+    for moment in range(1, 1000, 1 if MOMENTS > 2 else 4):
+        folder, counter = tmp_path / f"killed{moment}", iter(range(1, 10**6))
+
+        def watch(event, arguments, moment=moment, folder=folder, counter=counter):
+            if event in ("open", "os.rename", "os.remove", "os.mkdir") and str(arguments[0]).startswith(str(folder)):
+                if next(counter) == moment:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        def work(watch=watch, folder=folder):
+            sys.addaudithook(watch)
+            runs.get_or_run(config, store=folder)
+
+        code = ended(start(work))
+        if code == 0:
+            break
+        resumed = runs.get_or_run(config, store=folder)
+        assert code == -signal.SIGKILL and resumed.metrics == whole.metrics, f"killed before operation {moment}"
+        assert (resumed.path / "metrics.csv").read_bytes() == log, f"killed before operation {moment}"
+        assert not list(resumed.path.glob(".*")), f"killed before operation {moment}"
+    assert 30 < moment < 990
+
+
 @pytest.mark.parametrize("fault", disk.ERRORS)
 @pytest.mark.parametrize("moment", range(max(1, MOMENTS // 4)))
 def test_a_disk_that_is_full_or_read_only(case, fault, moment, home):
@@ -217,7 +220,6 @@ def test_a_disk_that_is_full_or_read_only(case, fault, moment, home):
         if case.work is not notebook or moment % 2:
             disk.install(str(home), fault, first)
 
-    child = begin(case.work, home, prepare)
-    code = ended(child)
+    code = ended(begin(case.work, home, prepare))
     assert code in (0, 2) and (code == 2 or fault == "full")
     check_again(case, home)

@@ -2,20 +2,20 @@
 
 import dataclasses
 import errno
-import functools
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy
 import pytest
 import torch
 import toy_runs
+from forked import ended, start
 from toy_runs import Schedule, ToySource, ToyTrain
 
 from afdslib import runs
@@ -50,14 +50,11 @@ def first(store):
     return runs.get_or_run(ToyTrain(), store=store)
 
 
-def support_environment(**more) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": f"{paths.root()}:{Path(toy_runs.__file__).parent}", **more}
-
-
 def test_the_id_of_a_configuration_never_changes_nor_depends_on_the_process(monkeypatch):
     config = ToyTrain("golden", 8, schedule=Schedule(0.25, (3, 5), None), source=ToySource(4, seed=1))
     code = "import toy_runs; from afdslib import runs; print(runs.run_id(toy_runs.ToyTrain()))"
-    environment = support_environment(PYTHONHASHSEED="77")
+    path = f"{paths.root()}:{Path(toy_runs.__file__).parent}"
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "77"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == runs.run_id(ToyTrain())
     monkeypatch.setattr("afdslib.runs.config.RESULTS_VERSION", 1)
@@ -151,83 +148,22 @@ def test_finished_run_without_the_needed_artifact_is_computed_again(store, first
         runs.get_or_run(ToyTrain(steps=1), store=store, needs=("other.txt",))
 
 
-def test_metrics_become_plain_json(store):
-    @dataclass(frozen=True)
-    class Numbers:
-        def execute(self, run):
-            return {"a": numpy.float32(0.5), "b": torch.tensor([1, 2]), "c": float("nan"), 4: [float("inf"), True]}
-
-    assert runs.get_or_run(Numbers(), store=store).metrics == {"a": 0.5, "b": [1, 2], "c": None, "4": [None, True]}
-
-
 @needs_fork
 def test_two_processes_compute_a_run_once(store, tmp_path):
     config = ToyTrain(folder=str(tmp_path), pause=0.05)
-    children = [fork(lambda: runs.get_or_run(config, store=store)) for _ in range(2)]
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    children = [start(lambda: runs.get_or_run(config, store=store)) for _ in range(2)]
+    assert [ended(child) for child in children] == [0, 0]
     assert (tmp_path / "executions.txt").read_text() == "started\n"
     assert runs.lookup(config, store=store) is not None
 
 
-def test_killed_process_resumes_to_the_numbers_of_an_uninterrupted_run(store, tmp_path):
-    command = [sys.executable, str(Path(toy_runs.__file__)), str(store), "0.2"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=support_environment()) as process:
-        for line in process.stdout:
-            if line == "step 5\n":
-                (interrupted,) = runs.list_runs(store)
-                assert interrupted.state == "running"
-                process.send_signal(signal.SIGKILL)
-    (interrupted,) = runs.list_runs(store)
-    assert process.returncode == -signal.SIGKILL and interrupted.state == "interrupted"
-    resumed = runs.resume(interrupted.id[:6], store=store)
-    whole = runs.get_or_run(ToyTrain(), store=tmp_path / "whole")
+def test_an_interrupted_run_resumes_to_the_numbers_of_an_uninterrupted_one(store, tmp_path):
+    id = interrupt(store)
+    assert [run.state for run in runs.list_runs(store)] == ["interrupted"]
+    resumed, whole = runs.resume(id[:6], store=store), runs.get_or_run(ToyTrain(), store=tmp_path / "whole")
     assert resumed.metrics == whole.metrics
     assert (resumed.path / "metrics.csv").read_bytes() == (whole.path / "metrics.csv").read_bytes()
     assert json.loads((resumed.path / "times.json").read_text())["sessions"] == 2
-
-
-@needs_fork
-def test_kill_before_any_file_operation_loses_nothing(store, tmp_path):
-    """Kills the process before its n-th operation on the store, for every n, then calls again."""
-    config = ToyTrain(steps=3, source=ToySource())
-    whole = runs.get_or_run(config, store=tmp_path / "whole")
-    log = (whole.path / "metrics.csv").read_bytes()
-    for moment in range(1, 1000):
-        folder = tmp_path / f"killed{moment}"
-        status = os.waitpid(fork(functools.partial(killed_at, moment, folder, config)), 0)[1]
-        if status == 0:
-            break
-        assert os.WTERMSIG(status) == signal.SIGKILL
-        resumed = runs.get_or_run(config, store=folder)
-        assert resumed.metrics == whole.metrics, f"killed before operation {moment}"
-        assert (resumed.path / "metrics.csv").read_bytes() == log, f"killed before operation {moment}"
-        assert not list(resumed.path.glob(".*")), f"killed before operation {moment}"
-    assert 30 < moment < 999
-
-
-def fork(work) -> int:
-    """Runs `work` in a child process that exits with 0, or with 1 on an exception."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    return child
-
-
-def killed_at(moment: int, store: Path, config) -> None:
-    counter = iter(range(1, 10**6))
-
-    def watch(event, arguments):
-        if event in ("open", "os.rename", "os.remove", "os.mkdir") and str(arguments[0]).startswith(str(store)):
-            if next(counter) == moment:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(watch)
-    runs.get_or_run(config, store=store)
 
 
 def test_checkpoint_of_an_older_version_is_not_resumed(store, monkeypatch):
@@ -237,16 +173,11 @@ def test_checkpoint_of_an_older_version_is_not_resumed(store, monkeypatch):
         runs.resume(id, store=store)
 
 
-def interrupt(store: Path, config=None) -> str:
-    """Leaves a run that stopped after its checkpoint at step 4."""
-    config = config or ToyTrain()
-    original, runs.Run.write_artifact = runs.Run.write_artifact, unexpected
-    try:
-        with pytest.raises(AssertionError):
-            runs.get_or_run(config, store=store)
-    finally:
-        runs.Run.write_artifact = original
-    return runs.run_id(config)
+def interrupt(store: Path) -> str:
+    """Leaves a run that stopped after its last checkpoint."""
+    with mock.patch.object(runs.Run, "write_artifact", unexpected), pytest.raises(AssertionError):
+        runs.get_or_run(ToyTrain(), store=store)
+    return runs.run_id(ToyTrain())
 
 
 @pytest.fixture
@@ -311,13 +242,10 @@ def damage(file: Path, how: str) -> None:
     file.write_bytes(changed.get(how, how.encode()))
 
 
-@pytest.mark.parametrize(
-    ("name", "how"),
-    [
-        *(("result.json", how) for how in ("truncated", "empty", "binary", "[]", "{}", '{"id": "0", "metrics": {}}')),
-        *(("checkpoint.pt", how) for how in ("truncated", "empty", "binary", "hello")),
-    ],
-)
+@pytest.mark.parametrize(("name", "how"), [
+    *(("result.json", how) for how in ("truncated", "empty", "binary", "[]", "{}", '{"id": "0", "metrics": {}}')),
+    *(("checkpoint.pt", how) for how in ("truncated", "empty", "binary", "hello")),
+])  # fmt: skip
 def test_a_damaged_file_is_one_sentence_and_rm_helps(store, name, how):
     id = interrupt(store) if name == "checkpoint.pt" else runs.get_or_run(ToyTrain(), store=store).id
     file = store / id / name
@@ -349,23 +277,11 @@ def test_a_flipped_bit_in_a_tensor_is_noticed_and_code_in_a_checkpoint_refused_n
     assert not (run.path / "pwned").exists()
 
 
-def test_store_that_cannot_be_made_is_one_sentence(store):
-    store.parent.mkdir(parents=True, exist_ok=True)
-    store.write_text("a file where a folder should be")
-    with pytest.raises(AFDSError) as info:
-        runs.get_or_run(ToyTrain(), store=store)
-    assert str(store) in sentence(info) and "AFDS_RUNS" in sentence(info)
-
-
-def test_full_disk_is_one_sentence_and_keeps_the_last_checkpoint(store, monkeypatch):
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
+def test_a_full_disk_and_a_store_that_cannot_be_made_are_one_sentence_and_keep_the_last_checkpoint(store, tmp_path):
     id = interrupt(store)
     run = runs.Run(id, store / id, store)
     before = run.load_checkpoint()
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
+    with mock.patch.object(os, "fsync", side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))):
         with pytest.raises(AFDSError) as info:
             run._save(run.checkpoint_path, lambda part: part.write_text("new"))
         assert "No space left" in sentence(info) and str(run.checkpoint_path) in sentence(info)
@@ -373,41 +289,28 @@ def test_full_disk_is_one_sentence_and_keeps_the_last_checkpoint(store, monkeypa
             runs.get_or_run(ToyTrain(), store=store)
     assert run.load_checkpoint() == before
     assert runs.get_or_run(ToyTrain(), store=store).metrics["steps"] == 6
+    (tmp_path / "file").write_text("a file where a folder should be")
+    with pytest.raises(AFDSError) as info:
+        runs.get_or_run(ToyTrain(), store=tmp_path / "file")
+    assert str(tmp_path / "file") in sentence(info) and "AFDS_RUNS" in sentence(info)
 
 
 def test_writers_that_report_a_full_disk_in_their_own_way_are_understood_and_a_bug_stays_a_bug(run):
-    def fail(error):
-        def writer(path):
-            raise error
-
-        run.write_artifact("a.bin", writer)
-
-    for message in (
-        "[enforce fail at inline_container.cc:671] . unexpected pos 832 vs 726",  # torch.save
-        "Error while serializing: I/O error: No space left on device (os error 28)",  # safetensors
+    full = "cannot write .*a.bin: No space left on device"
+    for error, kind, words in (
+        (Exception("[enforce fail at inline_container.cc:671] . unexpected pos 832 vs 726"), AFDSError, full),  # torch
+        (Exception("Error while serializing: I/O error: No space left on device (os error 28)"), AFDSError, full),
+        (RuntimeError("shape mismatch"), RuntimeError, "shape mismatch"),
     ):
-        with pytest.raises(AFDSError, match="cannot write .*a.bin: No space left on device"):
-            fail(Exception(message))
-    with pytest.raises(RuntimeError, match="shape mismatch"):
-        fail(RuntimeError("shape mismatch"))
+        with pytest.raises(kind, match=words):
+            run.write_artifact("a.bin", mock.Mock(side_effect=error))
 
 
 def test_the_time_of_a_run_leaves_out_the_runs_it_computes_on_the_way(store, monkeypatch):
-    def slow(self, run):
-        time.sleep(0.5)
-        run.write_artifact("model.txt", lambda path: path.write_text("0.3"))
-        return {"steps": 1}
-
-    monkeypatch.setattr(ToySource, "execute", slow)
+    real = ToySource.execute
+    monkeypatch.setattr(ToySource, "execute", lambda self, run: time.sleep(0.5) or real(self, run))
     child = runs.get_or_run(ToyTrain(source=ToySource()), store=store)
     assert runs.seconds(runs.lookup(ToySource(), store=store)) >= 0.5 > 0.4 > runs.seconds(child)
-
-
-def test_a_committed_result_is_finished_beside_an_interrupted_run_of_the_same_id(store, first):
-    runs.publish([first], "tiny")
-    (first.path / "result.json").unlink()
-    config, result = runs.finished(first.id, store=store)
-    assert config == ToyTrain() and result.committed
 
 
 def test_published_results_are_found_without_a_store(store, monkeypatch):
@@ -457,16 +360,18 @@ def test_publishing_merges_and_writes_each_shared_part_once(store):
             assert runs.Result(result.id, {}, folder).history().equals(result.history())
 
 
-def test_tables_within_metrics_come_back_as_they_were(store):
+def test_metrics_become_plain_json_and_tables_within_them_come_back_as_they_were(store):
     layers = {"b": {"x": 1, "y": [0.5]}, "a": {"y": [], "x": None}}
+    numbers = {"a": numpy.float32(0.5), "b": torch.tensor([1, 2]), "c": float("nan"), 4: [float("inf"), True]}
 
     @runs.register
     @dataclass(frozen=True)
     class Layers:
         def execute(self, run):
-            return {"layers": layers, "odd": {"b": {"x": 1, "y": 2}, "a": {"x": 1}}, "list": [layers]}
+            return numbers | {"layers": layers, "odd": {"b": {"x": 1, "y": 2}, "a": {"x": 1}}, "list": [layers]}
 
     first = runs.get_or_run(Layers(), store=store)
+    assert {key: first.metrics[key] for key in "abc4"} == {"a": 0.5, "b": [1, 2], "c": None, "4": [None, True]}
     text = runs.publish([first], "tiny").read_text()
     assert text.count('"columns":["x","y"]') == 2
     assert runs.get_or_run(Layers(), store=store / "empty").metrics == first.metrics
@@ -479,6 +384,9 @@ def test_committed_result_is_computed_again_when_fresh_or_when_an_artifact_is_ne
     assert not again.committed and f"{first.id} is committed without model.txt" in caplog.text
     runs.publish([again], "tiny")
     assert (file.stat().st_mtime_ns, file.stat().st_ino) == written
+    (first.path / "result.json").unlink()  # an interrupted run of the same id
+    config, result = runs.finished(first.id, store=store)
+    assert config == ToyTrain() and result.committed
     monkeypatch.setenv("AFDS_FRESH", "1")
     runs.publish([again], "tiny")
     assert file.stat().st_ino != written[1]  # written anew
@@ -512,26 +420,23 @@ def test_listing_survives_runs_of_unknown_kind_and_strange_folders(store):
         runs.resume("0123456789ab", store=store)
     assert runs.show("0123", store=store)["config"]["x"] == 1
     assert runs.list_runs(store / "nothing") == []
-
-
-def test_only_ids_of_the_store_are_removed(store, first):
     for id in ("../../etc", "", "*", "ffffffffffff", "0123456789abc"):
         with pytest.raises(AFDSError, match="afds runs list"):
             runs.remove(id, store=store)
-    assert first.path.exists()
 
 
 @needs_fork
 def test_running_run_is_not_removed(store):
-    child = fork(lambda: runs.get_or_run(ToyTrain(pause=0.1), store=store))
+    child = start(lambda: runs.get_or_run(ToyTrain(pause=0.1), store=store))
     id = runs.run_id(ToyTrain())
     deadline = time.monotonic() + 10
     while not (store / id / "config.json").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
+    assert [run.state for run in runs.list_runs(store)] == ["running"]
     with pytest.raises(AFDSError, match="another process"):
         runs.remove(id, store=store)
     with pytest.raises(BusyError, match="another process"):
         runs.get_or_run(ToyTrain(pause=0.1), store=store, wait=False)
-    assert os.waitpid(child, 0)[1] == 0
+    assert ended(child) == 0
     runs.remove(id, store=store)
     assert not (store / id).exists() and runs.list_runs(store) == []

@@ -1,4 +1,4 @@
-"""The width of AFD's attention from budget to budget, and what is said of it."""
+"""The width of AFD's attention from budget to budget, settling by importance, and what is said of both."""
 
 import math
 
@@ -34,15 +34,12 @@ def test_a_uniform_attention_is_as_wide_as_the_geometric_mean_of_its_layers():
     assert width == pytest.approx(math.exp(sum(map(math.log, (64, 128, 256, 512))) / 4))
 
 
-def test_the_text_has_the_widths_and_the_paired_gain():
+def test_the_text_has_the_widths_and_the_paired_gain_and_only_what_was_computed():
     table = widths(joint=(0.50, 0.51, 0.52), detached=(0.53, 0.54, 0.56))
     text = ablations.attention_text(table, points(delta_afs=(0.51, 0.52, 0.53)), budget=0.1)
     assert "100 channels" in text and "90 wide in the unpruned network and 5.0 at 10x" in text
     assert "50 wide there" in text and "detached minus joint: +3.3 [+1.9, +4.8] points, 3 paired seeds" in text
     assert "minus AFD, both with AFS: +1.0 [" in text
-
-
-def test_what_was_not_computed_is_not_mentioned():
     text = ablations.attention_text(widths(joint=(0.5, 0.6)), points(l2_taylor=(0.5,)), budget=0.1)
     assert "5.0 at 10x" in text and "detached" not in text and "DELTA" not in text
     assert ablations.attention_text(widths(joint=(0.5,)), points(), budget=0.2) == ""
@@ -67,3 +64,22 @@ def test_the_figure_shows_both_kinds_at_every_budget():
     assert list(left.lines[0].get_ydata()) == [5, 90] and left.get_yscale() == "log"
     lines = [line.get_ydata() for line in right.lines if line.get_marker() == "o"]
     assert list(lines[0]) == pytest.approx([0.535, 0.6])
+
+
+def frame(name: str, *accuracies: float, column: str = "attention") -> pd.DataFrame:
+    rows = [(name, seed, 0.1, value) for seed, value in enumerate(accuracies)]
+    return pd.DataFrame(rows, columns=[column, "seed", "budget", "test_accuracy"])
+
+
+def test_the_text_has_the_gain_and_the_distance_from_the_rival_over_the_seeds_that_are_there():
+    before = pd.concat([frame("joint", 0.5, 0.5, 0.5), frame("detached", 0.3, 0.4)])
+    main = frame("l2+width", 0.6, 0.6, 0.6, column="method")
+    settled = pd.concat([frame("joint", 0.51, 0.52, 0.53), frame("detached", 0.5)])
+    text = ablations.settled_text(settled, before, main, budget=0.1, rival="l2+width")
+    assert "AFDS gains +2.0 [-0.5, +4.5] points by it, 3 paired seeds (seed by seed +1.0, +2.0, +3.0), and is" in text
+    assert "is then -8.0 [-10.5, -5.5] from the best competitor, L2 + narrower network." in text
+    assert "detached attention gains +20.0" in text and "1 paired seed (seed by seed +20.0)" in text
+    assert "Detached minus joint attention, both so: -1.0" in text
+    text = ablations.settled_text(settled[settled.attention == "detached"], before, main, budget=0.1, rival="l2+width")
+    assert "AFDS gains" not in text and "by mean gates (two things differ): +0.0" in text
+    assert ablations.settled_text(settled.head(0), before, main, budget=0.1, rival="l2+width") == ""

@@ -4,8 +4,6 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +16,7 @@ import pytest
 import tiny
 import torch
 import toy_runs
+from forked import ended, start
 
 from afdslib import cli, data, runs, training
 from afdslib.base import paths
@@ -32,6 +31,10 @@ from afdslib.studies.points import Points, Tuned
 from afdslib.studies.protocol import SELECTION_SPACES, Axis, Method, Protocol, protocol, regulariser_space
 
 SPACE = (Axis("lr", 1.0, 0.1, 10.0), Axis("kind", "b", choices=("a", "b", None)))
+
+
+def defaults(space) -> dict:
+    return {axis.name: axis.default for axis in space}
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +73,6 @@ WHOLE = rules("afd+afs", "l2+taylor", "l2+random")
 """Computed once; others are parts of it."""
 
 
-def defaults(name, spaces):
-    return {axis.name: axis.default for axis in spaces[name]}
-
-
-# the whole
-
-
 def test_a_comparison_tunes_on_validation_gives_the_top_rival_all_seeds_and_the_same_tables_twice(profile):
     compared = run(profile, WHOLE)
     table, rows = compared.table(), compared.rows()
@@ -113,10 +109,7 @@ def test_every_competitor_starts_from_the_plain_source_with_the_source_steps_tha
     compared._shape = 3, (3, 64, 64)  # of which half the MACs are within reach of smaller images
     chain, kinds = (1.0, 0.5), {}
     for name in SELECTION_SPACES:
-        tuned = Tuned(
-            Method("l2", name), {axis.name: axis.default for axis in regulariser_space("l2")},
-            defaults(name, SELECTION_SPACES),
-        )  # fmt: skip
+        tuned = Tuned(Method("l2", name), defaults(regulariser_space("l2")), defaults(SELECTION_SPACES[name]))
         point = compared.point(tuned, 0, chain, trial=True)
         kinds[name] = type(point)
         assert point.source.optimisation == profile.afs_training and not point.use_test
@@ -133,9 +126,10 @@ def test_every_competitor_starts_from_the_plain_source_with_the_source_steps_tha
 
 def test_a_budget_that_cannot_be_reached_is_missing_with_its_reason(profile):
     compared = Comparison(profile, rules("afd+afs", "l2+taylor", "l2+width", budgets=(1.0, 1e-4)))
-    l2 = {axis.name: axis.default for axis in regulariser_space("l2")}
-    chosen = lambda method: Tuned(method, l2, defaults(method.selection, SELECTION_SPACES))  # noqa: E731
-    compared.tuning, before = SimpleNamespace(why_not=lambda method: "", tuned=chosen), len(runs.list_runs())
+    l2, before = defaults(regulariser_space("l2")), len(runs.list_runs())
+    compared.tuning = SimpleNamespace(
+        why_not=lambda method: "", tuned=lambda method: Tuned(method, l2, defaults(SELECTION_SPACES[method.selection]))
+    )
     cell = compared.cell(Method("l2", "width"), 0, (1.0, 1e-4))
     assert cell.config is None and "cannot be reached" in cell.reason and len(runs.list_runs()) == before
     (pruned,) = workers.compute([compared.cell(Method("l2", "taylor"), 0, (1.0, 1e-4)).config])
@@ -143,14 +137,13 @@ def test_a_budget_that_cannot_be_reached_is_missing_with_its_reason(profile):
 
 
 def test_unknown_methods_and_combinations_are_one_sentence():
-    unknown = {"afd": "not of the form", "l3+afs": "unknown regulariser 'l3'", "l2+magic": "unknown selection 'magic'"}
-    for text, words in unknown.items():
+    for make, words in (
+        (lambda: Method.parse("afd"), "not of the form"), (lambda: Method.parse("l3+afs"), "unknown regulariser 'l3'"),
+        (lambda: Method.parse("l2+magic"), "unknown selection 'magic'"), (lambda: Protocol((), trials=1), "no method"),
+        (lambda: Protocol((Method("l2", "afs"),), trials=0), "trials must be a whole number of at least 1, got 0"),
+    ):  # fmt: skip
         with pytest.raises(AFDSError, match=words):
-            Method.parse(text)
-    with pytest.raises(AFDSError, match="no method"):
-        Protocol((), trials=1)
-    with pytest.raises(AFDSError, match="trials must be a whole number of at least 1, got 0"):
-        Protocol((Method("l2", "afs"),), trials=0)
+            make()
     assert [Method.parse(m).role for m in ("afd+afs", "l2+afs", "afd+taylor", "l2+taylor")] == [
         "afds", "part", "part", "competitor",
     ]  # fmt: skip
@@ -163,9 +156,6 @@ def test_every_profile_has_a_comparison_with_a_competitor_and_the_primary_budget
         assert {m.role for m in found.methods} >= {"afds", "competitor"}
         assert found.primary_budget in found.budgets and found.rest <= len(found.seeds)
         assert len(set(found.methods)) == len(found.methods)
-
-
-# trials
 
 
 def test_trials_are_the_defaults_and_then_spread_evenly_the_same_for_every_worker():
@@ -193,40 +183,21 @@ def test_a_trial_that_diverged_is_kept_and_never_chosen(monkeypatch):
         tuning._best("x", trials)
 
 
-WORKER = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import toy_runs
-from afdslib.studies import workers
-
-configs = [toy_runs.ToyTrain(name=str(i), steps=8, every=1, folder=sys.argv[2], pause=0.05) for i in range(5)]
-print(*[result.metrics["weight"] for result in workers.compute(configs)])
-"""
-
-
-def test_workers_share_runs_and_one_that_is_killed_loses_no_result(tmp_path):
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_workers_share_runs_and_one_that_is_killed_loses_no_result(tmp_path, monkeypatch):
     """Three workers, one killed in a run: the others take it over from its checkpoint; no run is computed twice."""
-    here = str(Path(__file__).parents[1] / "support")
-    env = {**os.environ, "AFDS_RUNS": str(tmp_path / "runs"), "AFDS_HOME": str(tmp_path)}
-    command = [sys.executable, "-c", WORKER, here, str(tmp_path)]
-
-    def start():
-        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True, stderr=subprocess.PIPE)
-
-    killed = start()
+    monkeypatch.setenv("AFDS_RUNS", str(tmp_path / "runs"))
+    configs = [toy_runs.ToyTrain(name=str(i), steps=8, every=1, folder=str(tmp_path), pause=0.05) for i in range(5)]
+    killed = start(lambda: workers.compute(configs))
     deadline = time.monotonic() + 60
     while not list((tmp_path / "runs").glob("*/checkpoint.pt")) and time.monotonic() < deadline:
         time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    others = [start(), start()]
-    lines = [process.communicate(timeout=120) for process in others]
-    assert [process.returncode for process in others] == [0, 0], lines
-    numbers = [[line for line in out.splitlines() if not line.startswith("step")][-1] for out, _ in lines]
-    assert numbers[0] == numbers[1] and len(numbers[0].split()) == 5, lines
-    started = (tmp_path / "executions.txt").read_text().count("started")
-    finished = sum(1 for run in runs.list_runs(tmp_path / "runs") if run.state == "finished")
-    assert finished == 5 and started == 6  # the killed one was begun twice, the second time from its checkpoint
+    os.kill(killed, signal.SIGKILL)
+    others = [start(lambda: workers.compute(configs)) for _ in range(2)]
+    assert [ended(child) for child in (killed, *others)] == [-signal.SIGKILL, 0, 0]
+    assert [run.state for run in runs.list_runs(tmp_path / "runs")] == ["finished"] * 5
+    # The killed one was begun twice, the second time from its checkpoint.
+    assert (tmp_path / "executions.txt").read_text().count("started") == 6
 
 
 def test_a_worker_passes_over_what_another_one_computes(profile, monkeypatch, tmp_path):
@@ -262,6 +233,9 @@ def test_a_real_study_is_published_and_a_shorter_table_replaces_nothing(profile,
     few = replace(WHOLE, methods=WHOLE.methods[:2], seeds=(0,))
     with pytest.raises(AFDSError, match="never committed"):
         engine.publish(run(profile, few))
+    with mock.patch.object(data, "load", side_effect=AFDSError("the data set tiny-target is missing")):
+        with pytest.raises(AFDSError, match="the data set tiny-target is missing"):
+            run(profile, rules("afd+afs", "l2+width", seeds=(0,)))
     real = Comparison(replace(profile, name="imagenet32", committed=True), few)
     file = engine.publish(real)
     assert file == paths.results("imagenet32") / "results.csv" and len(real.table()) == 4
@@ -275,8 +249,9 @@ def test_a_real_study_is_published_and_a_shorter_table_replaces_nothing(profile,
     assert len(results.read("imagenet32")) == len(whole.splitlines()) - 1 and "000000000000" in file.read_text()
 
 
-def test_trials_record_their_settings_as_json(profile):
-    compared = Comparison(profile, WHOLE)
+def test_a_cell_records_its_settings_as_json_and_narrower_networks_can_be_left_out_between_the_ends(profile):
+    compared = Comparison(profile, rules("afd+afs", "l2+width", budgets=(1.0, 0.6, 0.4), narrow_between=False))
+    assert [compared._wanted(method) for method in compared.methods] == [[0, 1, 2], [0, 2]]
     tuned = Tuned(Method("l2", "taylor"), {"strength": 1e-3, "lr": 2.0}, {"normalise": "mean", "lr": 1.0})
     compared.tuning = SimpleNamespace(why_not=lambda method: "", tuned=lambda method: tuned)
     keys = compared.cell(tuned.method, 0, (1.0, 0.5)).keys
@@ -308,9 +283,9 @@ def test_ablations_change_one_part_of_afds_each_and_equal_time_gives_the_rival_a
     }  # fmt: skip
     assert len(cells) == len(first) and cells.keys() == {*fields, "dense", "longer", "unextended"}
     configs = {name: runs.to_json(cell.config) for name, cell in cells.items()}
-    whole = _flat(configs[ablations.WHOLE])
+    flat = {name: pd.json_normalize(config).T[0].map(repr).to_dict() for name, config in configs.items()}
     for name, changed in fields.items():
-        mine = _flat(configs[name])
+        whole, mine = flat[ablations.WHOLE], flat[name]
         differ = {key.removesuffix(".float") for key in whole.keys() | mine.keys() if whole.get(key) != mine.get(key)}
         # L2 has a strength of its own.
         assert {key for key in differ if not key.endswith("strength")} == set(changed.split()), name
@@ -341,14 +316,6 @@ def test_ablations_change_one_part_of_afds_each_and_equal_time_gives_the_rival_a
     assert steps == max(2, round(factor * profile.transfer.steps))
 
 
-def _flat(tree, prefix=""):
-    found = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        found |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: json.dumps(value)}
-    return found
-
-
 def test_without_training_the_tables_hold_the_seeds_that_every_method_has(profile, monkeypatch, tmp_path):
     small = replace(WHOLE, methods=WHOLE.methods[:2], rest=2)
     with monkeypatch.context() as patch:
@@ -367,12 +334,6 @@ def test_without_training_the_tables_hold_the_seeds_that_every_method_has(profil
     with pytest.raises(AFDSError, match="ablations need the comparison, which is not finished; finish it first: afds"):
         list(Ablations(done).batches())
     assert Ablations(done).rows().empty
-
-
-def test_data_that_are_not_there_stop_a_comparison(profile, monkeypatch):
-    monkeypatch.setattr(data, "load", mock.Mock(side_effect=AFDSError("the data set tiny-target is missing")))
-    with pytest.raises(AFDSError, match="the data set tiny-target is missing"):
-        run(profile, rules("afd+afs", "l2+width", seeds=(0,)))
 
 
 def test_a_narrower_network_with_kd_costs_its_teachers_source_too(profile):
@@ -422,15 +383,9 @@ def test_a_variant_of_a_study_takes_its_settings_and_rivals_and_tunes_nothing(pr
     assert again.pop("settle_by") == "taylor" and first.pop("settle_by", "q") == "q" and again == first
 
 
-def test_narrower_networks_can_be_left_out_between_the_unpruned_one_and_the_endpoint(profile):
-    compared = Comparison(profile, rules("afd+afs", "l2+width", budgets=(1.0, 0.6, 0.4), narrow_between=False))
-    assert [compared._wanted(method) for method in compared.methods] == [[0, 1, 2], [0, 2]]
-
-
 def test_the_first_trial_of_afs_is_at_the_profiles_own_settings(profile):
     compared = Comparison(profile, rules("afd+afs", "l2+taylor")).points
-    space = protocol_module.selection_space("afs", profile)
-    l2, usual = ({axis.name: axis.default for axis in axes} for axes in (regulariser_space("l2"), space))
+    l2, usual = defaults(regulariser_space("l2")), defaults(protocol_module.selection_space("afs", profile))
     point = compared.point(Tuned(Method("l2", "afs"), l2, usual), 0, (1.0, 0.5))
     assert (point.delta_s, point.density_exponent) == (profile.delta_s, 0.5) and profile.delta_s != 0.01
     for mine, theirs in ((point.optimisation, profile.transfer), (point.tuning, profile.tuning)):

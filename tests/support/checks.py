@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from afdslib import afs, runs
 from afdslib.afs import macs
+from afdslib.base.hooks import kept
 from afdslib.losses.afd import AFDLoss
 from afdslib.studies import profiles
 from afdslib.training import features
@@ -45,7 +46,7 @@ def normed(one: afs.AFSConvBN, x: Tensor) -> Tensor:
 def static_channel_is_scaled_by_gamma(folder: Path) -> None:
     one = layer()
     one.s[2], one.gamma[2] = 0, 0.7
-    x = torch.randn(4, 3, 6, 6, dtype=torch.float64)
+    x = tiny.maps(4, 3, 6, 6)
     out = one(x)[:, 2]
     assert bool((out != 0).any()), "a static channel is zero"
     assert close(out, (0.7 * normed(one, x) + one.beta[:, None, None])[:, 2]), "a static channel is not gamma * y"
@@ -53,12 +54,14 @@ def static_channel_is_scaled_by_gamma(folder: Path) -> None:
 
 def output_is_the_formula(folder: Path) -> None:
     one = layer()
-    one.density = 0.5
+    one.density, one.m[2], one.s[5], one.gamma[5] = 0.5, 0, 0, 0.3  # of four places the static channel takes one
     x = torch.randn(4, 3, 6, 6, dtype=torch.float64)
-    h = (x.mean((2, 3)) @ one.predictor.weight.T + one.predictor.bias).relu()
-    pi = torch.where(h >= h.topk(4, dim=1).values[:, -1:], h, 0.0)[..., None, None]
-    expected = (pi > 0) * (pi * normed(one, x) + one.beta[:, None, None])
+    h = (x.mean((2, 3)) @ one.predictor.weight.T + one.predictor.bias).relu() * one.m * one.s
+    pi = torch.where(h >= h.topk(3, dim=1).values[:, -1:], h, 0.0)
+    eta, active = one.s * pi + (1 - one.s) * one.gamma, one.m * (1 - one.s + one.s * (pi > 0))
+    expected = active[..., None, None] * (eta[..., None, None] * normed(one, x) + one.beta[:, None, None])
     assert close(one(x), expected), "the output is not a * (eta * y + beta)"
+    assert all(map(close, one.gates(x), (pi, eta, active))), "the gates are not those of the formula"
 
 
 def removed_channel_is_exactly_zero(folder: Path) -> None:
@@ -78,13 +81,10 @@ def density_suppresses_its_share_in_every_layer(folder: Path) -> None:
     for one in afs.layers(model).values():
         nn.init.zeros_(one.predictor.weight)
         nn.init.uniform_(one.predictor.bias, 0.5, 1)  # no channel closes by itself
-    outputs: dict[str, Tensor] = {}
-    with features.taps(model, afs.layers(model)) as taken, torch.no_grad():
-        model(tiny.images(3).__getitems__([0, 1, 2])[0])
-        outputs |= taken
+    with features.taps(model, afs.layers(model)) as outputs, torch.no_grad():
+        model(tiny.maps(3, 3, tiny.SIZE, tiny.SIZE).float())
     for name, out in outputs.items():
-        width = out.shape[1]
-        suppressed = (out.abs().amax((2, 3)) == 0).sum(1).tolist()
+        suppressed, width = (out.abs().amax((2, 3)) == 0).sum(1).tolist(), out.shape[1]
         wanted = width - math.ceil(0.9 * width - 1e-9)
         assert suppressed == [wanted] * 3, f"{name} suppresses {suppressed[0]} of {width} channels, not {wanted}"
 
@@ -106,26 +106,22 @@ def a_step_of_training_keeps_the_pretrained_function_near(folder: Path) -> None:
 
 
 def statistics_are_those_of_the_gates(folder: Path) -> None:
-    model = tiny.gated().eval()
+    model, loader = tiny.gated().eval(), tiny.batches()
+    afs.set_density(model, 0.7)
     model.layer1[0].conv2.s[1], model.layer1[0].conv2.gamma[1] = 0, 0.25
-    loader = tiny.batches()
     inputs: dict[str, list[Tensor]] = {name: [] for name in afs.layers(model)}
-    handles = [
-        one.register_forward_pre_hook(lambda _, args, name=name: inputs[name].append(args[0]))
-        for name, one in afs.layers(model).items()
-    ]
-    with torch.no_grad():
-        for images, _ in loader:
+    for images, _ in loader:
+        with torch.no_grad(), kept(afs.layers(model), inputs=True) as seen:
             model(images)
-    for handle in handles:
-        handle.remove()
-    statistics = afs.collect_statistics(model, loader)
-    for name, one in afs.layers(model).items():
-        gates = [one.gates(x) for x in inputs[name]]
-        eta, pi = (torch.cat([getattr(g, kind) for g in gates]).detach().double() for kind in ("eta", "pi"))
-        assert statistics[name].q.shape == one.m.shape, "the statistics are not per channel"
-        assert close(statistics[name].q, eta.mean(0), 1e-6), "q is not the mean of the gates"
-        assert close(statistics[name].p, pi.var(0, unbiased=False), 1e-6), "p is not the variance of the gates"
+        for name, x in seen.items():
+            inputs[name].append(x)
+    for name, found in afs.collect_statistics(model, loader).items():
+        gates = [afs.layers(model)[name].gates(x) for x in inputs[name]]
+        pi, eta, active = (torch.cat(parts).detach().double() for parts in zip(*gates, strict=True))
+        assert found.q.shape == afs.layers(model)[name].m.shape, "the statistics are not per channel"
+        assert close(found.q, eta.mean(0), 1e-9), "q is not the mean of the gates"
+        assert close(found.p, pi.var(0, unbiased=False), 1e-9), "p is not the variance of the gates"
+        assert close(found.active_rate, active.mean(0)) and found.n == 12, "n or the active rate is wrong"
 
 
 def masks_are_per_channel(folder: Path) -> None:
@@ -152,26 +148,24 @@ def masks_survive_saving(folder: Path) -> None:
     model = tiny.gated().eval()
     afs.set_density(model, 0.5)
     for one in afs.layers(model).values():
-        one.m[1] = 0
-        one.s[2], one.gamma[2] = 0, 0.3
+        one.m[1], one.s[2], one.gamma[2] = 0, 0, 0.3
     x = torch.randn(2, 3, tiny.SIZE, tiny.SIZE)
     afs.save(model, folder / "net.safetensors")
     again = afs.load(folder / "net.safetensors")
     for (name, one), other in zip(afs.layers(model).items(), afs.layers(again).values(), strict=True):
-        for mask in ("m", "s", "gamma"):
-            assert torch.equal(getattr(one, mask), getattr(other, mask)), f"{name} lost its {mask} when it was saved"
+        for mask in ("m", "s", "gamma", "density"):
+            same = torch.equal(*(torch.as_tensor(getattr(layer, mask)) for layer in (one, other)))
+            assert same, f"{name} lost its {mask} when it was saved"
     assert torch.equal(again(x), model(x)), "the saved network is another function"
 
 
 def a_stage_with_a_mask_update_finishes(folder: Path) -> None:
     """The stage meets the very first mask update in the middle of its first epoch, and trains on after it."""
-    model = tiny.gated()
-    seen: list[int] = []
+    model, seen = tiny.gated(), []
 
     def update() -> dict[str, float]:
-        report = afs.update_masks(model, afs.collect_statistics(model, tiny.batches()), delta_m=0.3)
-        seen.append(report.removed)
-        return {"removed": report.removed}
+        seen.append(afs.update_masks(model, afs.collect_statistics(model, tiny.batches()), delta_m=0.3).removed)
+        return {"removed": seen[-1]}
 
     try:
         tiny.fit(folder, model, settings=tiny.settings(3), events={1: update})
@@ -181,21 +175,23 @@ def a_stage_with_a_mask_update_finishes(folder: Path) -> None:
 
 
 def macs_are_those_of_each_image(folder: Path) -> None:
-    torch.manual_seed(1)
-    model = afs.convert(Tiny()).eval()
-    afs.set_density(model, 0.6)
-    for one in afs.layers(model).values():
-        nn.init.normal_(one.predictor.weight, std=3)
-        nn.init.normal_(one.predictor.bias, 0.1)
-        one.m[1] = 0
-    x = torch.randn(9, 3, 8, 8) + torch.randn(9, 3, 1, 1)
-    singles = [brute_force(model, image[None]) for image in x]
-    assert len({total for total, _ in singles}) > 1
-    wanted, predictors = (sum(values) / len(x) for values in zip(*singles, strict=True))
-    measured = macs.expected(model, [(x[:4], None), (x[4:], None)])
-    assert math.isclose(sum(measured.by_layer.values()), wanted), "MACs are not the mean of what each image costs"
-    assert math.isclose(measured.predictors, predictors), "the predictors' MACs are wrong"
-    assert math.isclose(measured.total, wanted + predictors), "the predictors are left out of the total"
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model = afs.convert(Tiny()).eval()
+        afs.set_density(model, 0.6)
+        for one in afs.layers(model).values():
+            nn.init.normal_(one.predictor.weight, std=3)
+            nn.init.normal_(one.predictor.bias, 0.1)
+            one.m[torch.randint(0, one.m.numel(), (1,))] = 0
+            one.s[torch.randint(0, one.m.numel(), (2,))] = 0
+        x = torch.randn(9, 3, 8, 8) + torch.randn(9, 3, 1, 1)
+        singles = [brute_force(model, image[None]) for image in x]
+        assert len({total for total, _ in singles}) > 1
+        wanted, predictors = (sum(values) / len(x) for values in zip(*singles, strict=True))
+        measured = macs.expected(model, [(x[:4], None), (x[4:], None)])
+        assert math.isclose(sum(measured.by_layer.values()), wanted), "MACs are not the mean of what each image costs"
+        assert math.isclose(measured.predictors, predictors), "the predictors' MACs are wrong"
+        assert math.isclose(measured.total, wanted + predictors), "the predictors are left out of the total"
 
 
 def slow_afd(loss: AFDLoss, student: dict[str, Tensor], source: dict[str, Tensor]) -> tuple[float, float]:
@@ -267,11 +263,10 @@ def features_are_those_of_this_step(folder: Path) -> None:
 def taps_see_only_passes_inside_their_block(folder: Path) -> None:
     model = tiny.network().eval()
     one, other = torch.randn(2, 2, 3, tiny.SIZE, tiny.SIZE)
-    with torch.no_grad():
-        with features.taps(model, ["layer2.0"]) as taken:
-            model(one)
-        before = taken["layer2.0"].clone()
-        model(other)
+    with torch.no_grad(), features.taps(model, ["layer2.0"]) as taken:
+        model(one)
+    before = taken["layer2.0"].clone()
+    model(other)
     assert torch.equal(taken["layer2.0"], before), "an evaluation pass left its features behind"
 
 
@@ -294,15 +289,11 @@ class Unreadable(tiny.data.ArrayImages):
         raise AssertionError("a test image was read before the report")
 
 
-def unreadable_test() -> tiny.data.Splits:
-    made = tiny.splits(10, shift=1)
-    made.test.__class__ = Unreadable
-    return made
-
-
 def nothing_is_fitted_or_chosen_on_test_images(folder: Path) -> None:
     """A pruned run without a report at its end meets every stage that fits or chooses something."""
-    with tiny.served(unreadable_test()):
+    splits = tiny.splits(10, shift=1)
+    splits.test.__class__ = Unreadable
+    with tiny.served(splits):
         run = tiny.transfer(budgets=(1.0, 0.5), steps=2, use_test=False)
         metrics = runs.get_or_run(run, store=tiny.store(folder)).metrics
     assert "validation_accuracy" in metrics, "there is nothing to choose by but the test set"
@@ -322,17 +313,14 @@ def the_source_stage_teaches_the_predictors(folder: Path) -> None:
 def each_budget_is_met_from_the_point_before(folder: Path) -> None:
     store = tiny.store(folder)
     with tiny.served():
-        last = runs.get_or_run(tiny.transfer("l2", 1e-4, budgets=(1.0, 0.5, 0.25), steps=2), store=store)
-        before = runs.get_or_run(tiny.transfer("l2", 1e-4, budgets=(1.0, 0.5), steps=2), store=store)
+        points = [tiny.transfer("l2", 1e-4, budgets=budgets, steps=2) for budgets in ((1.0, 0.5), (1.0, 0.5, 0.25))]
+        before, last = (runs.get_or_run(point, store=store) for point in points)
     costs = [before.metrics["train_macs"], last.metrics["train_macs"]]
     # Gates go on moving in the steps after the last update.
     assert costs[0] < 0.55 and costs[1] < 0.28, f"the budget is not lowered: {costs[0]:.2f}, then {costs[1]:.2f}"
     assert last.metrics["removed"] >= before.metrics["removed"] > 0, "no channel is removed"
-    assert macs_of(last.path) < macs_of(before.path), "the smaller network costs as much as the larger one"
-    masks = [afs.layers(afs.load(r.path / "model.safetensors")) for r in (before, last)]
-    for name, one in masks[0].items():
-        assert bool((masks[1][name].m <= one.m).all()), "a channel that was removed has come back"
-
-
-def macs_of(folder: Path) -> float:
-    return macs.expected(afs.load(folder / "model.safetensors"), tiny.batches()).total
+    networks = [afs.load(result.path / "model.safetensors") for result in (before, last)]
+    totals = [macs.expected(network, tiny.batches()).total for network in networks]
+    assert totals[1] < totals[0], "the smaller network costs as much as the larger one"
+    for one, other in zip(*(afs.layers(network).values() for network in networks), strict=True):
+        assert bool((other.m <= one.m).all()), "a channel that was removed has come back"

@@ -8,19 +8,27 @@ from torch import Tensor, nn
 from afdslib import afs, backbones
 
 
-def converted(
-    name: str, seed: int, *, gates: str = "all", width: float = 1 / 16, stem: str = "imagenet", zeros: bool = True
-) -> nn.Module:
-    """In float64 and eval mode, with negative and zero scales among those converted and gates that read the input."""
+def plain(name: str, seed: int, *, width: float = 1 / 16, stem: str = "imagenet", zeros: bool = True) -> nn.Module:
+    """In float64 and eval mode, with negative and zero scales."""
     torch.manual_seed(seed)
     if name == "mobilenet_v2":
         model = backbones.build(name, 5, width=0.25)
     elif name.startswith("vgg"):
-        model = backbones.build(name, 5)
+        with torch.device("meta"):  # its own classifier has 120 million parameters
+            model = backbones.build(name, 5)
         model.classifier = nn.Sequential(nn.Linear(512 * 49, 8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 5))
+        model.features.to_empty(device="cpu")
+        for module in model.features:
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
     else:
         model = backbones.build(name, 5, width=width, stem=stem)
-    return gated(afs.convert(randomised(model, zeros=zeros), gates=gates))
+    return randomised(model, zeros=zeros)
+
+
+def converted(name: str, seed: int, *, gates: str = "all", **options) -> nn.Module:
+    """With gates that read the input."""
+    return gated(afs.convert(plain(name, seed, **options), gates=gates))
 
 
 @torch.no_grad()

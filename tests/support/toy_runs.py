@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import dataclass
 
@@ -69,7 +68,3 @@ class ToyTrain:
             time.sleep(self.pause)
         run.write_artifact("model.txt", lambda path: path.write_text(repr(weight)))
         return {"steps": self.steps, "weight": weight, "pair": (1, 2)}
-
-
-if __name__ == "__main__":  # python toy_runs.py STORE PAUSE
-    runs.get_or_run(ToyTrain(pause=float(sys.argv[2])), store=sys.argv[1])

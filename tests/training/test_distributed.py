@@ -18,7 +18,6 @@ from torch import nn
 
 from afdslib import afs, backbones, runs
 from afdslib.base.errors import AFDSError
-from afdslib.experiments import PhotoRun
 from afdslib.training import distributed, loop
 
 TESTS = Path(__file__).parents[1] / "support"
@@ -50,7 +49,7 @@ def make_teacher(file: Path) -> Path:
 
 
 def launch(folder: Path) -> None:
-    """Runs the program in two processes on the CPU."""
+    """Runs the program in two processes on the CPU. Within this one torchrun would leave its handlers of signals."""
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("AFDS_")},
         "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
@@ -65,14 +64,6 @@ def launch(folder: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def interrupt(config: PhotoRun, store: Path) -> None:
-    """Begins a run in this process and stops it right after its fourth step's checkpoint."""
-    with pytest.MonkeyPatch.context() as patch, tiny.killed(4):
-        patch.setattr(loop.Throttle, "due", lambda self: True)
-        patch.setattr(loop, "workers", lambda _: 0)
-        runs.get_or_run(config, store=store)
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """A folder in which one process and two processes have trained the same students."""
@@ -82,7 +73,10 @@ def trained(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AFDS_HOME", str(folder))
         two_processes.main(folder)
-        interrupt(two_processes.cases(folder)["resumed"], folder / "2")
+        patch.setattr(loop.Throttle, "due", lambda self: True)
+        patch.setattr(loop, "workers", lambda _: 0)
+        with tiny.killed(4):
+            runs.get_or_run(two_processes.cases(folder)["resumed"], store=folder / "2")
     launch(folder)
     return folder
 
@@ -111,25 +105,18 @@ def test_two_processes_follow_the_trajectory_of_one(trained, case, steps):
         torch.testing.assert_close(together[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_the_number_of_processes_matters_where_each_normalises_alone(trained):
-    one, two = (history(trained, processes, "local")["loss"] for processes in (1, 2))
-    assert np.abs(one - two).max() > 1e-3
-    np.testing.assert_array_equal(one, history(trained, 1, "at")["loss"])
-
-
 def test_all_processes_get_the_result_of_the_first_and_one_run_is_stored(trained):
     first, second = said(trained, "2-0"), said(trained, "2-1")
     assert first == second and first["at"][1]["processes"] == 2 and first["again"] == first["at"]
-    cases = ("at", "hint", "nst", "resumed", "local")
-    ids = {first[case][0] for case in cases}
-    finished = {run.id for run in runs.list_runs(trained / "2") if run.state == "finished"}
-    assert ids == finished and {said(trained, "1-0")[case][0] for case in cases} == ids
+    assert "a batch of 7 images cannot be divided among 2 processes" in first["odd"]
+    ids = {first[case][0] for case in ("at", "hint", "nst", "resumed", "local")}
+    assert ids == {run.id for run in runs.list_runs(trained / "2") if run.state == "finished"}
+    assert ids == {run.id for run in runs.list_runs(trained / "1") if run.state == "finished"}
     assert not list((trained / "2").glob("*/checkpoint.pt"))
-
-
-def test_a_batch_that_cannot_be_divided_is_refused_by_all(trained):
-    for rank in (0, 1):
-        assert "a batch of 7 images cannot be divided among 2 processes" in said(trained, f"2-{rank}")["odd"]
+    # Their number matters where each normalises alone.
+    one, two = (history(trained, processes, "local")["loss"] for processes in (1, 2))
+    assert np.abs(one - two).max() > 1e-3
+    np.testing.assert_array_equal(one, history(trained, 1, "at")["loss"])
 
 
 def test_the_command_line_trains_in_several_processes(trained):
@@ -142,16 +129,6 @@ def test_the_command_line_trains_in_several_processes(trained):
         losses.append(pd.read_csv(trained / f"cli{processes}" / printed["id"] / "metrics.csv")["loss"])
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
     assert (trained / "cli-2-1.json").read_text() == ""  # one process speaks for all
-
-
-def test_an_ordinary_program_is_one_process_and_nothing_is_shared():
-    assert distributed.world() == distributed.launched() == 1 and distributed.rank() == 0 and distributed.leads()
-    values = torch.arange(3.0)
-    assert distributed.total(values) is values and distributed.average(values) is values
-    assert distributed.share([4, 5, 6]) == [4, 5, 6]
-    norm = nn.Sequential(nn.BatchNorm2d(2))
-    with distributed.synchronised_norms(norm):
-        assert "forward" not in vars(norm[0])
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
@@ -179,7 +156,13 @@ def test_the_shared_batch_norm_is_torchs_own_in_one_process(monkeypatch, dimensi
     torch.testing.assert_close(distributed._synchronised(norm, x), plain(x))
 
 
-def test_shares_are_contiguous_equal_and_complete(monkeypatch):
+def test_shares_are_contiguous_equal_and_complete_and_an_ordinary_program_is_one_process(monkeypatch):
+    assert distributed.world() == distributed.launched() == 1 and distributed.rank() == 0 and distributed.leads()
+    values, norm = torch.arange(3.0), nn.Sequential(nn.BatchNorm2d(2))
+    assert distributed.total(values) is values and distributed.average(values) is values
+    assert distributed.share([4, 5, 6]) == [4, 5, 6]
+    with distributed.synchronised_norms(norm):
+        assert "forward" not in vars(norm[0])
     monkeypatch.setattr(distributed, "world", lambda: 3)
     parts = []
     for rank in range(3):

@@ -18,22 +18,15 @@ def images(count: int = 2) -> torch.Tensor:
     return tiny.images(count).__getitems__(list(range(count)))[0]
 
 
-def test_hooks_are_gone_after_the_block_and_after_an_exception():
+def test_hooks_are_gone_after_the_block_an_exception_and_an_unknown_layer():
     model = tiny.gated()
     with features.taps(model, ["layer1.0", "layer4.0"]) as taken:
         assert checks.hooks(model) == 3  # and one that looks for changes in place
         model(images())
     assert set(taken) == {"layer1.0", "layer4.0"} and checks.hooks(model) == 0
-    with pytest.raises(ZeroDivisionError), features.taps(model, ["layer1.0"]):
-        raise ZeroDivisionError
-    assert checks.hooks(model) == 0
     with pytest.raises(RuntimeError), features.taps(model, ["layer1.0"]):
         model(torch.zeros(2, 5, 16, 16))
     assert checks.hooks(model) == 0
-
-
-def test_an_unknown_layer_is_one_sentence_and_leaves_no_hook():
-    model = tiny.network()
     with pytest.raises(AFDSError, match="no layer 'layer9' in ResNet") as caught:
         features.taps(model, ["fc", "layer9"]).__enter__()
     assert checks.hooks(model) == 0 and "\n" not in str(caught.value)
@@ -72,19 +65,12 @@ def test_convbn_features_are_not_those_of_the_block(origin, converted):
     torch.testing.assert_close(taken[layer], own)
     torch.testing.assert_close(taken[block], added)
     assert not torch.allclose(taken[layer], taken[block], atol=1e-2)
+    taken[layer].square().sum().backward()  # through the copy
+    grads = [[p.grad is not None and bool(p.grad.any()) for p in m.parameters()] for m in (model.conv1, model.layer2)]
+    assert any(grads[0]) and not any(grads[1])
 
 
-def test_gradients_pass_through_copied_features():
-    model = torchvision.models.resnet18(num_classes=3)
-    with features.taps(model, ["layer1.1.bn2"]) as taken:
-        model(torch.randn(2, 3, 32, 32))
-    taken["layer1.1.bn2"].square().sum().backward()
-    assert model.conv1.weight.grad.abs().max() > 0 and model.layer2[0].conv1.weight.grad is None
-
-
-@pytest.mark.parametrize(
-    ("name", "last"), [("resnet18", "layer4.1"), ("resnet14", "layer4.0"), ("resnet50", "layer4.2")]
-)
+@pytest.mark.parametrize(("name", "last"), [("resnet18", "layer4.1"), ("resnet14", "layer4.0")])
 def test_features_are_those_of_the_last_blocks_of_the_stages(name, last):
     model = backbones.build(name, 3, stem="cifar", width=1 / 16)
     names = features.feature_names(model, "block")

@@ -106,19 +106,6 @@ def test_a_worker_imports_the_modules_of_all_terms(toys, tmp_path, monkeypatch):
     assert TERMS["own"].label == "own"
 
 
-@pytest.mark.parametrize(
-    ("attributes", "words"),
-    [
-        ({"name": "other"}, "needs a name and a label"),
-        ({"name": "afd", "label": "x"}, "the name 'afd' belongs to AFD"),
-        ({"name": "x", "label": "X", "needs": frozenset({"gold"})}, "x needs 'gold', which no run has"),
-    ],
-)
-def test_a_declaration_that_makes_no_sense_is_one_sentence(attributes, words):
-    with pytest.raises(AFDSError, match=words):
-        TERMS.register(type("Mine", (Term,), attributes))
-
-
 def test_networks_of_different_depth_are_compared_stage_by_stage():
     torch.manual_seed(0)
     student, teacher = (backbones.build(n, 3, stem="cifar", width=1 / 16).eval() for n in ("resnet18", "resnet34"))
@@ -163,10 +150,16 @@ def test_distillation_takes_back_the_cross_entropy_that_the_loss_holds():
         Objective(model, terms=[SoftLabels(4.0, 0.7)])
 
 
-def test_two_terms_do_not_share_a_place_for_their_state(toys):
+def test_declarations_that_make_no_sense_and_two_terms_that_share_a_place_for_their_state_are_refused(toys):
     model = tiny.network()
     first = Objective(model, Regulariser("lwf", 0.1), model, SIZE)
     with pytest.raises(AFDSError, match="two terms keep their state in 'term'"):
         Objective(model, Regulariser("scaled", 0.1), model, SIZE, terms=first.terms)
+    for attributes, words in (
+        ({"name": "new"}, "needs a name and a label"), ({"name": "afd", "label": "x"}, "the name 'afd' belongs to AFD"),
+        ({"name": "x", "label": "X", "needs": frozenset({"gold"})}, "x needs 'gold', which no run has"),
+    ):  # fmt: skip
+        with pytest.raises(AFDSError, match=words):
+            TERMS.register(type("Mine", (Term,), attributes))
     with pytest.raises(NotImplementedError, match="lacks __call__"):
         Term(type("Nothing", (), {"config": None, "pairs": ()})())(Batch(model, *[torch.ones(1)] * 3))
