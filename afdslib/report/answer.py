@@ -18,7 +18,7 @@ from afdslib.studies import ablations, statistics
 from afdslib.studies.protocol import AFDS, Method
 from afdslib.studies.statistics import at
 
-__all__ = ["by_budget", "differences", "text", "use_table", "use_text", "why_text"]
+__all__ = ["by_budget", "differences", "scale_text", "text", "use_table", "use_text", "why_text"]
 
 NONE = "No comparison is committed, so there is no answer yet."
 CLAIM = """\
@@ -49,12 +49,22 @@ def text(every: Sequence[Compared]) -> Text:
         frozenset({claims.NOT_SUPPORTED}): "In what could be run here the sign is the opposite.",
     }.get(frozenset(found), "What could be run here does not settle it.")
     parts = []
-    for c, gap in zip(every, gaps, strict=True):
+    for c, gap in list(zip(every, gaps, strict=True))[:3]:  # the rest is in the figure
         value, rival = str(gap).removesuffix(" points"), Method.parse(c.rival).label
         parts.append(f"{value} on {place(c.comparison.target.title)} ({gap.n} seeds; {rival})")
     weakest = WEAKEST if claims.judge()[2].verdict == claims.UNTESTED else ""
     head = f"**{sign}** AFDS minus its best competitor, in points of test accuracy [95 % interval]: {'; '.join(parts)}."
     return Text(f"{CLAIM} {head} {weakest}".strip())
+
+
+def scale_text(every: Sequence[Compared]) -> Text:
+    """The network of each study, where it comes from, and how many methods were compared."""
+    lines = []
+    for c in every:
+        p, macs = c.comparison.profile, c.table.dense_macs.iloc[0] / 1e6
+        text = f"**{c.comparison.target.title}**: {p.network.name} of width {p.network.width:g}, {macs:.0f} M MACs, "
+        lines.append(place(f"{text}from {p.source.name}; {c.table.method.nunique()} methods."))
+    return Text(bullets(lines))
 
 
 def differences(every: Sequence[Compared]) -> Figure:

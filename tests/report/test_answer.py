@@ -25,6 +25,9 @@ def test_the_answer_has_sign_size_interval_seeds_and_the_weakest_point(committed
     assert "-5.8 [-9.1, -2.4] on 40 classes of Tiny ImageNet (32 px), 60 per class (5 seeds" in said
     assert "the sign is the opposite" in said and "11.07 points" in said and "**The weakest point:**" in said
     assert len(said.split()) < 170 and answer.text([]) == answer.NONE
+    assert answer.text([study(0.1)] * 4).count("Stanford Dogs (128 px)") == 3
+    scale = answer.scale_text(committed)
+    assert ": ResNet-26 of width 0.25, 46 M MACs, from Tiny ImageNet (32 px); 14 methods." in scale
 
 
 def study(gain: float) -> SimpleNamespace:
