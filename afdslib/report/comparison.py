@@ -204,8 +204,9 @@ def _values(axis: Axis) -> str:
 
 def spaces_table(profile: Profile) -> Table:
     """The search spaces of the methods that a profile compares; lr and predictor_lr are factors on each stage's own."""
-    methods = protocol(profile).methods
-    spaces = {label_of(m.regulariser): regulariser_space(m.regulariser) for m in methods}
+    rules = protocol(profile)
+    methods = rules.methods
+    spaces = {label_of(m.regulariser): regulariser_space(m.regulariser, rules.feature_strengths) for m in methods}
     spaces |= {label_of(m.selection): selection_space(m.selection, profile) for m in methods}
     rows = [(name, "; ".join(f"{axis.name} {_values(axis)}" for axis in axes)) for name, axes in spaces.items()]
     return Table(["method", "searched"], rows, numbers=False)

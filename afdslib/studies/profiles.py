@@ -103,23 +103,24 @@ def _dogs(scale: str) -> Profile:
     """ImageNet weights to the paper's first target: Stanford Dogs, 120 breeds, at 128 px with EfficientNet-Lite0.
 
     There are no ImageNet images, so AFS has no source stage: its gates start exact and constant, and learn on the
-    target alone. The full scale is for a GPU: 224 px, whole photographs, 100 training images of each breed.
+    target alone. The standard scale has more steps, for a GPU; the full one 224 px, whole photographs, 100 training
+    images of each breed.
     """
     full = scale == "full"
     fit = Optimisation(
-        steps=3000 if full else 300, batch_size=32, lr=0.005, schedule="cosine", warmup=0.05, precision="fp32",
-        predictor_lr=0.01, classifier_lr=10.0, fixed_norm=True, log_rows=6,
+        steps={"quick": 300, "standard": 900, "full": 3000}[scale], batch_size=32, lr=0.005, schedule="cosine",
+        warmup=0.05, precision="fp32", predictor_lr=0.01, classifier_lr=10.0, fixed_norm=True, log_rows=6,
     )  # fmt: skip
     # A pruned network does not recover with the dense one's statistics; it does with those of batches: docs/dogs.md.
     tuning = replace(fit, steps=fit.steps // 2, lr=0.01, warmup=0.0, fixed_norm=False, norm_momentum=0.1, log_rows=3)
-    grid = (1e-3, 1e-2, 1e-1)
+    grid = (1e-5, 1e-4, 1e-3)  # features of this network are large: AFD's distance is 1e3 to 1e4
     target = DataSource("stanford-dogs", size=224) if full else DataSource("stanford-dogs-144", per_class=30, size=128)
     return Profile(
         name="dogs", scale=scale, source=DataSource("imagenet"), targets=(target,),
         network=Network("efficientnet_lite0", weights="imagenet"), source_training=replace(fit, steps=0),
         source_weight_decay=0.0, afs_training=replace(fit, steps=0),
-        candidates=_candidates((1e-4, 1e-3), grid, grid, 0.01), trial=replace(fit, steps=fit.steps // 2, log_rows=1),
-        trial_seed=1000, transfer=fit, tuning=tuning,
+        candidates=_candidates((1e-4, 1e-3), (1e-3, 1e-2, 1e-1), grid, 0.01),
+        trial=replace(fit, steps=fit.steps // 2, log_rows=1), trial_seed=1000, transfer=fit, tuning=tuning,
         seeds=(0, 1, 2), budgets=(1.0, 0.5, 0.25, 0.1), delta_s=0.001, density_floor=0.2, macs_images=120,
         statistics_images=960,
     )  # fmt: skip

@@ -57,9 +57,16 @@ RECALLED = "selection, recalled schedule"
 """Stage of AFS's first trials in the table of imagenet32; nothing is chosen from them."""
 
 
-def regulariser_space(name: str) -> tuple[Axis, ...]:
-    """A regulariser's search space: its own settings, and a factor on the learning rate."""
-    return (*TERMS[name].space, LR)
+def regulariser_space(name: str, factor: float = 1.0) -> tuple[Axis, ...]:
+    """A regulariser's search space: its own settings, with `factor` on the strengths of those that compare features,
+    and a factor on the learning rate."""
+
+    def scaled(axis: Axis) -> Axis:
+        limits = (float(x) * factor for x in (axis.default, axis.low, axis.high))  # type: ignore[arg-type]
+        return replace(axis, **dict(zip(("default", "low", "high"), limits, strict=True)))
+
+    scales = factor != 1 and "layers" in TERMS[name].needs
+    return (*(scaled(axis) if scales and axis.name == "strength" else axis for axis in TERMS[name].space), LR)
 
 
 def selection_space(name: str, profile: Profile) -> tuple[Axis, ...]:
@@ -173,6 +180,7 @@ class Protocol:
         narrow_between: whether narrower networks, each of which is a training of its own, are made at the budgets
             between the unpruned one and the endpoint, too.
         variant_seeds: seeds of a profile that varies this one; its endpoint is secondary.
+        feature_strengths: factor on the strengths of regularisers that compare features, whose size is the network's.
     """
 
     methods: tuple[Method, ...]
@@ -195,6 +203,7 @@ class Protocol:
     settings_of: str = ""
     narrow_between: bool = True
     variant_seeds: int = 5
+    feature_strengths: float = 1.0
 
     def __post_init__(self) -> None:
         whole("trials", self.trials, 1)
@@ -248,7 +257,7 @@ _PROTOCOLS: Mapping[tuple[str, str], Protocol] = {
             Method("afd", "afs", "detached"), *_pairs(("l2",), ("fbs", "image", "image-kd")),
         ),
         trials=3, budgets=(1.0, 0.5, 0.25, 0.1), multipliers=(1.0, 0.1), seeds=(0, 1, 2, 3, 4), rest=3, rivals=2,
-        epoch_steps=50, variant_seeds=3,
+        epoch_steps=50, variant_seeds=3, feature_strengths=0.01,
     ),
     ("paper", "standard"): Protocol(
         methods=_pairs(("l2", "l2sp", "lwf", "delta", "feature-map", "at", "afd"), SELECTIONS), trials=16,

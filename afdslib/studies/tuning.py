@@ -93,7 +93,8 @@ class Tuning:
         """Of each regulariser on the dense network, L2 first."""
         trials = {}
         for m in dict.fromkeys((L2, *(replace(m, selection="afs") for m in self.methods))):
-            tried = settings(regulariser_space(m.regulariser), self.rules.trials, seed=self.seed)
+            space = regulariser_space(m.regulariser, self.rules.feature_strengths)
+            tried = settings(space, self.rules.trials, seed=self.seed)
             make = functools.partial(self.points.dense, m, seed=self.seed, trial=True)
             trials[m] = self._trials("regulariser", m.transfer, tried, make)
         return trials
