@@ -42,6 +42,7 @@ class DataSet:
     choose: Callable[[tuple[str, ...]], list[str]] | None = None  # from all class names to those used; None for all
     validation_per_class: int = 100  # validation images per class when `per_class` is given
     expected: int = 0  # classes of a complete copy; 0 where that is not checked
+    other: str = ""  # another set of the same images: where both are there, a sentence says which is read
 
 
 def _cifar10_python(folder: Path) -> Listing:
@@ -107,11 +108,11 @@ SETS: dict[str, DataSet] = {
     "stanford-dogs-144": DataSet(
         "stanford-dogs-144",
         (_tree("stanford-dogs-144", "test", "dogs cut out by their bounding boxes, stored as 144 px WebP"),),
-        validation_per_class=30, expected=120,
+        validation_per_class=30, expected=120, other="stanford-dogs-60",
     ),
     "stanford-dogs-60": _set(
         "stanford-dogs", ("Images", "train_list.mat", "test_list.mat"), partial(trees.stanford_dogs, first=60),
-        validation_per_class=30, expected=120,
+        validation_per_class=30, expected=120, other="stanford-dogs-144",
     ),
     "caltech101-144": DataSet(
         "caltech101-144", (_tree("caltech101-144", "test", "stored as 144 px WebP, a split of its own"),), expected=100

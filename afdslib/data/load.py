@@ -150,6 +150,8 @@ def _read(
         folder, content = fetch.unpack(spec.base, [path]) if path.is_file() else (path, None)
     else:
         layout, folder, content = _locate(spec, root, download)
+        if spec.other and _search(SETS[spec.other], root):
+            warnings.warn(f"{name} is read; {spec.other}, which is there too, is not", stacklevel=3)
     own, size = not layout.remotes, size or spec.size
     kept = size if size <= SMALL else None
     decoded = cache.load_cache(spec.base, kept, content) if content else None

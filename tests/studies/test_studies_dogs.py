@@ -74,6 +74,14 @@ def test_a_tree_with_missing_breeds_is_refused(tmp_path):
         data.load("stanford-dogs-144", dogs(tmp_path / "few", train=1), size=80, per_class=30)
 
 
+def test_of_two_forms_of_the_dogs_one_is_read_and_named(tmp_path):
+    (dogs(tmp_path, train=1) / "Images").mkdir()
+    for name in ("train_list.mat", "test_list.mat"):
+        (tmp_path / name).touch()
+    with pytest.warns(UserWarning, match="stanford-dogs-144 is read; stanford-dogs-60, which is there too, is not"):
+        data.load("stanford-dogs-144", tmp_path, size=80)
+
+
 def test_a_network_of_smaller_images_is_the_network_on_scaled_images_and_saved_as_such(tmp_path):
     torch.manual_seed(0)
     model = backbones.build("efficientnet_lite0", 5, width=0.25).eval()
