@@ -97,16 +97,18 @@ def run(
     verbose: Annotated[bool, Option("--verbose", "-v", help="Show what the notebooks print.")] = False,
     notebook: Annotated[Texts, Option(metavar="NN", help="Only the notebook of this number; repeatable.")] = None,
     settings: Annotated[Texts, Option("--set", metavar="NAME=VALUE", help="Another notebook parameter.")] = None,
-    source_weights: Annotated[str | None, Option(help="mine: imagenet (torchvision's), or a weight file.")] = None,
-    macs_budget: Annotated[float | None, Option(help="mine: share of the MACs to keep, e.g. 0.2.")] = None,
-    network: Annotated[str | None, Option(help="mine: backbone; default: the file's own, or resnet50.")] = None,
-    size: Annotated[int | None, Option(min=8, help="mine: side of the images; default: 224 pixels.")] = None,
+    source_weights: Annotated[str | None, Option(help="mine: imagenet (the default), or a weight file.")] = None,
+    macs_budget: Annotated[float | None, Option(help="mine: share of the MACs to keep; default: 0.2.")] = None,
+    network: Annotated[str | None, Option(help="mine: backbone; default: the file's, or efficientnet_lite0.")] = None,
+    size: Annotated[int | None, Option(min=8, help="mine: side of the images; default: 128, on a GPU 224.")] = None,
 ) -> None:  # fmt: skip
     """Execute the notebooks of a study in order, from the last finished one, and write its report.
 
     With --profile mine: a smaller network for your own images (--data-dir, an ImageFolder tree), a report, and the
-    network as one file.
+    network's files.
     """
+    if profile.startswith("mine"):  # threads that spin while they wait make a busy machine many times slower
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from afdslib.studies import profiles
 
     parameters = _assignments(settings or [])
@@ -131,18 +133,19 @@ def run(
         return
     from afdslib import runs
     from afdslib.report import pipeline
+    from afdslib.studies import mine
     from afdslib.studies.sweep import Study
 
     folder = _notebooks(profile)
     if dry_run:
         pipeline.plan(profile, parameters, only=set(notebook or ()) or None, folder=folder)
-        echo(Study(chosen).describe())
+        echo(Study(chosen).describe() if folder is None else mine.Recipe(chosen).describe())
         return
+    if folder is not None:
+        _train_mine(chosen)
     only = set(notebook or ()) or {path.name[:2] for path in pipeline.notebooks(folder)} - set(chosen.left_out)
     pipeline.execute(profile, parameters, only=only, fresh=fresh, verbose=verbose, echo=echo, folder=folder)
-    if folder is not None:
-        _export_mine(chosen)
-    elif not notebook and chosen.left_out:
+    if folder is None and not notebook and chosen.left_out:
         numbers = " ".join(f"--notebook {number}" for number in chosen.left_out)
         echo(f"left out of this scale, because it takes hours: {numbers}")
     if require_training:
@@ -176,7 +179,11 @@ def _mine(scale: str | None, data_dir: str | None, own: dict[str, Any], only_loo
     options = mine.options(_folder(data_dir), weights, macs_budget, scale=scale, **own)
     if not only_look:
         mine.keep(options)
-        echo(f"profile {options.name}")
+        where = "a GPU" if options.precision == "bf16" else "a CPU"
+        echo(
+            f"profile {options.name}: {options.network} at {options.size} px, as this is {where}; the budget is "
+            f"{options.macs_budget:g} of its MACs"
+        )
     return mine.mine(options)
 
 
@@ -187,14 +194,27 @@ def _notebooks(profile: str) -> Path | None:
     return mine.notebooks() if profile == "mine" or profile.startswith("mine-") else None
 
 
-def _export_mine(profile: Any) -> None:
+def _train_mine(profile: Any) -> None:
+    from afdslib.base import paths
     from afdslib.studies import mine
-    from afdslib.studies.sweep import Study
 
-    done = mine.export(Study(profile))
-    accuracy = f"test accuracy {done.accuracy:.1%} (unpruned {done.unpruned:.1%})"
-    echo(f"network: {done.path}, by {done.method}: {done.macs:.1%} of the dense MACs, {accuracy}")
-    echo(f"use it: afds predict --model {shlex.quote(str(done.path))} IMAGE...")
+    recipe = mine.Recipe(profile)
+    echo(f"{recipe.splits}: all of them can be decoded")
+    mine.compute(recipe, echo)
+    echo("writing and measuring the files")
+    found = mine.deliver(recipe)
+    first, last = found["points"][0], found["points"][-1]
+    echo(
+        f"test accuracy {first['test_accuracy']:.1%} unpruned ({first['macs']:.1f} M MACs), "
+        f"{last['test_accuracy']:.1%} at {last['macs'] / first['macs']:.3g} of its MACs"
+    )
+    for one in found["files"]:
+        path = paths.figures(profile.name) / one["file"]
+        echo(
+            f"network: {path} ({one['precision']}, {one['bytes'] / 1e6:.1f} MB): {one['accuracy']:.1%} of the test "
+            f"images, {one['milliseconds']:.1f} ms for one"
+        )
+        echo(f"use it: afds predict --model {shlex.quote(str(path))} IMAGE_OR_FOLDER...")
 
 
 @app.command()
@@ -455,7 +475,7 @@ def bench(
 @app.command()
 def export(
     run: Annotated[str, Option(help="A finished run, or the beginning of its id.")],
-    format: Annotated[str, Option(help="onnx or torch (safetensors).")] = "onnx",
+    format: Annotated[str, Option(help="onnx, onnx-int8 or torch (safetensors).")] = "onnx",
     out: Annotated[str | None, Option(help="The file; default: the run's id in the working folder.")] = None,
 ) -> None:
     """Write a run's network without its removed channels, with class names and preprocessing, to one file."""
@@ -463,12 +483,14 @@ def export(
     from afdslib.inference.export import export_run
 
     path, card = export_run(run, format, out)
-    echo(f"{path}: {card.network}, {len(card.classes)} classes, {card.size} px, {path.stat().st_size:,} bytes")
+    left = f", {len(card.fp32)} layers of it in fp32" if card.fp32 else ""
+    about = f"{len(card.classes)} classes, {card.side or card.size} px, {card.precision}{left}"
+    echo(f"{path}: {card.network}, {about}, {path.stat().st_size:,} bytes")
 
 
 @app.command()
 def predict(
-    images: Annotated[list[str], Argument(metavar="IMAGE...", help="Image files.")],
+    images: Annotated[list[str], Argument(metavar="IMAGE...", help="Image files, or folders of them.")],
     model: Annotated[str, Option(help="A file of afds export.")],
     top: Annotated[int, Option(min=1, help="How many classes to show.")] = 5,
 ) -> None:

@@ -15,7 +15,10 @@ from torch import Tensor, nn
 
 from afdslib.base.errors import AFDSError
 
-__all__ = ["IMAGENET", "RAW", "InputStatistics", "expect", "fed", "input_of", "input_statistics", "see_at", "set_input"]
+__all__ = [
+    "IMAGENET", "RAW", "InputStatistics", "expect", "fed", "input_of", "input_statistics", "scaled_down",
+    "see_at", "see_whole", "set_input",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -96,9 +99,13 @@ class _Downscale:
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         images, *rest = args
-        size = (self.side, self.side)
-        small = nn.functional.interpolate(images.float(), size=size, mode="bilinear", antialias=True)
-        return (small.to(images.dtype).contiguous(memory_format=torch.channels_last), *rest)
+        return (scaled_down(images, self.side).contiguous(memory_format=torch.channels_last), *rest)
+
+
+def scaled_down(images: Tensor, side: int) -> Tensor:
+    """Square images (B, 3, H, H) at another side, with antialiasing; as Pillow's bilinear filter."""
+    small = nn.functional.interpolate(images.float(), size=(side, side), mode="bilinear", antialias=True)
+    return small.to(images.dtype)
 
 
 def see_at(model: nn.Module, side: int) -> nn.Module:
@@ -114,6 +121,17 @@ def see_at(model: nn.Module, side: int) -> nn.Module:
     model.register_forward_pre_hook(_Downscale(side))
     model.architecture = {**model.architecture, "side": side}  # type: ignore[assignment, dict-item]
     return model
+
+
+def see_whole(model: nn.Module) -> int:
+    """Takes back `see_at`, in place, for whoever scales the images down before; returns the side, or 0 without one."""
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if isinstance(hook, _Downscale):
+            del model._forward_pre_hooks[key]
+    architecture = dict(getattr(model, "architecture", {}))
+    side = int(architecture.pop("side", 0))
+    model.architecture = architecture  # type: ignore[assignment]
+    return side
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Every image of a data set decoded once: into one memory-mapped uint8 array, or only to find the corrupt ones.
 
-A cache is a folder with `index.json` and, for a size up to 64 px, `images.npy`. It is there in full or not at all; a
-damaged one is built again.
+A cache is a folder with `index.json`, for a size up to 64 px `images.npy`, and for a larger one scaled copies of large
+photographs, without loss. It is there in full or not at all; a damaged one is built again.
 """
 
 from __future__ import annotations
@@ -16,35 +16,42 @@ from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from afdslib.base import paths
 from afdslib.data.datasets import Files
 from afdslib.data.fetch import make_folder
-from afdslib.data.images import CorruptImageError, resized_to
+from afdslib.data.images import CorruptImageError, resize_shorter, resized_to
 from afdslib.data.trees import Listing
 
-__all__ = ["VERSION", "Decoded", "decode", "load_cache"]
+__all__ = ["COPIES", "VERSION", "Decoded", "decode", "load_cache"]
 
-Decoded: TypeAlias = tuple[np.ndarray | None, Listing, dict[str, str]]
-"""uint8 (N, size, size, 3) or None if only looked at; the listing without corrupt images; why those are, by name."""
+Decoded: TypeAlias = tuple[np.ndarray | dict[int, Path], Listing, dict[str, str]]
+"""uint8 (N, size, size, 3), or scaled copies by row; the listing without corrupt images; why those are, by name."""
 
 VERSION = 3
 """Raise it when listing or decoding changes, so that old caches are not used."""
 
+COPIES = 20_000
+"""Scaled copies are kept of data sets of at most so many images: some 50 kB each at 128 px, 150 kB at 224."""
+
 _BATCH, _PENDING = 16, 256  # images per task of a thread, and images decoded before they are written
 
 
-def _folder(name: str, size: int | None, content: str) -> Path:
-    return paths.cache() / f"{name}-{'looked-at' if size is None else f'{size}px'}-{content}-v{VERSION}"
+def _folder(name: str, size: int | None, content: str, shorter: int) -> Path:
+    kind = f"{size}px" if size is not None else f"shorter-{shorter}" if shorter else "looked-at"
+    return paths.cache() / f"{name}-{kind}-{content}-v{VERSION}"
 
 
-def load_cache(name: str, size: int | None, content: str) -> Decoded | None:
+def load_cache(name: str, size: int | None, content: str, shorter: int = 0) -> Decoded | None:
     """A finished cache (see `decode`), or None if it is absent or damaged in any way."""
-    folder = _folder(name, size, content)
+    folder = _folder(name, size, content, shorter)
     try:
         index = json.loads((folder / "index.json").read_text())
-        images = None
+        images = {row: folder / f"{row}.png" for row in index.get("copied", ())}
+        if not all(file.is_file() for file in images.values()):
+            return None
         if size is not None:
             images = np.load(folder / "images.npy", mmap_mode="r")  # refuses a file shorter than its header says
             whole = (folder / "images.npy").stat().st_size == index["bytes"]
@@ -58,26 +65,39 @@ def load_cache(name: str, size: int | None, content: str) -> Decoded | None:
         return None
 
 
-def decode(name: str, size: int | None, content: str, source: Files, listing: Listing) -> Decoded:
+def decode(
+    name: str, size: int | None, content: str, source: Files, listing: Listing, shorter: int = 0
+) -> Decoded:  # fmt: skip
     """Decode every image of `listing`, or take what was decoded before; AFDSError on a full disk.
 
     The cache is named by the data set, `content` (a hash of the files) and `size`, the side in pixels of the centre
-    crops to keep, or None to keep none.
+    crops to keep, or None to keep none. Then large photographs, which take 0.1 s and more to decode, are kept with
+    `shorter` pixels on their shorter side, where that is not 0; later resizing to it changes no pixel.
     """
-    key = name, size, content
-    make_folder(_folder(*key), lambda: bool(load_cache(*key)), lambda folder: _build(folder, size, source, listing))
+    key = name, size, content, shorter
+    shorter = shorter if len(listing.targets) <= COPIES else 0
+
+    def fill(folder: Path) -> None:
+        _build(folder, size, shorter, source, listing)
+
+    make_folder(_folder(*key), lambda: bool(load_cache(*key)), fill)
     decoded = load_cache(*key)
     assert decoded is not None
     return decoded
 
 
-def _pixels(source: Files, size: int | None, count: int) -> Iterator[np.ndarray | CorruptImageError | None]:
+def _pixels(
+    source: Files, size: int | None, shorter: int, count: int
+) -> Iterator[np.ndarray | CorruptImageError | None]:  # fmt: skip
     def one(row: int) -> np.ndarray | CorruptImageError | None:
         try:
             image = source.read(row)
         except CorruptImageError as error:
             return error
-        return None if size is None else resized_to(image, size)
+        if size is None:
+            large = shorter and min(image.size) >= 2 * shorter
+            return np.asarray(resize_shorter(image, shorter)) if large else None
+        return resized_to(image, size)
 
     def some(start: int) -> list[np.ndarray | CorruptImageError | None]:
         return [one(row) for row in range(start, min(start + _BATCH, count))]
@@ -94,10 +114,10 @@ def _header(file: BinaryIO, count: int, size: int) -> None:
     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
 
 
-def _build(folder: Path, size: int | None, source: Files, listing: Listing) -> None:
-    rows, corrupt, count = [], {}, len(listing.targets)
+def _build(folder: Path, size: int | None, shorter: int, source: Files, listing: Listing) -> None:
+    rows, copied, corrupt, count = [], [], {}, len(listing.targets)
     what = "look at every image" if size is None else f"decode to {size} px"
-    bar = tqdm(_pixels(source, size, count), total=count, desc=what, unit="image", mininterval=1, disable=None)
+    bar = tqdm(_pixels(source, size, shorter, count), total=count, desc=what, unit="image", mininterval=1, disable=None)
     # Plain writes, not a memory map: on a full disk these raise an error where a map kills the process.
     with (folder / "images.npy").open("wb") as file:
         if size is not None:
@@ -106,12 +126,17 @@ def _build(folder: Path, size: int | None, source: Files, listing: Listing) -> N
             if isinstance(pixels, CorruptImageError):
                 corrupt[listing.relative[row] if listing.relative else f"image {row}"] = str(pixels)
                 continue
+            if pixels is not None and size is None:
+                Image.fromarray(pixels).save(folder / f"{len(rows)}.png", compress_level=1)
+                copied.append(len(rows))
             rows.append(row)
-            if pixels is not None:
+            if size is not None:
+                assert pixels is not None
                 file.write(pixels.tobytes())
         if size is not None:
             _header(file, len(rows), size)
     kept = listing.take(np.array(rows, dtype=np.int64)) if corrupt else replace(listing, images=None)
     index = asdict(kept) | {"targets": kept.targets.tolist(), "parts": kept.parts.tolist(), "corrupt": corrupt}
+    index["copied"] = copied
     index["bytes"] = (folder / "images.npy").stat().st_size
     (folder / "index.json").write_text(json.dumps(index))

@@ -6,8 +6,8 @@ workers nor the order of visits nor a resume changes an image.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from afdslib.backbones.inputs import IMAGENET, InputStatistics
 from afdslib.base.checks import whole
 from afdslib.data.images import MEAN, STD, centre_box, read_rgb, resize_shorter, resized_to
 
-__all__ = ["ArrayImages", "FileImages", "Files", "ImageDataset", "collate", "generator", "loader"]
+__all__ = ["ArrayImages", "FileImages", "Files", "ImageDataset", "collate", "generator", "loader", "shorter_side"]
 
 _PAD = 4
 _SCALE = torch.tensor([1.0 / (255.0 * s) for s in STD]).view(1, 3, 1, 1)
@@ -102,6 +102,10 @@ class ImageDataset(Dataset):
         """One image for display: uint8 (size, size, 3), resized, centre-cropped, not augmented or normalised."""
         raise NotImplementedError
 
+    def file(self, index: int) -> str:
+        """The path of an image below the data set's folder; "" where the images were decoded into one array."""
+        return ""
+
 
 class ArrayImages(ImageDataset):
     """Images decoded into one uint8 array (memory-mapped or not).
@@ -174,15 +178,26 @@ class ArrayImages(ImageDataset):
 
 @dataclass(frozen=True)
 class Files:
-    """The images of a data set: files below a folder or, where it is given, one uint8 array (M, H, W, 3)."""
+    """The images of a data set: files below a folder or, where it is given, one uint8 array (M, H, W, 3).
+
+    `copies` are scaled copies of some, by row, which are read instead.
+    """
 
     folder: Path
     relative: Sequence[str]
     array: np.ndarray | None = None
+    copies: Mapping[int, Path] = field(default_factory=dict)
 
     def read(self, row: int) -> Image.Image:
         """One image as RGB."""
-        return read_rgb(self.folder / self.relative[row]) if self.array is None else Image.fromarray(self.array[row])
+        if self.array is not None:
+            return Image.fromarray(self.array[row])
+        return read_rgb(self.copies.get(row) or self.folder / self.relative[row])
+
+
+def shorter_side(size: int) -> int:
+    """Pixels of an image's shorter side before a square of `size` is cut, as torchvision's 256 for 224."""
+    return round(size * 256 / 224)
 
 
 class FileImages(ImageDataset):
@@ -198,7 +213,7 @@ class FileImages(ImageDataset):
     ) -> None:  # fmt: skip
         self._source = source
         self._rows = np.asarray(rows, dtype=np.int64)
-        self.shorter = round(size * 256 / 224)
+        self.shorter = shorter_side(size)
         super().__init__(targets, classes, size=size, augment=augment, flip=flip, seed=seed)
 
     def _crop(self, index: int) -> np.ndarray:
@@ -211,6 +226,9 @@ class FileImages(ImageDataset):
             mirrored = self.flip and u[2] < 0.5
         pixels = np.asarray(image.crop((left, top, left + self.size, top + self.size)))
         return pixels[:, ::-1] if mirrored else pixels
+
+    def file(self, index: int) -> str:
+        return self._source.relative[int(self._rows[index])]
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         index = self._check(indices)

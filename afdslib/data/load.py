@@ -18,7 +18,7 @@ from afdslib.base.checks import choice, number, whole
 from afdslib.base.errors import AFDSError
 from afdslib.data import cache, fetch, trees
 from afdslib.data.catalogue import NAMES, SETS, DataSet, Layout, digits
-from afdslib.data.datasets import ArrayImages, FileImages, Files, ImageDataset
+from afdslib.data.datasets import ArrayImages, FileImages, Files, ImageDataset, shorter_side
 from afdslib.data.images import SMALL, CorruptImageError, resized_to
 from afdslib.data.sources import Remote
 from afdslib.data.trees import Listing
@@ -154,7 +154,8 @@ def _read(
             warnings.warn(f"{name} is read; {spec.other}, which is there too, is not", stacklevel=3)
     own, size = not layout.remotes, size or spec.size
     kept = size if size <= SMALL else None
-    decoded = cache.load_cache(spec.base, kept, content) if content else None
+    shorter = shorter_side(size) if own and kept is None else 0
+    decoded = cache.load_cache(spec.base, kept, content, shorter) if content else None
     if decoded is None:
         listing = layout.read(folder)
         absent = next((one for one in listing.relative if not (folder / one).is_file()), None)
@@ -168,7 +169,7 @@ def _read(
             arrays = [] if listing.relative else (folder / layout.markers[0]).iterdir()
             names = listing.relative or sorted(p.relative_to(folder).as_posix() for p in arrays)
             content = f"{fetch.fingerprint(folder, names)}{parts}"
-        decoded = cache.decode(spec.base, kept, content, source, listing)
+        decoded = cache.decode(spec.base, kept, content, source, listing, shorter)
     array, listing, corrupt = decoded
     if listing.left_out:
         warnings.warn(f"{name}: left out, being no images of a class: {_several(listing.left_out)}", stacklevel=3)
@@ -178,7 +179,7 @@ def _read(
         raise CorruptImageError(f"{name}: cannot decode {_several(tuple(corrupt))}; {reason}: {mend}")
     if corrupt:
         warnings.warn(f"{name}: left out, not decodable: {_several(tuple(corrupt))}", stacklevel=3)
-    pixels = Files(folder, listing.relative) if array is None else array
+    pixels = Files(folder, listing.relative, copies=array) if isinstance(array, dict) else array
     return spec, pixels, size, listing, layout.note, tuple(corrupt)
 
 
@@ -203,7 +204,8 @@ def load(
     size*256/224, crop `size`, mirror. All are normalised with ImageNet's mean and deviation.
 
     Every image of a tree given by its path is decoded once before this returns, whatever its size, and again only if
-    the files change. Files of the tree that are no images of a class are named in a warning.
+    the files change; large photographs are kept scaled down. Files of the tree that are no images of a class are named
+    in a warning.
 
     Args:
         name: a known name, or a path (see `trees.image_folder`)

@@ -118,38 +118,67 @@ class Selection:
 class PrunedRun(Point):
     """One point of static pruning: channels removed from the point before, for good and physically, then tuned.
 
-    What `dense`, the unpruned point, says of source, data, regulariser, seed and reading of the test set holds for the
-    chain. The budgets decrease below 1.
+    What `dense`, the unpruned point or a chain's last one, says of source, data, regulariser, seed and reading of the
+    test set holds for the chain. The budgets decrease below 1.
+
+    Attributes:
+        alpha, temperature: share of the soft term in a distillation from the unpruned network, 0 for none, and its T.
+        side: pixels to which the pruned network scales its images down; 0 for whole ones, which the teacher sees.
+        matched: training images by which batch norms are corrected after the cut; see `pruning.match_norms`.
     """
 
-    dense: DenseRun
+    dense: DenseRun | PrunedRun
     selection: Selection
     tuning: Optimisation
     budgets: tuple[float, ...]
+    alpha: float = runs.added(0.0)
+    temperature: float = runs.added(4.0)
+    side: int = runs.added(0)
+    matched: int = runs.added(0)
 
     source, data, regulariser, seed = _from("dense", "source", "data", "regulariser", "seed")
-    use_test, macs_images = _from("dense", "use_test", "macs_images")
+    use_test, macs_images, penalties = _from("dense", "use_test", "macs_images", "penalties")
     (selection_name,) = _from("selection", "name")
     parent = _chain("dense")
 
     def __post_init__(self) -> None:
         check_budgets(self.budgets, pruned=True)
+        number("alpha", self.alpha, least=0, most=1)
+        number("temperature", self.temperature, above=0)
+        whole("side", self.side, 0)
+        whole("matched", self.matched, 0)
+
+    @property
+    def unpruned(self) -> DenseRun:
+        """The point that every chain begins with."""
+        return self.dense.unpruned if isinstance(self.dense, PrunedRun) else self.dense
 
     def start(self, run: runs.Run, splits: Splits) -> Stage:
         size, source, before = input_size(splits), network_of(self.source, run), self.point_before(run)
         budget, dense = self.budgets[-1], float(before.metrics["dense_macs"])
         larger = afs.load(before.artifact(MODEL))
+        if self.side and "side" not in larger.architecture:  # type: ignore[operator]
+            see_at(larger, self.side)
         splits = splits.normalised(input_of(larger))
-        model = shrink(larger, self._chosen(run, larger, splits, dense), size)
+        chosen = self._chosen(run, larger, splits, dense)
+        model = shrink(larger, chosen, size)
+        if self.matched:
+            images = training.first(splits.statistics, self.matched)
+            found = groups(larger, size)
+            pruning.match_norms(model, larger, found, chosen, images.__getitems__(range(len(images)))[0])
         measured = macs.count(model, size).total / dense
         if measured > budget * (1 + 1e-6):
             raise RuntimeError(f"the pruned network costs {measured}, more than its budget {budget}")
+        terms, forwards = self.penalties, self.taught / measured
+        if self.alpha:
+            terms += (Distil(self.temperature, self.alpha, Teacher(network_of(self.unpruned, run))),)
+            forwards += 1 / measured
         torch.manual_seed(self.seed)
         compares = "layers" in TERMS[self.regulariser.name].needs
         names = feature_names(source, self.regulariser.features) if compares else []
         return Stage(
-            model, source, self.tuning, before, dense, forwards=self.taught / measured,
-            channels=matching(source, _kept(model), names, size), terms=self.dense.penalties,
+            model, source, self.tuning, before, dense, forwards=forwards,
+            channels=matching(source, _kept(model), names, size), terms=terms,
         )  # fmt: skip
 
     def select(self, stage: Stage) -> Mapping[int, Event]:

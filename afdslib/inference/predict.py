@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from scipy.special import softmax
 
@@ -14,11 +15,12 @@ from afdslib import afs
 from afdslib.base import checks
 from afdslib.base.errors import AFDSError
 from afdslib.data.images import read_rgb, resized_to
+from afdslib.data.trees import EXTENSIONS
 from afdslib.inference.export import KEY, Card, session
 
 __all__ = ["Network", "load", "predict", "prepare", "read_image"]
 
-Network = Callable[[np.ndarray], np.ndarray]  # images float32 (B, 3, size, size) to logits (B, classes)
+Network = Callable[[np.ndarray], np.ndarray]  # images float32 (B, 3, H, H) to logits (B, classes)
 # Of images longer than this many times their shorter side only the middle is looked at: enlarged as a whole, a line of
 # one pixel would fill the memory.
 _LONGEST = 16
@@ -79,9 +81,25 @@ def _there(path: str | Path) -> None:
         raise AFDSError(f"there is no image file {path}; give the path of one")
 
 
+def _files(paths: Sequence[str | Path]) -> Iterator[str | Path]:
+    """The image files, those of folders in the order of their names, whatever else lies there."""
+    for path in paths:
+        if not Path(path).is_dir():
+            _there(path)
+            yield path
+            continue
+        found = sorted(file for file in Path(path).rglob("*") if file.suffix.lower() in EXTENSIONS and file.is_file())
+        if not found:
+            raise AFDSError(f"there is no image in the folder {path}; give one that holds images, or image files")
+        yield from found
+
+
 def prepare(path: str | Path, card: Card) -> np.ndarray:
-    """One image file as the network wants it, float32 (3, size, size); see `read_image`."""
-    pixels = read_image(path, card.size, shorter=card.resize).astype(np.float32) / 255
+    """One image file as the network wants it, float32 (3, H, H), where H is the card's side or else size."""
+    square = read_image(path, card.size, shorter=card.resize)
+    if card.side:
+        square = np.asarray(Image.fromarray(square).resize((card.side, card.side), Image.Resampling.BILINEAR))
+    pixels = square.astype(np.float32) / 255
     mean, std = (np.asarray(values, dtype=np.float32) for values in (card.mean, card.std))
     return np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1))
 
@@ -92,7 +110,7 @@ def predict(
     """For each image file its path and its likeliest (class, probability), the likeliest first.
 
     Args:
-        paths: image files.
+        paths: image files, and folders for all images below them.
         model: a file of `afds export`.
         top: how many classes of each; all if there are fewer.
 
@@ -104,10 +122,9 @@ def predict(
     if not paths:
         raise AFDSError("no image is given; give the paths of one or more image files")
     network, card = load(model)
-    for path in paths:  # a wrong name is told before anything is computed
-        _there(path)
+    files = list(_files(paths))  # a wrong name is told before anything is computed
     predictions = []
-    for path in paths:
+    for path in files:
         logits = network(prepare(path, card)[None])[0].astype(np.float64)
         if len(logits) != len(card.classes):
             raise AFDSError(f"{model} has {len(logits)} outputs but {len(card.classes)} class names; export it again")

@@ -59,6 +59,24 @@ def test_every_image_is_decoded_before_the_splits_are_there_and_only_once(broken
             data.load(make.tar(tmp_path / "t.tar", broken), size=size)
 
 
+def test_large_photographs_are_decoded_once_and_kept_scaled_down_without_a_change_of_a_pixel(home, make, monkeypatch):
+    tree = make.tree("t", {"": {"a": 8, "b": 8}})
+    random = np.random.RandomState(0)
+    Image.fromarray(random.randint(0, 255, (400, 300, 3)).astype(np.uint8)).save(tree / "a" / "large.png")
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "COPIES", 0)
+        plain = data.load(tree, size=80)
+    shutil.rmtree(cache.paths.cache())
+    kept = data.load(tree, size=80)
+    (copied,) = kept.train._source.copies.items()
+    assert kept.train._source.relative[copied[0]] == "a/large.png" and Image.open(copied[1]).size == (91, 121)
+    for one, other in zip((kept.train, kept.test), (plain.train, plain.test), strict=True):
+        assert [one.file(i) for i in range(len(one))] == [other.file(i) for i in range(len(other))]
+        assert torch.equal(one.__getitems__(range(len(one)))[0], other.__getitems__(range(len(other)))[0])
+    copied[1].unlink()  # a damaged cache is made again
+    assert len(data.load(tree, size=80).train._source.copies) == 1
+
+
 def test_the_commands_that_load_a_tree_have_the_option(broken, capsys, tmp_path, monkeypatch):
     assert cli.main(["data", str(broken)]) == 2
     assert "--skip-corrupt" in (err := capsys.readouterr().err) and err.splitlines()[-1].startswith("afds: ")

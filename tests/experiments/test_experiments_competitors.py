@@ -1,5 +1,6 @@
 """The competitors' runs: regularisers on pruned networks, FBS's recipe, narrow networks, resumption, sealed trials."""
 
+import copy
 import shutil
 from dataclasses import replace
 from unittest import mock
@@ -13,6 +14,7 @@ from torch import nn
 from afdslib import afs, data, runs
 from afdslib.afs import macs
 from afdslib.afs.shrink import groups, shrink
+from afdslib.backbones.inputs import scaled_down, see_at, see_whole
 from afdslib.base import hooks
 from afdslib.base.errors import AFDSError
 from afdslib.experiments import ChannelWeightsRun, DataSource, DenseRun, ExtendedSourceRun, FBSGatesRun, FBSRun
@@ -21,7 +23,7 @@ from afdslib.experiments.competitors import KEPT, NarrowRun, PrunedRun, Selectio
 from afdslib.experiments.stage import OBJECTIVE
 from afdslib.losses import TERMS, Batch, DELTALoss, at_loss, lwf_loss
 from afdslib.losses.sparsity import GateL1, ScaleL1
-from afdslib.pruning import boosted, settle
+from afdslib.pruning import boosted, match_norms, settle
 from afdslib.runs import MODEL
 from afdslib.training import loop
 from afdslib.training.features import Teacher, feature_names, taps
@@ -206,6 +208,45 @@ def test_a_narrow_network_distils_the_tuned_dense_one_and_takes_its_share_of_the
     assert result.metrics["dense_macs"] == full.metrics["dense_macs"]
     assert result.metrics["macs"] == pytest.approx(macs.count(network, SIZE).total / full.metrics["dense_macs"])
     assert "kd" in result.history() and "kd" not in full.history()
+
+
+def test_a_pruned_network_may_see_smaller_images_and_learn_from_the_unpruned_one(store):
+    first = PrunedRun(dense(), Selection("taylor"), STAGE, (0.5,), alpha=0.7, temperature=2.0, side=12)
+    last = replace(first, dense=first, tuning=replace(STAGE, steps=2))
+    assert first.unpruned == last.unpruned == dense()
+    for run, steps in ((first, 3), (last, 2)):
+        result = runs.get_or_run(run, store=store, needs=(MODEL,))
+        model = afs.load(result.artifact(MODEL))
+        assert result.metrics["steps"] == steps and model.architecture["side"] == 12
+        assert macs.count(model, SIZE).total / result.metrics["dense_macs"] == result.metrics["macs"] <= 0.5
+        row = (result.path / "metrics.csv").read_text().splitlines()
+        assert float(dict(zip(row[0].split(","), row[1].split(","), strict=True))["kd"]) > 0
+    assert see_whole(model) == 12 and see_whole(model) == 0
+    x = torch.randn(2, *SIZE)
+    seen = see_at(copy.deepcopy(model), 12)(x)
+    torch.testing.assert_close(seen, model(scaled_down(x, 12)))
+
+
+def test_matched_norms_give_the_mean_and_variance_that_they_gave_in_the_larger_network():
+    larger = tiny.network(1, stem="cifar").eval()
+    found, images = groups(larger, SIZE), torch.randn(8, *SIZE)
+    kept = {group.name: tuple(range(0, group.width, 2)) for group in found}
+    pruned = shrink(larger, kept, SIZE).eval()
+    match_norms(pruned, larger, found, kept, images)
+    given: dict[str, list[torch.Tensor]] = {}
+    for model in (larger, pruned):
+        for name, norm in model.named_modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.register_forward_hook(lambda m, a, out, name=name: given.setdefault(name, []).append(out.clone()))
+        model(images)
+    for name, (before, after) in given.items():
+        places = next(
+            [p for root, p in sorted(m.positions) if root in kept[g.name]] for g in found for m in g.members
+            if m.layer == name
+        )  # fmt: skip
+        for moment in (torch.mean, torch.var):
+            wanted = moment(before, (0, 2, 3))[places]
+            torch.testing.assert_close(moment(after, (0, 2, 3)), wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_the_penalties_are_their_formulas():

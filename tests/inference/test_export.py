@@ -225,6 +225,50 @@ def test_a_run_is_exported_in_both_formats_and_both_predict_alike(trained, expor
     assert code == 0 and output.count("red.png") == 4 and output.splitlines()[0].split()[-1] == "probability"
 
 
+@pytest.mark.slow
+def test_a_run_is_quantised_and_predicts_from_files_and_folders(trained, home, afds, refused):
+    assert "the ranges of values come from the training images, which cannot be read" in refused(
+        "export", "--run", trained, "--format", "onnx-int8"
+    )
+    with tiny.served():
+        code, output, _ = afds("export", "--run", trained, "--format", "onnx-int8")
+    assert code == 0 and f"{trained}.int8.onnx" in output and "3 classes, 16 px, int8" in output
+    card = predict.load(f"{trained}.int8.onnx")[1]
+    assert card.precision == "int8" and card.run == trained and card.opset == export.OPSET
+    weights = onnx.load(f"{trained}.int8.onnx").graph.initializer
+    assert any(w.data_type == onnx.TensorProto.INT8 and len(w.dims) == 4 for w in weights) is (len(card.fp32) < 17)
+    (home / "photos" / "sub").mkdir(parents=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (4032, 3024), (200, 20, 20)).save(home / "photos" / "camera.jpg", exif=exif)
+    picture(home / "photos" / "sub" / "red.png"), (home / "photos" / "notes.txt").write_text("no image")
+    code, output, _ = afds("predict", "photos", "--model", f"{trained}.int8.onnx")
+    assert code == 0 and set(probabilities(output)) == {"photos/camera.jpg", "photos/sub/red.png"}
+
+
+@pytest.mark.slow
+def test_the_layer_that_int8_loses_stays_in_fp32(gated, tmp_path, monkeypatch):
+    file, out = tmp_path / "net.onnx", tmp_path / "int8.onnx"
+    export.save_onnx(compact(gated, input_size=(3, 12, 12), fold_bn=True), file, (3, 12, 12))
+    layers = [n.name for n in onnx.load(file).graph.node if n.op_type in ("Conv", "Gemm", "MatMul")]
+    batch = (np.random.RandomState(0).randn(8, 3, 12, 12).astype(np.float32), np.zeros(8, int))
+
+    def measured(path, held):
+        known = {p.key: p.value for p in onnx.load(path).metadata_props}
+        return 1.0 if path == file or layers[1] in json.loads(known[export.KEY])["fp32"] else 0.99
+
+    monkeypatch.setattr(export, "accuracy", measured)
+    card = export.save_int8(file, out, [batch], [batch], export.Card(tuple("abcde"), 12, 14))
+    assert card.fp32 == (layers[1],) and predict.load(out)[1] == card
+
+
+def test_a_square_is_scaled_down_at_last_where_the_card_says_so(home):
+    card = export.Card(tuple("ab"), 16, 18, (0.0,) * 3, (1 / 255,) * 3, side=8)
+    image = picture(home / "red.png", size=(24, 20))
+    whole = predict.prepare(image, export.Card(tuple("ab"), 16, 18, (0.0,) * 3, (1 / 255,) * 3))
+    assert whole.shape == (3, 16, 16) and np.allclose(predict.prepare(image, card), whole[:, :8, :8])
+
+
 def test_a_network_that_was_trained_on_raw_pixels_is_exported_so(trained, home):
     file = home / "runs" / trained / runs.MODEL
     model = afs.load(file)
@@ -280,7 +324,8 @@ def test_files_that_are_no_images(exported, home, refused):
     for name in ("text.jpg", "empty.png", "cut.png"):
         assert f"the image {name} cannot be decoded" in refused("predict", "good.png", name, *model)
     assert "there is no image file gone.png" in refused("predict", "gone.png", *model)
-    assert "there is no image" in refused("predict", str(home), *model)
+    (home / "empty").mkdir()
+    assert "there is no image in the folder empty" in refused("predict", "empty", *model)
 
 
 @pytest.mark.slow
@@ -321,7 +366,7 @@ def test_runs_that_cannot_be_exported(trained, home, refused):
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(runs.to_json(tiny.transfer())))
     assert f"run {other} is not finished" in refused("export", "--run", other)
-    assert "one of onnx, torch, got 'tflite'" in refused("export", "--run", trained, "--format", "tflite")
+    assert "one of onnx, onnx-int8, torch, got 'tflite'" in refused("export", "--run", trained, "--format", "tflite")
     assert "is named *.safetensors" in refused("export", "--run", trained, "--format", "torch", "--out", "net.pt")
     assert "begin with 'ffffffffffff'" in refused("export", "--run", "ffffffffffff")
     assert "'nonsense' is not a run id" in refused("export", "--run", "nonsense")

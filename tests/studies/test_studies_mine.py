@@ -6,7 +6,6 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
-import pandas as pd
 import pytest
 import tiny
 import torch
@@ -21,13 +20,9 @@ from afdslib.inference.predict import predict
 from afdslib.report import pipeline
 from afdslib.studies import mine as own_data
 from afdslib.studies import profiles
-from afdslib.studies.sweep import Study
 
 HERE = Path(__file__).parents[2]
-FIGURES = (
-    "accuracy_macs", "samples_target-flat", "augmentation-flat", "transfer_curves-flat", "attention-flat",
-    "channel_states-flat", "parameters-flat", "confusion-flat",
-)  # fmt: skip
+FIGURES = ("accuracy_cost", "confusion", "mistakes", "samples")
 
 
 def flat(folder: Path, *, count: int = 20) -> Path:
@@ -95,9 +90,11 @@ def done(home):
         (("--data-dir", "nowhere"), "the data folder nowhere does not exist"),
         (("--data-dir", "flat/red"), "no ImageFolder tree of at least two classes"),
         (("--data-dir", None), "the profile mine needs --data-dir, as in: afds run"),
-        (("--source-weights", None), "needs --source-weights, as in"),
+        (("--data-dir", "one"), "at least two classes (1 there)"),
+        (("--data-dir", "few"), "the class 'red' has 3 images, 3 of them for training, where 5 are needed"),
+        (("--source-weights", None), "there are no ImageNet weights"),
         (("--source-weights", "absent.pth"), "There is no weight file"),
-        (("--macs-budget", None), "needs --macs-budget"),
+        (("--macs-budget", "1e-6"), "the budget 1e-06 cannot be reached: one channel in each layer"),
         (("--macs-budget", "0"), "above 0 and at most 1, not 0"),
         (("--macs-budget", "1.5"), "above 0 and at most 1, not 1.5"),
         (("--macs-budget", "nan"), "above 0 and at most 1, not nan"),
@@ -110,6 +107,13 @@ def done(home):
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
 )
 def test_a_mistake_is_one_line_with_exit_code_2_and_starts_nothing(home, capsys, changed, told):
+    if changed[1] in ("one", "few") and not (home / changed[1]).exists():
+        flat(home / changed[1])
+        gone = (home / "one").glob("[!r]*") if changed[1] == "one" else (home / "few" / "red").glob("1?.png")
+        for path in gone:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for number in range(3, 10) if changed[1] == "few" else ():
+            (home / "few" / "red" / f"{number}.png").unlink()
     given = dict(zip(COMMAND[1::2], COMMAND[2::2], strict=True)) | dict([changed])
     arguments = [part for name, value in given.items() if value is not None for part in (name, value)]
     before = set(home.rglob("settings.json"))
@@ -120,15 +124,24 @@ def test_a_mistake_is_one_line_with_exit_code_2_and_starts_nothing(home, capsys,
     assert set(home.rglob("settings.json")) == before
 
 
-def test_too_few_images_are_refused(home):
-    flat(home / "few", count=2)
-    with pytest.raises(AFDSError, match="at least 4 images"):
-        options(home, folder="few")
+def test_a_video_among_the_photographs_is_named_and_left_out(home):
+    (flat(home / "mixed") / "red" / "clip.mp4").write_bytes(b"no image")
+    with pytest.warns(UserWarning, match="left out, being no images of a class: 1 file .red/clip.mp4"):
+        assert options(home, folder="mixed").images
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_first_step(home, capsys, monkeypatch):
+    (home / "file").touch()
+    monkeypatch.setenv("AFDS_FIGURES", str(home / "file"))
+    with mock.patch.object(own_data, "compute", side_effect=AssertionError("started")):
+        assert cli.main(COMMAND) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("afds: cannot write") and errors.count("\n") == 1
 
 
 def test_show_and_dry_run_write_nothing(home, capsys):
     before = set(home.rglob("settings.json"))
-    for option, words in (("--show", '"budgets"'), ("--dry-run", "budgets: 1, 0.7 of the dense MACs")):
+    for option, words in (("--show", '"budgets"'), ("--dry-run", "1 runs, 0 finished, 3 steps to go")):
         assert cli.main([*COMMAND, "--macs-budget", "0.7", option]) == 0
         assert words in capsys.readouterr().out
     assert set(home.rglob("settings.json")) == before
@@ -137,18 +150,25 @@ def test_show_and_dry_run_write_nothing(home, capsys):
 # the profile
 
 
-def test_the_profile_is_two_methods_from_published_weights_at_halved_budgets_without_a_source_step(home):
+def test_the_profile_is_one_network_from_published_weights_at_falling_budgets_without_a_source_step(home):
     o = options(home)
     profile = own_data.mine(o)
     assert (o.stem, o.width) == ("cifar", tiny.WIDTH)  # those of the weight file
     assert profile.network == stages.Network("resnet14", "cifar", tiny.WIDTH, str(home / "weights.pth"))
-    assert [c.regulariser.name for c in profile.candidates] == ["l2", "afd"]
-    assert len({len(c.strengths) for c in profile.candidates}) == 1  # both are tuned equally long
     assert profile.source_training.steps == profile.afs_training.steps == 0
     assert not profile.committed and profile.left_out == ("06", "07")
-    for last, others in {0.2: (0.5, 0.25), 0.45: (), 0.1: (0.5, 0.25, 0.125)}.items():
+    for last, others in {0.2: (0.765, 0.585, 0.447, 0.342, 0.262), 0.45: (0.766, 0.587), 0.8: ()}.items():
         assert own_data.mine(replace(o, macs_budget=last)).budgets == (1.0, *others, last)
-    assert own_data.mine(replace(o, macs_budget=1.0)).budgets == (1.0,)
+    alone = own_data.Recipe(own_data.mine(replace(o, macs_budget=1.0)))
+    assert alone.ways == {} and alone.chosen == [alone.unpruned]
+
+
+def test_small_images_are_a_way_down_where_they_are_above_the_budget(home):
+    recipe = own_data.Recipe(own_data.mine(replace(options(home, size=128), macs_budget=0.2)))
+    assert {side: [run.budgets[-1] for run in chain] for side, chain in recipe.ways.items()} == {
+        128: [0.765, 0.585, 0.447, 0.342, 0.262, 0.2], 96: [0.447, 0.342, 0.262, 0.2], 64: [0.2]
+    }  # fmt: skip
+    assert {run.side for run in recipe.ways[64]} == {64} and recipe.ways[128][0].side == 0
 
 
 def test_the_name_stands_for_options_images_and_weights(home):
@@ -220,39 +240,52 @@ def test_damaged_settings_are_refused(home):
 def test_the_command_executes_its_own_notebook_for_the_profile_it_made(done, home):
     name = options(home).name
     assert done[1] == [(name, {}, {"01"}, home / "examples" / "own_data")]
-    assert done[0][0] == f"profile {name}"
+    assert done[0][0].startswith(f"profile {name}: resnet14 at 16 px, as this is a CPU")
 
 
 def test_the_report_has_the_figures_and_its_statements_hold(done, home):
-    shown, name = done[0][1], options(home).name
+    shown, name = done[0][-1], options(home).name
     drawn = [file.stem for file in paths.figures(name).glob("*.png")]
     assert {stem for stem in drawn if ".phone" not in stem} == set(FIGURES)
-    assert "every planned network is in the table: True" in shown
-    assert "AFD adds strength x regulariser to the loss: True" in shown
-    assert "the gates decide, and what they skip is exactly zero: True" in shown
-    assert "AFD minus L2" in shown and "**2.22x**, flat" in shown
-    sweep = Study(profiles.get(name)).sweep()
-    assert sweep.groupby("method").budget.apply(list).to_dict() == {m: [1.0, 0.45] for m in ("l2", "afd")}
-    assert (sweep[sweep.budget == 0.45].train_macs <= 0.5).all()
+    assert "the budget is met: True" in shown and "the file is as accurate as the network: True" in shown
+    recipe = own_data.Recipe(profiles.get(name))
+    last = runs.lookup(recipe.chosen[-1])
+    assert isinstance(recipe.chosen[-1], stages.PrunedRun) and recipe.chosen[-1].unpruned == recipe.unpruned
+    assert last.metrics["macs"] <= 0.45 and last.metrics["steps"] == 3
+    assert f"{last.metrics['test_accuracy']:.1%}" in shown
 
 
-def test_the_exported_network_lies_by_the_report_and_knows_the_classes(done, home):
-    file = paths.figures(options(home).name) / "flat-0.45.onnx"
-    assert done[0][-1] == f"use it: afds predict --model {file} IMAGE..."
-    assert f"network: {file}, by " in done[0][-2] and "of the dense MACs, test accuracy" in done[0][-2]
-    ((_, classes),) = predict([home / "flat" / "red" / "0.png"], file)
-    assert sorted(name for name, _ in classes) == sorted(tiny.CLASSES)
-    assert sum(share for _, share in classes) == pytest.approx(1)
+def test_the_files_lie_by_the_report_and_know_the_classes_and_the_command_goes_on_where_it_was(done, home):
+    folder, recipe = paths.figures(options(home).name), own_data.Recipe(profiles.get(options(home).name))
+    said = "\n".join(done[0])
+    assert "[5/5] the best one, trained on: right on" in said and "min left" in said
+    found = own_data.deliver(recipe)
+    assert [(f["file"], f["precision"]) for f in found["files"]] == [
+        ("flat-0.45.onnx", "fp32"), ("flat-0.45-int8.onnx", "int8")
+    ]  # fmt: skip
+    for one in found["files"]:
+        file = folder / one["file"]
+        assert f"network: {file} ({one['precision']}" in said
+        ((_, classes),) = predict([home / "flat" / "red" / "0.png"], file)
+        assert sorted(name for name, _ in classes) == sorted(tiny.CLASSES)
+        assert sum(share for _, share in classes) == pytest.approx(1)
+    again = []
+    with mock.patch.object(runs, "get_or_run", side_effect=AssertionError("trained again")):
+        own_data.compute(recipe, again.append)
+    assert len(again) == 5 and own_data.deliver(recipe) == found
 
 
-def test_validation_images_choose_the_network_at_the_wanted_budget_and_a_lost_one_is_told():
-    names = ("method", "seed", "budget", "validation_accuracy")
-    rows = [("l2", 0, 1.0, 0.9), ("l2", 0, 0.2, 0.5), ("afd", 0, 0.2, 0.6), ("afd", 1, 0.2, 0.6)]
-    table = pd.DataFrame(rows, columns=names)
-    assert own_data.chosen(table, 0.2).to_dict()["method"] == "afd" and own_data.chosen(table, 0.2).seed == 0
-    table.attrs["missing"] = [{"reason": "at 50x, too small"}]
-    with pytest.raises(AFDSError, match="no network reached 0.02 of the dense MACs .at 50x, too small."):
-        own_data.chosen(table, 0.02)
+def test_validation_images_choose_the_way_and_one_that_diverged_is_passed_over(home, monkeypatch):
+    recipe = own_data.Recipe(own_data.mine(replace(options(home, size=128), macs_budget=0.2)))
+    known = {128: {"validation_accuracy": 0.5}, 96: {"diverged": "at 5x, too small"}, 64: {"validation_accuracy": 0.6}}
+    found = {id(chain[-1]): mock.Mock(metrics=known[side]) for side, chain in recipe.ways.items()}
+    other = mock.Mock(metrics={"validation_accuracy": 0.7})
+    monkeypatch.setattr(own_data.engine, "lookup", lambda run: found.get(id(run), other))
+    assert recipe.side == 64 and recipe.chosen[-1].side == 64 and recipe.chosen[-1].tuning == recipe.profile.tuning
+    for one in found.values():
+        one.metrics = {"diverged": "at 5x, too small"}
+    with pytest.raises(AFDSError, match="no network reached the budget .at 5x, too small"):
+        _ = recipe.side
 
 
 def test_the_notebook_reads_from_top_to_bottom_and_takes_one_parameter():

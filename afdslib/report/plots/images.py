@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,16 @@ def samples(dataset: ImageDataset, *, captions: Sequence[str] = (), per_class: i
         for row, ax in enumerate(axes[:, column]):
             image = dataset.raw(int(found[row])) if row < len(found) else None
             _show(ax, image, "" if row else _short(str(names[target])))
+    return fig
+
+
+@styled
+def mistakes(dataset: ImageDataset, found: Sequence[Mapping[str, Any]], *, title: str = "") -> Figure:
+    """The images that a network is surest about and wrong: what it says, how surely, and what is true."""
+    fig, axes = canvas(8.4, 4.2, 2, 5, title=title)
+    for ax, one in itertools.zip_longest(axes.flat, found):
+        said = "" if one is None else f"{_short(one['said'])}, {one['probability']:.0%}\nis {_short(one['true'])}"
+        _show(ax, None if one is None else dataset.raw(one["image"]), said)
     return fig
 
 

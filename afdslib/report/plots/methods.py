@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pandas as pd
 import seaborn as sns
@@ -96,6 +97,19 @@ def accuracy_macs(table: pd.DataFrame, *, chance: Mapping[str, float] | None = N
                 level(ax, chance[str(target)], "chance")
         row[0].set_title(place(str(target)))
     fig.legend(handles=handles(looks), loc="outside lower center", ncols=len(looks), title=_seeds(table))
+    return fig
+
+
+@styled
+def accuracy_cost(points: Sequence[Mapping[str, Any]]) -> Figure:
+    """Test accuracy of a few networks against their MACs and the milliseconds that one image takes."""
+    fig, (axes,) = canvas(8.0, 3.4, 1, 2, sharey=True)
+    for ax, key, label in zip(axes, ("macs", "milliseconds"), ("MACs (M per image)", "ms per image"), strict=True):
+        ax.plot([p[key] for p in points], [p["test_accuracy"] for p in points], marker="o")
+        for p in points:
+            ax.annotate(times(p["budget"]), (p[key], p["test_accuracy"]), (3, -11), textcoords="offset points")
+        ax.set(xlabel=f"{label}, log scale", xscale="log", ylabel="test accuracy (%)")
+    percent(axes[0].yaxis)
     return fig
 
 
