@@ -79,6 +79,8 @@ class TransferRun(FirstPoint):
         whole("macs_images", self.macs_images, 1)
         choice("stream", self.stream, ("free", "coupled"))
         choice("settle_by", self.settle_by, ("q", "taylor"))
+        if len(self.budgets) == 1:  # not settled, and one run for all that go on from it
+            object.__setattr__(self, "settle_by", "q")
         number("density_floor", self.density_floor, above=0, most=1)
         number("density_exponent", self.density_exponent, least=0)
         if self.delta_s != math.inf:  # every gate becomes constant
@@ -91,8 +93,7 @@ class TransferRun(FirstPoint):
         """The point before, whose network this one starts from."""
         if len(self.budgets) == 1:
             return None
-        # The unpruned network is not settled, and is shared by those that settle in different ways.
-        return replace(self, budgets=self.budgets[:-1], settle_by="q" if len(self.budgets) == 2 else self.settle_by)
+        return replace(self, budgets=self.budgets[:-1])
 
     @property
     def density(self) -> float:

@@ -33,17 +33,20 @@ def _demo(scale: str) -> Profile:
     fit = Optimisation(
         steps=160, batch_size=30, lr=0.05, schedule="cosine", warmup=0.05, predictor_lr=3.0, log_rows=8
     )  # fmt: skip
+    # With 12 images per class, a rate of 0.05, three times that for the predictors and the recalled schedule, standard
+    # deviations over seeds reached 19 points, and the curves rose and fell.
+    calm = replace(fit, lr=0.03, predictor_lr=1.0, steps=80)
     return Profile(
         name="demo", scale=scale, source=DataSource("digits-0-4", size=16),
-        targets=(DataSource("digits-5-9", per_class=12, size=16),),
+        targets=(DataSource("digits-5-9", per_class=30, size=16),),
         network=Network("resnet14", stem="cifar", width=0.125),
         source_training=replace(fit, lr=0.1), source_weight_decay=5e-4, afs_training=replace(fit, lr=0.02, steps=80),
         candidates=_candidates((1e-4, 1e-2), (1e-2, 1e-1), (1e-3, 1e-2), 0.01),
-        trial=replace(fit, steps=40, log_rows=1), trial_seed=1000, transfer=replace(fit, steps=80),
-        tuning=replace(fit, steps=50, warmup=0.0, log_rows=1),
-        seeds=(0, 1) if scale == "quick" else (0, 1, 2, 3, 4),
+        trial=replace(calm, steps=40, log_rows=1), trial_seed=1000, transfer=calm,
+        tuning=replace(calm, steps=50, warmup=0.0, log_rows=1),
+        seeds=(0, 1, 2, 3) if scale == "quick" else (0, 1, 2, 3, 4), budgets=(1.0, 0.5, 0.2, 0.1),
         # The short source stage leaves gates that vary little; at 0.01 nearly all would become constant.
-        delta_s=0.001, macs_images=60, **RECALLED_SCHEDULE, committed=False,
+        delta_s=0.001, macs_images=60, statistics_images=60, committed=False,
     )  # fmt: skip
 
 

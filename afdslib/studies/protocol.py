@@ -230,11 +230,11 @@ def _pairs(regularisers: tuple[str, ...], selections: tuple[str, ...]) -> tuple[
 
 _CORE = ("l2", "l2sp", "delta", "afd")
 _PROTOCOLS: Mapping[tuple[str, str], Protocol] = {
-    # In miniature: several selections and regularisers once, two trials, two seeds, few steps.
+    # In miniature: several selections and regularisers once, two trials, four seeds of two methods, few steps.
     ("demo", "quick"): Protocol(
         methods=tuple(map(Method.parse, ("afd+afs", "l2+taylor", "l2sp+slimming", "l2+width"))),
-        trials=2, budgets=(1.0, 0.25, 0.1), multipliers=(1.0, 0.0), seeds=(0, 1), rest=1, rivals=1, steps=0.6,
-        epoch_steps=20, settle_by="q",
+        trials=2, budgets=(1.0, 0.25, 0.1), multipliers=(1.0, 0.0), seeds=(0, 1, 2, 3), rest=1, rivals=1, steps=0.6,
+        epoch_steps=20,
     ),
     # The grid that the primary endpoint needs, all budgets and seeds, at the profile's few steps.
     ("imagenet32", "quick"): Protocol(

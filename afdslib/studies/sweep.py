@@ -118,7 +118,7 @@ class Study(engine.Plan):
             self.afs_source_run, replace(target or p.targets[0], seed=seed), regulariser, p.transfer, p.tuning,
             p.budgets[: p.budgets.index(budget) + 1], delta_s=p.delta_s, density_floor=p.density_floor,
             macs_images=p.macs_images, seed=seed, settle=bool(p.settle_by), first=p.first_update,
-            freeze_first=p.freeze_first, settle_by=p.settle_by or "q",
+            freeze_first=p.freeze_first, settle_by=p.settle_by or "q", statistics_images=p.statistics_images,
         )  # fmt: skip
 
     # the plan

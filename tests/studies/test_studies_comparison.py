@@ -263,7 +263,7 @@ def test_the_command_shows_its_rules_and_its_plan_and_refuses_an_unknown_target(
     assert cli.main([*part, "--show"]) == 0
     assert json.loads(capsys.readouterr().out)["primary_budget"] == 0.1
     assert cli.main([*part, "--target", "x"]) == 2
-    assert "no target 'x'; it has digits-5-9-12" in capsys.readouterr().err
+    assert "no target 'x'; it has digits-5-9-30" in capsys.readouterr().err
     assert cli.main(["study", "--target", "x"]) == 2
     assert "--target is for the parts comparison, ablations and gates" in capsys.readouterr().err
     text = engine.dry_run(Comparison(replace(profile, trial_seed=999), rules("afd+afs", "l2+taylor")))
