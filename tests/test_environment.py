@@ -68,13 +68,12 @@ def test_environment_yml_pins_the_direct_dependencies_as_the_lock_does_and_an_al
     assert Requirement(f"python{project['requires-python']}").specifier.contains(python.removeprefix("python="))
 
 
-def test_installed_packages_are_the_locked_ones(project, direct, locked):
+def test_installed_packages_are_the_locked_ones_and_make_lock_uses_the_command_that_the_lock_names(
+    project, direct, locked
+):
     assert project["version"] == __version__ == importlib.metadata.version("afdslib")
     for name in direct:
         assert Version(importlib.metadata.version(name)).public == locked[name].public, f"{name}: make test installs it"
-
-
-def test_make_lock_uses_the_command_that_the_lock_names():
     makefile = re.sub(r"\\\n\s*", "", (paths.root() / "Makefile").read_text())
     header = (paths.root() / "requirements.lock").read_text().splitlines()[1].lstrip("# ")
     used = re.search(r"uv (pip compile .*)", makefile).group(1).replace(" -q", "")

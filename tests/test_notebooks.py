@@ -32,10 +32,6 @@ def notebook(request):
     return request.param
 
 
-def test_the_eight_notebooks_are_there():
-    assert [file.name[:2] for file in NOTEBOOKS] == [f"0{number}" for number in range(1, 9)]
-
-
 def test_counts_are_one_to_n_the_kernel_is_python3_and_the_three_parameters_are_the_demos(notebook):
     assert [cell.execution_count for cell in code_cells(notebook)] == list(range(1, len(code_cells(notebook)) + 1))
     metadata = nbformat.read(notebook, as_version=4).metadata
@@ -76,7 +72,8 @@ def test_outputs_hold_no_error_stderr_path_time_or_run_id_and_what_must_be_true_
                 assert not re.search(stamp, text), text
 
 
-def test_nbval_compares_cells_in_every_notebook_and_thirty_in_all():
+def test_the_eight_notebooks_are_there_and_nbval_compares_cells_in_each_and_thirty_in_all():
+    assert [file.name[:2] for file in NOTEBOOKS] == [f"0{number}" for number in range(1, 9)]
     counts = {file.stem: sum(compared(cell) for cell in code_cells(file)) for file in NOTEBOOKS}
     assert min(counts.values()) >= 3 and sum(counts.values()) >= 30, counts
 

@@ -1,7 +1,5 @@
 """Tiny data sets in the layouts of the real ones, made on the spot."""
 
-from __future__ import annotations
-
 import functools
 import http.server
 import io

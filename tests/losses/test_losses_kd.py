@@ -36,9 +36,12 @@ def test_kd_is_the_formula(T, alpha):
     assert kd_loss(STUDENT, TEACHER, TARGET, T=T, alpha=alpha).item() == pytest.approx(wanted, rel=1e-12)
 
 
-def test_the_nst_recipe_of_sixteen_times_the_soft_cross_entropy_is_the_kl_at_temperature_four():
+def test_kd_runs_in_full_precision_on_half_precision_logits_and_nsts_recipe_is_the_kl_at_temperature_four():
+    half = kd_loss(STUDENT.half(), TEACHER.half(), TARGET)
+    assert half.dtype == torch.float32
+    assert half.item() == pytest.approx(kd_loss(STUDENT, TEACHER, TARGET).item(), rel=1e-3)
     a, b = STUDENT.clone().requires_grad_(), STUDENT.clone().requires_grad_()
-    (16 * torch.nn.functional.cross_entropy(a / 4, (TEACHER / 4).softmax(1))).backward()
+    (16 * torch.nn.functional.cross_entropy(a / 4, (TEACHER / 4).softmax(1))).backward()  # of the soft cross-entropy
     soft_kl_loss(b, TEACHER, T=4.0).backward()
     torch.testing.assert_close(a.grad, b.grad)
 
@@ -50,20 +53,11 @@ def test_lwf_is_the_softened_kl_and_zero_when_nothing_is_forgotten_and_gradients
         assert torch.autograd.gradcheck(loss, STUDENT.clone().requires_grad_())
 
 
-def test_kd_runs_in_full_precision_on_half_precision_logits():
-    half = kd_loss(STUDENT.half(), TEACHER.half(), TARGET)
-    assert half.dtype == torch.float32
-    assert half.item() == pytest.approx(kd_loss(STUDENT, TEACHER, TARGET).item(), rel=1e-3)
-
-
-def test_hint_is_the_mean_squared_difference():
+def test_hint_is_the_mean_squared_difference_of_the_adapted_student_and_trains_the_adapter():
     a, b = maps(2, 3, 2, 2), maps(2, 3, 2, 2, seed=1)
     wanted = sum((float(x) - float(y)) ** 2 for x, y in zip(a.flatten(), b.flatten(), strict=True)) / 24
     assert hint_loss(a, b).item() == pytest.approx(wanted, rel=1e-12) and hint_loss(b.clone(), b).item() == 0
     assert torch.autograd.gradcheck(lambda s: hint_loss(s, b), a.requires_grad_())
-
-
-def test_the_adapter_maps_the_students_channels_to_the_teachers_and_is_trained():
     term = HintTransfer(TermContext(None, torch.nn.Identity(), (Pair("a", "b", (2, 4, 4), (5, 4, 4)),)))
     student, teacher, adapter = maps(3, 2, 4, 4), maps(3, 5, 4, 4), term.module.double()[0]
     adapted = torch.einsum("oc,bchw->bohw", adapter.weight[:, :, 0, 0], student) + adapter.bias[None, :, None, None]

@@ -1,7 +1,5 @@
 """Faults of the gated layer and of its conversion."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager

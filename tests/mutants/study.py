@@ -1,7 +1,5 @@
 """Faults of the losses, of the training loop and of the study around it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace

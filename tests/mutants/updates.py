@@ -1,7 +1,5 @@
 """Faults of the gate statistics, of the mask update and of the MACs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from unittest import mock

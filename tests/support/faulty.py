@@ -1,7 +1,5 @@
 """A study in miniature that a notebook's own cells can work on, with one fault in the library."""
 
-from __future__ import annotations
-
 import os
 from contextlib import ExitStack
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Work in a process of its own, made by a fork."""
 
-from __future__ import annotations
-
 import os
 import threading
 from collections.abc import Callable

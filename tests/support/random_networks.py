@@ -1,7 +1,5 @@
 """Converted networks with random everything: statistics, signs of the scales, gates, masks."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

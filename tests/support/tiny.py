@@ -1,7 +1,5 @@
 """A study small enough for a test: coloured 16 px images, a network of 50,000 parameters, a handful of steps."""
 
-from __future__ import annotations
-
 import functools
 import shutil
 import tempfile
@@ -100,7 +98,6 @@ def settings(steps: int = 6, **kwargs) -> Optimisation:
 
 
 def run(folder: Path) -> runs.Run:
-    """A run of its own in a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     return runs.Run("0" * 12, folder, folder.parent)
 

@@ -1,7 +1,5 @@
 """Configurations whose runs are pure arithmetic: deterministic, resumable, and over in milliseconds."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 

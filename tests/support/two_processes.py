@@ -6,8 +6,6 @@ FOLDER holds `tree`, an ImageFolder tree, and `teacher.safetensors`. Each run go
 is the number of processes; each process writes what it got to FOLDER/SIZE-RANK.json.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys
