@@ -203,7 +203,7 @@ def test_publishing_the_speed_study_trains_nothing_and_writes_finished_masks(mon
         engine.publish(plan)
 
 
-def test_refusals(tmp_path: Path, refused, monkeypatch):
+def test_refusals(tmp_path: Path, capsys, monkeypatch):
     row = bench.Row("case", "net", "onnxruntime", 1, "", "dense")
     for make, sentence in (
         (lambda: bench.run(["speed"], QUICK), "the case must be one of networks, .* got 'speed'"),
@@ -218,7 +218,8 @@ def test_refusals(tmp_path: Path, refused, monkeypatch):
     (tmp_path / "foreign.json").write_text("[]")
     (tmp_path / "empty.json").write_text('{"architecture": {}, "masks": {}}')
     for name in ("foreign.json", "missing.json", "empty.json"):
-        refused("bench", "--case", "networks", "--masks", str(tmp_path / name))
+        assert cli.main(["bench", "--case", "networks", "--masks", str(tmp_path / name)]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 @pytest.mark.slow
