@@ -174,11 +174,17 @@ def test_study_computes_a_part_or_only_says_what_is_there(afds, calls):
 
 
 def test_the_command_that_is_printed_can_be_pasted(monkeypatch, capsys, tmp_path):
-    path = tmp_path / "my figures" / "a-0.4.onnx"
-    monkeypatch.setattr(mine, "export", lambda study: mine.Export(path, "l2", 0.4, 0.4, 1.0, 1.0))
-    cli._export_mine(None)
+    monkeypatch.setenv("AFDS_FIGURES", str(tmp_path / "my figures"))
+    point = {"test_accuracy": 0.4, "macs": 1.0}
+    file = {"file": "a-0.4.onnx", "precision": "fp32", "bytes": 1, "accuracy": 0.4, "milliseconds": 1.0}
+    for name in ("Recipe", "compute"):
+        monkeypatch.setattr(mine, name, mock.Mock())
+    monkeypatch.setattr(mine, "deliver", lambda recipe: {"points": [point], "files": [file]})
+    profile = mock.Mock()
+    profile.name = "mine-a"
+    cli._train_mine(profile)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("use it: ")]
-    assert str(path) in shlex.split(line.removeprefix("use it: "))
+    assert str(paths.figures("mine-a") / "a-0.4.onnx") in shlex.split(line.removeprefix("use it: "))
 
 
 def test_runs_are_listed_shown_and_deleted(afds):
