@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from afdslib import afs, data, runs, training
 from afdslib.afs.compact import compact
-from afdslib.backbones.inputs import IMAGENET, input_of, scaled_down, see_whole
+from afdslib.backbones.inputs import IMAGENET, input_of, scaled_down, see_at, see_whole
 from afdslib.base import checks
 from afdslib.base.atomic import atomic_path, output_path
 from afdslib.base.errors import AFDSError
@@ -342,13 +342,15 @@ def export_run(
             f"{len(card.classes)} classes, so their names are not known; export a run that was trained on it"
         )
     path = Path(out or f"{result.id}{'.int8' if format == 'onnx-int8' else ''}{suffix}")
-    cut = compact(model, input_size=(3, card.size, card.size), fold_bn=format != "torch")
+    # Images that the network scales down itself: in an ONNX file whoever prepares them does so.
+    smaller = see_whole(model)
+    side = smaller or card.size
+    cut = compact(model, input_size=(3, side, side), fold_bn=format != "torch")
     if format == "torch":
         with atomic_path(path) as part:
-            afs.save(cut, part, metadata={KEY: card.to_json()})
+            afs.save(see_at(cut, smaller) if smaller else cut, part, metadata={KEY: card.to_json()})
         return path, card
-    card = replace(card, opset=OPSET, side=see_whole(cut))
-    side = card.side or card.size
+    card = replace(card, opset=OPSET, side=smaller)
     if format == "onnx":
         save_onnx(cut, path, (3, side, side), card=card)
         return path, card

@@ -49,7 +49,7 @@ __all__ = ["Options", "Recipe", "compute", "confusion", "deliver", "get", "keep"
 
 BASE = "mine"
 COMMAND = f"afds run --profile {BASE} --data-dir path/to/imagefolder --macs-budget 0.2"
-STEPS = {"quick": (400, 40, 900), "standard": (1200, 120, 2700)}
+STEPS = {"quick": (400, 40, 1200), "standard": (1200, 120, 3600)}
 """Optimiser steps of the unpruned stage, of each removal of channels, and of the last stage."""
 BATCH = 32
 ALPHA, TEMPERATURE = 0.7, 2.0  # of the distillation: every smaller network learns from the unpruned one
