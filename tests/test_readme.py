@@ -12,7 +12,7 @@ import torch
 from afdslib import afs, runs, training
 from afdslib.afs import macs
 from afdslib.inference.predict import predict
-from afdslib.report import comparison, speed
+from afdslib.report import answer, comparison, speed
 from afdslib.report import numbers as cited
 from afdslib.studies import profiles, statistics
 from afdslib.studies.comparison import Comparison
@@ -40,10 +40,11 @@ def ran(tmp_path_factory):
         "(3, 224, 224)": f"(3, {tiny.SIZE}, {tiny.SIZE})",
         "count=3000": "count=6",
         "step == 1500": "step == 3",
+        "(1500, 3000)": "(3, 6)",
     }
     code = example()
     for printed, stand_in in stand_ins.items():
-        assert code.count(printed) == 1, printed
+        assert printed in code, printed
         code = code.replace(printed, stand_in)
     names: dict = {}
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
@@ -52,9 +53,9 @@ def ran(tmp_path_factory):
     return names, folder
 
 
-def test_it_has_ten_lines_beside_the_imports_which_are_all_used_and_links_lead_to_files():
+def test_it_is_short_its_imports_are_all_used_and_links_lead_to_files():
     lines = [line for line in example().splitlines() if line.strip() and not line.startswith(("import ", "from "))]
-    assert len(lines) == 10 and max(map(len, lines)) <= 120
+    assert len(lines) <= 18 and max(map(len, lines)) <= 120 and len(README.splitlines()) <= 150
     tree = ast.parse(example())
     imported = {a.name for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom)) for a in node.names}
     assert imported - {"afdslib"} <= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
@@ -64,7 +65,7 @@ def test_it_has_ten_lines_beside_the_imports_which_are_all_used_and_links_lead_t
 
 def test_the_network_meets_the_budget_was_trained_and_is_used_as_the_readme_says(ran):
     names, folder = ran
-    assert names["step"] == 5
+    assert names["step"] == 6
     model, splits = names["model"], names["splits"]
     measured = training.evaluate(model, splits.statistics, count_macs=True).macs.total
     # It was met at the third step; the gates have moved since.
@@ -75,6 +76,12 @@ def test_the_network_meets_the_budget_was_trained_and_is_used_as_the_readme_says
     assert "afds predict --model small.onnx " in README
     ((_, classes),) = predict([folder / "tree" / "test" / "red" / "0.png"], folder / "small.onnx")
     assert sorted(name for name, _ in classes) == sorted(tiny.CLASSES)
+
+
+def test_the_finding_is_that_of_the_committed_files():
+    said = str(answer.text(comparison.committed()))
+    assert "-2.9 [-3.6, -2.2] on CIFAR-10 (32 px), 60 per class (10 seeds" in said and "11.07" in said
+    assert "-2.9 [-3.6, -2.2]\npoints of test accuracy (95 % interval, 10 seeds)" in README and "+11.07" in README
 
 
 def test_the_results_table_and_the_sentence_below_the_figure_are_those_of_the_committed_files():
