@@ -170,10 +170,11 @@ def records(profile: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
         yield from [(folder.name, recorded(Result(id, {}, folder))) for id in ids]
 
 
-def committed(prefix: str, profile: str | None = None) -> list[Result]:
-    """The committed results (of one profile) whose ids begin so; with AFDS_FRESH, which hides them, none."""
+def committed(prefix: str, profile: str | None = None, *, hidden: bool = False) -> list[Result]:
+    """The committed results (of one profile) whose ids begin so; with AFDS_FRESH, none unless `hidden`."""
     results: dict[str, Result] = {}
-    for folder in [] if os.environ.get("AFDS_FRESH", "") not in ("", "0") else _folders(profile):
+    fresh = os.environ.get("AFDS_FRESH", "") not in ("", "0")
+    for folder in [] if fresh and not hidden else _folders(profile):
         lines = _load(folder, _RUNS)["id"]
         for id in [prefix] if len(prefix) == 12 else [id for id in lines if id.startswith(prefix)]:
             if "metrics" in lines.get(id, ()):

@@ -144,7 +144,7 @@ def finished(id: str, *, store: str | Path | None = None) -> tuple[Any, Result]:
     id = _find(id, store)
     if result := _stored(folder(store), id, ()):
         return read_config(result.path, id), result
-    for result in committed(id):
+    for result in committed(id, hidden=True):
         return configs.from_json(recorded(result)["config"]), result
     raise AFDSError(f"run {id} is not finished; finish it first with: afds resume {id}")
 
@@ -295,7 +295,7 @@ def _find(id: str, store: str | Path | None, *, anywhere: bool = True) -> str:
         raise AFDSError(f"{id!r} is not a run id; {advice}")
     found = {file.name for file in path.glob(f"{id}*") if _ID.fullmatch(file.name)}
     if anywhere and not found:
-        found = {result.id for result in committed(id)}
+        found = {result.id for result in committed(id, hidden=True)}
     if len(found) != 1:
         what = "no run" if not found else f"{len(found)} runs"
         raise AFDSError(f"{what} in {path} begin with {id!r}; {advice}")

@@ -387,6 +387,8 @@ def test_committed_result_is_computed_again_when_fresh_or_when_an_artifact_is_ne
     runs.publish([again], "tiny")
     assert file.stat().st_ino != written[1]  # written anew
     assert runs.lookup(ToyTrain(), store=store / "b") is None
+    # It is computed anew; by its id, as a table of committed results has it, it is still read.
+    assert runs.finished(first.id, store=store / "b")[1].committed
     assert not runs.get_or_run(ToyTrain(), store=store / "b").committed
 
 

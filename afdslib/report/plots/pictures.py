@@ -82,17 +82,17 @@ def save(figure: Figure | Mapping[str, Figure], profile: str, name: str) -> Pict
     for file, fig in zip(files, figures.values(), strict=True):
         _write(fig, file)
         if (again := for_phone(fig)) is not None:
-            _write(again, file.with_suffix(PHONE))
+            _write(again, file.with_suffix(PHONE), colours=64)
     return _shown(files)
 
 
-def _write(figure: Figure, file: Path) -> None:
+def _write(figure: Figure, file: Path, colours: int = 128) -> None:
     drawn = io.BytesIO()
     with matplotlib.rc_context(STYLE):
         figure.savefig(drawn, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.08)
     with atomic_path(file) as part:
-        # 256 colours: less than half of the bytes, in each figure, notebook and report that holds it.
-        image = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+        # Few colours: less than half of the bytes, in each figure, notebook and report that holds it.
+        image = Image.open(drawn).convert("RGB").quantize(colours, dither=Image.Dither.NONE)
         image.save(part, format="PNG", optimize=True, dpi=(DPI, DPI))
 
 
