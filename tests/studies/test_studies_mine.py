@@ -124,6 +124,14 @@ def test_a_mistake_is_one_line_with_exit_code_2_and_starts_nothing(home, capsys,
     assert set(home.rglob("settings.json")) == before
 
 
+def test_a_dry_run_fetches_nothing_and_names_what_is_missing(home, capsys, monkeypatch):
+    monkeypatch.setattr(torch.hub, "download_url_to_file", mock.Mock(side_effect=AssertionError("fetched")))
+    monkeypatch.setenv("TORCH_HOME", str(home / "hub"))
+    given = ["--data-dir", "flat", "--network", "resnet18", "--source-weights", "imagenet", "--size", "16"]
+    assert cli.main(["run", "--profile", "mine", *given, "--dry-run"]) == 0
+    assert "resnet18-f37072fd.pth, which is fetched from https://" in capsys.readouterr().err
+
+
 def test_a_video_among_the_photographs_is_named_and_left_out(home):
     (flat(home / "mixed") / "red" / "clip.mp4").write_bytes(b"no image")
     with pytest.warns(UserWarning, match="left out, being no images of a class: 1 file .red/clip.mp4"):
