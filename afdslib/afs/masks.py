@@ -316,20 +316,22 @@ def _bisect(
     Of many images the search sees some, at a target that a few passes over all of them correct until the budget is met.
     """
     sample, complete = _spread(loader, 512)
-    dense = macs.count(model, tuple(sample[0].shape[1:])).total
+    channels, height, width = sample[0].shape[1:]
+    dense = macs.count(model, (channels, height, width)).total
     allowed, meter, found = budget * dense, macs.Meter(model), layers(model).values()
     bar = tqdm(desc="mask update", unit="pass", mininterval=1, disable=None)
 
-    def measure(removals: int, images: Iterable[tuple[Tensor, Any]]) -> macs.MACs:
+    def measure(removals: int, images: Iterable[Any]) -> macs.MACs:
         remove(ranking[:removals])
         bar.update()
         # Where every gate is constant, all images cost what the first one does.
         varies = any(bool((layer.m * layer.s).any()) for layer in found)
-        return macs.expected(model, images if varies else [(sample[0][:1], None)], meter=meter)
+        seen: Any = images if varies else [(sample[0][:1], None)]
+        return macs.expected(model, seen, meter=meter)
 
     def search(target: float) -> tuple[int, macs.MACs]:
         low, high = fewest, len(ranking)
-        best = measure(high, seen)
+        best = measure(high, some)
         if best.total > target:
             raise UnreachableError(
                 f"macs_budget {budget:g} cannot be reached: {least} still costs {best.total / dense:.4f} of the dense "
@@ -337,7 +339,7 @@ def _bisect(
             )
         while low < high:
             middle = (low + high) // 2
-            measured = measure(middle, seen)
+            measured = measure(middle, some)
             if measured.total <= target:
                 high, best = middle, measured
             else:
@@ -345,7 +347,7 @@ def _bisect(
         remove(ranking[:high])  # whichever number was measured last
         return high, best
 
-    seen = [(images, None) for images in sample]
+    some = [(images, None) for images in sample]
     target, tried = allowed, set()
     with bar:
         while True:

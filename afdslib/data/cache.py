@@ -115,7 +115,8 @@ def _header(file: BinaryIO, count: int, size: int) -> None:
 
 
 def _build(folder: Path, size: int | None, shorter: int, source: Files, listing: Listing) -> None:
-    rows, copied, corrupt, count = [], [], {}, len(listing.targets)
+    rows: list[int] = []
+    copied, corrupt, count = [], {}, len(listing.targets)
     what = "look at every image" if size is None else f"decode to {size} px"
     bar = tqdm(_pixels(source, size, shorter, count), total=count, desc=what, unit="image", mininterval=1, disable=None)
     # Plain writes, not a memory map: on a full disk these raise an error where a map kills the process.

@@ -275,7 +275,8 @@ def save_int8(
             quantiser.model.save_model_to_file(str(part), False)
             return accuracy(part, held)
 
-        wanted, fp32 = accuracy(file, held) - LOSS - 1e-9, []
+        fp32: list[str] = []
+        wanted = accuracy(file, held) - LOSS - 1e-9
         if score(fp32) < wanted:
             fp32 = layers
             while len(fp32) > 1:

@@ -51,7 +51,7 @@ def match_norms(pruned: nn.Module, larger: nn.Module, found: list[Group], kept: 
     def correct(name: str, norm: nn.BatchNorm2d, x: Tensor) -> None:
         (mean, variance), (before, wide) = moments(x), seen[name]
         ratio = (variance + norm.eps) / (wide + norm.eps)
-        norm.running_mean.copy_(mean + (norm.running_mean - before) * ratio.sqrt())  # type: ignore[union-attr]
+        norm.running_mean.copy_(mean + (norm.running_mean - before) * ratio.sqrt())  # type: ignore[union-attr,operator]
         spread = (norm.running_var + norm.eps) * ratio - norm.eps  # type: ignore[operator]
         norm.running_var.copy_(spread.clamp_min(0))  # type: ignore[union-attr]
 

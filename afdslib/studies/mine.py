@@ -354,7 +354,7 @@ def compute(recipe: Recipe, echo: Callable[[str], object] = print) -> None:
     for side, chain in recipe.ways.items():
         for run in chain:
             name = f"{run.budgets[-1]:.3g} of the MACs, {side} px"
-            todo.append((name, lambda run=run: run, (3 * run.budgets[-1] + 1) * p.trial.steps))
+            todo.append((name, lambda run=run: run, (3 * run.budgets[-1] + 1) * p.trial.steps))  # type: ignore[misc]
     if recipe.ways:
         todo.append(("the best one, trained on", lambda: recipe.chosen[-1], (3 * p.budgets[-1] + 1) * p.tuning.steps))
     seconds, work = _first_steps(recipe), 3.0  # of the stages that were timed
@@ -467,7 +467,8 @@ def deliver(recipe: Recipe) -> dict[str, Any]:
         } | {key: run.metrics[key] for key in ("validation_accuracy", "test_accuracy")}
         for run, (_, card, _), ms in zip(runs_of, networks, times, strict=False)
     ]  # fmt: skip
-    measured, mistakes = [], []
+    measured: list[Any] = []
+    mistakes: list[Any] = []
     for (network, card, path), ms in list(zip(networks, times, strict=True))[len(larger) :]:
         shares = softmax(np.concatenate([network(x) for x, _ in images[card.side]]).astype(np.float64), axis=1)
         said = shares.argmax(1)

@@ -62,8 +62,8 @@ def regulariser_space(name: str, factor: float = 1.0) -> tuple[Axis, ...]:
     and a factor on the learning rate."""
 
     def scaled(axis: Axis) -> Axis:
-        limits = (float(x) * factor for x in (axis.default, axis.low, axis.high))  # type: ignore[arg-type]
-        return replace(axis, **dict(zip(("default", "low", "high"), limits, strict=True)))
+        default = float(axis.default) * factor  # type: ignore[arg-type]
+        return replace(axis, default=default, low=axis.low * factor, high=axis.high * factor)
 
     scales = factor != 1 and "layers" in TERMS[name].needs
     return (*(scaled(axis) if scales and axis.name == "strength" else axis for axis in TERMS[name].space), LR)
