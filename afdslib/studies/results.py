@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -84,12 +83,11 @@ def write(profile: str, table: pd.DataFrame) -> Path:
 
     A row that is there already stays as it is, unless it is of another run now (or has none), or AFDS_FRESH is set.
     """
-    fresh = os.environ.get("AFDS_FRESH", "") not in ("", "0")
     run = COLUMNS.index("run")
     rows = {row[: len(KEYS)]: row for row in read(profile).itertuples(index=False, name=None)}
     for row in table[COLUMNS].itertuples(index=False, name=None):
         key = row[: len(KEYS)]
-        if fresh or key not in rows or (row[run] and rows[key][run] != row[run]):
+        if paths.fresh() or key not in rows or (row[run] and rows[key][run] != row[run]):
             rows[key] = row
     text = pd.DataFrame(list(rows.values()), columns=COLUMNS).to_csv(index=False, lineterminator="\n")
     path(profile).parent.mkdir(parents=True, exist_ok=True)
